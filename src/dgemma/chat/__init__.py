@@ -1,0 +1,44 @@
+"""Messages to tokens, and a model's raw output back to text, thoughts and tool calls.
+
+The checkpoint's own tokenizer and template do the work. Knows nothing of: the network, sampling, HTTP.
+Importing this package imports nothing heavy: each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dgemma.chat.messages import normalise_messages, normalise_tools
+    from dgemma.chat.thoughts import Piece, ThoughtParser, ends_inside_thought, split_thoughts
+    from dgemma.chat.tokenizer import Tokenizer
+    from dgemma.chat.tools import parse_tool_calls
+
+_HOMES = {
+    "Tokenizer": "tokenizer",
+    "normalise_messages": "messages",
+    "normalise_tools": "messages",
+    "Piece": "thoughts",
+    "ThoughtParser": "thoughts",
+    "ends_inside_thought": "thoughts",
+    "split_thoughts": "thoughts",
+    "parse_tool_calls": "tools",
+}
+
+__all__ = [
+    "Piece",
+    "ThoughtParser",
+    "Tokenizer",
+    "ends_inside_thought",
+    "normalise_messages",
+    "normalise_tools",
+    "parse_tool_calls",
+    "split_thoughts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

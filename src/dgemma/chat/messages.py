@@ -1,0 +1,201 @@
+"""Conversations in one shape, whatever shape they came in.
+
+Works on: plain dictionaries in the OpenAI / transformers style. Knows nothing of: templates, tokens.
+
+Afterwards every message has a role among `ROLES`; content that is a string or a list of typed parts; tool calls
+with a dictionary of arguments; and only the thoughts that a template may still show. The input is never changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dgemma.chat.thoughts import OPEN, split_thoughts
+from dgemma.errors import DgemmaError
+
+ROLES = ("system", "user", "assistant", "tool")
+_ROLE_NAMES = {"developer": "system", "model": "assistant"}
+_THOUGHT_KEYS = ("reasoning", "reasoning_content", "thinking")
+# OpenAI's names of media parts, and the names that templates know.
+_PART_TYPES = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+
+
+def normalise_messages(
+    conversation: str | Sequence[Mapping[str, Any]], system: str | None = None
+) -> list[dict]:
+    """The conversation as a list of messages.
+
+    A string is one user message. `system`, if given, becomes the first message. Thoughts are taken out of what
+    the assistant said; those from before the last user message are dropped, since they are never sent back, and
+    later ones (of a turn that goes on after a tool call) are kept under `reasoning` and `reasoning_content` for
+    the template to decide. Raises `DgemmaError`, naming the message and what is wrong with it.
+    """
+    if isinstance(conversation, str):
+        conversation = [{"role": "user", "content": conversation}]
+    if not isinstance(conversation, Sequence) or isinstance(conversation, bytes):
+        raise DgemmaError(f"messages must be a string or a list of messages, not {_type(conversation)}")
+    if system is not None:
+        conversation = [{"role": "system", "content": system}, *conversation]
+    if not conversation:
+        raise DgemmaError("messages is empty: give at least one message")
+
+    messages = [_message(message, f"message {index}") for index, message in enumerate(conversation)]
+    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    names: dict[str, str] = {}  # tool call id -> the tool's name
+    for index, message in enumerate(messages):
+        if index < last_user:
+            message.pop("reasoning", None)
+            message.pop("reasoning_content", None)
+        for call in message.get("tool_calls", ()):
+            names[call.get("id")] = call["function"]["name"]
+        if message["role"] == "tool" and not message.get("name"):
+            if message.get("tool_call_id") not in names:
+                raise DgemmaError(
+                    f"message {index}: a tool message needs the `tool_call_id` of an earlier call, or `name`"
+                )
+            message["name"] = names[message["tool_call_id"]]
+    return messages
+
+
+def normalise_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict] | None:
+    """Tool declarations as `{"type": "function", "function": {"name", …}}` each; None when there are none.
+
+    A bare `{"name": …, "parameters": …}` is wrapped. Raises `DgemmaError` naming the tool and what is wrong.
+    """
+    if tools is None:
+        return None
+    if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
+        raise DgemmaError(f"tools must be a list of declarations, not {_type(tools)}")
+    return [_tool(tool, f"tool {index}") for index, tool in enumerate(tools)] or None
+
+
+def _tool(tool: Any, where: str) -> dict:
+    if not isinstance(tool, Mapping):
+        raise DgemmaError(f"{where}: must be a dictionary, not {_type(tool)}")
+    if tool.get("type", "function") != "function":
+        raise DgemmaError(f"{where}: type {tool['type']!r} is not supported, only 'function'")
+    function = tool.get("function", tool if "name" in tool else None)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise DgemmaError(
+            f"{where}: must be {{'type': 'function', 'function': {{'name': …, 'parameters': …}}}}"
+        )
+    # A bare declaration may carry the outer type; null stands for what is absent.
+    kept = {
+        key: value
+        for key, value in function.items()
+        if value is not None and (key, value) != ("type", "function")
+    }
+    return {"type": "function", "function": kept}
+
+
+def _message(message: Any, where: str) -> dict:
+    if not isinstance(message, Mapping):
+        raise DgemmaError(f"{where}: must be a dictionary with role and content, not {_type(message)}")
+    # APIs send null for what is absent, and templates then print "None": drop those.
+    message = {key: value for key, value in message.items() if value is not None}
+    role = message.get("role")
+    role = _ROLE_NAMES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise DgemmaError(f"{where}: unknown role {role!r}: use one of {', '.join(ROLES)}")
+    message["role"] = role
+    if "tool_calls" in message:
+        message["tool_calls"] = _tool_calls(message["tool_calls"], role, where)
+        if not message["tool_calls"]:
+            del message["tool_calls"]
+    message["content"] = _content(message, where)
+    if role == "assistant":
+        _take_out_thoughts(message)
+    return message
+
+
+def _content(message: dict, where: str) -> str | list[dict] | dict:
+    content = message.get("content")
+    if content is None:
+        if message["role"] == "assistant" and (
+            "tool_calls" in message or any(k in message for k in _THOUGHT_KEYS)
+        ):
+            return ""
+        raise DgemmaError(f"{where}: content is missing")
+    if isinstance(content, str):
+        return content
+    if message["role"] == "tool" and isinstance(content, Mapping):
+        return dict(content)
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise DgemmaError(f"{where}: content must be a string or a list of parts, not {_type(content)}")
+    return [_part(part, f"{where}, part {index}") for index, part in enumerate(content)]
+
+
+def _part(part: Any, where: str) -> dict:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        raise DgemmaError(f"{where}: must be a dictionary with a type, not {_type(part)}")
+    kind = part.get("type")
+    if kind not in _PART_TYPES:
+        raise DgemmaError(f"{where}: unknown type {kind!r}: use text, image or video")
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise DgemmaError(f"{where}: a text part needs a string `text`")
+    part = dict(part, type=_PART_TYPES[kind])
+    if kind.endswith("_url"):
+        # OpenAI nests it: {"type": "image_url", "image_url": {"url": …}}
+        source = part.pop(kind, None)
+        source = source.get("url") if isinstance(source, Mapping) else source
+        if not isinstance(source, str):
+            raise DgemmaError(f"{where}: an {kind} part needs `{kind}` with a url")
+        part["url"] = source
+    return part
+
+
+def _tool_calls(calls: Any, role: str, where: str) -> list[dict]:
+    if role != "assistant":
+        raise DgemmaError(f"{where}: only an assistant message may have tool_calls, not {role}")
+    if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
+        raise DgemmaError(f"{where}: tool_calls must be a list, not {_type(calls)}")
+    return [_tool_call(call, f"{where}, tool call {index}") for index, call in enumerate(calls)]
+
+
+def _tool_call(call: Any, where: str) -> dict:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DgemmaError(f"{where}: must be {{'id': …, 'function': {{'name': …, 'arguments': …}}}}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):  # OpenAI sends them as JSON text
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise DgemmaError(f"{where}: arguments are not valid JSON: {error}") from error
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise DgemmaError(f"{where}: arguments must be a dictionary, not {_type(arguments)}")
+    named = {"id": call["id"]} if call.get("id") is not None else {}
+    return {**named, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def _take_out_thoughts(message: dict) -> None:
+    """Moves what the assistant thought, in a field of its own or inside its content, under one name."""
+    fields = [message.pop(key) for key in _THOUGHT_KEYS if key in message]
+    found = [field for field in fields[:1] if isinstance(field, str) and field]
+    if isinstance(message["content"], str):
+        message["content"] = _said(message["content"], found)
+    else:
+        message["content"] = [
+            dict(part, text=_said(part["text"], found)) if part["type"] == "text" else part
+            for part in message["content"]
+        ]
+    if found:
+        message["reasoning"] = message["reasoning_content"] = "\n\n".join(found)
+
+
+def _said(text: str, thoughts: list[str]) -> str:
+    """The text without its thoughts, which are added to `thoughts`. A text without any stays as it is."""
+    if OPEN not in text:
+        return text
+    reasoning, said = split_thoughts(text)
+    thoughts.extend([reasoning] if reasoning else [])
+    return said
+
+
+def _type(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

@@ -1,0 +1,274 @@
+"""A checkpoint's tokenizer: text to token ids and back, conversations to prompts.
+
+Works on: `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, with the `tokenizers` library and
+Jinja. Knows nothing of: the network; `transformers`, which is never imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dgemma.chat import template as templates
+from dgemma.chat.messages import normalise_messages, normalise_tools
+from dgemma.errors import CheckpointError, DgemmaError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Conversation = str | Sequence[Mapping[str, Any]]
+
+# Spellings in a conversation are stood in for by single characters of this private plane while it is rendered.
+_STAND_INS = range(0xF0000, 0xFFFFE)
+
+
+class Tokenizer:
+    """Encodes, decodes and renders for one checkpoint. Safe to share between threads."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        chat_template: str | Mapping[str, str] | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        source: str = "this checkpoint",
+    ) -> None:
+        """From parts; `from_folder` is the usual way.
+
+        `chat_template`: one template, or several by name ("default", "tool_use"). `special_tokens`: their roles,
+        such as `{"bos_token": "<bos>"}`; templates see them under these names. `source` names the checkpoint in
+        errors.
+        """
+        self.backend = backend
+        self.source = source
+        self.chat_templates = (
+            {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
+        )
+        self.special_tokens = dict(special_tokens or {})
+        self.bos_id = self._role_id("bos")
+        self.eos_id = self._role_id("eos")
+        self.pad_id = self._role_id("pad")
+        self._special = {
+            token.content for token in backend.get_added_tokens_decoder().values() if token.special
+        }
+        by_length = sorted(self._special, key=len, reverse=True)  # the longest spelling wins
+        self._any_special = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+        # Whether special tokens are parsed is a switch on the backend, not an argument of its encode.
+        self._switch = threading.Lock()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer of the checkpoint in `folder`.
+
+        `tokenizer.json` is needed; `tokenizer_config.json` (roles of special tokens, a template in older
+        checkpoints) and `chat_template.jinja` (which wins) may be absent. Raises `CheckpointError`.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is missing: copy tokenizer.json, tokenizer_config.json and chat_template.jinja there from"
+                " the checkpoint that the weights came from"
+            )
+        try:
+            backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
+        # A file may ask for truncation or padding, which would quietly change prompts.
+        backend.no_truncation()
+        backend.no_padding()
+
+        config = _read_config(folder / "tokenizer_config.json")
+        chat_template = _config_templates(config, folder / "tokenizer_config.json")
+        template_path = folder / "chat_template.jinja"
+        if template_path.is_file():
+            try:
+                chat_template = template_path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{template_path} is not UTF-8 text: {error}") from error
+        return cls(backend, chat_template, _special_roles(config), str(folder))
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are, special ones included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered at all."""
+        return bool(self.chat_templates)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it; None when there is none."""
+        return self.backend.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary's spelling of an id; None when it is out of range."""
+        return self.backend.id_to_token(token_id) if token_id >= 0 else None
+
+    def encode(self, text: str, specials: bool = True) -> list[int]:
+        """The token ids of `text`; nothing is added before or after.
+
+        With `specials`, "<turn|>" in the text is that special token; without, it is seven ordinary characters.
+        """
+        # A lone surrogate (JSON can carry one) has no UTF-8 form, and so no bytes to encode.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        with self._switch:
+            self.backend.encode_special_tokens = not specials
+            return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode(
+            [int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens
+        )
+
+    def render(
+        self,
+        messages: Conversation,
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt of a conversation as text, by the checkpoint's own template.
+
+        To get token ids use `apply_chat_template`: it keeps special tokens that a user typed from having effect.
+        Raises `DgemmaError` for a malformed conversation or a checkpoint without a template.
+        """
+        self._require_template()
+        return self._render(
+            normalise_messages(messages), thinking, normalise_tools(tools), add_generation_prompt
+        )
+
+    def apply_chat_template(
+        self,
+        messages: Conversation,
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The prompt of a conversation as token ids.
+
+        What is spelt like a special token inside the messages or tools is ordinary text: only the template's own
+        special tokens count. Raises as `render` does.
+        """
+        self._require_template()
+        # Normalised first: that may still join text or decode JSON, and so spell a special token.
+        conversation, declared = normalise_messages(messages), normalise_tools(tools)
+        typed = _Typed(self._any_special, _strings([conversation, declared]))
+        conversation, declared = templates.plain([conversation, declared], typed.hide)
+        prompt = self._render(conversation, thinking, declared, add_generation_prompt)
+        return [
+            token_id
+            for text, plain in typed.split(prompt)
+            for token_id in self.encode(text, specials=not plain)
+        ]
+
+    def _render(
+        self, messages: list[dict], thinking: bool, tools: list[dict] | None, add_generation_prompt: bool
+    ) -> str:
+        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        name = name if name in self.chat_templates else next(iter(self.chat_templates))
+        variables = {
+            **self.special_tokens,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "enable_thinking": thinking,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return templates.render(self.chat_templates[name], variables, self.source)
+
+    def _require_template(self) -> None:
+        if not self.chat_templates:
+            raise DgemmaError(
+                f"{self.source} has no chat template (chat_template.jinja), so messages cannot be rendered:"
+                " give the prompt as token ids instead"
+            )
+
+    def _role_id(self, role: str) -> int | None:
+        return self.token_to_id(self.special_tokens.get(f"{role}_token", f"<{role}>"))
+
+
+class _Typed:
+    """Special tokens' spellings that somebody typed, each stood in for by a character that nobody typed.
+
+    Rendering yields one string, in which a typed "<turn|>" and the template's own look the same. The stand-ins
+    go through the template like any letter, and mark afterwards what is to be encoded as plain text.
+    """
+
+    def __init__(self, any_special: re.Pattern[str], strings: Iterable[str]) -> None:
+        self._any_special = any_special
+        spellings: set[str] = set()
+        used: set[str] = set()
+        for string in strings:
+            spellings.update(any_special.findall(string))
+            used.update(char for char in string if ord(char) in _STAND_INS)
+        free = (chr(code) for code in _STAND_INS if chr(code) not in used)
+        self._stand_ins = dict(zip(sorted(spellings), free, strict=False))
+        self._spellings = {char: spelling for spelling, char in self._stand_ins.items()}
+
+    def hide(self, text: str) -> str:
+        """`text` with every special spelling in it replaced."""
+        if not self._stand_ins:
+            return text
+        return self._any_special.sub(lambda found: self._stand_ins.get(found.group(), found.group()), text)
+
+    def split(self, prompt: str) -> Iterator[tuple[str, bool]]:
+        """The prompt in stretches: the text, and whether it is to be encoded as plain text."""
+        if not self._spellings:
+            yield prompt, False
+            return
+        for stretch in re.split(f"([{''.join(self._spellings)}])", prompt):
+            if stretch:
+                yield self._spellings.get(stretch, stretch), stretch in self._spellings
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(config).__name__}")
+    return config
+
+
+def _config_templates(config: dict[str, Any], path: Path) -> str | dict[str, str] | None:
+    """The template(s) that older checkpoints keep in their tokenizer_config.json."""
+    found = config.get("chat_template")
+    try:
+        return {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else found
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: chat_template must be text, or a list of names and templates"
+        ) from error
+
+
+def _special_roles(config: dict[str, Any]) -> dict[str, str]:
+    """`bos_token`, `eos_token`…: a string, or an object with the string as its content."""
+    roles = {}
+    for key, value in config.items():
+        value = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(value, str):
+            roles[key] = value
+    return roles

@@ -1,0 +1,81 @@
+"""What happens while text is denoised: the only way the rest of the program sees it.
+
+Plain values (no tensors), so that an event can be written to a trace, sent over a wire and shown anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class CanvasStarted:
+    """A canvas opens: full of noise, or seeded by the caller."""
+
+    request: int
+    canvas: int  # index of the canvas in this answer, from 0
+    token_ids: list[int]  # the starting canvas, [C]
+    pinned: list[bool]  # positions that will not change, [C]
+    context_tokens: int  # tokens in the cache: the prompt and every committed canvas
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """One denoising step is done. All lists have one entry per canvas position."""
+
+    request: int
+    canvas: int
+    step: int  # from 1
+    token_ids: list[int]  # the draft: the most probable token at every position
+    canvas_ids: list[int]  # the canvas that the next step starts from: accepted samples and fresh noise
+    entropies: list[float]  # nats, at the step's temperature
+    accepted: list[bool]  # positions that the sampler believed in this step
+    changed: list[bool]  # positions whose draft token differs from the step before (all, at the first step)
+    temperature: float
+    seconds: float  # since the request began
+
+    @property
+    def mean_entropy(self) -> float:
+        return sum(self.entropies) / len(self.entropies)
+
+
+@dataclass(frozen=True)
+class CanvasCommitted:
+    """A canvas is done: these tokens are part of the answer for good."""
+
+    request: int
+    canvas: int
+    token_ids: list[int]  # up to the first stop token or the length limit; the stop token is not included
+    steps: int
+    seconds: float  # since the request began
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer."""
+
+    text: str
+    reasoning: str | None
+    tool_calls: list[dict[str, Any]]
+    token_ids: list[int]  # the answer's tokens, thoughts included, the stop token not
+    finish_reason: FinishReason
+    steps: list[int]  # denoising steps of each canvas
+    tokens_per_forward: float  # answer tokens per denoising step
+    prompt_tokens: int
+    seconds: float
+    stop_token_id: int | None = field(default=None)  # the stop token that ended it, if one did
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The request is over; ``generation`` is what `generate` would have returned."""
+
+    request: int
+    generation: Generation
+
+
+Event = CanvasStarted | Denoised | CanvasCommitted | Finished

@@ -1,0 +1,53 @@
+"""The gated expert MLPs of a mixture-of-experts layer, each token through its own few experts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Up to this many experts, one matrix product over all of them beats many small ones (and torch.compile likes it).
+DENSE_EXPERTS = 16
+
+
+def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Σ_k weights[n, k] · down_e(gelu(gate_e(x)) · up_e(x)) with e = experts[n, k].
+
+    x [N, D]; gate_up [E, 2I, D] (gate rows first); down [E, D, I]; weights and experts [N, K]. Returns [N, D].
+    """
+    if gate_up.shape[0] <= DENSE_EXPERTS:
+        return dense_expert_mlp(x, gate_up, down, weights, experts)
+    return grouped_expert_mlp(x, gate_up, down, weights, experts)
+
+
+def dense_expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Every token through every expert, the unchosen ones weighted by zero; same arguments as `expert_mlp`."""
+    count, doubled, hidden = gate_up.shape
+    gates = torch.zeros(x.shape[0], count, dtype=weights.dtype, device=x.device).scatter(1, experts, weights)
+    gate_rows, up_rows = gate_up.chunk(2, dim=1)
+    gate, up = x @ gate_rows.reshape(-1, hidden).T, x @ up_rows.reshape(-1, hidden).T
+    inner = F.gelu(gate, approximate="tanh") * up
+    inner = inner.view(-1, count, doubled // 2) * gates.unsqueeze(-1).to(x.dtype)
+    return inner.flatten(1) @ down.transpose(1, 2).reshape(-1, hidden)
+
+
+def grouped_expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Tokens sorted by expert, one pair of matrix products per expert in use; same arguments as `expert_mlp`."""
+    top_k = experts.shape[1]
+    order = experts.flatten().argsort(stable=True)
+    tokens = order // top_k
+    counts = torch.bincount(experts.flatten(), minlength=gate_up.shape[0]).tolist()
+    rows, scale = x[tokens], weights.flatten()[order].unsqueeze(-1)
+    outputs = []
+    start = 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        part = rows[start : start + count]
+        gate, up = F.linear(part, gate_up[expert]).chunk(2, dim=-1)
+        outputs.append(F.linear(F.gelu(gate, approximate="tanh") * up, down[expert]))
+        start += count
+    # Weighted and summed in float32: eight bf16 additions per token would cost more precision than they save time.
+    mixed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    mixed = mixed.index_add(0, tokens, torch.cat(outputs).float() * scale)
+    return mixed.to(x.dtype)

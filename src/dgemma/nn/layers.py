@@ -1,0 +1,76 @@
+"""The pieces every block is made of: RMSNorm, rotary embedding, gated MLP, self-conditioning."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgemma.config import LayerConfig, ModelConfig
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x · (mean(x²) + eps)^-0.5 · weight over the last axis, in float32, returned in x's dtype."""
+    wide = x.float()
+    out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (out if weight is None else out * weight.float()).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned weight [dim], used as it is (no +1)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def inverse_frequencies(layer: LayerConfig, device: torch.device | None = None) -> Tensor:
+    """RoPE's θ^(-2i/head_dim) [head_dim / 2], float32; zero past the rotated fraction of a full layer's head."""
+    half = layer.head_dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=device) * 2 / layer.head_dim
+    rotated = torch.arange(half, device=device) < int(layer.rotary_fraction * layer.head_dim // 2)
+    return torch.where(rotated, 1.0 / (layer.rope_theta**exponent), 0.0)
+
+
+def rope_tables(positions: Tensor, layer: LayerConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, T, 1, head_dim] for positions [B, T] (halves repeated: the half-split layout)."""
+    angles = positions[..., None].float() * inverse_frequencies(layer, positions.device)
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rotary embedding to x [B, T, H, head_dim]."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class GatedMLP(nn.Module):
+    """down(gelu(gate(x)) · up(x)), gelu in its tanh form."""
+
+    def __init__(self, hidden: int, inner: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class SelfConditioning(GatedMLP):
+    """Mixes the previous step's soft embeddings into the canvas' embeddings, at every step, zeros included."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.hidden_size, config.intermediate_size)
+        self.eps = config.rms_norm_eps
+        self.pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, embeddings: Tensor, soft: Tensor) -> Tensor:  # type: ignore[override]
+        """embeddings and soft [B, C, D] -> [B, C, D]."""
+        return rms_norm(embeddings + super().forward(self.pre_norm(soft)), None, self.eps)

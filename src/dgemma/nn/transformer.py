@@ -1,0 +1,140 @@
+"""The DiffusionGemma text network: the same blocks run as a causal encoder and as a bidirectional decoder.
+
+Start here to read the model: `encode` fills a cache, `denoise` refines a canvas against it, `head` turns hidden
+states into what the sampler needs. Reference: `transformers`, models/diffusion_gemma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgemma.config import FULL, SLIDING, ModelConfig
+from dgemma.nn.block import Block
+from dgemma.nn.cache import KVCache
+from dgemma.nn.head import CanvasStats, canvas_stats, soft_cap
+from dgemma.nn.layers import RMSNorm, SelfConditioning, rope_tables
+
+# The encoder reads long prompts in pieces, so that no mask or score matrix is quadratic in the prompt.
+ENCODE_CHUNK = 1024
+
+
+class DiffusionTransformer(nn.Module):
+    """One set of weights, two passes."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.self_conditioning = SelfConditioning(config)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # The first layer of each kind: its geometry gives that kind's rotary tables.
+        self._kinds = {layer.kind: layer for layer in reversed(config.layers)}
+        # The reference keeps √D in the weights' dtype, and bf16 rounds it.
+        self._scales = {dtype: torch.tensor(config.hidden_size**0.5, dtype=dtype).item()
+                        for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def new_cache(self, batch_size: int = 1) -> KVCache:
+        """An empty cache for ``batch_size`` rows."""
+        return KVCache(self.config, batch_size, self.device, self.dtype)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Token ids [B, T] -> embeddings times √D, [B, T, D]."""
+        return F.embedding(token_ids, self.embed_tokens.weight) * self._embed_scale()
+
+    def encode(self, token_ids: Tensor, cache: KVCache, lengths: Sequence[int] | None = None) -> Tensor:
+        """Causal pass over token ids [B, T]; appends them to the cache and returns hidden states [B, T, D].
+
+        ``lengths`` says how many leading tokens of each row are real; the rest is padding, which no token sees and
+        the cache does not keep (its hidden states mean nothing). None: all of them.
+        Raises ValueError when the batch sizes differ.
+        """
+        batch, width = token_ids.shape
+        if batch != cache.batch_size:
+            raise ValueError(f"token_ids have {batch} rows, the cache {cache.batch_size}")
+        counts = [width] * batch if lengths is None else [int(n) for n in lengths]
+        if len(counts) != batch or any(not 0 <= n <= width for n in counts):
+            raise ValueError(f"lengths must be {batch} numbers between 0 and {width}, got {counts}")
+        outputs = []
+        for start in range(0, width, ENCODE_CHUNK):
+            piece = token_ids[:, start : start + ENCODE_CHUNK]
+            used = [min(max(n - start, 0), piece.shape[1]) for n in counts]
+            outputs.append(self._encode_piece(piece, cache, used))
+        return self.norm(torch.cat(outputs, dim=1) if len(outputs) != 1 else outputs[0])
+
+    def _encode_piece(self, token_ids: Tensor, cache: KVCache, counts: list[int]) -> Tensor:
+        plan, positions = cache.begin(counts, token_ids.shape[1])
+        visible = {}
+        for kind, seen in plan.positions.items():
+            distance = positions.unsqueeze(2) - seen.unsqueeze(1)  # [B, T, S + T]
+            allowed = (distance >= 0) & (seen >= 0).unsqueeze(1)
+            if kind == SLIDING:
+                allowed &= distance < self.config.sliding_window
+            if min(counts) < token_ids.shape[1]:
+                allowed |= (positions < 0).unsqueeze(2)  # padding rows see everything: an empty softmax is NaN
+            visible[kind] = allowed
+        ropes = self._ropes(positions)
+        x = self.embed(token_ids)
+        for index, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            x = block(x, ropes[layer.kind], visible[layer.kind], partial(cache.extend, plan, index), encoding=True)
+        cache.finish(plan)
+        return x
+
+    def denoise(self, canvas_ids: Tensor, cache: KVCache, soft: Tensor | None = None) -> Tensor:
+        """Bidirectional pass over a canvas [B, C], reading the cache and leaving it as it is -> hidden [B, C, D].
+
+        ``soft`` [B, C, D] are the soft embeddings of the previous step; None means the first step (zeros).
+        """
+        batch, width = canvas_ids.shape
+        if batch != cache.batch_size:
+            raise ValueError(f"canvas_ids have {batch} rows, the cache {cache.batch_size}")
+        x = self.embed(canvas_ids)
+        x = self.self_conditioning(x, torch.zeros_like(x) if soft is None else soft.to(x.dtype))
+        lengths = torch.tensor(cache.lengths, device=self.device).unsqueeze(1)
+        ropes = self._ropes(lengths + torch.arange(width, device=self.device))
+        visible = {kind: self._canvas_mask(cache, kind, lengths, width) for kind in cache.positions}
+        for index, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            x = block(x, ropes[layer.kind], visible[layer.kind], partial(cache.with_canvas, index), encoding=False)
+        return self.norm(x)
+
+    def _canvas_mask(self, cache: KVCache, kind: str, lengths: Tensor, width: int) -> Tensor | None:
+        """[B, 1, S + C]: the canvas and the rectangle of context that every one of its tokens sees; None for all."""
+        positions = cache.positions[kind]
+        reach = max(cache.lengths) if kind == FULL else min(max(cache.lengths), self.config.sliding_window - 1)
+        if len(set(cache.lengths)) == 1 and positions.shape[1] == reach:
+            return None
+        seen = (positions >= 0) & (positions >= lengths - reach)
+        return F.pad(seen, (0, width), value=True).unsqueeze(1)
+
+    def head(self, hidden: Tensor, temperature: Tensor, noise: Tensor) -> CanvasStats:
+        """What the sampler needs of hidden states [B, C, D], without ever holding [C, V]; see `canvas_stats`."""
+        return canvas_stats(hidden, self.embed_tokens.weight, temperature, noise, self.config.final_logit_softcapping,
+                            self._embed_scale())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [B, C, D] -> soft-capped logits [B, C, V], float32; for tests and training, never the hot path."""
+        return soft_cap(F.linear(hidden, self.embed_tokens.weight).float(), self.config.final_logit_softcapping)
+
+    def soft_embeddings(self, logits: Tensor) -> Tensor:
+        """Processed logits [B, C, V] -> the expected embeddings under their softmax, times √D, [B, C, D]."""
+        weight = self.embed_tokens.weight
+        return (logits.softmax(-1, dtype=torch.float32).to(weight.dtype) @ weight) * self._embed_scale()
+
+    def _embed_scale(self) -> float:
+        return self._scales[self.dtype]
+
+    def _ropes(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        return {kind: rope_tables(positions.clamp(min=0), layer, self.dtype) for kind, layer in self._kinds.items()}

@@ -1,0 +1,118 @@
+"""The tokenizer and chat template that ship with the bundled small models.
+
+A byte-level vocabulary of 288 tokens: the 256 bytes and 32 special tokens. There are no merges, so any UTF-8
+text round-trips exactly and its length in tokens is its length in bytes. The special tokens are those of
+Gemma 4, at Gemma 4's own ids wherever those fit, so a small model and the released one stop, think and call
+tools in the same way.
+
+Works on: token spellings and files. Knows nothing of: tensors, training, how a conversation is encoded
+(`dgemma.chat.tokenizer` does that, for any checkpoint).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+VOCAB_SIZE = 288
+TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
+
+# Gemma 4's ids, kept where they lie below VOCAB_SIZE. Its media tokens lie far above (around 256000): here
+# they take free low ids, and `<unusedN>` fill the special tokens up to 32.
+SPECIAL_IDS: dict[str, int] = {
+    "<pad>": 0,
+    "<eos>": 1,
+    "<bos>": 2,
+    "<unk>": 3,
+    "<mask>": 4,
+    "<|image>": 5,
+    "<image|>": 6,
+    "<|image|>": 7,
+    "<|audio>": 8,
+    "<audio|>": 9,
+    "<|audio|>": 10,
+    "<|video|>": 11,
+    **{f"<unused{n}>": 12 + n for n in range(8)},
+    "<|tool>": 46,
+    "<tool|>": 47,
+    "<|tool_call>": 48,
+    "<tool_call|>": 49,
+    "<|tool_response>": 50,
+    "<tool_response|>": 51,
+    '<|"|>': 52,
+    "<|think|>": 98,
+    "<|channel>": 100,
+    "<channel|>": 101,
+    "<|turn>": 105,
+    "<turn|>": 106,
+}
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary, indexed by byte.
+
+    The usual byte-level alphabet: visible Latin-1 characters stand for themselves, and the others take the
+    characters from U+0100 on, in byte order.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte if byte in visible else next(spare)) for byte in range(256)]
+
+
+def vocabulary() -> dict[str, int]:
+    """Every token's spelling and id: the special tokens at `SPECIAL_IDS`, the bytes in order in the gaps."""
+    taken = set(SPECIAL_IDS.values())
+    free = [token_id for token_id in range(VOCAB_SIZE) if token_id not in taken]
+    return {**SPECIAL_IDS, **dict(zip(byte_symbols(), free, strict=True))}
+
+
+def build_byte_tokenizer() -> Tokenizer:
+    """The byte tokenizer, ready to use: 288 tokens, one per byte of ordinary text, nothing normalised."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # The special tokens stand in the model's vocabulary too: that is what pins their ids. Without merges the
+    # model itself can only ever produce single bytes, so plain text never turns into one of them by itself.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    by_id = sorted(SPECIAL_IDS, key=SPECIAL_IDS.__getitem__)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in by_id])
+    return tokenizer
+
+
+def tokenizer_config() -> dict[str, object]:
+    """What `tokenizer_config.json` says: the roles of the special tokens, for `dgemma` and `transformers`."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+    }
+
+
+def save(folder: str | Path) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` into `folder`.
+
+    The folder is made if needed. Each file is written beside its place and then renamed over it, so a reader
+    never sees half of one. Raises `OSError` when the folder cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "tokenizer.json", build_byte_tokenizer().to_str(pretty=True))
+    _write(folder / "tokenizer_config.json", json.dumps(tokenizer_config(), indent=2) + "\n")
+    _write(folder / "chat_template.jinja", TEMPLATE_FILE.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_text(text, encoding="utf-8", newline="\n")
+    beside.replace(path)

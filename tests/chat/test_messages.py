@@ -1,0 +1,116 @@
+"""Conversations in one shape, and errors that say which message is wrong."""
+
+import pytest
+
+from dgemma.chat import normalise_messages, normalise_tools
+from dgemma.errors import DgemmaError
+
+USER = {"role": "user", "content": "hi"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+
+
+def test_a_string_is_one_user_message():
+    assert normalise_messages("hi") == [USER]
+    assert normalise_messages("hi", system="be good") == [{"role": "system", "content": "be good"}, USER]
+
+
+def test_names_of_roles_and_parts():
+    url = {"type": "image_url", "image_url": {"url": "data:x"}}
+    content = [url, "a", {"type": "text", "text": "b"}]
+    given = [
+        {"role": "developer", "content": "s"},
+        {"role": "model", "content": "m"},
+        {"role": "user", "content": content},
+    ]
+    system, assistant, user = normalise_messages(given)
+    assert (system["role"], assistant["role"]) == ("system", "assistant")
+    assert user["content"][0] == {"type": "image", "url": "data:x"}
+    assert user["content"][1:] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert content[0] is url
+    assert "image_url" in url
+
+
+def test_thoughts_before_the_last_user_message_are_dropped():
+    answer = {
+        "role": "assistant",
+        "content": "<|channel>thought\nin\n<channel|>said",
+        "reasoning_content": "beside",
+    }
+    said = {"role": "assistant", "content": "said"}
+    kept = {**said, "reasoning": "beside\n\nin", "reasoning_content": "beside\n\nin"}
+    assert normalise_messages([USER, answer, USER]) == [USER, said, USER]
+    assert normalise_messages([USER, answer]) == [USER, kept]
+    assert normalise_messages(
+        [USER, {**answer, "content": [{"type": "text", "text": answer["content"]}]}, USER]
+    )[1] == {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "said"}],
+    }
+
+
+def test_tool_calls_and_their_answers():
+    text = {"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    bare = {"name": "g", "arguments": None}
+    answer = {"role": "tool", "tool_call_id": "1", "content": "ok"}
+    messages = normalise_messages(
+        [USER, {"role": "assistant", "content": None, "tool_calls": [text, bare]}, answer]
+    )
+    nothing = {"type": "function", "function": {"name": "g", "arguments": {}}}
+    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL, nothing]}
+    assert messages[2] == {**answer, "name": "f"}
+
+
+def test_tools():
+    declaration = {"name": "f", "parameters": {"type": "object"}}
+    wrapped = [{"type": "function", "function": declaration}]
+    assert normalise_tools(wrapped) == normalise_tools([declaration]) == wrapped
+    assert normalise_tools([{"type": "function", **declaration, "strict": None}]) == wrapped
+    assert normalise_tools(None) is normalise_tools([]) is None
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "empty"),
+        (None, "string or a list of messages, not null"),
+        ({"role": "user"}, "not dict"),
+        (["hi"], "message 0: must be a dictionary"),
+        ([USER, {"role": "robot", "content": ""}], "message 1: unknown role 'robot'"),
+        ([{"content": "hi"}], "unknown role None"),
+        ([{"role": ["user"], "content": "hi"}], "unknown role"),
+        ([{"role": "user"}], "content is missing"),
+        ([{"role": "assistant", "content": None}], "content is missing"),
+        ([{"role": "user", "content": 3}], "not int"),
+        ([{"role": "user", "content": {"text": "hi"}}], "not dict"),
+        ([{"role": "user", "content": [3]}], "message 0, part 0: must be"),
+        ([{"role": "user", "content": [{"type": "smell"}]}], "unknown type 'smell'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "needs a string"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "with a url"),
+        ([{**USER, "tool_calls": [CALL]}], "only an assistant"),
+        ([{"role": "assistant", "tool_calls": "f()"}], "must be a list"),
+        ([{"role": "assistant", "tool_calls": [{"id": 1}]}], "tool call 0: must be"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], "not valid JSON"),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[]"}]}],
+            "must be a dictionary, not list",
+        ),
+        ([{"role": "tool", "content": "x", "tool_call_id": "9"}], "tool_call_id"),
+    ],
+)
+def test_what_is_wrong_is_said(messages, error):
+    with pytest.raises(DgemmaError, match=error):
+        normalise_messages(messages)
+
+
+@pytest.mark.parametrize(
+    ("tools", "error"),
+    [
+        ("f", "list"),
+        (["f"], "tool 0"),
+        ([{"type": "web"}], "'web' is not supported"),
+        ([{"type": "function"}], "must be"),
+    ],
+)
+def test_what_is_wrong_with_tools(tools, error):
+    with pytest.raises(DgemmaError, match=error):
+        normalise_tools(tools)
