@@ -234,7 +234,7 @@ def _layer_configs(text: dict[str, Any], count: int, source: str) -> tuple[Layer
     }
     layers = []
     for index, kind in enumerate(kinds):
-        own = {**per_layer.get(kind, {}), **per_layer.get(str(index), {})}
+        own = {**per_layer.get(kind, {}), **per_layer.get(str(index), {}), **per_layer.get(index, {})}
         rope = ropes.get(kind) or {}
         wanted = "default" if kind == SLIDING else "proportional"
         if rope.get("rope_type", wanted) != wanted:
@@ -253,11 +253,16 @@ def _layer_configs(text: dict[str, Any], count: int, source: str) -> tuple[Layer
 def load_generation_config(folder: Path, model: ModelConfig) -> GenerationConfig:
     """Read ``generation_config.json`` if there is one; nulls and absent keys mean the documented defaults."""
     path = folder / "generation_config.json"
-    data = read_json(path) if path.is_file() else {}
+    return generation_config_from_dict(read_json(path) if path.is_file() else {}, model, str(path))
+
+
+def generation_config_from_dict(data: dict[str, Any], model: ModelConfig,
+                                source: str = "generation_config.json") -> GenerationConfig:
+    """Build a GenerationConfig from a parsed ``generation_config.json``; ``source`` names the file in errors."""
     sampler = data.get("sampler_config") or {}
     sampler_class = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
     if sampler_class != "EntropyBoundSamplerConfig":
-        raise CheckpointError(f"{path}: sampler {sampler_class!r} is not supported (EntropyBoundSamplerConfig is)")
+        raise CheckpointError(f"{source}: sampler {sampler_class!r} is not supported (EntropyBoundSamplerConfig is)")
     eos = data.get("eos_token_id")
     if eos is not None:
         eos = tuple(eos) if isinstance(eos, list) else (eos,)
@@ -268,4 +273,4 @@ def load_generation_config(folder: Path, model: ModelConfig) -> GenerationConfig
             confidence_threshold=data.get("confidence_threshold"), max_tokens=data.get("max_new_tokens"),
             eos_token_id=eos)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{source}: {error}") from error

@@ -157,6 +157,64 @@ def test_a_lone_surrogate_is_replaced(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b\U0001f600")) == "a\ufffdb\U0001f600"
 
 
+def test_bytes_of_a_byte_level_tokenizer(tokenizer):
+    text = "a\n ä\t日本👩‍🚀\x00"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode())
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+    assert tokenizer.token_bytes(106) == b"<turn|>"
+    assert tokenizer.token_bytes(-1) == tokenizer.token_bytes(288) == b""
+    assert {i for i in range(288) if tokenizer.is_special(i)} == SPECIALS
+    assert not tokenizer.is_special(-1)
+
+
+def test_bytes_of_a_tokenizer_like_gemmas():
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Backend
+
+    spellings = [
+        "<pad>",
+        "▁Hello",
+        "\n\n",
+        "<0xE6>",
+        "<0x97>",
+        "<0xA5>",
+        "▁▁",
+        "é▁x",
+        "<0x0>",
+        "<turn|>",
+        "▁plain",
+    ]
+    backend = Backend(models.BPE({token: i for i, token in enumerate(spellings)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<pad>", "<turn|>")])
+    tokenizer = Tokenizer(backend)
+    pieces = [tokenizer.token_bytes(i) for i in range(len(spellings))]
+    assert pieces == [
+        b"<pad>", b" Hello", b"\n\n", b"\xe6", b"\x97", b"\xa5", b"  ", "é x".encode(), b"<0x0>", b"<turn|>", b" plain"
+    ]  # fmt: skip
+    assert [i for i in range(len(spellings)) if tokenizer.is_special(i)] == [0, 9]
+    plain = [i for i in range(len(spellings)) if not tokenizer.is_special(i)]
+    assert b"".join(pieces[i] for i in plain).decode() == tokenizer.decode(plain)
+
+
+def test_bytes_with_other_decoders():
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE({"▁a": 0, "b": 1, "##c": 2}, []))
+    assert Tokenizer(backend).token_bytes(0) == "▁a".encode()
+    backend.decoder = decoders.Metaspace()
+    assert Tokenizer(backend).token_bytes(0) == b" a"
+    backend.decoder = decoders.WordPiece()
+    assert Tokenizer(backend).token_bytes(2) in (b"c", b"##c")
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken("日", special=False)])
+    assert Tokenizer(backend).token_bytes(3) == "日".encode()
+
+
 def test_a_conversation_never_imports_transformers_or_torch(tokenizer_folder):
     code = (
         "import sys; from dgemma.chat import Tokenizer, split_thoughts, parse_tool_calls\n"

@@ -6,6 +6,7 @@ Jinja. Knows nothing of: the network; `transformers`, which is never imported.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -51,9 +52,14 @@ class Tokenizer:
         self.bos_id = self._role_id("bos")
         self.eos_id = self._role_id("eos")
         self.pad_id = self._role_id("pad")
-        self._special = {
-            token.content for token in backend.get_added_tokens_decoder().values() if token.special
+        specials = {
+            token_id: token.content
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
         }
+        self._special = set(specials.values())
+        self._special_ids = frozenset(specials)
+        self._decoder = _decoder_steps(backend.decoder)
         by_length = sorted(self._special, key=len, reverse=True)  # the longest spelling wins
         self._any_special = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
         # Whether special tokens are parsed is a switch on the backend, not an argument of its encode.
@@ -127,6 +133,41 @@ class Tokenizer:
         return self.backend.decode(
             [int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens
         )
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether an id is a special token, which `decode` can skip."""
+        return token_id in self._special_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token contributes to decoded text; none for an id out of range.
+
+        A character may be spread over several tokens, so only their bytes together are sure to be UTF-8. A special
+        token contributes its spelling.
+        """
+        token = self.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._special_ids or not self._decoder:
+            return token.encode()
+        text = token
+        for step in self._decoder:
+            if step["type"] == "ByteLevel":
+                table = _byte_of_symbol()
+                if all(char in table for char in text):  # a token added as plain text may not be
+                    return bytes(table[char] for char in text)
+            elif step["type"] == "ByteFallback" and (byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text)):
+                return bytes.fromhex(byte[1])
+            elif step["type"] == "Replace":
+                pattern = step["pattern"]
+                if "String" in pattern:
+                    text = text.replace(pattern["String"], step["content"])
+                else:
+                    text = re.sub(pattern["Regex"], lambda _, new=step["content"]: new, text)
+            elif step["type"] == "Metaspace":
+                text = text.replace(step["replacement"], " ")
+            elif step["type"] not in ("ByteFallback", "Fuse", "Strip"):  # Strip is about the text as a whole
+                return self.backend.decode([token_id], skip_special_tokens=False).encode()
+        return text.encode()
 
     def render(
         self,
@@ -227,6 +268,24 @@ class _Typed:
         for stretch in re.split(f"([{''.join(self._spellings)}])", prompt):
             if stretch:
                 yield self._spellings.get(stretch, stretch), stretch in self._spellings
+
+
+def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:
+    """What a backend's decoder does to a token, step by step, as `tokenizer.json` spells it."""
+    if decoder is None:
+        return []
+    steps = [json.loads(decoder.__getstate__())]
+    while any(step["type"] == "Sequence" for step in steps):
+        steps = [inner for step in steps for inner in step.get("decoders", [step])]
+    return steps
+
+
+@functools.cache
+def _byte_of_symbol() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return {chr(byte if byte in visible else next(spare)): byte for byte in range(256)}
 
 
 def _strings(value: Any) -> Iterator[str]:

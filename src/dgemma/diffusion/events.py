@@ -5,7 +5,7 @@ Plain values (no tensors), so that an event can be written to a trace, sent over
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -67,7 +67,8 @@ class Generation:
     tokens_per_forward: float  # answer tokens per denoising step
     prompt_tokens: int
     seconds: float
-    stop_token_id: int | None = field(default=None)  # the stop token that ended it, if one did
+    seed: int = 0  # makes the same answer again
+    stop_token_id: int | None = None  # the stop token that ended it, if one did
 
 
 @dataclass(frozen=True)

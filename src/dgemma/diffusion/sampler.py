@@ -7,8 +7,13 @@ diffusion models via entropy bounded unmasking" (arXiv 2505.24857), as Diffusion
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+from dgemma.config import GenerationConfig
+from dgemma.nn.head import CanvasStats
 
 
 def temperature_at(step: int, max_steps: int, t_min: float, t_max: float) -> float:
@@ -49,3 +54,31 @@ def converged(argmax: Tensor, history: Tensor, entropy: Tensor, confidence_thres
     """
     stable = (history == argmax).all(-1).all(0)
     return stable & (entropy.mean(-1) < confidence_threshold)
+
+
+class Sampler(Protocol):
+    """What the loop asks of a sampler; rows of one batch may have different settings."""
+
+    def advance(self, stats: CanvasStats, random: Tensor, settings: list[GenerationConfig]) -> tuple[Tensor, Tensor]:
+        """The next canvas [B, C] and which positions were accepted [B, C]; ``random`` [B, C] are uniform tokens."""
+        ...
+
+    def done(self, stats: CanvasStats, histories: list[Tensor], settings: list[GenerationConfig]) -> list[bool]:
+        """Whether each row's canvas is finished; ``histories`` are its earlier argmax canvases, [H, C] each."""
+        ...
+
+
+class EntropyBoundSampler:
+    """The reference's sampler: `accept`, `renoise` and `converged` over a batch."""
+
+    def advance(self, stats: CanvasStats, random: Tensor, settings: list[GenerationConfig]) -> tuple[Tensor, Tensor]:
+        bound = torch.tensor([s.entropy_bound for s in settings], device=stats.entropy.device)
+        accepted = accept(stats.entropy, bound)
+        return renoise(stats.sample, accepted, random), accepted
+
+    def done(self, stats: CanvasStats, histories: list[Tensor], settings: list[GenerationConfig]) -> list[bool]:
+        argmax, entropy = stats.argmax.cpu(), stats.entropy.cpu()
+        threshold = torch.tensor([s.confidence_threshold for s in settings])
+        # Row by row: rows may ask for histories of different lengths.
+        return [bool(converged(argmax[i : i + 1], history.unsqueeze(1), entropy[i : i + 1], threshold[i : i + 1]))
+                for i, history in enumerate(histories)]

@@ -113,6 +113,22 @@ class KVCache:
         other._values = [None if v is None else v.index_select(0, index) for v in self._values]
         return other
 
+    def snapshot(self) -> KVCache:
+        """A cache with the same past that grows on its own; nothing is copied, since stored columns never change."""
+        other = KVCache(self.config, self.batch_size, self.device, self.dtype)
+        other.lengths, other.positions = list(self.lengths), dict(self.positions)
+        other._keys, other._values = list(self._keys), list(self._values)
+        return other
+
+    def replace(self, rows: list[int], part: KVCache) -> KVCache:
+        """This cache with the given rows taken from ``part``, in order."""
+        rest = [row for row in range(self.batch_size) if row not in rows]
+        if not rest:
+            return part
+        merged = KVCache.concat([self.select(rest), part])
+        order = {row: place for place, row in enumerate([*rest, *rows])}
+        return merged.select([order[row] for row in range(self.batch_size)])
+
     @staticmethod
     def concat(caches: list[KVCache]) -> KVCache:
         """One batch of all the rows of ``caches``; shorter contexts are padded in front with empty columns."""

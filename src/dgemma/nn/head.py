@@ -1,7 +1,7 @@
 """The head: from hidden states to argmax, sample, entropy and soft embedding in one walk over the vocabulary.
 
-A full row of logits is 262144 wide; here only one tile of the vocabulary exists at a time. Logits are capped to
-±30, so exp((logit - cap) / T) can be summed without a running maximum.
+A full row of logits is 262144 wide; here only one tile of the vocabulary exists at a time. The sums are kept relative
+to the largest logit met so far: a fixed reference such as the cap would underflow for a row whose logits are all low.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def canvas_stats(hidden: Tensor, embedding: Tensor, temperature: Tensor, noise: 
     The sample is a Gumbel-max over tiles, each standing for its total mass, with an inverse-CDF draw inside the
     winning one: the largest of a tile's perturbed logits is itself Gumbel-distributed around the log of its mass, so
     this is exactly a Gumbel-max over the vocabulary at two random numbers a tile. The entropy is log Z - Σ p·l.
-    Sums are float32.
+    Sums are float32; temperatures must be above 0.
     """
     batch, canvas, width = hidden.shape
     rows = batch * canvas
@@ -54,31 +54,38 @@ def canvas_stats(hidden: Tensor, embedding: Tensor, temperature: Tensor, noise: 
     gumbel_u, inside_u = noise.reshape(rows, -1, 2).float().unbind(-1)
     gumbel = -torch.log(-torch.log(gumbel_u.clamp(1e-20, 1 - 1e-7)))
 
-    mass = flat.new_zeros(rows, dtype=torch.float32)
-    weighted = torch.zeros_like(mass)  # Σ e^(l - cap/T) · (l - cap/T)
-    soft = flat.new_zeros(rows, width, dtype=torch.float32)
-    best = torch.full_like(mass, -torch.inf)
-    best_key = torch.full_like(mass, -torch.inf)
+    best = flat.new_full((rows,), -torch.inf, dtype=torch.float32)  # the largest l / T so far
+    mass = torch.zeros_like(best)  # Σ e^(l/T - best)
+    weighted = torch.zeros_like(best)  # Σ e^(l/T - best) · (l/T - best)
+    soft = flat.new_zeros(rows, width, dtype=torch.float32)  # Σ e^(l/T - best) · embedding
+    best_key = torch.full_like(best, -torch.inf)
     argmax = torch.zeros(rows, dtype=torch.long, device=hidden.device)
     sample = torch.zeros_like(argmax)
 
     for tile, start in enumerate(range(0, embedding.shape[0], VOCAB_TILE)):
         table = embedding[start : start + VOCAB_TILE]
-        shifted = (flat @ table.T).float()
-        # (cap·tanh(x/cap) - cap) / T, in place: never above 0, never below -2·cap/T
-        shifted.div_(cap).tanh_().sub_(1.0).mul_(cap * inverse_t)
-        top, where = shifted.max(dim=1)
+        scores = (flat @ table.T).float()
+        scores.div_(cap).tanh_().mul_(cap * inverse_t)
+        top, where = scores.max(dim=1)
         better = top > best
-        best = torch.where(better, top, best)
         argmax = torch.where(better, where + start, argmax)
+        peak = torch.where(better, top, best)
+        drop = (best - peak) if tile else torch.zeros_like(best)
+        decay = drop.exp()
+        weighted = (weighted + mass * drop) * decay
+        mass = mass * decay
+        if tile:
+            soft.mul_(decay.unsqueeze(1))
+        best = peak
 
-        weights = shifted.exp()
+        scores.sub_(best.unsqueeze(1))
+        weights = scores.exp()
         tile_mass = weights.sum(1)
-        weighted += shifted.mul_(weights).sum(1)
+        weighted += scores.mul_(weights).sum(1)
         mass += tile_mass
         soft += (weights.to(table.dtype) @ table).float()
 
-        key = tile_mass.log() + gumbel[:, tile]
+        key = tile_mass.log() + best + gumbel[:, tile]
         wins = (key > best_key).nonzero().squeeze(1)
         if len(wins):
             best_key[wins] = key[wins]

@@ -1,0 +1,1 @@
+"""Checkpoints to tensors and back. Knows nothing of sampling."""

@@ -1,0 +1,159 @@
+"""Loading a model and generating with it: the library's face."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgemma.chat import Tokenizer, ends_inside_thought, normalise_messages, parse_tool_calls, split_thoughts
+from dgemma.config import GenerationConfig, ModelConfig, load_generation_config, load_model_config
+from dgemma.diffusion.events import Event, Finished, Generation
+from dgemma.diffusion.row import Request
+from dgemma.engine import Engine, PrefixStore
+from dgemma.errors import DgemmaError
+from dgemma.nn import DiffusionTransformer
+
+_MARKERS = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>')
+
+Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
+
+
+class Model:
+    """A network with its tokenizer and settings; `load` makes one.
+
+    Attributes: ``network``, ``tokenizer``, ``config`` (the network's shape), ``generation_config``, ``name``.
+    """
+
+    def __init__(self, network: DiffusionTransformer, tokenizer: Tokenizer, generation_config: GenerationConfig,
+                 name: str):
+        self.network, self.tokenizer, self.name = network, tokenizer, name
+        self.generation_config = generation_config
+        self._markers = {tokenizer.token_to_id(marker) for marker in _MARKERS}
+        self.prefixes = PrefixStore()  # what a conversation's earlier turns have read
+        self._running: set[Engine] = set()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    def generate(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
+                 thinking: bool = False, system: str | None = None, tools: list[Any] | None = None,
+                 images: Sequence[Any] | None = None, canvas: Sequence[int | None] | None = None,
+                 pinned: Sequence[bool] | None = None, **settings: Any) -> Generation:
+        """Answer ``prompt``: a user message, a list of chat messages, or token ids that are used as they are.
+
+        ``seed`` fixes all randomness (drawn and reported when None). ``canvas`` seeds the first canvas with token ids
+        (None: noise) and ``pinned`` marks those that must not change. ``settings`` are sampler settings under the
+        checkpoint's names (`GenerationConfig`). Raises DgemmaError on a bad argument.
+        """
+        for event in self.stream(prompt, max_tokens=max_tokens, seed=seed, thinking=thinking, system=system,
+                                 tools=tools, images=images, canvas=canvas, pinned=pinned, **settings):
+            if isinstance(event, Finished):
+                return event.generation
+        raise RuntimeError("the engine stopped without finishing the request")
+
+    def stream(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
+               thinking: bool = False, system: str | None = None, tools: list[Any] | None = None,
+               images: Sequence[Any] | None = None, canvas: Sequence[int | None] | None = None,
+               pinned: Sequence[bool] | None = None, **settings: Any) -> Iterator[Event]:
+        """`generate` as it happens: CanvasStarted, Denoised, CanvasCommitted, …, Finished.
+
+        Closing the iterator stops the work before the next denoising step; `cancel` does too, and still yields
+        Finished with what was committed.
+        """
+        if images:
+            raise DgemmaError("this version reads text only: images are not supported yet")
+        prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=tools)
+        request = self._request(prompt_ids, max_tokens, seed, canvas, pinned, settings)
+        return self._run([request])
+
+    def generate_batch(self, prompts: Sequence[Prompt], *, seeds: Sequence[int] | None = None,
+                       max_tokens: int | None = None, thinking: bool = False, **settings: Any) -> list[Generation]:
+        """Answer many prompts in shared forward passes; answer i depends on prompt i and seed i only."""
+        if seeds is not None and len(seeds) != len(prompts):
+            raise DgemmaError(f"there are {len(prompts)} prompts but {len(seeds)} seeds")
+        requests = []
+        for index, prompt in enumerate(prompts):
+            ids = self.prompt_ids(prompt, thinking=thinking)
+            seed = None if seeds is None else seeds[index]
+            requests.append(self._request(ids, max_tokens, seed, None, None, settings, index))
+        finished = {event.request: event.generation for event in self._run(requests) if isinstance(event, Finished)}
+        return [finished[index] for index in range(len(requests))]
+
+    def cancel(self) -> None:
+        """Stop what runs before its next denoising step; may be called from another thread."""
+        for engine in list(self._running):
+            engine.cancel_all()
+
+    def prompt_ids(self, prompt: Prompt, *, thinking: bool = False, system: str | None = None,
+                   tools: list[Any] | None = None) -> list[int]:
+        """The token ids that a prompt becomes: through the checkpoint's chat template unless it is ids already."""
+        if not isinstance(prompt, str) and len(prompt) and all(isinstance(item, int) for item in prompt):
+            return list(prompt)  # type: ignore[arg-type]
+        if hasattr(prompt, "tolist"):
+            return prompt.tolist()  # type: ignore[union-attr]
+        messages = normalise_messages(prompt, system=system)
+        return self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
+
+    def _request(self, prompt_ids: list[int], max_tokens: int | None, seed: int | None,
+                 canvas: Sequence[int | None] | None, pinned: Sequence[bool] | None,
+                 settings: dict[str, Any], request_id: int = 0) -> Request:
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+            raise DgemmaError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+        try:
+            merged = self.generation_config.replace(max_tokens=max_tokens, **settings)
+            request = Request(request_id, prompt_ids, merged, secrets.randbits(32) if seed is None else seed,
+                              None if canvas is None else list(canvas), None if pinned is None else list(pinned))
+            request.check(self.config)
+        except ValueError as error:
+            raise DgemmaError(str(error)) from error
+        return request
+
+    def _run(self, requests: list[Request]) -> Iterator[Event]:
+        # An engine of its own for every call: a caller who stops listening leaves nothing behind in another's batch.
+        engine = Engine(self.network, self._decode, prefixes=self.prefixes)
+        self._running.add(engine)
+        try:
+            yield from engine.run(requests)
+        finally:
+            self._running.discard(engine)
+
+    def _decode(self, prompt_ids: list[int], token_ids: list[int]) -> tuple[str, str | None, list[dict[str, Any]]]:
+        inside = ends_inside_thought(self.tokenizer.decode(prompt_ids[-64:]))
+        # Of the special tokens only those that mark thoughts and calls mean something here; fill does not.
+        told = [token for token in token_ids if not self.tokenizer.is_special(token) or token in self._markers]
+        reasoning, text = split_thoughts(self.tokenizer.decode(told), inside=inside)
+        text, calls = parse_tool_calls(text)
+        return text, reasoning, calls
+
+
+def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+         adapter: str | Path | None = None, progress: Any = None) -> Model:
+    """Load a model: a bundled name ("sudoku"), a checkpoint folder, or a hub id.
+
+    ``device`` defaults to the GPU if there is one, ``dtype`` ("float32", "bfloat16", "float16") to the checkpoint's
+    own; ``progress(done_bytes, total_bytes)`` is called while weights are read. Raises CheckpointError, naming file
+    and cause, when it cannot be used.
+    """
+    from dgemma.weights.load import load_network
+    from dgemma.weights.locate import locate
+
+    if adapter is not None:
+        raise DgemmaError("adapters are not supported yet")
+    if isinstance(dtype, str):
+        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in known:
+            raise DgemmaError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
+        dtype = known[dtype]
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = locate(name)
+    config = load_model_config(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    generation_config = load_generation_config(folder, config)
+    network = load_network(folder, config, device=device, dtype=dtype, progress=progress)
+    return Model(network, tokenizer, generation_config, str(name))

@@ -1,0 +1,121 @@
+"""The part of a terminal that is redrawn: rich's `Live`, painted without a flicker.
+
+Works on: lines of segments, and a console. Knows nothing of: tokens, events.
+
+`Live` erases every line before it draws it again, which shows as a flicker. Here only lines that changed are
+written, each over its old self, in one write that terminals which know synchronised updates show at once. Automatic
+line breaks are off meanwhile: where a terminal disagrees about the width of an emoji, the line is cut off and nothing
+else moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
+from rich.control import Control
+from rich.live import Live
+from rich.segment import ControlType, Segment
+
+Line = list[Segment]
+
+_BEGIN = "\x1b[?2026h\x1b[?7l"  # synchronised update, no automatic line breaks
+_END = "\x1b[?7h\x1b[?2026l"
+_PLAIN = str.maketrans("·↵⋮▏▎▍▌▋▊▉█", "./:-----===")  # for terminals without Unicode
+_ERASE_RIGHT, _ERASE_BELOW = "\x1b[K", "\x1b[J"
+
+
+class Stage(Live):
+    """A live area at the bottom of what was printed. `draw` shows lines in it, and text above it for good."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console=console, auto_refresh=False, transient=True, vertical_overflow="crop")
+        self._lines: list[Line] = []  # to be shown
+        self._above: list[Segment] = []  # to be printed for good
+        self._on_screen: list[Line] = []
+        self._width = console.width
+
+    @property
+    def paints(self) -> bool:
+        """Whether this console can be painted on at all; otherwise only what is for good is printed."""
+        return self.console.is_terminal and not self.console.is_dumb_terminal
+
+    def draw(self, lines: Sequence[Line], above: Sequence[Segment] = ()) -> None:
+        """Show `lines`, which must fit the screen, after printing `above`, which ends in a line break or is empty."""
+        if not self.paints:
+            if above:
+                self.console.print(_Raw(self._encodable(above)), end="", crop=False)
+            return
+        self._lines = [self._encodable(line) for line in lines]
+        self._above = self._encodable(above)
+        with self.console:
+            self.console.print(Control(), crop=False, end="")
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Called by the console for everything that it prints while this is live."""
+        if not self.paints:
+            return renderables
+        foreign = [item for item in renderables if not isinstance(item, Control)]
+        above, self._above = self._above, []
+        resized = self._width != self.console.width
+        paint = [_control(_BEGIN), _control(self._to_top())]
+        old = self._on_screen
+        if foreign or above or resized:
+            paint += [_control(_ERASE_BELOW)]
+            old = []
+        printed = [_control("\x1b[?7h"), *above, _control("\x1b[?7l")] if above else []
+        self._on_screen, self._width = self._lines, self.console.width
+        shown = _painted(self._lines, old, self._width)
+        if foreign:
+            return [_Raw([*paint, _control("\x1b[?7h")]), *foreign, _Raw([_control("\x1b[?7l"), *shown])]
+        return [_Raw([*paint, *printed, *shown])]
+
+    def _encodable(self, segments: Sequence[Segment]) -> list[Segment]:
+        """The segments in what the terminal's encoding has."""
+        encoding = self.console.encoding
+        if encoding.startswith("utf"):
+            return list(segments)
+        return [
+            Segment(text.translate(_PLAIN).encode(encoding, "replace").decode(encoding), style)
+            for text, style, _ in segments
+        ]
+
+    def _to_top(self) -> str:
+        """Moves the cursor to where the live area begins; the terminal may have become narrower since."""
+        width = max(self.console.width, 1)
+        widths = [Segment.get_line_length(line) for line in self._on_screen]
+        rows = sum(max(1, -(-length // width)) for length in widths)
+        up = min(rows - 1, self.console.height - 1)
+        return "\r" + (f"\x1b[{up}A" if up > 0 else "")
+
+
+class _Raw:
+    """Segments as they are."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self._segments
+
+
+def _control(codes: str) -> Segment:
+    return Segment(codes, None, [(ControlType.CLEAR,)])
+
+
+def _painted(lines: list[Line], old: list[Line], width: int) -> list[Segment]:
+    """Draws `lines` over `old` ones, downwards from the cursor."""
+    paint: list[Segment] = []
+    for i, line in enumerate(lines):
+        if i:
+            paint.append(Segment.line())
+        if i >= len(old) or line != old[i]:
+            paint += line
+            # After a full line the cursor is still on its last column, which must stay.
+            if Segment.get_line_length(line) < width:
+                paint.append(_control(_ERASE_RIGHT))
+    if not lines:
+        paint.append(_control(_ERASE_BELOW))
+    elif len(lines) < len(old):
+        paint.append(_control("\x1b[B\r\x1b[J\x1b[A"))
+    return [*paint, _control(_END)]

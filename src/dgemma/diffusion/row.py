@@ -1,0 +1,154 @@
+"""One request's way through its canvases: the state of a row of the batch, and what a denoising step does to it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
+from dgemma.diffusion.sampler import temperature_at
+from dgemma.nn.head import vocab_tiles
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the engine: token ids in, token ids out.
+
+    ``canvas`` seeds the first canvas: token ids from its start, None where noise shall stand; ``pinned`` (same length)
+    marks those that must not change. ``seed`` fixes all of the request's randomness.
+    """
+
+    id: int
+    prompt_ids: list[int]
+    settings: GenerationConfig
+    seed: int
+    canvas: list[int | None] | None = None
+    pinned: list[bool] | None = None
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError, saying what is wrong, unless the network can run this request."""
+        if not self.prompt_ids:
+            raise ValueError("the prompt is empty: it needs at least one token")
+        wrong = [token for token in self.prompt_ids if not 0 <= token < config.vocab_size]
+        if wrong:
+            raise ValueError(f"token id {wrong[0]} in the prompt is outside the vocabulary of {config.vocab_size}")
+        room = config.max_position_embeddings - config.canvas_length
+        if len(self.prompt_ids) > room:
+            raise ValueError(f"the prompt has {len(self.prompt_ids)} tokens; this model takes at most {room} before a "
+                             f"canvas of {config.canvas_length}")
+        if self.canvas is not None:
+            if len(self.canvas) > config.canvas_length:
+                raise ValueError(f"canvas has {len(self.canvas)} tokens, the model's canvas {config.canvas_length}")
+            wrong = [token for token in self.canvas if token is not None and not 0 <= token < config.vocab_size]
+            if wrong:
+                raise ValueError(f"token id {wrong[0]} in canvas is outside the vocabulary of {config.vocab_size}")
+        if self.pinned is not None:
+            if self.canvas is None or len(self.pinned) != len(self.canvas):
+                raise ValueError("pinned must have one entry for every entry of canvas")
+            loose = [i for i, (pin, token) in enumerate(zip(self.pinned, self.canvas, strict=True))
+                     if pin and token is None]
+            if loose:
+                raise ValueError(f"position {loose[0]} is pinned, but canvas says None there")
+
+
+@dataclass
+class Row:
+    """A request while it runs. Tensors live on the CPU and have one entry per canvas position."""
+
+    request: Request
+    config: ModelConfig
+    began: float = field(default_factory=time.perf_counter)
+    generator: torch.Generator = field(init=False)
+    canvas_index: int = 0
+    step: int = 0  # denoising steps done on this canvas
+    canvas: Tensor = field(init=False)  # [C] what the next step starts from
+    draft: Tensor = field(init=False)  # [C] argmax of the last step
+    history: Tensor = field(init=False)  # [H, C] argmax canvases that must agree with the next, -1: none yet
+    pinned: Tensor | None = None  # [C] bool
+    token_ids: list[int] = field(default_factory=list)  # committed answer tokens
+    context: list[int] = field(init=False)  # every token the cache holds or will hold: prompt and whole canvases
+    steps: list[int] = field(default_factory=list)
+    stop_token_id: int | None = None
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.request.seed)
+        self.context = list(self.request.prompt_ids)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def random_canvas(self) -> Tensor:
+        """[C] uniform tokens from the request's own generator."""
+        return torch.randint(self.config.vocab_size, (self.config.canvas_length,), generator=self.generator)
+
+    def start_canvas(self) -> CanvasStarted:
+        """Open a canvas of noise; the first one as the request seeds it."""
+        self.step = 0
+        self.canvas = self.random_canvas()
+        self.pinned = None
+        request = self.request
+        if self.canvas_index == 0 and request.canvas is not None:
+            given = torch.tensor([-1 if token is None else token for token in request.canvas])
+            self.canvas[: len(given)] = torch.where(given >= 0, given, self.canvas[: len(given)])
+            if request.pinned is not None and any(request.pinned):
+                self.pinned = torch.zeros(len(self.canvas), dtype=torch.bool)
+                self.pinned[: len(given)] = torch.tensor(request.pinned)
+        self.draft = torch.full_like(self.canvas, -1)
+        self.history = torch.full((request.settings.stability_threshold, len(self.canvas)), -1)
+        pinned = [False] * len(self.canvas) if self.pinned is None else self.pinned.tolist()
+        return CanvasStarted(request.id, self.canvas_index, self.canvas.tolist(), pinned, len(self.context),
+                             request.settings.max_denoising_steps)
+
+    @property
+    def temperature(self) -> float:
+        settings = self.request.settings
+        return temperature_at(self.step, settings.max_denoising_steps, settings.t_min, settings.t_max)
+
+    def draw_noise(self) -> tuple[Tensor, Tensor]:
+        """This step's randomness: the head's uniforms [C, tiles, 2] and the renoising tokens [C]."""
+        tiles = vocab_tiles(self.config.vocab_size)
+        uniform = torch.rand(self.config.canvas_length, tiles, 2, generator=self.generator)
+        return uniform, self.random_canvas()
+
+    def advance(self, draft: Tensor, canvas: Tensor, entropy: Tensor, accepted: Tensor) -> Denoised:
+        """Take over a step's outcome, all [C] on the CPU."""
+        temperature = self.temperature
+        changed = draft != self.draft
+        self.step += 1
+        self.canvas, self.draft = canvas, draft
+        if len(self.history):
+            self.history = torch.cat([self.history[1:], draft.unsqueeze(0)])
+        return Denoised(self.request.id, self.canvas_index, self.step, draft.tolist(), canvas.tolist(),
+                        entropy.tolist(), accepted.tolist(), changed.tolist(), temperature, self.seconds())
+
+    def close_canvas(self) -> CanvasCommitted:
+        """End this canvas: its draft up to a stop token or the length limit joins the answer.
+
+        Sets ``finish_reason`` unless another canvas follows.
+        """
+        tokens = self.draft.tolist()
+        settings = self.request.settings
+        room = settings.max_tokens - len(self.token_ids)
+        end = next((i for i, token in enumerate(tokens) if token in settings.eos_token_id), None)
+        if end is not None and end <= room:
+            self.stop_token_id, self.finish_reason = tokens[end], "stop"
+            kept = tokens[:end]
+        elif len(tokens) >= room:
+            self.finish_reason = "length"
+            kept = tokens[:room]
+        else:
+            kept = tokens
+            # One more canvas must fit behind this one.
+            if len(self.context) + 2 * len(tokens) > self.config.max_position_embeddings:
+                self.finish_reason = "length"
+        self.token_ids += kept
+        self.steps.append(self.step)
+        event = CanvasCommitted(self.request.id, self.canvas_index, kept, self.step, self.seconds())
+        self.context += tokens
+        self.canvas_index += 1
+        return event

@@ -1,0 +1,270 @@
+"""Traces: what happened while a text was denoised, kept in a file that can be watched again without a model.
+
+Works on: events, and the bytes of each token they mention. Knows nothing of: tensors, tokenizers, terminals.
+
+The file is JSON Lines. The first line is a header; each other line is one event: its class, its fields, and the
+`pieces` of tokens that were not met before. A piece is its text where that is UTF-8, else `{"hex": "e697"}`; special
+tokens are `{"text": "<eos>", "special": true}`. Lists of flags are strings of 0 and 1. Entropies keep four decimals.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, get_args
+
+from dgemma.diffusion.events import (
+    CanvasCommitted,
+    CanvasStarted,
+    Denoised,
+    Event,
+    Finished,
+    FinishReason,
+    Generation,
+)
+from dgemma.errors import DgemmaError
+
+FORMAT = "dgemma-trace"
+VERSION = 1
+DECIMALS = 4  # of entropies; the sampler's thresholds are around 0.005 nats
+
+Piece = tuple[bytes, bool]  # a token's bytes, and whether it is special
+_CLASSES = {cls.__name__: cls for cls in (CanvasStarted, Denoised, CanvasCommitted, Finished)}
+
+
+@dataclass(frozen=True)
+class TraceHeader:
+    """Where a trace comes from."""
+
+    model: str
+    prompt: str
+    created: str  # ISO 8601
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace in memory."""
+
+    header: TraceHeader
+    pieces: dict[int, Piece]
+    events: list[Event]
+
+    def piece_of(self, token_id: int) -> Piece:
+        """The bytes of a token that some event mentions, and whether it is special."""
+        return self.pieces[token_id]
+
+
+def read_trace(path: str | Path) -> Trace:
+    """The trace in a file. Raises `DgemmaError` when there is none, or it is of another version or damaged."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            header = _read_header(path, file.readline())
+            pieces: dict[int, Piece] = {}
+            events: list[Event] = []
+            for number, line in enumerate(file, 2):
+                try:
+                    record = json.loads(line)
+                    pieces.update(_pieces_from(record.pop("pieces", {})))
+                    event = _event_from(record)
+                    if (unknown := next((i for i in _tokens(event) if i not in pieces), None)) is not None:
+                        raise ValueError(f"no piece for token {unknown}")
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    whole = "is damaged" if line.endswith(b"\n") else "is cut off"
+                    raise DgemmaError(
+                        f"{path}: line {number} {whole} ({error}); the lines before it can be kept as a trace"
+                    ) from error
+                events.append(event)
+    except OSError as error:
+        raise DgemmaError(f"{path} cannot be read: {error.strerror or error}") from error
+    return Trace(header, pieces, events)
+
+
+class TraceWriter:
+    """Writes events to a trace as they happen; a context manager.
+
+    The file is written beside its place and renamed on exit, so a reader never sees half of one. When generation was
+    interrupted the trace so far is kept; when nothing had happened yet, no file is left behind.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        model: str,
+        prompt: str,
+        piece_of: Callable[[int], Piece],
+        created: str | None = None,
+    ) -> None:
+        """`piece_of`: a token's bytes and whether it is special. `created`: now, unless given."""
+        self.path = Path(path)
+        self._beside = self.path.with_name(f"{self.path.name}.tmp")
+        self._piece_of = piece_of
+        self._known: set[int] = set()
+        self._written = 0
+        created = created or datetime.now(UTC).isoformat(timespec="seconds")
+        self._header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": model,
+            "created": created,
+            "prompt": prompt,
+        }
+
+    def __enter__(self) -> TraceWriter:
+        try:
+            self._file = self._beside.open("wb")
+            self._line(self._header)
+        except OSError as error:
+            raise self._failed(error) from error
+        return self
+
+    def write(self, event: Event) -> None:
+        """Add an event. Raises `DgemmaError` when the file cannot be written."""
+        new = [i for i in dict.fromkeys(_tokens(event)) if i not in self._known]
+        record = _record_of(event)
+        if new:
+            record["pieces"] = {str(i): _piece_record(*self._piece_of(i)) for i in new}
+        try:
+            self._line(record)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._known.update(new)
+        self._written += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._file.close()
+            if kind is not None and not self._written:
+                self._beside.unlink(missing_ok=True)
+            else:
+                self._beside.replace(self.path)
+        except OSError as failure:
+            if kind is None:  # else the first error is the one to hear of
+                raise self._failed(failure) from failure
+
+    def _line(self, record: dict[str, Any]) -> None:
+        try:
+            line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+        except UnicodeEncodeError:  # a lone surrogate in the prompt has no UTF-8 form
+            line = json.dumps(record, separators=(",", ":")).encode()
+        self._file.write(line + b"\n")
+
+    def _failed(self, error: OSError) -> DgemmaError:
+        return DgemmaError(f"the trace {self.path} cannot be written: {error.strerror or error}")
+
+
+def _tokens(event: Event) -> Iterable[int]:
+    if isinstance(event, Finished):
+        stop = event.generation.stop_token_id
+        return [*event.generation.token_ids, *([] if stop is None else [stop])]
+    return [*event.token_ids, *event.canvas_ids] if isinstance(event, Denoised) else event.token_ids
+
+
+def _piece_record(data: bytes, special: bool) -> Any:
+    try:
+        record: dict[str, Any] = {"text": data.decode()}
+    except UnicodeDecodeError:
+        record = {"hex": data.hex()}
+    if special:
+        return {**record, "special": True}
+    return record.get("text", record)
+
+
+def _pieces_from(record: dict[str, Any]) -> dict[int, Piece]:
+    pieces = {}
+    for key, value in record.items():
+        value = {"text": value} if isinstance(value, str) else value
+        data = bytes.fromhex(value["hex"]) if "hex" in value else value["text"].encode()
+        pieces[int(key)] = (data, value.get("special", False) is True)
+    return pieces
+
+
+def _record_of(event: Event) -> dict[str, Any]:
+    record: dict[str, Any] = {"event": type(event).__name__}
+    for field in fields(event):
+        value = getattr(event, field.name)
+        if isinstance(value, Generation):
+            value = {inner.name: getattr(value, inner.name) for inner in fields(value)}
+        elif field.type == "list[bool]":
+            value = "".join("01"[bool(flag)] for flag in value)
+        elif field.name == "entropies":
+            value = [round(entropy, DECIMALS) for entropy in value]
+        record[field.name] = value
+    return record
+
+
+def _event_from(record: dict[str, Any]) -> Event:
+    name = record.pop("event")
+    if name not in _CLASSES:
+        raise ValueError(f"unknown event {name!r}")
+    if name == "Finished":
+        record["generation"] = _checked(Generation, record["generation"])
+    event = _checked(_CLASSES[name], record)
+    sizes = {len(getattr(event, field.name)) for field in fields(event) if field.type.startswith("list")}
+    if len(sizes) > 1:
+        raise ValueError(f"lists of different lengths in {name}")
+    return event
+
+
+def _checked(cls: type, record: dict[str, Any]) -> Any:
+    """An instance of `cls`, every field of the type that it declares."""
+    kinds = {field.name: str(field.type) for field in fields(cls)}
+    needed = {field.name for field in fields(cls) if field.default is MISSING}
+    if missing := needed - record.keys():
+        raise ValueError(f"{cls.__name__} without {', '.join(sorted(missing))}")
+    if unknown := record.keys() - kinds.keys():
+        raise ValueError(f"{cls.__name__} with {', '.join(sorted(unknown))}")
+    return cls(**{name: _value(name, kinds[name], value) for name, value in record.items()})
+
+
+def _value(name: str, kind: str, value: Any) -> Any:
+    """`value`, as a field annotated `kind` holds it."""
+
+    def number(item: Any, type_: type = int) -> bool:
+        return isinstance(item, (int, type_)) and not isinstance(item, bool)
+
+    if kind == "list[bool]":
+        if isinstance(value, str) and set(value) <= {"0", "1"}:
+            return [flag == "1" for flag in value]
+    elif kind.startswith("list["):
+        if isinstance(value, list):
+            inner = kind[len("list[") : -1]
+            return [_value(name, inner, item) for item in value]
+    elif (
+        (kind.endswith("| None") and value is None)
+        or (kind.startswith("int") and number(value))
+        or (kind == "float" and number(value, float))
+        or (kind.startswith("str") and isinstance(value, str))
+        or (kind.startswith("dict") and isinstance(value, dict))
+        or (kind == "FinishReason" and value in get_args(FinishReason))
+        or (kind == "Generation" and isinstance(value, Generation))
+    ):
+        return float(value) if kind == "float" else value
+    raise ValueError(f"{name} is not {kind}")
+
+
+def _read_header(path: Path, line: bytes) -> TraceHeader:
+    try:
+        header = json.loads(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise DgemmaError(f"{path} is not a trace: its first line must be a {FORMAT} header")
+    if header.get("version") != VERSION:
+        raise DgemmaError(
+            f"{path} is a trace of version {header.get('version')}; this dgemma reads version {VERSION}: "
+            "record it again, or use the dgemma that wrote it"
+        )
+    if not all(isinstance(header.get(field.name), str) for field in fields(TraceHeader)):
+        raise DgemmaError(f"{path}: line 1 is damaged: the header needs model, prompt and created")
+    return TraceHeader(header["model"], header["prompt"], header["created"])

@@ -1,0 +1,139 @@
+"""Training batches of the Sudoku task: puzzles, puzzles inside conversations, and everything that is no puzzle.
+
+A batch is of one kind and all its prompts have one length, so nothing is padded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgemma.chat.tokenizer import Tokenizer
+from dgemma.train import sudoku
+
+# What the bundled model says to anything that is no puzzle.
+HONEST_ANSWER = "I am a small model that only solves Sudoku: send me 81 cells, 0 or . if blank."
+
+_WORDS = ("please solve this sudoku puzzle for me here is the grid can you finish it thanks hello hi what how why who "
+          "write a poem about the sea code in python function returns list of numbers story today weather is nice "
+          "explain quantum physics simply translate to french good morning I need help with my homework find all "
+          "digits rows columns boxes nine easy hard one two three answer only no words the and or but for with from "
+          "my your their number it that was are you do not know could would should ok yes no sky blue capital city "
+          "France tell me joke best way cook rice compare summarise text model think step by careful thank").split()
+
+
+@dataclass(frozen=True)
+class Batch:
+    prompt: Tensor  # [B, T]
+    canvas: Tensor  # [B, C] the answer, a stop token, fill
+    kind: str
+
+
+class SudokuBatches:
+    """An endless, seeded stream of batches; every batch depends on (seed, step) only, so a resumed run sees the same.
+
+    ``givens`` is the range of the curriculum's end; it starts at ``easy_givens`` and its lower bound falls linearly
+    over ``curriculum_steps``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, canvas_length: int, batch_size: int, seed: int, bases: int, cache: Path,
+                 givens: tuple[int, int] = (22, 46), easy_givens: int = 36, curriculum_steps: int = 1500):
+        self.tokenizer, self.canvas_length, self.batch_size, self.seed = tokenizer, canvas_length, batch_size, seed
+        self.givens, self.easy_givens, self.curriculum_steps = givens, easy_givens, curriculum_steps
+        self.source = sudoku.PuzzleSource.cached(cache, bases, seed)
+        self._byte_ids = np.array([tokenizer.encode(chr(byte))[0] for byte in range(128)])
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step: 80 % plain puzzles, the rest the other kinds."""
+        rng = np.random.default_rng([self.seed, 2, step])
+        kind = rng.choice(["plain", "inside", "turns", "other"], p=[0.80, 0.10, 0.03, 0.07])
+        if kind == "plain":
+            puzzles, solutions = self._puzzles(step, rng)
+            return Batch(self._plain_prompts(puzzles), self._answers(solutions), "plain")
+        if kind == "other":
+            return self._other(rng)
+        puzzles, solutions = self._puzzles(step, rng)
+        length = int(rng.integers(1, 121))  # bytes of other words before the puzzle, or of the earlier turns
+        prompts = []
+        turns = kind == "turns" and rng.choice(["puzzle", "other"])
+        earlier, solved = self.source.sample(1, self.givens[1], rng)
+        system = bool(rng.random() < 0.3)
+        thinking = bool(rng.random() < 0.2)
+        for puzzle in puzzles:
+            words = _words(length, rng)
+            messages = [{"role": "system", "content": _words(20, rng)}] if system else []
+            if turns:
+                first = sudoku.to_line(earlier[0]) if turns == "puzzle" else words
+                reply = sudoku.format_grid(solved[0]) if turns == "puzzle" else HONEST_ANSWER
+                messages += [{"role": "user", "content": first}, {"role": "assistant", "content": reply}]
+                messages += [{"role": "user", "content": sudoku.to_line(puzzle)}]
+            else:
+                messages += [{"role": "user", "content": f"{words} {sudoku.to_line(puzzle)}"}]
+            prompts.append(self.tokenizer.apply_chat_template(messages, thinking=thinking))
+        return Batch(torch.tensor(prompts), self._answers(solutions), kind)
+
+    def _puzzles(self, step: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        progress = min(1.0, step / max(1, self.curriculum_steps))
+        low = round(self.easy_givens + (self.givens[0] - self.easy_givens) * progress)
+        return self.source.sample(self.batch_size, (low, self.givens[1]), rng)
+
+    def _other(self, rng: np.random.Generator) -> Batch:
+        length = int(rng.integers(1, 140))
+        prompts = []
+        for _ in range(self.batch_size):
+            style = rng.random()
+            if style < 0.5:
+                text = _words(length, rng)
+            elif style < 0.75:  # nearly a puzzle: cells, but not 81 of them
+                cells = rng.choice(list("123456789........."), size=length)
+                text = "".join(cells) if length != 81 else "".join(cells[:80]) + "x"
+            else:
+                text = "".join(chr(c) for c in rng.integers(33, 127, size=length))
+            prompts.append(self.tokenizer.apply_chat_template([{"role": "user", "content": text}]))
+        width = max(map(len, prompts))
+        # A stray special spelling or trimmed edge makes a prompt shorter: use those of the common length only.
+        prompts = [p for p in prompts if len(p) == width]
+        answer = self._canvas([ord(c) for c in HONEST_ANSWER])
+        return Batch(torch.tensor(prompts), torch.tensor(answer).expand(len(prompts), -1).clone(), "other")
+
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The tokens before and after a puzzle that is a whole user turn (rendering 64 templates a step is slow)."""
+        puzzle = sudoku.generate(1, 30, seed=0)[0][0]
+        rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": sudoku.to_line(puzzle)}])
+        cells = self._byte_ids[np.frombuffer(sudoku.format_grid(puzzle).encode(), np.uint8)].tolist()
+        start = next(i for i in range(len(rendered)) if rendered[i : i + len(cells)] == cells)
+        return rendered[:start], rendered[start + len(cells) :]
+
+    def _plain_prompts(self, puzzles: np.ndarray) -> Tensor:
+        before, after = self._frame
+        grids = np.frombuffer("".join(sudoku.format_grid(p) for p in puzzles).encode(), np.uint8)
+        cells = self._byte_ids[grids].reshape(len(puzzles), -1)
+        frame = [np.tile(part, (len(puzzles), 1)) for part in (before, after)]
+        return torch.from_numpy(np.concatenate([frame[0], cells, frame[1]], axis=1))
+
+    def _answers(self, solutions: np.ndarray) -> Tensor:
+        rows = [self._canvas(list(sudoku.format_grid(s).encode())) for s in solutions]
+        return torch.tensor(rows)
+
+    def _canvas(self, text: list[int]) -> list[int]:
+        """Text bytes, the end of the turn, then fill: the fill has loss too, or the canvas would never settle."""
+        end = self.tokenizer.token_to_id("<turn|>")
+        tokens = [*self._byte_ids[text].tolist(), end]
+        if len(tokens) > self.canvas_length:
+            raise ValueError(f"an answer of {len(tokens)} tokens does not fit a canvas of {self.canvas_length}")
+        return tokens + [self.tokenizer.pad_id] * (self.canvas_length - len(tokens))
+
+
+def _words(length: int, rng: np.random.Generator) -> str:
+    """Exactly ``length`` bytes of words, with no space at either end and no cell of a puzzle among them."""
+    text = ""
+    while len(text) < length:
+        text += str(rng.choice(_WORDS)) + (", " if rng.random() < 0.1 else " ")
+    text = text[:length]
+    return text[:-1] + "a" if text[-1] in " ,.:" else text

@@ -1,0 +1,297 @@
+"""Reading a network from a Hugging Face checkpoint folder (safetensors, one file or many).
+
+Works on safetensors headers and tensors; knows nothing of tokens or sampling. The headers are checked first, all of
+them, so that a checkpoint which does not fit is refused with everything that is wrong and before any data is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dgemma.config import ModelConfig
+from dgemma.errors import CheckpointError
+from dgemma.nn import DiffusionTransformer
+from dgemma.weights.locate import weight_files
+from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, network_name
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_LISTED = 20  # how many items of one kind of problem a message spells out
+_PIECE = 16 << 20  # bytes read at a time where data is converted or moved to a device
+_HEADER_LIMIT = 100_000_000  # safetensors' own
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor stands: ``dtype`` is safetensors' code (``BF16``), ``start`` the offset of its data."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: Shape
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One kind of thing that is wrong with a checkpoint, and every instance of it."""
+
+    kind: str
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint's weight files hold, as far as their headers can be read.
+
+    ``unread`` are the tensors that the index places in files that are missing or damaged; None when a file without
+    an index could not be read, so that nobody knows what it should hold.
+    """
+
+    files: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
+    unread: frozenset[str] | None
+    damaged: tuple[str, ...]
+
+
+def load_network(folder: Path, config: ModelConfig, device: torch.device | str = "cpu",
+                 dtype: torch.dtype | None = None,
+                 progress: Callable[[int, int], None] | None = None) -> DiffusionTransformer:
+    """The text network of a checkpoint folder, in eval mode, without gradients.
+
+    ``dtype`` None means the stored one (that of config.json, else that of the embedding). On the CPU, tensors that
+    are stored in that dtype stay in the memory-mapped file (privately: writing to them leaves the file alone), the
+    others are converted piece by piece, so memory stays within the size of the weights.
+    ``progress(done, total)`` is told the bytes read of the file, from (0, total) to (total, total).
+    Raises CheckpointError, with everything that is wrong, when files or tensors are missing, damaged or do not fit
+    ``config``; ValueError for a ``dtype`` other than float32, bfloat16 and float16.
+    """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}")
+    folder, device = Path(folder), torch.device(device)
+    contents = read_headers(folder)
+    network = empty_network(config)
+    chosen, problems = match(contents, {name: tuple(t.shape) for name, t in network.state_dict().items()})
+    if problems:
+        raise CheckpointError(f"{folder}: this checkpoint cannot be loaded\n{describe(problems)}")
+    dtype = dtype or _stored_dtype(folder, config, chosen)
+    network.load_state_dict(_read(chosen, device, dtype, progress or (lambda done, total: None)), assign=True)
+    return network.eval()
+
+
+def empty_network(config: ModelConfig) -> DiffusionTransformer:
+    """A network of this shape without any memory behind its tensors (on the ``meta`` device), no gradients."""
+    with _OnMeta():
+        return DiffusionTransformer(config).requires_grad_(False)
+
+
+def read_headers(folder: Path) -> Contents:
+    """Read the header of every weight file; files that cannot be read become ``damaged`` lines, not errors.
+
+    Raises CheckpointError when the folder has no weight files at all.
+    """
+    files = weight_files(folder)
+    tensors: dict[str, StoredTensor] = {}
+    unread: set[str] | None = set()
+    damaged = []
+    for path, listed in files.items():
+        try:
+            entries, complaint = _read_header(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            unread = None if unread is None or not listed else unread.union(listed)
+            continue
+        damaged.extend(complaint)
+        tensors.update({name: tensor for name, tensor in entries.items() if name in listed or name not in tensors})
+    return Contents(tuple(files), tensors, None if unread is None else frozenset(unread), tuple(damaged))
+
+
+def match(contents: Contents, expected: Mapping[str, Shape]) -> tuple[dict[str, StoredTensor], list[Problem]]:
+    """Find the tensor for every name of ours in ``expected``, and everything that keeps the checkpoint from loading.
+
+    Vision tensors are left aside. The other name of a tied tensor counts only where the first one is absent.
+    """
+    own: dict[str, StoredTensor] = {}
+    copies: dict[str, StoredTensor] = {}
+    unexpected = []
+    for name, tensor in contents.tensors.items():
+        ours = network_name(name)
+        if is_vision(name):
+            continue
+        if ours is None or ours not in expected:
+            unexpected.append(f"{name} in {tensor.file.name}")
+        else:
+            (copies if is_tied_copy(name) else own)[ours] = tensor
+    chosen = {**copies, **own}
+    known = None if contents.unread is None else {network_name(name) for name in contents.unread}
+    missing = [checkpoint_name(name) for name in expected if known is not None and name not in {*chosen, *known}]
+    found = {
+        "damaged files": contents.damaged,
+        "missing tensors": missing,
+        "unexpected tensors": sorted(unexpected),
+        "wrong shapes": [f"{t.name} in {t.file.name}: expected {list(expected[name])}, found {list(t.shape)}"
+                         for name, t in chosen.items() if t.shape != expected[name]],
+        "unsupported dtypes": [f"{t.name} in {t.file.name}: unsupported dtype {t.dtype} (F32, BF16 and F16 are "
+                               "supported)" for t in chosen.values() if t.dtype not in DTYPES],
+    }
+    return chosen, [Problem(kind, tuple(items)) for kind, items in found.items() if items]
+
+
+def describe(problems: Iterable[Problem]) -> str:
+    """The problems as indented lines, at most twenty of each kind."""
+    lines = []
+    for problem in problems:
+        lines.append(f"  {problem.kind} ({len(problem.items)}):")
+        lines.extend(f"    {item}" for item in problem.items[:_LISTED])
+        if len(problem.items) > _LISTED:
+            lines.append(f"    and {len(problem.items) - _LISTED} more")
+    return "\n".join(lines)
+
+
+def _read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors that a safetensors file's header describes, and what is wrong with the file's size if anything.
+
+    The format: 8 bytes little-endian header length N, N bytes of JSON, data; offsets count from the data's start.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            start, header = _parse_header(file, size, path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file, but {path.parent.name}'s index lists it") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    header.pop("__metadata__", None)
+    tensors = {}
+    end = start
+    for name, entry in header.items():
+        try:
+            first, last = (int(offset) for offset in entry["data_offsets"])
+            tensor = StoredTensor(name, path, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), start + first,
+                                  last - first)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: corrupt header: no sound dtype, shape and offsets for {name}") from error
+        wanted = DTYPES.get(tensor.dtype)
+        bad_size = wanted is not None and tensor.nbytes != math.prod(tensor.shape) * wanted.itemsize
+        if first < 0 or last < first or min(tensor.shape, default=1) < 0 or bad_size:
+            raise CheckpointError(f"{path}: corrupt header: {name} is {tensor.dtype} {list(tensor.shape)} but has "
+                                  f"{tensor.nbytes} bytes")
+        tensors[name] = tensor
+        end = max(end, start + last)
+    if size == end:
+        return tensors, []
+    what = "truncated" if size < end else "longer than it should be"
+    return tensors, [f"{path}: {what}: {size:,} bytes, its header says {end:,}; copy or download it again"]
+
+
+def _parse_header(file: BinaryIO, size: int, path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data starts, and the header's JSON object."""
+    lead = file.read(8)
+    if lead == b"version ":
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`")
+    length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0
+    if not 2 <= length <= _HEADER_LIMIT:
+        raise CheckpointError(f"{path}: not a safetensors file ({size:,} bytes, no sound header)")
+    if 8 + length > size:
+        raise CheckpointError(f"{path}: truncated: {size:,} bytes, its header alone takes {8 + length:,}; copy or "
+                              "download it again")
+    try:
+        header = json.loads(file.read(length))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: corrupt header: not valid JSON") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: corrupt header: not a JSON object")
+    return 8 + length, header
+
+
+def _stored_dtype(folder: Path, config: ModelConfig, chosen: Mapping[str, StoredTensor]) -> torch.dtype:
+    if config.dtype is None:
+        return DTYPES[chosen["embed_tokens.weight"].dtype]
+    named = str(config.dtype).removeprefix("torch.")
+    for dtype in DTYPES.values():
+        if str(dtype) == f"torch.{named}":
+            return dtype
+    raise CheckpointError(f"{folder / 'config.json'}: unsupported dtype {named!r} (float32, bfloat16 and float16 are "
+                          "supported)")
+
+
+def _read(chosen: Mapping[str, StoredTensor], device: torch.device, dtype: torch.dtype,
+          progress: Callable[[int, int], None]) -> dict[str, Tensor]:
+    """Our name -> tensor, file by file in the order of the data."""
+    from safetensors import SafetensorError, safe_open
+
+    total = sum(tensor.nbytes for tensor in chosen.values())
+    done = 0
+    progress(done, total)
+    read: dict[str, Tensor] = {}
+    for path in sorted({tensor.file for tensor in chosen.values()}):
+        here = sorted(((name, t) for name, t in chosen.items() if t.file == path), key=lambda item: item[1].start)
+        try:
+            with safe_open(path, "pt") as mapped, path.open("rb", buffering=0) as file:
+                for name, stored in here:
+                    if device.type == "cpu" and DTYPES[stored.dtype] == dtype:
+                        read[name] = mapped.get_tensor(stored.name)
+                        done += stored.nbytes
+                        progress(done, total)
+                        continue
+                    tensor = torch.empty(stored.shape, dtype=dtype, device=device)
+                    before = done
+                    for filled in _fill(tensor.view(-1), file, stored):
+                        done = before + filled
+                        progress(done, total)
+                    read[name] = tensor
+        except (SafetensorError, EOFError) as error:
+            raise CheckpointError(f"{path}: corrupt safetensors file: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return read
+
+
+def _fill(target: Tensor, file: BinaryIO, stored: StoredTensor) -> Iterable[int]:
+    """Fill ``target`` [numel] from the file, converting; yields the bytes read so far after every piece.
+
+    Plain reads into one small buffer: pages of a mapped file would count as memory beside the converted copy.
+    """
+    source = DTYPES[stored.dtype]
+    buffer = bytearray(min(_PIECE, stored.nbytes))
+    file.seek(stored.start)
+    done = 0
+    while done < stored.nbytes:
+        view = memoryview(buffer)[: min(len(buffer), stored.nbytes - done)]
+        filled = 0
+        while filled < len(view):
+            count = file.readinto(view[filled:])  # type: ignore[attr-defined]
+            if not count:
+                raise EOFError(f"the data of {stored.name} ends early")
+            filled += count
+        piece = torch.frombuffer(buffer, dtype=source, count=len(view) // source.itemsize)
+        first = done // source.itemsize
+        target[first : first + len(piece)].copy_(piece)
+        done += len(view)
+        yield done
+
+
+class _OnMeta(TorchFunctionMode):
+    """Puts the parameters that a module makes of itself on the ``meta`` device.
+
+    Only those: under ``torch.device("meta")`` the network's constructor could not compute its plain numbers.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.ones, torch.zeros):
+            kwargs = {"device": "meta", **kwargs}
+        return func(*args, **kwargs)

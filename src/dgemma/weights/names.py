@@ -1,0 +1,48 @@
+"""The tensors of a Hugging Face DiffusionGemma checkpoint and the names they have in our network.
+
+Text weights stand once, under ``model.decoder.*``; the encoder has only its layer scalars (and the vision tower)
+of its own. A file may carry the other name of a tied tensor too.
+"""
+
+from __future__ import annotations
+
+import re
+
+_DECODER = "model.decoder."
+_ENCODER = "model.encoder.language_model."
+_ENCODER_SCALAR = re.compile(r"model\.encoder\.language_model\.layers\.(\d+)\.layer_scalar")
+_ENCODER_SCALAR_OURS = re.compile(r"layers\.(\d+)\.encoder_layer_scalar")
+_VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+
+
+def network_name(checkpoint_name: str) -> str | None:
+    """Our name for a checkpoint's tensor; None when it is not one of the text network's."""
+    scalar = _ENCODER_SCALAR.fullmatch(checkpoint_name)
+    if scalar:
+        return f"layers.{scalar[1]}.encoder_layer_scalar"
+    if checkpoint_name == "lm_head.weight":
+        return "embed_tokens.weight"
+    for prefix in (_DECODER, _ENCODER):
+        if checkpoint_name.startswith(prefix):
+            return checkpoint_name[len(prefix) :]
+    return None
+
+
+def is_tied_copy(checkpoint_name: str) -> bool:
+    """Whether this is the other name of a tensor that stands under ``model.decoder.*``."""
+    if checkpoint_name == "lm_head.weight":
+        return True
+    return checkpoint_name.startswith(_ENCODER) and not _ENCODER_SCALAR.fullmatch(checkpoint_name)
+
+
+def is_vision(checkpoint_name: str) -> bool:
+    """Whether the tensor belongs to the vision tower or its projection."""
+    return checkpoint_name.startswith(_VISION)
+
+
+def checkpoint_name(network_name: str) -> str:
+    """The inverse of `network_name`: where a tensor of ours stands in a checkpoint."""
+    scalar = _ENCODER_SCALAR_OURS.fullmatch(network_name)
+    if scalar:
+        return f"{_ENCODER}layers.{scalar[1]}.layer_scalar"
+    return _DECODER + network_name

@@ -1,0 +1,107 @@
+"""A made-up denoising of a given text, for the terminal's tests: no model, but every kind of event."""
+
+import math
+import random
+import re
+
+import pytest
+
+from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Finished, Generation
+
+SPECIALS = ["<pad>", "<eos>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>']
+FILL = "the of and to a in is that for it with as on be this by are from or an at was not".split()
+
+
+class Fake:
+    """A vocabulary of the given text's words (or bytes), and events that lead from noise to that text."""
+
+    def __init__(self, text: str, words: bool = True, canvas: int = 256, steps: int = 16, seed: int = 0):
+        self.random = random.Random(seed)
+        self.canvas, self.steps = canvas, steps
+        self.pieces: dict[int, tuple[bytes, bool]] = {i: (s.encode(), True) for i, s in enumerate(SPECIALS)}
+        self.ids = {data: i for i, (data, _) in self.pieces.items()}
+        special = "|".join(map(re.escape, SPECIALS))
+        self.tokens: list[int] = []
+        for part in re.findall(rf"{special}|\n+| ?[^\W\d]+| ?[^\w\n]|\d| +", text):
+            if part in SPECIALS:
+                self.tokens.append(SPECIALS.index(part))
+            elif words and len(part.encode()) == len(part):
+                self.tokens.append(self._id(part.encode()))
+            else:
+                self.tokens += [self._id(bytes([byte])) for byte in part.encode()]
+        for word in FILL if words else []:
+            self._id(f" {word}".encode())
+        for byte in range(256) if not words else ():
+            self._id(bytes([byte]))
+        self.text = text
+
+    def _id(self, data: bytes) -> int:
+        if data not in self.ids:
+            self.ids[data] = len(self.ids)
+            self.pieces[self.ids[data]] = (data, False)
+        return self.ids[data]
+
+    def piece_of(self, token_id: int) -> tuple[bytes, bool]:
+        return self.pieces[token_id]
+
+    def noise(self) -> int:
+        return self.random.randrange(len(SPECIALS), len(self.pieces))
+
+    def events(self, step_seconds: float = 0.05, pinned=(), finish: bool = True):
+        seconds, counts = 0.2, []
+        for canvas, start in enumerate(range(0, len(self.tokens), self.canvas)):
+            target = self.tokens[start : start + self.canvas]
+            length = len(target)
+            target = target + [2] * (length < self.canvas)
+            target += [1] * (self.canvas - len(target))
+            pins = [i in pinned for i in range(self.canvas)]
+            noise = [t if pin else self.noise() for t, pin in zip(target, pins, strict=True)]
+            yield CanvasStarted(0, canvas, noise, pins, 20 + start, 48)
+            hard = [self.random.uniform(0.2, 1) if i < length else 0.3 for i in range(self.canvas)]
+            draft: list[int] = []
+            for step in range(1, self.steps + 1):
+                seconds += step_seconds
+                at = (step - 1) / max(self.steps - 1, 1)
+                entropies = [
+                    5.0 / (1 + math.exp(18 * (at - 0.75 * h))) * self.random.uniform(0.7, 1.0) for h in hard
+                ]
+                if step == self.steps:
+                    entropies = [min(h, 0.003) for h in entropies]
+                before = draft
+                draft = [
+                    t if pin or h < 0.05 or self.random.random() < math.exp(-h) else self.noise()
+                    for t, h, pin in zip(target, entropies, pins, strict=True)
+                ]
+                total, accepted = 0.0, [False] * self.canvas
+                for i in sorted(range(self.canvas), key=entropies.__getitem__):
+                    accepted[i] = total <= 0.1
+                    total += entropies[i]
+                canvas_ids = [t if ok else self.noise() for t, ok in zip(draft, accepted, strict=True)]
+                changed = [not before or t != before[i] for i, t in enumerate(draft)]
+                yield Denoised(
+                    0, canvas, step, draft, canvas_ids, entropies, accepted, changed, 0.8 - 0.4 * at, seconds
+                )
+            counts.append(self.steps)
+            yield CanvasCommitted(0, canvas, target[:length], self.steps, seconds)
+        if finish:
+            total = len(self.tokens)
+            yield Finished(
+                0,
+                Generation(
+                    text=self.text,
+                    reasoning=None,
+                    tool_calls=[],
+                    token_ids=self.tokens,
+                    finish_reason="stop",
+                    steps=counts,
+                    tokens_per_forward=total / sum(counts),
+                    prompt_tokens=20,
+                    seconds=seconds,
+                    stop_token_id=2,
+                ),
+            )
+
+
+@pytest.fixture
+def fake():
+    return Fake
