@@ -203,6 +203,8 @@ class _Speller:
         elif char == "\t":
             for space in TAB:
                 self._put(space, look)
+        elif char < " " and _RANK[look] < _FIRM:
+            self._put(DOT, look)
         else:
             for harmless in _harmless(char):
                 self._put(harmless, look)

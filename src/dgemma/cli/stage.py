@@ -22,7 +22,7 @@ Line = list[Segment]
 _BEGIN = "\x1b[?2026h\x1b[?7l"  # synchronised update, no automatic line breaks
 _END = "\x1b[?7h\x1b[?2026l"
 _PLAIN = str.maketrans("·↵⋮▏▎▍▌▋▊▉█", "./:-----===")  # for terminals without Unicode
-_ERASE_RIGHT, _ERASE_BELOW = "\x1b[K", "\x1b[J"
+_ERASE_RIGHT = "\x1b[K"
 
 
 class Stage(Live):
@@ -61,7 +61,7 @@ class Stage(Live):
         paint = [_control(_BEGIN), _control(self._to_top())]
         old = self._on_screen
         if foreign or above or resized:
-            paint += [_control(_ERASE_BELOW)]
+            paint.append(_control(_erased(self._rows_on_screen())))
             old = []
         printed = [_control("\x1b[?7h"), *above, _control("\x1b[?7l")] if above else []
         self._on_screen, self._width = self._lines, self.console.width
@@ -81,12 +81,15 @@ class Stage(Live):
         ]
 
     def _to_top(self) -> str:
-        """Moves the cursor to where the live area begins; the terminal may have become narrower since."""
+        """Moves the cursor to where the live area begins."""
+        return "\r" + _up(self._rows_on_screen() - 1)
+
+    def _rows_on_screen(self) -> int:
+        """How many rows the live area has; the terminal may have become narrower, and broken lines, since."""
         width = max(self.console.width, 1)
         widths = [Segment.get_line_length(line) for line in self._on_screen]
         rows = sum(max(1, -(-length // width)) for length in widths)
-        up = min(rows - 1, self.console.height - 1)
-        return "\r" + (f"\x1b[{up}A" if up > 0 else "")
+        return min(rows, self.console.height)
 
 
 class _Raw:
@@ -103,6 +106,16 @@ def _control(codes: str) -> Segment:
     return Segment(codes, None, [(ControlType.CLEAR,)])
 
 
+def _up(rows: int) -> str:
+    return f"\x1b[{rows}A" if rows > 0 else ""
+
+
+def _erased(rows: int) -> str:
+    """Empties rows downwards, and goes back. (Erasing to the end of the screen at once, from its first line on, makes
+    tmux and others push what was there into the history.)"""
+    return "\x1b[B".join(["\x1b[2K"] * rows) + _up(rows - 1)
+
+
 def _painted(lines: list[Line], old: list[Line], width: int) -> list[Segment]:
     """Draws `lines` over `old` ones, downwards from the cursor."""
     paint: list[Segment] = []
@@ -115,7 +128,7 @@ def _painted(lines: list[Line], old: list[Line], width: int) -> list[Segment]:
             if Segment.get_line_length(line) < width:
                 paint.append(_control(_ERASE_RIGHT))
     if not lines:
-        paint.append(_control(_ERASE_BELOW))
-    elif len(lines) < len(old):
-        paint.append(_control("\x1b[B\r\x1b[J\x1b[A"))
+        paint.append(_control(_erased(len(old))))
+    elif extra := max(len(old) - len(lines), 0):
+        paint.append(_control("\r\x1b[B" + _erased(extra) + "\x1b[A"))
     return [*paint, _control(_END)]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import set_cell_size
 from rich.segment import Segment
 from rich.style import Style
 
@@ -33,7 +33,7 @@ STYLES = {
     }.items()
 }
 FAINT, LIVELY = Style.parse("dim"), Style.parse("cyan")
-BAR_CELLS, EIGHTHS = 8, " ▏▎▍▌▋▊▉█"
+BAR_CELLS, EIGHTHS = 6, " ▏▎▍▌▋▊▉█"
 
 Line = list[Segment]
 
@@ -45,6 +45,7 @@ class Part:
     text: str
     rank: int
     style: Style = FAINT
+    joined: bool = False  # to the part after it
 
 
 class CanvasView:
@@ -127,13 +128,16 @@ class CanvasView:
             parts.append(Part(f"step {step.step if step else 0}/{started.max_steps}", 0, Style.null()))
         if step:
             bar = _bar(step.mean_entropy / self._peak if self._peak else 0.0)
-            parts.append(Part(bar, 4, LIVELY))
-            parts.append(Part(f"{step.mean_entropy:.3f} nats", 1))
-            parts.append(Part(f"accepted {sum(step.accepted)}/{len(step.accepted)}", 3))
+            parts.append(Part(bar, 4, LIVELY, joined=True))
+            digits = 2 if step.mean_entropy >= 0.1 else 3
+            parts.append(Part(f"{step.mean_entropy:.{digits}f} nats", 1))
+            settled = f"{sum(step.accepted)}/{len(step.accepted)} settled"
+            in_text = sum(step.accepted[: self._draft_length])
+            if not self._committed and in_text and step.seconds:
+                settled += f" ({_rate(in_text, step.seconds)}/s)"
+            parts.append(Part(settled, 3))
         if self._committed and self._seconds:
             parts.append(Part(f"{_rate(self._committed, self._seconds)} tok/s", 5))
-        elif step and step.seconds and (settled := sum(step.accepted[: self._draft_length])):
-            parts.append(Part(f"{_rate(settled, step.seconds)} settled/s", 5))
         parts.append(Part(_duration(self._seconds), 6))
         return status_line(parts, width)
 
@@ -177,16 +181,17 @@ def row_segments(row: Row) -> Line:
 def status_line(parts: Sequence[Part], width: int) -> Line:
     """The parts side by side, less those that do not fit; the last one that remains is cut off."""
     parts = list(parts)
-    while len(parts) > 1 and cell_len(" · ".join(part.text for part in parts)) > width:
+    while True:
+        line: Line = []
+        for i, part in enumerate(parts):
+            line.append(Segment(part.text, part.style))
+            if i < len(parts) - 1:
+                line.append(Segment(" " if part.joined else " · ", FAINT))
+        if Segment.get_line_length(line) <= width:
+            return line
+        if len(parts) == 1:
+            return [Segment(set_cell_size(parts[0].text, width), parts[0].style)]
         parts.remove(max(parts, key=lambda part: part.rank))
-    line: Line = []
-    for part in parts:
-        if line:
-            line.append(Segment(" · ", FAINT))
-        line.append(Segment(part.text, part.style))
-    if len(parts) == 1 and cell_len(parts[0].text) > width:
-        line = [Segment(set_cell_size(parts[0].text, width), parts[0].style)]
-    return line
 
 
 def _segments(cells: Sequence[Cell]) -> Line:

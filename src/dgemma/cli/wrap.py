@@ -130,7 +130,7 @@ def _margin_of_line(cells: Sequence[Cell], start: int, end: int, margin: Margin)
     opening = "".join(cell.text for cell in cells[start : min(end, start + len(FENCE))])
     fence = opening == FENCE
     fenced = margin.fenced != fence
-    return Margin(True, fenced or fence or opening.startswith(" "), fenced)
+    return Margin(True, fenced or fence or opening.startswith("  "), fenced)
 
 
 def _may_break(before: Cell, cell: Cell) -> bool:

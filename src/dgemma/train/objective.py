@@ -7,6 +7,7 @@ causal loss on the prompt, and self-conditioning from an earlier pass without gr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,10 @@ class Noise:
     rolled: Tensor  # [passes, B] bool: the next pass continues from the sampler's own canvas
     sampling: Tensor  # [passes - 1, B, C, V] Gumbel noise of that sampler
     renoise: Tensor  # [passes - 1, B, C] its fresh tokens
+
+    def to(self, device: torch.device) -> Noise:
+        """The same noise on another device."""
+        return Noise(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
 
 
 def draw_noise(objective: Objective, batch: int, canvas: int, vocab: int, generator: torch.Generator) -> Noise:

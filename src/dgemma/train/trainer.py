@@ -61,8 +61,9 @@ def learning_rate_factor(step: int, max_steps: int, settings: OptimizerSettings)
 class Trainer:
     """Builds a recipe's network, data and optimizers in ``folder``, or picks up where an earlier run stopped."""
 
-    def __init__(self, recipe: Recipe, folder: Path, report: Report = print):
+    def __init__(self, recipe: Recipe, folder: Path, report: Report = print, device: str | None = None):
         self.recipe, self.folder, self.report = recipe, folder, report
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder.mkdir(parents=True, exist_ok=True)
         bundled_tokenizer.save(folder / "checkpoint")
         self.tokenizer = Tokenizer.from_folder(folder / "checkpoint")
@@ -70,6 +71,7 @@ class Trainer:
                             **recipe.model}
         self.network = DiffusionTransformer(model_config_from_dict(self.config_dict, f"recipe {recipe.name}: model"))
         initialise(self.network, recipe.seed)
+        self.network.to(self.device)
         self.optimizers = build_optimizers(self.network, recipe.optimizer.muon_lr, recipe.optimizer.adam_lr,
                                            recipe.optimizer.weight_decay)
         self.step = 0
@@ -123,12 +125,13 @@ class Trainer:
     def _train_step(self, loss_of: Callable[..., Any]) -> dict[str, float]:
         recipe, config = self.recipe, self.network.config
         batch = self.data.batch(self.step)
-        generator = torch.Generator().manual_seed(hash((recipe.seed, self.step)) % 2**63)
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
         noise = draw_noise(recipe.objective, len(batch.canvas), config.canvas_length, config.vocab_size, generator)
+        prompt, canvas, noise = batch.prompt.to(self.device), batch.canvas.to(self.device), noise.to(self.device)
         # Only the commonest shape is worth compiling for; the others run eagerly.
         function = loss_of if batch.kind == "plain" else block_diffusion_loss
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
-            loss, parts = function(self.network, batch.prompt, batch.canvas, recipe.objective, noise)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.autocast):
+            loss, parts = function(self.network, prompt, canvas, recipe.objective, noise)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.optimizer.clip)
         if not math.isfinite(norm.item()):
@@ -178,7 +181,7 @@ class Trainer:
         path = self.folder / "state.pt"
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=self.device, weights_only=True)
         try:
             self.network.load_state_dict(state["network"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

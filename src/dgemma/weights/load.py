@@ -292,6 +292,6 @@ class _OnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.empty, torch.ones, torch.zeros):
-            kwargs = {"device": "meta", **kwargs}
+        if func in (torch.empty, torch.ones, torch.zeros) and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)

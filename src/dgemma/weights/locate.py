@@ -115,8 +115,8 @@ def _from_hub(repo: str) -> Path:
         cached = Path(snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=True))
         if _is_complete(cached):
             return cached
-    except (OSError, ValueError):
-        pass  # not in the cache, or only in part
+    except Exception:  # not in the cache, or only in part: the download below says what is wrong, if anything is
+        pass
     try:
         folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
     except GatedRepoError as error:

@@ -1,0 +1,147 @@
+"""`dgemma inspect`: what a checkpoint holds, what running it takes, and whether it would load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from json import dumps
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dgemma.weights.inspect import CheckpointReport
+
+_WIDTH = 80
+_FILES_SHOWN = 8
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A bundled name, a checkpoint folder, or a hub id (org/name).")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show a checkpoint's shape, parameters, files and memory needs, and check that it would load.
+
+    Reads no weights, only their headers. Exits with 1 when something is wrong with the checkpoint.
+    """
+    from dgemma.weights.inspect import inspect_checkpoint
+    from dgemma.weights.locate import locate
+
+    report = inspect_checkpoint(locate(model))
+    if json:
+        typer.echo(dumps({"model": model, **report.to_dict()}, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        console.width = min(console.width, _WIDTH) if console.is_terminal else _WIDTH
+        show(report, model, console)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def show(report: CheckpointReport, name: str, console: Console) -> None:
+    """Print the report; colour and rules on a terminal, plain columns elsewhere."""
+    from rich.text import Text
+
+    config = report.config
+    console.print(Text(name, "bold"), Text(f"DiffusionGemma, {_count(report.text_parameters)} text parameters"
+                                           f" ({_count(report.active_parameters)} active per token)"))
+    if str(report.folder) != name:
+        console.print(Text(str(report.folder), "dim"), soft_wrap=True)
+    _print(console, "Shape", [], [
+        ("hidden size", f"{config.hidden_size:,}"),
+        ("vocabulary", f"{config.vocab_size:,} tokens"),
+        ("canvas", f"{config.canvas_length:,} tokens"),
+        ("context", f"{config.max_position_embeddings:,} tokens"),
+        ("experts", f"{config.num_experts} of width {config.moe_intermediate_size:,}, {config.top_k_experts} chosen"
+                    " per token"),
+        ("dense MLP", f"width {config.intermediate_size:,}, beside the experts"),
+        ("tokenizer", _tokenizer(report)),
+    ])
+    _print(console, "Layers", ["kind", ">count", ">query heads", ">KV heads", ">head dim", ">window", ">RoPE θ"], [
+        (group.geometry.kind.replace("_attention", ""), str(len(group.layers)), str(config.num_attention_heads),
+         str(group.geometry.num_key_value_heads), str(group.geometry.head_dim),
+         f"{config.sliding_window:,}" if group.geometry.has_v_proj else "all", f"{group.geometry.rope_theta:,.0f}")
+        for group in report.layers])
+    total = sum(report.parameters.values())
+    _print(console, "Parameters", ["part", ">parameters", ">share", ""], [
+        (part, f"{count:,}", f"{count / total:.1%}", "█" * round(30 * count / total))
+        for part, count in report.parameters.items() if count])
+    files = list(report.files.items())
+    rest = files[_FILES_SHOWN:]
+    _print(console, "Files", ["file", ">size"], [
+        *((file, _size(size)) for file, size in files[:_FILES_SHOWN]),
+        *([(f"and {len(rest)} more", _size(sum(size for _, size in rest)))] if rest else []),
+        *((f"stored as {s.dtype}: {s.tensors:,} tensors", _size(s.nbytes)) for s in report.stored)])
+    _print(console, "Memory to run the text network (one conversation)",
+           [">context", "dtype", ">weights", ">KV cache", ">working", ">total"], [
+               (f"{need.context:,}", need.dtype, _size(need.weights), _size(need.kv_cache), _size(need.working),
+                _size(need.total)) for need in sorted(report.memory, key=lambda need: need.context)])
+    defaults = report.generation
+    _print(console, "Generation defaults", [], [
+        ("max_denoising_steps", str(defaults.max_denoising_steps)),
+        ("entropy_bound", f"{defaults.entropy_bound:g}"),
+        ("t_min, t_max", f"{defaults.t_min:g}, {defaults.t_max:g}"),
+        ("stability_threshold", str(defaults.stability_threshold)),
+        ("confidence_threshold", f"{defaults.confidence_threshold:g}"),
+        ("max_tokens", f"{defaults.max_tokens:,}"),
+        ("eos_token_id", ", ".join(map(str, defaults.eos_token_id))),
+    ])
+    console.print()
+    if not report.problems:
+        console.print(Text("No problems found: every tensor is there, in the expected shape.", "green"))
+        return
+    from dgemma.weights.load import describe
+
+    console.print(Text("Problems: this checkpoint cannot be loaded", "bold red"))
+    console.print(Text(describe(report.problems)), soft_wrap=True)
+
+
+def _print(console: Console, title: str, columns: list[str], rows: Iterable[tuple[str, ...]]) -> None:
+    """A titled table; a column's name starts with ">" where it is aligned to the right."""
+    from rich.text import Text
+
+    table = _table(console, columns)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print()
+    console.print(Text(title, "bold cyan"))
+    console.print(table)
+
+
+def _table(console: Console, columns: list[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    style: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 2, 0, 0)}
+    if columns and console.is_terminal:
+        style = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1), "border_style": "dim"}
+    table = Table(show_header=bool(columns), header_style="dim", **style)
+    for column in columns or ("", ""):
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left",
+                         overflow="fold", style="" if columns or table.columns else "dim")
+    return table
+
+
+def _tokenizer(report: CheckpointReport) -> str:
+    if report.tokenizer is None:
+        return "none in this folder"
+    template = "with a chat template" if report.tokenizer.has_chat_template else "without a chat template"
+    return f"{report.tokenizer.vocab_size:,} tokens, {template}"
+
+
+def _count(number: int) -> str:
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{letter}"
+    return str(number)
+
+
+def _size(nbytes: int) -> str:
+    for unit, letters in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {letters}"
+    return f"{nbytes} B"

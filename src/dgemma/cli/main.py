@@ -1,0 +1,54 @@
+"""The `dgemma` command: one thin file per subcommand, loaded when it is called."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from dgemma import __version__
+from dgemma.cli.chat import chat
+from dgemma.cli.evaluate import evaluate_app
+from dgemma.cli.inspect import inspect
+from dgemma.cli.replay import replay
+from dgemma.cli.run import run
+from dgemma.cli.train import train
+from dgemma.errors import DgemmaError
+
+app = typer.Typer(name="dgemma", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Run, watch and train DiffusionGemma: text by denoising a whole canvas at a time.",
+                  context_settings={"help_option_names": ["-h", "--help"]})
+for command in (run, chat, inspect, replay, train):
+    app.command()(command)
+app.add_typer(evaluate_app, name="eval")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dgemma {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                   help="Print the version.")] = False) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one line on stderr and exit code 1."""
+    try:
+        app()
+    except DgemmaError as error:
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `dgemma … | head`: whoever read us has seen enough
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

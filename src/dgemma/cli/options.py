@@ -1,0 +1,50 @@
+"""Options that several commands share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dgemma.config import SAMPLER_SETTINGS
+
+ModelOption = Annotated[str | None, typer.Option(
+    "--model", "-m", help="A bundled name, a checkpoint folder or a hub id. Default: the bundled Sudoku model.",
+    show_default=False)]
+SeedOption = Annotated[int | None, typer.Option(help="Fix all randomness: same seed, same text.", show_default=False)]
+MaxTokensOption = Annotated[int | None, typer.Option(help="Most tokens to answer with.", show_default=False)]
+SystemOption = Annotated[str | None, typer.Option(help="A system message.", show_default=False)]
+ThinkingOption = Annotated[bool, typer.Option("--thinking/--no-thinking", help="Let the model think first.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+VisualOption = Annotated[bool, typer.Option("--visual/--no-visual", help="Show the canvas live (on a terminal).")]
+PaceOption = Annotated[float, typer.Option(min=0.0, max=10.0, help="Show every step for at least so many seconds; the "
+                                           "model does not wait for it.")]
+TraceOption = Annotated[Path | None, typer.Option(
+    help="Save every denoising step to this file, for `dgemma replay`.", show_default=False)]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … Default: a GPU if there is one.",
+                                                  show_default=False)]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's.",
+                                                 show_default=False)]
+
+_SAMPLER = "Sampler (defaults: the checkpoint's)"
+MaxStepsOption = Annotated[int | None, typer.Option("--max-denoising-steps", rich_help_panel=_SAMPLER,
+                                                    help="Most denoising steps per canvas.", show_default=False)]
+EntropyBoundOption = Annotated[float | None, typer.Option("--entropy-bound", rich_help_panel=_SAMPLER,
+                                                          help="How much to believe in one step, nats.",
+                                                          show_default=False)]
+TMinOption = Annotated[float | None, typer.Option("--t-min", rich_help_panel=_SAMPLER, help="Last temperature.",
+                                                  show_default=False)]
+TMaxOption = Annotated[float | None, typer.Option("--t-max", rich_help_panel=_SAMPLER, help="First temperature.",
+                                                  show_default=False)]
+StabilityOption = Annotated[int | None, typer.Option("--stability-threshold", rich_help_panel=_SAMPLER,
+                                                     help="Earlier drafts that must agree before stopping.",
+                                                     show_default=False)]
+ConfidenceOption = Annotated[float | None, typer.Option("--confidence-threshold", rich_help_panel=_SAMPLER,
+                                                        help="Mean entropy below which to stop, nats.",
+                                                        show_default=False)]
+
+
+def sampler_settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The sampler settings among a command's arguments (its ``locals()``), those that were given."""
+    return {name: arguments[name] for name in SAMPLER_SETTINGS if arguments[name] is not None}

@@ -1,0 +1,68 @@
+"""`dgemma run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+import sys
+from typing import Annotated
+
+import typer
+
+from dgemma.cli import options
+from dgemma.errors import DgemmaError
+
+
+def run(
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; from stdin when left out or '-'.",
+                                                 show_default=False)] = None,
+    model: options.ModelOption = None,
+    json: options.JsonOption = False,
+    seed: options.SeedOption = None,
+    max_tokens: options.MaxTokensOption = None,
+    system: options.SystemOption = None,
+    thinking: options.ThinkingOption = False,
+    visual: options.VisualOption = True,
+    pace: options.PaceOption = 0.1,
+    trace: options.TraceOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
+    max_denoising_steps: options.MaxStepsOption = None,
+    entropy_bound: options.EntropyBoundOption = None,
+    t_min: options.TMinOption = None,
+    t_max: options.TMaxOption = None,
+    stability_threshold: options.StabilityOption = None,
+    confidence_threshold: options.ConfidenceOption = None,
+) -> None:
+    """Answer one prompt, the canvas coming into focus on a terminal, plain text in a pipe.
+
+    For example: dgemma run "Solve 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+    """
+    settings = options.sampler_settings(locals())
+    text = _prompt_text(prompt)
+
+    from dgemma.cli.session import follow, is_terminal, load_model
+
+    loaded = load_model(model, device, dtype)
+    events = loaded.stream(text, seed=seed, max_tokens=max_tokens, system=system, thinking=thinking, **settings)
+    live = visual and not json and is_terminal()
+    generation = follow(loaded, events, visual=live, trace=trace, prompt=text, pace=pace)
+    if json:
+        typer.echo(json_module.dumps(dataclasses.asdict(generation), ensure_ascii=False))
+    elif not live:
+        typer.echo(generation.text)
+    if generation.finish_reason == "cancelled":
+        raise typer.Exit(130)
+
+
+def _prompt_text(prompt: str | None) -> str:
+    if prompt in (None, "-"):
+        if sys.stdin.isatty() and prompt is None:
+            raise DgemmaError('no prompt: give one, as in dgemma run "…", or pipe one in')
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise DgemmaError(f"the prompt on stdin is not UTF-8 text ({error})") from error
+    if not prompt or not prompt.strip():
+        raise DgemmaError("the prompt is empty")
+    return prompt

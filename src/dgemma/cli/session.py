@@ -1,0 +1,136 @@
+"""What every command that generates needs: loading with a progress bar, stopping on Ctrl-C, showing events."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dgemma.api import Model
+    from dgemma.diffusion.events import Event, Generation
+
+BUNDLED = "sudoku"
+HINT = ("Using the bundled Sudoku model. For the 26B model: "
+        "dgemma run -m google/diffusiongemma-26B-A4B-it \"…\" (about 52 GB, needs pip install 'dgemma[hub]')")
+
+
+def load_model(name: str | None, device: str | None = None, dtype: str | None = None, hint: bool = True) -> Model:
+    """Load a model for a command, with a progress bar on stderr when it takes a while."""
+    import dgemma
+
+    if name is None and hint:
+        Console(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return dgemma.load(name or BUNDLED, device=device, dtype=dtype)
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    with Progress(TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console,
+                  transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+        return dgemma.load(name or BUNDLED, device=device, dtype=dtype,
+                           progress=lambda done, total: progress.update(task, completed=done, total=total))
+
+
+@contextmanager
+def stop_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """While this lasts, the first Ctrl-C calls ``stop`` and the second is a KeyboardInterrupt again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def once(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop()
+
+    signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def piece_of(model: Model) -> Callable[[int], tuple[bytes, bool]]:
+    """What the live canvas and a trace ask about a token: its bytes and whether it is special."""
+    tokenizer = model.tokenizer
+    return lambda token: (tokenizer.token_bytes(token), tokenizer.is_special(token))
+
+
+def follow(model: Model, events: Iterable[Event], *, visual: bool, trace: Path | None = None, prompt: str = "",
+           pace: float = 0.0) -> Generation:
+    """Consume a request's events: draw them live if ``visual``, save them if asked; Ctrl-C ends the answer early.
+
+    ``pace`` shows every step for at least so many seconds. The model runs on meanwhile, in a thread of its own: neither
+    a slow terminal nor a pace for the eye slows it down or spoils its figures.
+    """
+    from dgemma.diffusion.events import Finished
+
+    generation = None
+    with ExitStack() as stack:
+        writer = None
+        if trace is not None:
+            from dgemma.diffusion.trace import TraceWriter
+
+            writer = stack.enter_context(TraceWriter(trace, model=model.name, prompt=prompt, piece_of=piece_of(model)))
+        canvas = None
+        stopped = threading.Event()
+        if visual:
+            from dgemma.cli.canvas import LiveCanvas
+
+            canvas = stack.enter_context(LiveCanvas(Console(highlight=False), piece_of(model)))
+            events = _in_thread(events, pace, stopped)
+
+        def stop() -> None:
+            stopped.set()
+            model.cancel()
+
+        stack.enter_context(stop_on_interrupt(stop))
+        for event in events:
+            if writer is not None:
+                writer.write(event)
+            if canvas is not None:
+                canvas.show(event)
+            if isinstance(event, Finished):
+                generation = event.generation
+    if generation is None:
+        raise RuntimeError("the engine stopped without finishing the request")
+    return generation
+
+
+def _in_thread(events: Iterable[Event], pace: float, hurry: threading.Event) -> Iterator[Event]:
+    """The events, made in another thread; each denoising step is held for ``pace`` seconds unless ``hurry`` is set."""
+    from dgemma.diffusion.events import Denoised
+
+    waiting: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+
+    def make() -> None:
+        try:
+            for event in events:
+                waiting.put(event)
+            waiting.put(None)
+        except BaseException as error:  # carried over to the thread that waits, and raised there
+            waiting.put(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    while (event := waiting.get()) is not None:
+        if isinstance(event, BaseException):
+            raise event
+        yield event
+        if pace and isinstance(event, Denoised):
+            hurry.wait(pace)
+
+
+def is_terminal() -> bool:
+    """Whether stdout is a terminal that a live canvas can be drawn on."""
+    return sys.stdout.isatty()
