@@ -45,7 +45,13 @@ def main() -> None:
     args = parser.parse_args()
     trace = read_trace(args.trace)
     record_svg(
-        trace.events, trace.piece_of, args.svg, args.steps, args.canvas, width=args.width, columns=args.columns
+        trace.events,
+        trace.piece_of,
+        args.svg,
+        args.steps,
+        args.canvas,
+        width=args.width,
+        columns=args.columns,
     )
 
 
@@ -71,6 +77,8 @@ def record_svg(
     for event in events:
         view.apply(event)
         if isinstance(event, Denoised) and event.canvas == canvas and event.step in steps:
+            if event is denoised[-1]:
+                view.drawn()  # nothing counts as new in the end: the text as it will stay
             shown.append(_still(view, width))
         view.drawn()
     grid = Table.grid(padding=(0, 3))
@@ -97,14 +105,18 @@ def moments(steps: Sequence[Denoised]) -> list[int]:
     def first(share: float) -> int:
         return next((s.step for s in steps if sum(s.accepted) >= share * len(s.accepted)), steps[-1].step)
 
-    return sorted({steps[0].step, first(0.4), first(0.8), steps[-1].step})
+    chosen = {steps[0].step, first(0.4), first(0.8), steps[-1].step}
+    late = (s.step for s in reversed(steps) if s.step not in chosen)  # a fast model settles much at once
+    while len(chosen) < min(4, len(steps)):
+        chosen.add(next(late))
+    return sorted(chosen)
 
 
 def _still(view: CanvasView, width: int) -> RenderableType:
-    lines = view.frame(width, 60)
-    *text, status = lines
+    """What is on the screen, with its status line on top as a caption."""
+    *text, status = view.frame(width, 60)
     newline = [Segment.line()]
-    return Group(*(Segments([*line, *newline]) for line in [*text, [], status]))
+    return Group(*(Segments([*line, *newline]) for line in [status, [], *text]))
 
 
 if __name__ == "__main__":

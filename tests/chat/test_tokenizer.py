@@ -80,7 +80,7 @@ def test_no_template_is_said_clearly(folder):
     assert not bare.has_chat_template
     assert bare.encode("hi")
     for render in (bare.render, bare.apply_chat_template):
-        with pytest.raises(DgemmaError, match="no chat template.*token ids"):
+        with pytest.raises(DgemmaError, match=r"no chat template.*token ids"):
             render("hi")
 
 
@@ -139,15 +139,9 @@ def test_typed_special_tokens_have_no_effect(tokenizer):
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.one_of(st.text(max_size=5), st.sampled_from([*bundled.SPECIAL_IDS, "<", "|>", "<|"]))).map(
-        "".join
-    )
-)
+@given(st.lists(st.one_of(st.text(max_size=5), st.sampled_from([*bundled.SPECIAL_IDS, "<", "|>", "<|"]))).map("".join))
 def test_a_users_turn_holds_no_special_token(text):
-    tokenizer = Tokenizer(
-        bundled.build_byte_tokenizer(), bundled.TEMPLATE_FILE.read_text(), {"bos_token": "<bos>"}
-    )
+    tokenizer = Tokenizer(bundled.build_byte_tokenizer(), bundled.TEMPLATE_FILE.read_text(), {"bos_token": "<bos>"})
     ids = tokenizer.apply_chat_template(text)
     assert [i for i in ids if i in SPECIALS] == [2, 105, 106, 105]
     assert tokenizer.decode(ids) == tokenizer.render(text)
@@ -186,9 +180,7 @@ def test_bytes_of_a_tokenizer_like_gemmas():
         "▁plain",
     ]
     backend = Backend(models.BPE({token: i for i, token in enumerate(spellings)}, [], byte_fallback=True))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(token, special=True) for token in ("<pad>", "<turn|>")])
     tokenizer = Tokenizer(backend)
     pieces = [tokenizer.token_bytes(i) for i in range(len(spellings))]
@@ -225,5 +217,8 @@ def test_a_conversation_never_imports_transformers_or_torch(tokenizer_folder):
 
 
 def test_the_package_itself_imports_nothing_heavy():
-    code = "import sys, dgemma.chat; assert not {'jinja2', 'tokenizers', 'torch'} & set(sys.modules); dgemma.chat.Tokenizer"
+    code = (
+        "import sys, dgemma.chat\n"
+        "assert not {'jinja2', 'tokenizers', 'torch'} & set(sys.modules); dgemma.chat.Tokenizer"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "src"}, cwd=ROOT)

@@ -5,11 +5,12 @@ import random
 import re
 
 import pytest
+from rich.cells import cell_len
 
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Finished, Generation
 
 SPECIALS = ["<pad>", "<eos>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>']
-FILL = "the of and to a in is that for it with as on be this by are from or an at was not".split()
+WORDS = "the of and to a in is that for it with as on be this by are from or an at was not"
 
 
 class Fake:
@@ -29,7 +30,7 @@ class Fake:
                 self.tokens.append(self._id(part.encode()))
             else:
                 self.tokens += [self._id(bytes([byte])) for byte in part.encode()]
-        for word in FILL if words else []:
+        for word in WORDS.split() if words else []:
             self._id(f" {word}".encode())
         for byte in range(256) if not words else ():
             self._id(bytes([byte]))
@@ -62,9 +63,7 @@ class Fake:
             for step in range(1, self.steps + 1):
                 seconds += step_seconds
                 at = (step - 1) / max(self.steps - 1, 1)
-                entropies = [
-                    5.0 / (1 + math.exp(18 * (at - 0.75 * h))) * self.random.uniform(0.7, 1.0) for h in hard
-                ]
+                entropies = [5.0 / (1 + math.exp(18 * (at - 0.75 * h))) * self.random.uniform(0.7, 1.0) for h in hard]
                 if step == self.steps:
                     entropies = [min(h, 0.003) for h in entropies]
                 before = draft
@@ -105,3 +104,77 @@ class Fake:
 @pytest.fixture
 def fake():
     return Fake
+
+
+class Screen:
+    """As much of a terminal as the live canvas uses: a screen, and the lines that scrolled off it."""
+
+    def __init__(self, width: int, height: int):
+        self.width, self.height = width, height
+        self.rows: list[list[str]] = [[]]  # history and screen
+        self.soft: set[int] = set()  # rows that went on in the next one by themselves
+        self.x = self.y = 0
+        self.autowrap = self.cursor = True
+
+    @property
+    def top(self) -> int:
+        return max(0, len(self.rows) - self.height)
+
+    def feed(self, data: str) -> None:
+        for code, char in re.findall(r"(\x1b\[[^A-Za-z]*[A-Za-z])|([\s\S])", data):
+            if code:
+                self._control(code[2:-1], code[-1])
+            elif char == "\r":
+                self.x = 0
+            elif char == "\n":
+                self.x, self.y = 0, self.y + 1
+                if self.y == len(self.rows):
+                    self.rows.append([])
+            else:
+                self._put(char)
+
+    def _put(self, char: str) -> None:
+        width = cell_len(char)
+        row = self.rows[self.y]
+        if not width:
+            while row[self.x - 1 :] and not row[self.x - 1]:
+                self.x -= 1
+            row[self.x - 1] += char
+            self.x += cell_len(row[self.x - 1]) > 1
+            return
+        if self.x + width > self.width:
+            assert self.autowrap, "a line of the live area is too long"
+            self.soft.add(self.y)
+            self.feed("\n")
+            row = self.rows[self.y]
+        row += [" "] * (self.x + width - len(row))
+        row[self.x : self.x + width] = [char] + [""] * (width - 1)
+        self.x += width
+
+    def _control(self, argument: str, command: str) -> None:
+        if command == "A":
+            self.y = max(self.y - int(argument or 1), self.top)
+        elif command == "B":
+            self.y += int(argument or 1)
+            assert self.y < len(self.rows)
+        elif command == "K":
+            self.rows[self.y] = self.rows[self.y][: 0 if argument == "2" else self.x]
+        elif argument == "?7":
+            self.autowrap = command == "h"
+        elif argument == "?25":
+            self.cursor = command == "h"
+        else:
+            assert command == "m" or argument == "?2026", (argument, command)
+
+    def lines(self) -> list[str]:
+        return ["".join(row) for row in self.rows]
+
+    def copied(self) -> str:
+        """The text as selecting it all would give it."""
+        ends = ["" if i in self.soft else "\n" for i in range(len(self.rows))]
+        return "".join(line + end for line, end in zip(self.lines(), ends, strict=True))
+
+
+@pytest.fixture
+def screen():
+    return Screen

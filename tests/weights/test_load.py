@@ -148,7 +148,9 @@ def test_progress_is_monotone_and_complete(form, dtype, request):
     done = [at for at, _ in seen]
     total = seen[0][1]
     assert {of for _, of in seen} == {total}
-    assert done == sorted(done) and done[0] == 0 and done[-1] == total
+    assert done == sorted(done)
+    assert done[0] == 0
+    assert done[-1] == total
     assert len(seen) > 10
 
 
@@ -230,7 +232,8 @@ def test_everything_wrong_is_listed_at_once(single, copy_of, rewrite):
 def test_long_lists_are_cut(single):
     config = load_model_config(single)
     message = refusal(single, dataclasses.replace(config, layers=(*config.layers, *config.layers)))
-    assert "missing tensors (90):" in message and "    and 70 more" in message
+    assert "missing tensors (90):" in message
+    assert "    and 70 more" in message
     assert len(message.splitlines()) == 23
 
 
@@ -265,7 +268,7 @@ def entry(dtype, shape, offsets):
     return struct.pack("<Q", len(header)) + header
 
 
-@pytest.mark.parametrize("data, cause", [
+@pytest.mark.parametrize(("data", "cause"), [
     (b"", "not a safetensors file"),
     (b"abc", "not a safetensors file"),
     (b"\xff" * 64, "not a safetensors file"),

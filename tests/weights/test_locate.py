@@ -70,7 +70,8 @@ def test_folders(tmp_path, monkeypatch):
 
 def test_unknown_names_list_what_is_bundled(tmp_path):
     message = refusal("sudoko")
-    assert message.startswith("sudoko: ") and "chess, sudoku" in message
+    assert message.startswith("sudoko: ")
+    assert "chess, sudoku" in message
     assert "no such folder" in refusal(tmp_path / "org")
     assert "no such folder" in refusal(Path("org/name"))  # a path is never a hub id
     assert "chess, sudoku" in refusal("./org/name")
@@ -132,7 +133,7 @@ def hub_error(kind):
     }[kind]()
 
 
-@pytest.mark.parametrize("kind, words", [
+@pytest.mark.parametrize(("kind", "words"), [
     ("gated", ["accept its terms on https://huggingface.co/google/tiny", "hf auth login"]),
     ("absent", ["no such folder", "chess, sudoku", "no such repository"]),
     ("server", ["answered with an error: 500 Server Error"]),
@@ -149,7 +150,8 @@ def test_the_hub_s_refusals_in_one_line(hub, kind, words):
 
     hub(answer)
     message = refusal("google/tiny")
-    assert message.startswith("google/tiny: ") and "\n" not in message
+    assert message.startswith("google/tiny: ")
+    assert "\n" not in message
     for word in words:
         assert word in message
 

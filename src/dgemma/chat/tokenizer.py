@@ -53,9 +53,7 @@ class Tokenizer:
         self.eos_id = self._role_id("eos")
         self.pad_id = self._role_id("pad")
         specials = {
-            token_id: token.content
-            for token_id, token in backend.get_added_tokens_decoder().items()
-            if token.special
+            token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         }
         self._special = set(specials.values())
         self._special_ids = frozenset(specials)
@@ -130,9 +128,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode(
-            [int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens
-        )
+        return self.backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
 
     def is_special(self, token_id: int) -> bool:
         """Whether an id is a special token, which `decode` can skip."""
@@ -182,9 +178,7 @@ class Tokenizer:
         Raises `DgemmaError` for a malformed conversation or a checkpoint without a template.
         """
         self._require_template()
-        return self._render(
-            normalise_messages(messages), thinking, normalise_tools(tools), add_generation_prompt
-        )
+        return self._render(normalise_messages(messages), thinking, normalise_tools(tools), add_generation_prompt)
 
     def apply_chat_template(
         self,
@@ -204,11 +198,7 @@ class Tokenizer:
         typed = _Typed(self._any_special, _strings([conversation, declared]))
         conversation, declared = templates.plain([conversation, declared], typed.hide)
         prompt = self._render(conversation, thinking, declared, add_generation_prompt)
-        return [
-            token_id
-            for text, plain in typed.split(prompt)
-            for token_id in self.encode(text, specials=not plain)
-        ]
+        return [token_id for text, plain in typed.split(prompt) for token_id in self.encode(text, specials=not plain)]
 
     def _render(
         self, messages: list[dict], thinking: bool, tools: list[dict] | None, add_generation_prompt: bool
@@ -318,9 +308,7 @@ def _config_templates(config: dict[str, Any], path: Path) -> str | dict[str, str
     try:
         return {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else found
     except (TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: chat_template must be text, or a list of names and templates"
-        ) from error
+        raise CheckpointError(f"{path}: chat_template must be text, or a list of names and templates") from error
 
 
 def _special_roles(config: dict[str, Any]) -> dict[str, str]:

@@ -26,8 +26,8 @@ class LiveCanvas:
     """Shows one request's events as they come; a context manager.
 
     The canvas that is being denoised and a status line are redrawn in place; what is committed is printed above them
-    for good. In the end only the text and a summary are left. On an exception (Ctrl-C, too) what was committed stays and
-    the terminal is as it was. On a dumb terminal only what is committed is printed.
+    for good. In the end only the text and a summary are left. On an exception (Ctrl-C, too) what was committed stays
+    and the terminal is as it was. On a dumb terminal only what is committed is printed.
     """
 
     def __init__(self, console: Console, piece_of: PieceOf, *, min_frame_seconds: float = 0.0) -> None:

@@ -73,9 +73,7 @@ def looks_of(event: Denoised, pinned: Sequence[bool], before: Denoised | None) -
     return looks
 
 
-def spell(
-    tokens: Iterable[tuple[int, str]], place: Place, piece_of: PieceOf, committed: bool = False
-) -> Spelling:
+def spell(tokens: Iterable[tuple[int, str]], place: Place, piece_of: PieceOf, committed: bool = False) -> Spelling:
     """The characters of a canvas, from its tokens and their looks.
 
     Committed tokens are text, all of them; in a draft, what follows a stop token that is no longer vague is not.
@@ -124,6 +122,7 @@ class _Speller:
     def flush(self, last: bool = False) -> None:
         """Decode the bytes so far; at the `last` of a committed canvas half a character waits for the next."""
         raw = bytes(byte for byte, _, _ in self._bytes)
+        dotted: set[int] = set()
         start = 0
         while start < len(raw):
             try:
@@ -135,17 +134,16 @@ class _Speller:
                     bad = -1
             for char in text:
                 size = len(char.encode())
-                self._char(
-                    char, min((look for _, look, _ in self._bytes[start : start + size]), key=_RANK.get)
-                )
+                self._char(char, min((look for _, look, _ in self._bytes[start : start + size]), key=_RANK.get))
                 start += size
             if bad < 0:
                 break
             if bad and self._committed:
                 self._put("�", "settled")
             elif bad:
-                for _ in {token for _, _, token in self._bytes[start : start + bad]}:
-                    self._put(DOT, "noise")
+                for token in sorted({token for _, _, token in self._bytes[start : start + bad]} - dotted):
+                    self._put(DOT, "noise")  # one for each token
+                    dotted.add(token)
             start += bad
         self._bytes.clear()
 
@@ -203,7 +201,7 @@ class _Speller:
         elif char == "\t":
             for space in TAB:
                 self._put(space, look)
-        elif char < " " and _RANK[look] < _FIRM:
+        elif char < " " and _RANK[look] < _RANK["fixed"]:
             self._put(DOT, look)
         else:
             for harmless in _harmless(char):
@@ -230,8 +228,8 @@ def _harmless(char: str) -> str:
     category = unicodedata.category(char)
     if category == "Cc":
         return "␡" if code == 0x7F else "�"
-    if category in ("Cs", "Zl", "Zp"):
-        return "�"
+    if category in ("Cs", "Zl", "Zp") or (category == "Cn" and not 0x1F000 <= code <= 0x1FAFF):
+        return "�"  # unassigned, unless it is an emoji newer than Python's tables
     if category == "Cf" and char not in _KEPT_FORMAT and not 0xE0020 <= code <= 0xE007F:
         return ""  # direction marks would turn the rest of the screen round
     return char

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma.config import SLIDING
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -64,11 +66,12 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
     _print(console, "Layers", ["kind", ">count", ">query heads", ">KV heads", ">head dim", ">window", ">RoPE θ"], [
         (group.geometry.kind.replace("_attention", ""), str(len(group.layers)), str(config.num_attention_heads),
          str(group.geometry.num_key_value_heads), str(group.geometry.head_dim),
-         f"{config.sliding_window:,}" if group.geometry.has_v_proj else "all", f"{group.geometry.rope_theta:,.0f}")
+         f"{config.sliding_window:,}" if group.geometry.kind == SLIDING else "all", f"{group.geometry.rope_theta:,.0f}")
         for group in report.layers])
     total = sum(report.parameters.values())
+    bar = "█" * 30 if console.is_terminal else ""
     _print(console, "Parameters", ["part", ">parameters", ">share", ""], [
-        (part, f"{count:,}", f"{count / total:.1%}", "█" * round(30 * count / total))
+        (part, f"{count:,}", f"{count / total:.1%}", bar[: round(len(bar) * count / total)])
         for part, count in report.parameters.items() if count])
     files = list(report.files.items())
     rest = files[_FILES_SHOWN:]
@@ -118,7 +121,7 @@ def _table(console: Console, columns: list[str]) -> Table:
 
     style: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 2, 0, 0)}
     if columns and console.is_terminal:
-        style = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1), "border_style": "dim"}
+        style = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "border_style": "dim"}
     table = Table(show_header=bool(columns), header_style="dim", **style)
     for column in columns or ("", ""):
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left",

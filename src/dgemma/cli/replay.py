@@ -67,4 +67,6 @@ def _print_text(text: str) -> None:
 
     if sys.stdout.isatty():
         text = printable(text)
-    typer.echo(text, nl=not text.endswith("\n"))
+    # Not `typer.echo`, which takes escape sequences out of what is piped.
+    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+    sys.stdout.flush()

@@ -90,9 +90,7 @@ def wrap(cells: Sequence[Cell], width: int, margin: Margin = Margin()) -> list[R
         start = end + 1
 
 
-def _wrap_line(
-    cells: Sequence[Cell], start: int, end: int, width: int, margin: Margin, rows: list[Row]
-) -> None:
+def _wrap_line(cells: Sequence[Cell], start: int, end: int, width: int, margin: Margin, rows: list[Row]) -> None:
     """Append the rows of the one line `cells[start:end]`."""
     column, break_at = 0, start
     i = start
@@ -112,6 +110,8 @@ def _wrap_line(
             # Only a row that is full, cut inside a word, may be left to the terminal.
             inside = cells[row_end - 1].text != " " or margin.code
             full = row_end == i and (margin.code or cell.text != " ") and inside
+            while not margin.code and row_end - 1 > start and cells[row_end - 1].text == " ":
+                row_end -= 1  # nothing to see, and in the way when copied
             rows.append(Row(cells[start:row_end], start, margin, soft=full))
             margin = replace(margin, line_start=False)
             start = break_at = i = following

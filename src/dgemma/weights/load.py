@@ -285,13 +285,16 @@ def _fill(target: Tensor, file: BinaryIO, stored: StoredTensor) -> Iterable[int]
 
 
 class _OnMeta(TorchFunctionMode):
-    """Puts the parameters that a module makes of itself on the ``meta`` device.
+    """Puts the parameters that a module makes of itself on the ``meta`` device and leaves them without a value.
 
-    Only those: under ``torch.device("meta")`` the network's constructor could not compute its plain numbers.
+    Only those: under ``torch.device("meta")`` the network's constructor could not compute its plain numbers. And
+    initialising meta tensors would import torch's compiler, a second for nothing.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" and "tensor" in kwargs:
+            return kwargs["tensor"]
         if func in (torch.empty, torch.ones, torch.zeros) and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)

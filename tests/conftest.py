@@ -1,0 +1,20 @@
+"""What several rooms' tests share; the networks themselves are built in `reference.py`."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_network():
+    """Our network alone: two sliding layers and a full one, canvas of 8; not to be changed."""
+    from reference import random_network, tiny_config
+
+    return random_network(tiny_config())
+
+
+@pytest.fixture
+def random_ids():
+    """A function (rows, columns) -> random token ids of the tiny networks' vocabulary, seeded."""
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+    return lambda *shape, vocab=50: torch.randint(vocab, shape, generator=generator)

@@ -1,0 +1,138 @@
+"""Traces survive the way to a file and back, and say what is wrong with a file that is none."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Finished, Generation
+from dgemma.diffusion.trace import TraceHeader, TraceWriter, read_trace
+from dgemma.errors import DgemmaError
+
+PIECES = {
+    0: (b"<eos>", True),
+    5: (b"\xe6\x97", False),
+    6: (" ä\n".encode(), False),
+    7: (b"", False),
+    8: (b"\xff", True),
+}
+GENERATION = Generation(
+    text="ä", reasoning="\ud800", tool_calls=[{"name": "f", "arguments": {"a": [1, None]}}], token_ids=[6, 5],
+    finish_reason="stop", steps=[2], tokens_per_forward=2 / 3, prompt_tokens=3, seconds=0.1 + 0.2, stop_token_id=8
+)  # fmt: skip
+EVENTS = [
+    CanvasStarted(0, 0, [5, 0], [True, False], 3, 48),
+    Denoised(0, 0, 1, [6, 5], [6, 7], [0.1234567, 1e-7], [False, True], [True, True], 1 / 3, 1 / 7),
+    CanvasCommitted(0, 0, [6], 2, 0.25),
+    Finished(0, GENERATION),
+]
+
+
+def write(path, events=EVENTS, **fields):
+    fields = {"model": "m", "prompt": "日 \ud800?", "piece_of": PIECES.__getitem__, **fields}
+    with TraceWriter(path, **fields) as writer:
+        for event in events:
+            writer.write(event)
+    return path
+
+
+def test_round_trip(tmp_path):
+    trace = read_trace(write(tmp_path / "a.jsonl", created="2026-01-02T03:04:05+00:00"))
+    assert trace.header == TraceHeader("m", "日 \ud800?", "2026-01-02T03:04:05+00:00")
+    assert trace.events == [EVENTS[0], replace(EVENTS[1], entropies=[0.1235, 0.0]), *EVENTS[2:]]
+    assert trace.pieces == PIECES
+    assert trace.piece_of(5) == (b"\xe6\x97", False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_lines_are_readable_and_pieces_are_written_once(tmp_path):
+    lines = [json.loads(line) for line in write(tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [line.get("event") for line in lines] == [
+        None,
+        "CanvasStarted",
+        "Denoised",
+        "CanvasCommitted",
+        "Finished",
+    ]
+    assert lines[1]["pieces"] == {"5": {"hex": "e697"}, "0": {"text": "<eos>", "special": True}}
+    assert lines[2]["pieces"] == {"6": " ä\n", "7": ""}
+    assert "pieces" not in lines[3]
+    assert lines[2]["accepted"] == "01"
+    assert lines[0]["created"].startswith("20")
+
+
+def interrupt(path, events):
+    def and_then():
+        yield from events
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(path, and_then())
+
+
+def test_an_interrupted_trace_is_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    interrupt(path, EVENTS[:1])
+    assert read_trace(path).events == EVENTS[:1]
+    interrupt(path, [])
+    assert read_trace(path).events == EVENTS[:1]  # not replaced by nothing
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_cannot_be_written(tmp_path):
+    with pytest.raises(DgemmaError, match="no-such/a cannot be written: No such file"):
+        write(tmp_path / "no-such" / "a")
+
+
+@pytest.mark.parametrize("first", ["", "{", "[]", '{"a": 1}', '{"format": "x", "version": 1}', "\x00\x01"])
+def test_not_a_trace(tmp_path, first):
+    path = tmp_path / "a"
+    path.write_text(first + "\n")
+    with pytest.raises(DgemmaError, match="a is not a trace"):
+        read_trace(path)
+
+
+def test_missing_other_version_and_bad_header(tmp_path):
+    with pytest.raises(DgemmaError, match="none cannot be read: No such file"):
+        read_trace(tmp_path / "none")
+    path = write(tmp_path / "a", [])
+    assert read_trace(path).events == []
+    text = path.read_text()
+    path.write_text(text.replace('"version":1', '"version":2'))
+    with pytest.raises(DgemmaError, match="of version 2; this dgemma reads version 1"):
+        read_trace(path)
+    path.write_text(text.replace('"model":"m"', '"model":3'))
+    with pytest.raises(DgemmaError, match="line 1 is damaged"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"event":"Denoised"', '"event":"Noised"'),
+        ('"temperature"', '"heat"'),
+        ('"accepted":"01"', '"accepted":"02"'),
+        ('"accepted":"01"', '"accepted":"011"'),
+        ('"step":1', '"step":"1"'),
+        ('"step":1', '"step":true'),
+        ('"token_ids":[6,5]', '"token_ids":[6,9]'),
+        ('"7":""', '"7":3'),
+        ('"7":""', '"x":""'),
+        ('{"event"', '["event"'),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, old, new):
+    path = write(tmp_path / "a")
+    lines = path.read_text().split("\n")
+    assert old in lines[2]
+    lines[2] = lines[2].replace(old, new)
+    path.write_text("\n".join(lines))
+    with pytest.raises(DgemmaError, match="line 3 is damaged"):
+        read_trace(path)
+
+
+def test_a_cut_off_file_is_named(tmp_path):
+    path = write(tmp_path / "a")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DgemmaError, match="line 5 is cut off"):
+        read_trace(path)

@@ -1,0 +1,203 @@
+"""Reports on checkpoints: counts, memory, problems, and how they are printed."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from dgemma.cli.inspect import inspect
+from dgemma.config import FULL, SLIDING, load_model_config, model_config_from_dict
+from dgemma.errors import CheckpointError
+from dgemma.weights.inspect import (
+    count_parameters,
+    inspect_checkpoint,
+    kv_cache_bytes,
+    layer_groups,
+    memory_needs,
+    network_shapes,
+    working_bytes,
+)
+from dgemma.weights.load import load_network
+
+PUBLISHED = {  # the 26B-A4B model's config.json, as far as the text network goes
+    "model_type": "diffusion_gemma",
+    "canvas_length": 256,
+    "text_config": {
+        "vocab_size": 262_144, "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "global_head_dim": 512,
+        "num_global_key_value_heads": 2, "sliding_window": 1024, "num_experts": 128, "top_k_experts": 8,
+        "moe_intermediate_size": 704, "max_position_embeddings": 262_144,
+        "layer_types": [FULL if layer % 6 == 5 else SLIDING for layer in range(30)],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def published():
+    return model_config_from_dict(PUBLISHED)
+
+
+@pytest.fixture
+def run():
+    app = typer.Typer()
+    app.command()(inspect)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def break_norm(tensors):
+    tensors["model.decoder.norm.weight"] = torch.zeros(65)
+    del tensors["model.decoder.layers.0.layer_scalar"]
+
+
+# Counting
+
+
+def test_parameters_of_the_published_model(published):
+    counts = count_parameters(network_shapes(published))
+    billions = {part: count / 1e9 for part, count in counts.items()}
+    assert billions["experts"] == pytest.approx(22.84, abs=0.01)
+    assert billions["attention"] == pytest.approx(1.11, abs=0.01)
+    assert billions["embedding"] == pytest.approx(0.738, abs=0.001)
+    assert billions["dense MLP"] == pytest.approx(0.535, abs=0.001)
+    assert sum(counts.values()) / 1e9 == pytest.approx(25.25, abs=0.05)
+
+
+def test_layer_groups_of_the_published_model(published):
+    sliding, full = layer_groups(published)
+    assert (len(sliding.layers), full.layers) == (25, (5, 11, 17, 23, 29))
+    assert (full.geometry.head_dim, full.geometry.num_key_value_heads) == (512, 2)
+
+
+def test_memory_of_the_published_model(published):
+    # By hand: 25 sliding layers of 8 heads of 256, 5 full ones of 2 of 512; keys and values; bf16; room for a canvas.
+    assert kv_cache_bytes(published, 8192, 2) == 2 * 2 * (25 * 8 * 256 * (1023 + 256) + 5 * 2 * 512 * (8192 + 256))
+    assert kv_cache_bytes(published, 100, 4) == 2 * 4 * (25 * 8 * 256 + 5 * 2 * 512) * (100 + 256)
+    needs = memory_needs(published, 25_250_000_000)
+    assert [need.context for need in needs[:4]] == [4096, 32_768, 131_072, 262_144]
+    assert {need.dtype: need.weights for need in needs} == {"bfloat16": 50_500_000_000, "float32": 101_000_000_000}
+    assert all(need.total == need.weights + need.kv_cache + need.working for need in needs)
+    assert [need.context for need in memory_needs(published, 1, [77])] == [77, 77]
+    # A step alone stays far below the [256, vocab] float32 logits times a few that the reference needs.
+    assert 50e6 < working_bytes(published, 0, 2) < 200e6
+    grows = [working_bytes(published, tokens, 2) for tokens in (0, 256, 1024, 8192, 262_144)]
+    assert grows == sorted(grows)
+
+
+@pytest.mark.parametrize("tokens", [5, 11, 30])
+def test_cache_estimate_is_what_the_cache_holds(single, tokens):
+    network = load_network(single, load_model_config(single))
+    cache = network.new_cache(1)
+    with torch.no_grad():
+        network.encode(torch.ones(1, tokens, dtype=torch.long), cache)
+    assert kv_cache_bytes(network.config, tokens, 4) == cache.nbytes
+
+
+@pytest.mark.parametrize("form", ["single", "sharded"])
+def test_report_of_a_sound_checkpoint(form, request, reference):
+    folder = request.getfixturevalue(form)
+    report = inspect_checkpoint(folder)
+    network = load_network(folder, report.config)
+    assert report.problems == ()
+    assert report.text_parameters == sum(tensor.numel() for tensor in network.state_dict().values())
+    vision = [t for name, t in reference.state_dict().items() if "vision_tower." in name or "embed_vision." in name]
+    assert report.parameters["vision"] == sum(tensor.numel() for tensor in vision)
+    assert report.active_parameters == report.text_parameters - report.parameters["experts"] * 6 // 8
+    assert [stored.dtype for stored in report.stored] == ["F32"]
+    assert report.stored[0].nbytes == 4 * (report.text_parameters + report.parameters["vision"])
+    assert report.files == {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    assert report.generation.max_denoising_steps == 48
+    assert report.tokenizer is None
+
+
+def test_tokenizer_facts(single, copy_of):
+    folder = copy_of(single)
+    tokenizer = {"model": {"vocab": {"a": 0, "b": 1, "<eos>": 2}}, "added_tokens": [{"id": 2}, {"id": 3}]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    facts = inspect_checkpoint(folder).tokenizer
+    assert (facts.vocab_size, facts.has_chat_template) == (4, False)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert inspect_checkpoint(folder).tokenizer.has_chat_template
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert inspect_checkpoint(folder).tokenizer.has_chat_template
+
+
+def test_no_tensor_is_read(single, monkeypatch):
+    import safetensors
+
+    monkeypatch.setattr(safetensors, "safe_open", None)
+    assert inspect_checkpoint(single).problems == ()
+
+
+def test_problems_are_those_of_loading(single, copy_of, rewrite):
+    folder = copy_of(single)
+    rewrite(folder, break_norm)
+    report = inspect_checkpoint(folder)
+    assert {problem.kind: len(problem.items) for problem in report.problems} == {"missing tensors": 1,
+                                                                                 "wrong shapes": 1}
+    with pytest.raises(CheckpointError) as caught:
+        load_network(folder, report.config)
+    for problem in report.problems:
+        assert all(item in str(caught.value) for item in problem.items)
+
+
+def test_nothing_to_report_on(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        inspect_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        inspect_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    with pytest.raises(CheckpointError, match="no weights here"):
+        inspect_checkpoint(tmp_path)
+
+
+# Printing
+
+
+def test_plain_tables_of_80_columns(run, sharded):
+    result = run(sharded)
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    assert "─" not in result.output
+    tables = result.output.split("\nShape", 1)[1]
+    assert max(map(len, tables.splitlines())) <= 80
+    for words in ("8 of width 32, 2 chosen per token", "router and norms", "stored as F32",
+                  "131,072  bfloat16", "max_denoising_steps", "No problems found"):
+        assert words in result.output, words
+
+
+def test_tables_of_the_published_model_fit_too(run, single, copy_of):
+    folder = copy_of(single)
+    (folder / "config.json").write_text(json.dumps(PUBLISHED))
+    result = run(folder)
+    assert result.exit_code == 1
+    tables = result.output.split("\nShape", 1)[1].split("\nProblems")[0]
+    assert max(map(len, tables.splitlines())) <= 80
+    assert "22,837,985,280" in tables
+    assert "…" not in tables
+
+
+def test_json_is_one_object(run, single):
+    result = run(single, "--json")
+    assert result.exit_code == 0
+    data = json.loads(result.output)
+    assert data["parameters"]["text"] == inspect_checkpoint(single).text_parameters
+    assert data["config"]["vocab_size"] == 300
+    assert data["memory"][0]["total"] == sum(data["memory"][0][key] for key in ("weights", "kv_cache", "working"))
+    assert data["problems"] == []
+    assert data["model"] == str(single)
+    assert set(data) == {"model", *(field.name for field in dataclasses.fields(inspect_checkpoint(single)))}
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_problems_make_the_exit_code_1(run, single, copy_of, rewrite, options):
+    folder = copy_of(single)
+    rewrite(folder, break_norm)
+    result = run(folder, *options)
+    assert result.exit_code == 1
+    assert "model.decoder.norm.weight in model.safetensors: expected [64], found [65]" in result.output
+    assert "model.decoder.layers.0.layer_scalar" in result.output
+    assert "No problems found" not in result.output
