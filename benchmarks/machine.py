@@ -21,7 +21,8 @@ def describe(*packages: str) -> str:
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
-        kinds = [name for name in ("amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx2") if name in flags.split()]
+        wanted = ("amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx2")
+        kinds = [name for name in wanted if name in flags.split()]
         model = f"{lines[0].split(':', 1)[1].strip()} ({', '.join(kinds)})" if lines else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     versions = []

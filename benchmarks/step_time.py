@@ -3,13 +3,14 @@
     python benchmarks/step_time.py [--layers 3] [--threads 2] [--steps 6] [--only dgemma]
 
 Full width (hidden 2816, 128 experts of 704, vocabulary 262144, canvas 256), random bf16 weights, prompt of 64 tokens,
-self-conditioning, head and sampler included. Each side runs in a process of its own. "Extra memory" is the most that the
-process held during the steps beyond what it held once loaded and warmed up by a prefill.
+self-conditioning, head and sampler included. Each side runs in a process of its own. "Extra memory" is the most that
+the process held during the steps beyond what it held when they began.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -123,7 +124,7 @@ def run_transformers(layers: int, steps: int) -> dict:
 
 def summary(at: list[float], loaded: int) -> dict:
     """``at``: when the canvas opened (or the prompt came) and when each step was done; the first step is a warm-up."""
-    steps = [b - a for a, b in zip(at, at[1:], strict=False)][1:]
+    steps = [b - a for a, b in itertools.pairwise(at)][1:]
     return {"seconds_per_step": statistics.median(steps), "steps": steps, "loaded_bytes": loaded,
             "extra_bytes": peak_bytes() - loaded}
 

@@ -49,11 +49,28 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def reference_model(shape: dict[str, Any], seed: int = 0, gain: float = 1.5) -> Any:
-    """transformers' network in this shape, random in every weight: norms, router scales and both layer scalars too.
+def randomise(network: torch.nn.Module, seed: int, peak: float) -> None:
+    """Random numbers in every weight: norms, router scales and both layer scalars too.
 
-    ``gain`` is what a square matrix does to the size of a vector.
+    Matrices keep a vector's size, attention and routing choose without being chaotic, logits have deviation ``peak``.
     """
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        width = tensor.shape[-1] if tensor.ndim else 1
+        if "embed_tokens" in name and tensor.ndim == 2:
+            tensor.data.normal_(0.0, peak * width**-0.5, generator=generator)
+        elif name.endswith("router.proj.weight"):
+            tensor.data.normal_(0.0, 2.0, generator=generator)  # it reads vectors of length 1
+        elif tensor.ndim > 1:
+            tensor.data.normal_(0.0, width**-0.5, generator=generator)
+        elif "norm" in name or name.endswith(("router.scale", "per_expert_scale", "layer_scalar")):
+            tensor.data.uniform_(0.5, 1.5, generator=generator)
+            if "q_norm" in name or "k_norm" in name:
+                tensor.data.mul_((2.0 * width**-0.5) ** 0.5)
+
+
+def reference_model(shape: dict[str, Any], seed: int = 0, peak: float = 2.5) -> Any:
+    """transformers' network in this shape, randomised."""
     from transformers import (
         DiffusionGemmaConfig,
         DiffusionGemmaForBlockDiffusion,
@@ -61,22 +78,16 @@ def reference_model(shape: dict[str, Any], seed: int = 0, gain: float = 1.5) -> 
         Gemma4VisionConfig,
     )
 
-    text = dict(vocab_size=160, intermediate_size=72, moe_intermediate_size=24, use_bidirectional_attention="vision",
-                initializer_range=gain * shape["hidden_size"] ** -0.5) | copy.deepcopy(shape)
+    text = dict(vocab_size=160, intermediate_size=72, moe_intermediate_size=24,
+                use_bidirectional_attention="vision") | copy.deepcopy(shape)
     canvas_length = text.pop("canvas_length")
     text.setdefault("num_hidden_layers", len(text.get("layer_types", ())))
     vision = Gemma4VisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
                                 num_key_value_heads=1, head_dim=8, position_embedding_size=4)
-    torch.manual_seed(seed)
     config = DiffusionGemmaConfig(text_config=DiffusionGemmaTextConfig(**text), vision_config=vision,
                                   canvas_length=canvas_length)
     model = DiffusionGemmaForBlockDiffusion(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("scale"):
-            parameter.uniform_(0.5, 1.5)
-    for name, buffer in model.named_buffers():
-        if name.endswith("layer_scalar"):  # the encoder's and the decoder's are different buffers
-            buffer.uniform_(0.5, 1.5)
+    randomise(model, seed, peak)
     return model
 
 
@@ -131,15 +142,10 @@ class RoutingMargin:
             hook.remove()
 
 
-def random_network(config: ModelConfig, seed: int = 0, spread: float = 0.2) -> DiffusionTransformer:
-    """Our network alone with random weights; ``spread`` is the deviation of its matrices."""
+def random_network(config: ModelConfig, seed: int = 0, peak: float = 2.5) -> DiffusionTransformer:
+    """Our network alone, randomised."""
     network = DiffusionTransformer(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in network.state_dict().items():
-        if "norm" in name or name.endswith(("scale", "scalar")):
-            tensor.uniform_(0.5, 1.5, generator=generator)
-        else:
-            tensor.normal_(0.0, spread, generator=generator)
+    randomise(network, seed, peak)
     return network
 
 

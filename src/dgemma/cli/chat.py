@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -64,10 +65,8 @@ def chat(
     conversation = Conversation(system=system, thinking=thinking, seed=seed, settings=settings)
     live = visual and is_terminal()
     if sys.stdin.isatty():
-        try:
+        with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
-        except ImportError:
-            pass
         Console().print(f"[bold]{loaded.name}[/bold]: say something, /help for commands, /exit to leave",
                         highlight=False)
     while (message := _read_message()) is not None:

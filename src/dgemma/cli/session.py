@@ -6,6 +6,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from rich.progress import Progress
 
     from dgemma.api import Model
     from dgemma.diffusion.events import Event, Generation
@@ -30,16 +33,39 @@ def load_model(name: str | None, device: str | None = None, dtype: str | None = 
 
     if name is None and hint:
         Console(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True)
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return dgemma.load(name or BUNDLED, device=device, dtype=dtype)
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    with _LoadingBar() as bar:
+        return dgemma.load(name or BUNDLED, device=device, dtype=dtype, progress=bar.update)
 
-    with Progress(TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console,
-                  transient=True) as progress:
-        task = progress.add_task("loading", total=None)
-        return dgemma.load(name or BUNDLED, device=device, dtype=dtype,
-                           progress=lambda done, total: progress.update(task, completed=done, total=total))
+
+class _LoadingBar:
+    """A progress bar on stderr that appears only if loading takes long enough to wonder."""
+
+    PATIENCE = 0.5  # seconds
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> _LoadingBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, done: int, total: int) -> None:
+        if done == 0:
+            self._began = time.monotonic()  # importing torch is not loading
+        if self._progress is None and time.monotonic() - self._began > self.PATIENCE and self._console.is_terminal:
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            self._progress = Progress(TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                                      console=self._console, transient=True)
+            self._progress.add_task("loading", total=total)
+            self._progress.start()
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=done)
 
 
 @contextmanager

@@ -113,7 +113,8 @@ def read_puzzles(path: Path) -> tuple[np.ndarray, np.ndarray]:
             entry = json.loads(line)
             puzzle, solution = sudoku.parse(entry["puzzle"]), sudoku.parse(entry["solution"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise DgemmaError(f'{path}, line {number}: expected {{"puzzle": "…", "solution": "…"}} ({error})') from error
+            raise DgemmaError(f'{path}, line {number}: expected {{"puzzle": "…", "solution": "…"}} '
+                              f"({error})") from error
         if puzzle is None or solution is None or not sudoku.is_solved(solution, puzzle):
             raise DgemmaError(f"{path}, line {number}: puzzle must be 81 cells and solution a valid grid of 81 digits "
                               "that keeps its givens")
