@@ -67,9 +67,11 @@ def randomise(network: torch.nn.Module, seed: int, peak: float) -> None:
             tensor.data.uniform_(0.5, 1.5, generator=generator)
             if "q_norm" in name or "k_norm" in name:
                 tensor.data.mul_((2.0 * width**-0.5) ** 0.5)
+            elif "post_" in name:  # what a block adds to the residual stream
+                tensor.data.mul_(0.5)
 
 
-def reference_model(shape: dict[str, Any], seed: int = 0, peak: float = 2.5) -> Any:
+def reference_model(shape: dict[str, Any], seed: int = 0, peak: float = 2.0) -> Any:
     """transformers' network in this shape, randomised."""
     from transformers import (
         DiffusionGemmaConfig,
@@ -142,7 +144,7 @@ class RoutingMargin:
             hook.remove()
 
 
-def random_network(config: ModelConfig, seed: int = 0, peak: float = 2.5) -> DiffusionTransformer:
+def random_network(config: ModelConfig, seed: int = 0, peak: float = 2.0) -> DiffusionTransformer:
     """Our network alone, randomised."""
     network = DiffusionTransformer(config).eval().requires_grad_(False)
     randomise(network, seed, peak)

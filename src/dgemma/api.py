@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dgemma.chat import Tokenizer, ends_inside_thought, normalise_messages, parse_tool_calls, split_thoughts
+from dgemma.chat import Tokenizer, normalise_messages, read_answer
 from dgemma.config import GenerationConfig, ModelConfig, load_generation_config, load_model_config
 from dgemma.diffusion.events import Event, Finished, Generation
 from dgemma.diffusion.row import Request
 from dgemma.engine import Engine, PrefixStore
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
-
-_MARKERS = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>')
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
 
@@ -32,16 +31,15 @@ class Model:
                  name: str):
         self.network, self.tokenizer, self.name = network, tokenizer, name
         self.generation_config = generation_config
-        self._markers = {tokenizer.token_to_id(marker) for marker in _MARKERS}
         self.prefixes = PrefixStore()  # what a conversation's earlier turns have read
-        self._running: set[Engine] = set()
+        self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
     @property
     def config(self) -> ModelConfig:
         return self.network.config
 
     def generate(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
-                 thinking: bool = False, system: str | None = None, tools: list[Any] | None = None,
+                 thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
                  images: Sequence[Any] | None = None, canvas: Sequence[int | None] | None = None,
                  pinned: Sequence[bool] | None = None, **settings: Any) -> Generation:
         """Answer ``prompt``: a user message, a list of chat messages, or token ids that are used as they are.
@@ -57,7 +55,7 @@ class Model:
         raise RuntimeError("the engine stopped without finishing the request")
 
     def stream(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
-               thinking: bool = False, system: str | None = None, tools: list[Any] | None = None,
+               thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
                images: Sequence[Any] | None = None, canvas: Sequence[int | None] | None = None,
                pinned: Sequence[bool] | None = None, **settings: Any) -> Iterator[Event]:
         """`generate` as it happens: CanvasStarted, Denoised, CanvasCommitted, …, Finished.
@@ -86,16 +84,25 @@ class Model:
 
     def cancel(self) -> None:
         """Stop what runs before its next denoising step; may be called from another thread."""
-        for engine in list(self._running):
+        for engine in list(self._engines):
             engine.cancel_all()
 
     def prompt_ids(self, prompt: Prompt, *, thinking: bool = False, system: str | None = None,
-                   tools: list[Any] | None = None) -> list[int]:
+                   tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The token ids that a prompt becomes: through the checkpoint's chat template unless it is ids already."""
-        if not isinstance(prompt, str) and len(prompt) and all(isinstance(item, int) for item in prompt):
+        if isinstance(prompt, torch.Tensor):
+            if prompt.ndim != 1 or prompt.is_floating_point():
+                raise DgemmaError(f"a prompt of token ids is one-dimensional integers, got {tuple(prompt.shape)} of "
+                                  f"{prompt.dtype}")
+            return prompt.tolist()
+        if isinstance(prompt, (list, tuple, range)) and len(prompt) and isinstance(prompt[0], int):
+            if not all(_is_token(item) for item in prompt):
+                raise DgemmaError("a prompt of token ids holds whole numbers only")
             return list(prompt)  # type: ignore[arg-type]
-        if hasattr(prompt, "tolist"):
-            return prompt.tolist()  # type: ignore[union-attr]
+        if not isinstance(prompt, (str, list, tuple)):
+            raise DgemmaError(f"a prompt is text, a list of messages or a list of token ids, not "
+                              f"{type(prompt).__name__}")
+        prompt = prompt if isinstance(prompt, str) else list(prompt)
         messages = normalise_messages(prompt, system=system)
         return self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
 
@@ -115,24 +122,32 @@ class Model:
 
     def _run(self, requests: list[Request]) -> Iterator[Event]:
         # An engine of its own for every call: a caller who stops listening leaves nothing behind in another's batch.
+        # It is known before the first event is asked for, so that a cancel can never come too early.
         engine = Engine(self.network, self._decode, prefixes=self.prefixes)
-        self._running.add(engine)
-        try:
-            yield from engine.run(requests)
-        finally:
-            self._running.discard(engine)
+        self._engines.add(engine)
+        return engine.run(requests)
 
     def _decode(self, prompt_ids: list[int], token_ids: list[int]) -> tuple[str, str | None, list[dict[str, Any]]]:
-        inside = ends_inside_thought(self.tokenizer.decode(prompt_ids[-64:]))
-        # Of the special tokens only those that mark thoughts and calls mean something here; fill does not.
-        told = [token for token in token_ids if not self.tokenizer.is_special(token) or token in self._markers]
-        reasoning, text = split_thoughts(self.tokenizer.decode(told), inside=inside)
-        text, calls = parse_tool_calls(text)
-        return text, reasoning, calls
+        answer = read_answer(self.tokenizer, prompt_ids, token_ids)
+        return answer.text, answer.reasoning, answer.tool_calls
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def parse_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, the GPU if there is one for None; raises DgemmaError when it cannot be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise DgemmaError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-         adapter: str | Path | None = None, progress: Any = None) -> Model:
+         adapter: str | Path | None = None, progress: Callable[[int, int], None] | None = None) -> Model:
     """Load a model: a bundled name ("sudoku"), a checkpoint folder, or a hub id.
 
     ``device`` defaults to the GPU if there is one, ``dtype`` ("float32", "bfloat16", "float16") to the checkpoint's
@@ -144,16 +159,14 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
 
     if adapter is not None:
         raise DgemmaError("adapters are not supported yet")
-    if isinstance(dtype, str):
-        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if dtype not in known:
-            raise DgemmaError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
-        dtype = known[dtype]
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes and dtype not in dtypes.values():
+        raise DgemmaError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    dtype = dtypes[dtype] if isinstance(dtype, str) else dtype
+    target = parse_device(device)
     folder = locate(name)
     config = load_model_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
     generation_config = load_generation_config(folder, config)
-    network = load_network(folder, config, device=device, dtype=dtype, progress=progress)
+    network = load_network(folder, config, device=target, dtype=dtype, progress=progress)
     return Model(network, tokenizer, generation_config, str(name))

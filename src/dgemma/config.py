@@ -54,12 +54,8 @@ class ModelConfig:
     final_logit_softcapping: float = 30.0
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 131_072
-    pad_token_id: int = 0
     eos_token_id: tuple[int, ...] = (1,)
-    bos_token_id: int = 2
-    image_token_id: int | None = None
     dtype: str | None = None
-    has_vision: bool = False
 
     @property
     def num_hidden_layers(self) -> int:
@@ -97,6 +93,8 @@ class GenerationConfig:
                  "confidence_threshold must be a number greater than 0", self.confidence_threshold)
         _require(_is_int(self.max_tokens) and self.max_tokens >= 1,
                  "max_tokens must be an integer of at least 1", self.max_tokens)
+        _require(isinstance(self.eos_token_id, tuple) and all(map(_is_int, self.eos_token_id)),
+                 "eos_token_id must be a tuple of integers", self.eos_token_id)
 
     def replace(self, **changes: Any) -> GenerationConfig:
         """A copy with ``changes`` applied; ``None`` keeps the present value. Raises ValueError on a bad one."""
@@ -160,43 +158,46 @@ def model_config_from_dict(data: dict[str, Any], source: str = "config.json") ->
     if not isinstance(text, dict):
         raise CheckpointError(f"{source}: 'text_config' is missing")
 
-    def need(name: str) -> Any:
-        if text.get(name) is None:
-            raise CheckpointError(f"{source}: text_config.{name} is missing")
-        return text[name]
+    def size(name: str, default: int | None = None, within: dict[str, Any] = text) -> int:
+        value = within.get(name)
+        if value is None and default is not None:
+            return default
+        where = f"text_config.{name}" if within is text else name
+        if value is None:
+            raise CheckpointError(f"{source}: {where} is missing")
+        if not _is_int(value) or value < 1:
+            raise CheckpointError(f"{source}: {where} must be a whole number of at least 1, got {value!r}")
+        return value
 
     if text.get("use_bidirectional_attention") == "all":
         raise CheckpointError(f"{source}: use_bidirectional_attention 'all' is not supported (the encoder must be "
                               "causal over text)")
     if text.get("attention_bias"):
         raise CheckpointError(f"{source}: attention_bias true is not supported")
+    if data.get("tie_word_embeddings") is False:
+        raise CheckpointError(f"{source}: tie_word_embeddings false is not supported (encoder, decoder and head share "
+                              "their weights)")
     activation = text.get("hidden_activation", "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
         raise CheckpointError(f"{source}: hidden_activation {activation!r} is not supported (gelu_pytorch_tanh is)")
     # Token ids and the dtype may stand at either level; the inner one wins.
     both = {**data, **{k: v for k, v in text.items() if v is not None}}
-    eos = both.get("eos_token_id", 1)
-    bos, pad = both.get("bos_token_id"), both.get("pad_token_id")
     config = ModelConfig(
-        vocab_size=need("vocab_size"),
-        hidden_size=need("hidden_size"),
-        intermediate_size=need("intermediate_size"),
-        num_attention_heads=need("num_attention_heads"),
-        num_experts=need("num_experts"),
-        top_k_experts=need("top_k_experts"),
-        moe_intermediate_size=need("moe_intermediate_size"),
-        sliding_window=need("sliding_window"),
-        layers=_layer_configs(text, need("num_hidden_layers"), source),
-        canvas_length=data.get("canvas_length") or 256,
-        final_logit_softcapping=float(text.get("final_logit_softcapping") or 30.0),
-        rms_norm_eps=float(text.get("rms_norm_eps") or 1e-6),
-        max_position_embeddings=text.get("max_position_embeddings") or 131_072,
-        pad_token_id=0 if pad is None else pad,
-        eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,),
-        bos_token_id=2 if bos is None else bos,
-        image_token_id=data.get("image_token_id"),
+        vocab_size=size("vocab_size"),
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        num_attention_heads=size("num_attention_heads"),
+        num_experts=size("num_experts"),
+        top_k_experts=size("top_k_experts"),
+        moe_intermediate_size=size("moe_intermediate_size"),
+        sliding_window=size("sliding_window"),
+        layers=_layer_configs(text, size("num_hidden_layers"), size("num_attention_heads"), source),
+        canvas_length=size("canvas_length", 256, within=data),
+        final_logit_softcapping=_positive(text, "final_logit_softcapping", 30.0, source),
+        rms_norm_eps=_positive(text, "rms_norm_eps", 1e-6, source),
+        max_position_embeddings=size("max_position_embeddings", 131_072),
+        eos_token_id=_token_ids(both.get("eos_token_id"), source) or (1,),
         dtype=both.get("dtype") or both.get("torch_dtype"),
-        has_vision=isinstance(data.get("vision_config"), dict),
     )
     for index, layer in enumerate(config.layers):
         if config.num_attention_heads % layer.num_key_value_heads:
@@ -208,7 +209,33 @@ def model_config_from_dict(data: dict[str, Any], source: str = "config.json") ->
     return config
 
 
-def _layer_configs(text: dict[str, Any], count: int, source: str) -> tuple[LayerConfig, ...]:
+def _positive(data: dict[str, Any], name: str, default: float, source: str) -> float:
+    value = data.get(name)
+    if value is None:
+        return default
+    if not _is_number(value) or value <= 0:
+        raise CheckpointError(f"{source}: {name} must be a number above 0, got {value!r}")
+    return float(value)
+
+
+def _token_ids(value: Any, source: str) -> tuple[int, ...] | None:
+    """One id or a list of them; None stays None."""
+    if value is None:
+        return None
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not ids or not all(map(_is_int, ids)):
+        raise CheckpointError(f"{source}: eos_token_id must be a token id or a list of them, got {value!r}")
+    return ids
+
+
+def _mapping(data: dict[str, Any], name: str, source: str) -> dict[str, Any] | None:
+    value = data.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{source}: {name} must be an object, got {value!r}")
+    return value
+
+
+def _layer_configs(text: dict[str, Any], count: int, heads: int, source: str) -> tuple[LayerConfig, ...]:
     """The geometry of every layer, from either spelling of the full layers' heads.
 
     The global one (``global_head_dim``, ``num_global_key_value_heads``) or ``per_layer_config``, keyed by the
@@ -217,36 +244,50 @@ def _layer_configs(text: dict[str, Any], count: int, source: str) -> tuple[Layer
     kinds = text.get("layer_types")
     if kinds is None:
         kinds = [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)]
-    if len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
         raise CheckpointError(f"{source}: layer_types must name {count} layers, each {SLIDING} or {FULL}")
     kinds = [*kinds[:-1], FULL]  # the architecture's last layer is always a full one
-    head_dim = text.get("head_dim") or 256
-    kv_heads = text.get("num_key_value_heads") or text["num_attention_heads"]
-    per_layer = text.get("per_layer_config")
+    usual = {"head_dim": text.get("head_dim") or 256, "num_key_value_heads": text.get("num_key_value_heads") or heads}
+    per_layer = _mapping(text, "per_layer_config", source)
     if per_layer is None:
         override: dict[str, Any] = {"head_dim": text.get("global_head_dim") or 512}
         if text.get("num_global_key_value_heads") is not None:
             override["num_key_value_heads"] = text["num_global_key_value_heads"]
         per_layer = {FULL: override}
-    ropes = text.get("rope_parameters") or {
+    per_layer = {str(key): _mapping(per_layer, key, source) or {} for key in per_layer}
+    usual_ropes = {
         SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
         FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
     }
+    ropes = _mapping(text, "rope_parameters", source) or usual_ropes
     layers = []
     for index, kind in enumerate(kinds):
-        own = {**per_layer.get(kind, {}), **per_layer.get(str(index), {}), **per_layer.get(index, {})}
-        rope = ropes.get(kind) or {}
+        own = {**usual, **per_layer.get(kind, {}), **per_layer.get(str(index), {})}
+        for name in usual:
+            if not _is_int(own[name]) or own[name] < 1:
+                raise CheckpointError(f"{source}: layer {index}: {name} must be a whole number of at least 1, got "
+                                      f"{own[name]!r}")
+        rope = _mapping(ropes, kind, source) or usual_ropes[kind]
         wanted = "default" if kind == SLIDING else "proportional"
         if rope.get("rope_type", wanted) != wanted:
             raise CheckpointError(f"{source}: rope_type {rope['rope_type']!r} for {kind} is not supported "
                                   f"({wanted!r} is)")
+        # Without a partial_rotary_factor the whole head turns, as in the reference.
+        rotary_fraction = _positive(rope, "partial_rotary_factor", 1.0, source)
+        if _positive(rope, "factor", 1.0, source) != 1.0 or (kind == SLIDING and rotary_fraction != 1.0):
+            raise CheckpointError(f"{source}: rope_parameters {rope!r} for {kind} are not supported (factor must be 1, "
+                                  "and sliding layers rotate the whole head)")
         layers.append(LayerConfig(
             kind=kind,
-            head_dim=own.get("head_dim", head_dim),
-            num_key_value_heads=own.get("num_key_value_heads", kv_heads),
-            rope_theta=float(rope.get("rope_theta", 10_000.0 if kind == SLIDING else 1_000_000.0)),
-            rotary_fraction=1.0 if kind == SLIDING else float(rope.get("partial_rotary_factor", 0.25)),
+            head_dim=own["head_dim"],
+            num_key_value_heads=own["num_key_value_heads"],
+            rope_theta=_positive(rope, "rope_theta", 10_000.0 if kind == SLIDING else 1_000_000.0, source),
+            rotary_fraction=rotary_fraction,
         ))
+    for kind in (SLIDING, FULL):
+        dims = {layer.head_dim for layer in layers if layer.kind == kind}
+        if len(dims) > 1:  # one rotary table serves all layers of a kind, in the reference too
+            raise CheckpointError(f"{source}: {kind} layers must have one head_dim, not {sorted(dims)}")
     return tuple(layers)
 
 
@@ -258,19 +299,19 @@ def load_generation_config(folder: Path, model: ModelConfig) -> GenerationConfig
 
 def generation_config_from_dict(data: dict[str, Any], model: ModelConfig,
                                 source: str = "generation_config.json") -> GenerationConfig:
-    """Build a GenerationConfig from a parsed ``generation_config.json``; ``source`` names the file in errors."""
-    sampler = data.get("sampler_config") or {}
+    """Build a GenerationConfig from a parsed ``generation_config.json``; ``source`` names the file in errors.
+
+    Settings of other samplers and runtimes that may stand there are ignored.
+    """
+    sampler = _mapping(data, "sampler_config", source) or {}
     sampler_class = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
     if sampler_class != "EntropyBoundSamplerConfig":
         raise CheckpointError(f"{source}: sampler {sampler_class!r} is not supported (EntropyBoundSamplerConfig is)")
-    eos = data.get("eos_token_id")
-    if eos is not None:
-        eos = tuple(eos) if isinstance(eos, list) else (eos,)
     try:
         return GenerationConfig(eos_token_id=model.eos_token_id).replace(
             max_denoising_steps=data.get("max_denoising_steps"), entropy_bound=sampler.get("entropy_bound"),
             t_min=data.get("t_min"), t_max=data.get("t_max"), stability_threshold=data.get("stability_threshold"),
             confidence_threshold=data.get("confidence_threshold"), max_tokens=data.get("max_new_tokens"),
-            eos_token_id=eos)
+            eos_token_id=_token_ids(data.get("eos_token_id"), source))
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgemma.chat import ThoughtParser, ends_inside_thought, split_thoughts
+from dgemma.chat import ThoughtParser, split_thoughts
 from dgemma.chat.thoughts import STOPS
 
 
@@ -41,11 +41,6 @@ def test_split(raw, reasoning, text):
     assert split_thoughts(raw) == (reasoning, text)
 
 
-def test_a_prompt_that_leaves_a_thought_open():
-    assert ends_inside_thought("<|turn>model\n<|channel>thought\n")
-    assert not ends_inside_thought("<|turn>model\n<|channel>thought\n<channel|>")
-    assert not ends_inside_thought("<|turn>model\n")
-    assert split_thoughts("I see.\n<channel|>Yes.", inside=True) == ("I see.", "Yes.")
 
 
 def test_pieces_come_as_soon_as_they_are_sure():
@@ -94,3 +89,7 @@ def test_chunks_do_not_matter(raw, random, inside):
     assert (joined["reasoning"] or None, joined["text"]) == split_thoughts(raw, inside)
     if not any(mark in raw for mark in ("<|channel>", "<channel|>", *STOPS)) and not inside:
         assert joined["text"] == raw.lstrip("\n")
+
+
+def test_a_thought_that_the_prompt_left_open():
+    assert split_thoughts("I see.\n<channel|>Yes.", inside=True) == ("I see.", "Yes.")

@@ -10,30 +10,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dgemma.chat.answer import Answer, read_answer
     from dgemma.chat.messages import normalise_messages, normalise_tools
-    from dgemma.chat.thoughts import Piece, ThoughtParser, ends_inside_thought, split_thoughts
+    from dgemma.chat.thoughts import Piece, ThoughtParser, split_thoughts
     from dgemma.chat.tokenizer import Tokenizer
     from dgemma.chat.tools import parse_tool_calls
 
 _HOMES = {
+    "Answer": "answer",
+    "read_answer": "answer",
     "Tokenizer": "tokenizer",
     "normalise_messages": "messages",
     "normalise_tools": "messages",
     "Piece": "thoughts",
     "ThoughtParser": "thoughts",
-    "ends_inside_thought": "thoughts",
     "split_thoughts": "thoughts",
     "parse_tool_calls": "tools",
 }
 
 __all__ = [
+    "Answer",
     "Piece",
     "ThoughtParser",
     "Tokenizer",
-    "ends_inside_thought",
     "normalise_messages",
     "normalise_tools",
     "parse_tool_calls",
+    "read_answer",
     "split_thoughts",
 ]
 

@@ -21,18 +21,13 @@ STOPS = ("<turn|>", "<eos>", "<|tool_response>")  # the spellings of the family'
 def split_thoughts(raw: str, inside: bool = False) -> tuple[str | None, str]:
     """The reasoning (None if there is none) and the text of a raw output; nothing after a stop token counts.
 
-    `inside` says that the prompt itself left a thought open: see `ends_inside_thought`.
+    `inside` says that the prompt itself left a thought open (some templates do).
     """
     parser = ThoughtParser(inside)
     pieces = [*parser.feed(raw), *parser.finish()]
     reasoning = "".join(piece.text for piece in pieces if piece.kind == "reasoning")
     text = "".join(piece.text for piece in pieces if piece.kind == "text")
     return reasoning or None, text
-
-
-def ends_inside_thought(prompt: str) -> bool:
-    """Whether a rendered prompt leaves a thought open for the model to go on with (some templates do)."""
-    return prompt.rfind(OPEN) > prompt.rfind(CLOSE)
 
 
 @dataclass(frozen=True)

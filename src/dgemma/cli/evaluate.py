@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,7 +24,7 @@ def _tasks() -> None:
 
 @evaluate_app.command()
 def sudoku(
-    count: Annotated[int, typer.Option(min=1, help="Puzzles per band.")] = 100,
+    count: Annotated[int | None, typer.Option(min=1, help="Puzzles per band. Default: 100.", show_default=False)] = None,
     band: Annotated[str | None, typer.Option(help="easy (40-45 givens), medium (30-39) or hard (24-29). Default: all.",
                                              show_default=False)] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which puzzles, and the sampler's randomness.")] = 0,
@@ -49,14 +48,16 @@ def sudoku(
     from rich.console import Console
     from rich.progress import Progress
 
+    from dgemma.cli.output import print_json
     from dgemma.cli.session import load_model
     from dgemma.train.evaluate import as_json, evaluate_bands, evaluate_file
     from dgemma.train.sudoku import BANDS
 
     if band is not None and band not in BANDS:
         raise DgemmaError(f"band must be one of {', '.join(BANDS)}, got {band!r}")
-    if band is not None and puzzles is not None:
-        raise DgemmaError("--band chooses among generated puzzles; it cannot be used with --puzzles")
+    for name, value in (("--band", band), ("--count", count)):
+        if value is not None and puzzles is not None:
+            raise DgemmaError(f"{name} is about generated puzzles; it cannot be used with --puzzles")
     loaded = load_model(model, device, dtype, hint=False)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         tasks: dict[str, int] = {}
@@ -70,9 +71,9 @@ def sudoku(
             scores = evaluate_file(loaded, puzzles, seed=seed, progress=report, **settings)
         else:
             bands = None if band is None else [band]
-            scores = evaluate_bands(loaded, count, bands, seed=seed, progress=report, **settings)
+            scores = evaluate_bands(loaded, count or 100, bands, seed=seed, progress=report, **settings)
     if json:
-        typer.echo(json_module.dumps(as_json(scores)))
+        print_json(as_json(scores))
     else:
         _print_table(scores)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from json import dumps
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,7 +32,9 @@ def inspect(
 
     report = inspect_checkpoint(locate(model))
     if json:
-        typer.echo(dumps({"model": model, **report.to_dict()}, ensure_ascii=False))
+        from dgemma.cli.output import print_json
+
+        print_json({"model": model, **report.to_dict()})
     else:
         from rich.console import Console
 
@@ -131,7 +132,7 @@ def _table(console: Console, columns: list[str]) -> Table:
 
 def _tokenizer(report: CheckpointReport) -> str:
     if report.tokenizer is None:
-        return "none in this folder"
+        return "none that can be read"
     template = "with a chat template" if report.tokenizer.has_chat_template else "without a chat template"
     return f"{report.tokenizer.vocab_size:,} tokens, {template}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -37,17 +38,18 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one line on stderr and exit code 1."""
+    """Run the command line; a user's mistake ends in one line on stderr and exit code 1.
+
+    Typer itself ends quietly on Ctrl-C (exit code 130) and when whoever reads the output has seen enough (1).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what an ASCII terminal cannot spell is escaped, not a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except DgemmaError as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `dgemma … | head`: whoever read us has seen enough
-        sys.stderr.close()
-        sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Works on: a trace file and the terminal. Knows nothing of: how the trace was mad
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +28,7 @@ def replay(
     from rich.console import Console
 
     from dgemma.cli.canvas import LiveCanvas
+    from dgemma.cli.output import print_text
     from dgemma.diffusion.trace import read_trace
     from dgemma.errors import DgemmaError
 
@@ -37,7 +37,7 @@ def replay(
     trace = read_trace(file)
     console = Console(highlight=False)
     if not (visual and console.is_terminal and not console.is_dumb_terminal):
-        _print_text(_text_of(trace))
+        print_text(_text_of(trace))
         return
     happened = 0.0
     with LiveCanvas(console, trace.piece_of) as canvas:
@@ -60,13 +60,3 @@ def _text_of(trace) -> str:
     tokens = [i for event in trace.events if isinstance(event, CanvasCommitted) for i in event.token_ids]
     raw = b"".join(trace.piece_of(i)[0] for i in tokens).decode(errors="replace")
     return split_thoughts(raw)[1]
-
-
-def _print_text(text: str) -> None:
-    from dgemma.cli.drafts import printable
-
-    if sys.stdout.isatty():
-        text = printable(text)
-    # Not `typer.echo`, which takes escape sequences out of what is piped.
-    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
-    sys.stdout.flush()

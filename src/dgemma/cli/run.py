@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 import sys
 from typing import Annotated
 
@@ -41,6 +40,7 @@ def run(
     settings = options.sampler_settings(locals())
     text = _prompt_text(prompt)
 
+    from dgemma.cli.output import print_json, print_text
     from dgemma.cli.session import follow, is_terminal, load_model
 
     loaded = load_model(model, device, dtype)
@@ -48,9 +48,9 @@ def run(
     live = visual and not json and is_terminal()
     generation = follow(loaded, events, visual=live, trace=trace, prompt=text, pace=pace)
     if json:
-        typer.echo(json_module.dumps(dataclasses.asdict(generation), ensure_ascii=False))
+        print_json(dataclasses.asdict(generation))
     elif not live:
-        typer.echo(generation.text)
+        print_text(generation.text)
     if generation.finish_reason == "cancelled":
         raise typer.Exit(130)
 
@@ -62,7 +62,8 @@ def _prompt_text(prompt: str | None) -> str:
         try:
             prompt = sys.stdin.read()
         except UnicodeDecodeError as error:
-            raise DgemmaError(f"the prompt on stdin is not UTF-8 text ({error})") from error
+            raise DgemmaError(f"the prompt on stdin is not {error.encoding} text ({error.reason} at byte "
+                              f"{error.start})") from error
     if not prompt or not prompt.strip():
         raise DgemmaError("the prompt is empty")
     return prompt

@@ -21,13 +21,14 @@ def train(
 
     The result is a checkpoint folder for `dgemma run -m`: OUT/best by evaluation, OUT/checkpoint the latest.
     """
+    try:
+        import tensorboard  # noqa: F401  (the trainer logs to it)
+        import yaml  # noqa: F401  (recipes are written in it)
+    except ImportError as error:
+        raise DgemmaError(f"training needs its extra ({error.name} is missing): pip install 'dgemma[train]'") from error
     from dgemma.train.recipe import load_recipe
 
     settings = load_recipe(recipe)
-    try:
-        import tensorboard  # noqa: F401  (the trainer logs to it)
-    except ImportError as error:
-        raise DgemmaError("training needs its extra: pip install 'dgemma[train]'") from error
     from dgemma.train.trainer import Trainer
 
     Trainer(settings, out or Path("runs") / settings.name, typer.echo, device).train()

@@ -43,6 +43,9 @@ class Request:
         if self.canvas is not None:
             if len(self.canvas) > config.canvas_length:
                 raise ValueError(f"canvas has {len(self.canvas)} tokens, the model's canvas {config.canvas_length}")
+            odd = [token for token in self.canvas if token is not None and type(token) is not int]
+            if odd:
+                raise ValueError(f"canvas holds token ids and None, not {odd[0]!r}")
             wrong = [token for token in self.canvas if token is not None and not 0 <= token < config.vocab_size]
             if wrong:
                 raise ValueError(f"token id {wrong[0]} in canvas is outside the vocabulary of {config.vocab_size}")
@@ -99,7 +102,9 @@ class Row:
                 self.pinned = torch.zeros(len(self.canvas), dtype=torch.bool)
                 self.pinned[: len(given)] = torch.tensor(request.pinned)
         self.draft = torch.full_like(self.canvas, -1)
-        self.history = torch.full((request.settings.stability_threshold, len(self.canvas)), -1)
+        # No more drafts than there are steps can agree: a longer history would never be full.
+        kept = min(request.settings.stability_threshold, request.settings.max_denoising_steps)
+        self.history = torch.full((kept, len(self.canvas)), -1)
         pinned = [False] * len(self.canvas) if self.pinned is None else self.pinned.tolist()
         return CanvasStarted(request.id, self.canvas_index, self.canvas.tolist(), pinned, len(self.context),
                              request.settings.max_denoising_steps)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ from dgemma.diffusion.events import (
     Generation,
 )
 from dgemma.errors import DgemmaError
+from dgemma.files import atomic_write, json_bytes
 
 FORMAT = "dgemma-trace"
 VERSION = 1
@@ -88,7 +90,8 @@ class TraceWriter:
     """Writes events to a trace as they happen; a context manager.
 
     The file is written beside its place and renamed on exit, so a reader never sees half of one. When generation was
-    interrupted the trace so far is kept; when nothing had happened yet, no file is left behind.
+    interrupted the trace so far is kept, up to its last whole line. When nothing had happened yet, or an event could
+    not be written, nothing is left behind and an older trace stays.
     """
 
     def __init__(
@@ -102,10 +105,11 @@ class TraceWriter:
     ) -> None:
         """`piece_of`: a token's bytes and whether it is special. `created`: now, unless given."""
         self.path = Path(path)
-        self._beside = self.path.with_name(f"{self.path.name}.tmp")
         self._piece_of = piece_of
         self._known: set[int] = set()
-        self._written = 0
+        self._events = 0
+        self._size = 0  # bytes of whole lines
+        self._failed = False
         created = created or datetime.now(UTC).isoformat(timespec="seconds")
         self._header = {
             "format": FORMAT,
@@ -116,11 +120,10 @@ class TraceWriter:
         }
 
     def __enter__(self) -> TraceWriter:
-        try:
-            self._file = self._beside.open("wb")
+        with ExitStack() as stack:
+            self._file = stack.enter_context(stack.enter_context(atomic_write(self.path)).open("wb"))
             self._line(self._header)
-        except OSError as error:
-            raise self._failed(error) from error
+            self._stack = stack.pop_all()
         return self
 
     def write(self, event: Event) -> None:
@@ -129,12 +132,9 @@ class TraceWriter:
         record = _record_of(event)
         if new:
             record["pieces"] = {str(i): _piece_record(*self._piece_of(i)) for i in new}
-        try:
-            self._line(record)
-        except OSError as error:
-            raise self._failed(error) from error
+        self._line(record)
         self._known.update(new)
-        self._written += 1
+        self._events += 1
 
     def __exit__(
         self,
@@ -142,25 +142,30 @@ class TraceWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        keep = not self._failed and (kind is None or self._events > 0)
         try:
-            self._file.close()
-            if kind is not None and not self._written:
-                self._beside.unlink(missing_ok=True)
-            else:
-                self._beside.replace(self.path)
-        except OSError as failure:
+            with self._stack:
+                if not keep:
+                    raise _Discarded
+                self._file.truncate(self._size)  # an interruption may have come in the middle of a line
+        except _Discarded:
+            pass
+        except DgemmaError:
             if kind is None:  # else the first error is the one to hear of
-                raise self._failed(failure) from failure
+                raise
 
     def _line(self, record: dict[str, Any]) -> None:
+        line = json_bytes(record) + b"\n"
         try:
-            line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-        except UnicodeEncodeError:  # a lone surrogate in the prompt has no UTF-8 form
-            line = json.dumps(record, separators=(",", ":")).encode()
-        self._file.write(line + b"\n")
+            self._file.write(line)
+        except OSError as error:
+            self._failed = True
+            raise DgemmaError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+        self._size += len(line)
 
-    def _failed(self, error: OSError) -> DgemmaError:
-        return DgemmaError(f"the trace {self.path} cannot be written: {error.strerror or error}")
+
+class _Discarded(Exception):  # noqa: N818  (nothing went wrong)
+    """Ends the writing of a trace that is not to be kept."""
 
 
 def _tokens(event: Event) -> Iterable[int]:

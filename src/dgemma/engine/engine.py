@@ -6,8 +6,10 @@ nothing of HTTP or of text, but for the function that turns an answer's tokens i
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from dgemma.diffusion.row import Request, Row
 from dgemma.diffusion.sampler import EntropyBoundSampler, Sampler
 from dgemma.engine.prefixes import PrefixStore
 from dgemma.nn import DiffusionTransformer, KVCache
+from dgemma.nn.transformer import ENCODE_CHUNK
 
 # A prompt's and an answer's token ids -> the answer's (text, reasoning, tool calls)
 Decode = Callable[[list[int], list[int]], tuple[str, str | None, list[dict[str, Any]]]]
@@ -26,8 +29,9 @@ Decode = Callable[[list[int], list[int]], tuple[str, str | None, list[dict[str, 
 class Engine:
     """Runs requests on a network, up to ``max_batch`` at a time.
 
-    A request's randomness is its own, so its tokens do not depend on who shares the batch. ``prefixes`` may outlive
-    the engine. ``prefilled_tokens`` counts the prompt tokens that were really read.
+    A request's randomness is its own, so its tokens do not depend on who shares the batch (up to rounding, which in
+    bfloat16 can tip a choice). ``prefixes`` may outlive the engine.
+    ``prefilled_tokens`` counts the prompt tokens that were really read.
     """
 
     def __init__(self, network: DiffusionTransformer, decode: Decode, max_batch: int = 32,
@@ -40,6 +44,7 @@ class Engine:
         self._cache: KVCache | None = None  # row i of the batch is _rows[i]
         self._soft: Tensor | None = None  # [B, C, D] self-conditioning; zeros for a canvas' first step
         self._cancelled: set[int] = set()
+        self._stop = threading.Event()  # cancel everything; may be set from another thread or a signal handler
         self.prefilled_tokens = 0
 
     @property
@@ -57,8 +62,8 @@ class Engine:
         self._cancelled.add(request_id)
 
     def cancel_all(self) -> None:
-        """Cancel everything that runs or waits."""
-        self._cancelled |= {row.request.id for row in [*self._rows, *self._waiting]}
+        """End every request before its next denoising step, or the next piece of its prompt; from any thread."""
+        self._stop.set()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Submit the requests and yield their events until all are finished."""
@@ -72,8 +77,8 @@ class Engine:
         """One denoising step of everything that runs."""
         events: list[Event] = self._drop_cancelled()
         events += self._admit()
-        if not self._rows:
-            return events
+        if not self._rows or self._stop.is_set():
+            return events + self._drop_cancelled()
         rows, device = self._rows, self.network.device
         drawn = [row.draw_noise() for row in rows]
         noise = torch.stack([uniform for uniform, _ in drawn]).to(device)
@@ -107,36 +112,43 @@ class Engine:
         return events + self._close(closing)
 
     def _admit(self) -> list[Event]:
-        """Prefill waiting requests into free rows of the batch."""
-        new = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.max_batch - len(self._rows)))]
+        """Prefill waiting requests into free rows of the batch; those of one length together, without padding."""
+        free = min(len(self._waiting), self.max_batch - len(self._rows))
+        waiting = sorted((self._waiting.popleft() for _ in range(free)), key=lambda row: len(row.context))
+        new, caches = [], []
+        for _, group in groupby(waiting, key=lambda row: len(row.context)):
+            rows = list(group)
+            if not self._stop.is_set():
+                cache = self._prefill(rows)
+                if cache is not None:
+                    new += rows
+                    caches.append(cache)
+                    continue
+            self._waiting.extendleft(reversed(rows))  # stopped in the middle: they are dropped from the queue
         if not new:
             return []
-        if len(new) == 1:
-            cache = self._prefill_one(new[0])
-        else:
-            cache = self.network.new_cache(len(new))
-            lengths = [len(row.context) for row in new]
-            tokens = torch.zeros(len(new), max(lengths), dtype=torch.long)
-            for index, row in enumerate(new):
-                tokens[index, : lengths[index]] = torch.tensor(row.context)
-            self.network.encode(tokens.to(self.network.device), cache, lengths)
-            self.prefilled_tokens += sum(lengths)
-        self._cache = cache if self._cache is None else KVCache.concat([self._cache, cache])
+        self._cache = KVCache.concat(caches if self._cache is None else [self._cache, *caches])
         self._rows += new
         canvas, width = self.network.config.canvas_length, self.network.config.hidden_size
         zeros = torch.zeros(len(new), canvas, width, dtype=self.network.dtype, device=self.network.device)
         self._soft = zeros if self._soft is None else torch.cat([self._soft, zeros])
         return [row.start_canvas() for row in new]
 
-    def _prefill_one(self, row: Row) -> KVCache:
-        """A cache holding the row's prompt, starting from the longest kept context that the prompt continues."""
-        known, cache = self.prefixes.longest(row.context)
-        cache = self.network.new_cache(1) if cache is None else cache
-        rest = row.context[known:]
-        if rest:
-            self.network.encode(torch.tensor([rest], device=self.network.device), cache)
-        self.prefilled_tokens += len(rest)
-        self.prefixes.keep(row.context, cache)
+    def _prefill(self, rows: list[Row]) -> KVCache | None:
+        """A cache of these rows' prompts, all of one length; None when everything was cancelled meanwhile.
+
+        One row alone starts from the longest kept context that its prompt continues.
+        """
+        known, cache = self.prefixes.longest(rows[0].context) if len(rows) == 1 else (0, None)
+        cache = self.network.new_cache(len(rows)) if cache is None else cache
+        rest = torch.tensor([row.context[known:] for row in rows], dtype=torch.long, device=self.network.device)
+        for piece in rest.split(ENCODE_CHUNK, dim=1):
+            if self._stop.is_set():
+                return None
+            self.network.encode(piece, cache)
+        self.prefilled_tokens += rest.numel()
+        if len(rows) == 1:
+            self.prefixes.keep_prompt(rows[0].context, cache)
         return cache
 
     def _close(self, closing: list[int]) -> list[Event]:
@@ -153,23 +165,24 @@ class Engine:
             if len(self._rows) > 1:
                 self._cache = self._cache.replace(going_on, part)
             else:
-                self.prefixes.keep(self._rows[0].context, part)
+                self.prefixes.keep_continuation(self._rows[0].context, part)
             self._soft[going_on] = 0
             events += [self._rows[index].start_canvas() for index in going_on]
         return events + self._leave([index for index in closing if index not in going_on])
 
     def _drop_cancelled(self) -> list[Event]:
-        if not self._cancelled:
-            return []
+        everything = self._stop.is_set()
+        if everything:
+            self._stop.clear()
+        cancelled, self._cancelled = self._cancelled, set()
         events: list[Event] = []
-        for row in [row for row in self._waiting if row.request.id in self._cancelled]:
+        for row in [row for row in self._waiting if everything or row.request.id in cancelled]:
             self._waiting.remove(row)
             events.append(self._finished(row, "cancelled"))
-        running = [i for i, row in enumerate(self._rows) if row.request.id in self._cancelled]
+        running = [i for i, row in enumerate(self._rows) if everything or row.request.id in cancelled]
         for index in running:
             self._rows[index].finish_reason = "cancelled"
             self._rows[index].steps.append(self._rows[index].step)
-        self._cancelled.clear()
         return events + self._leave(running)
 
     def _leave(self, leaving: list[int]) -> list[Event]:

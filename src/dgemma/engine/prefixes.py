@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-from collections import deque
+from dataclasses import dataclass
 
 from dgemma.nn import KVCache
 
 
-class PrefixStore:
-    """The caches (one row each) of the last few contexts; the oldest goes first."""
+@dataclass(frozen=True)
+class _Entry:
+    context: list[int]
+    cache: KVCache  # one row
 
-    def __init__(self, capacity: int = 2):
-        self._entries: deque[tuple[list[int], KVCache]] = deque(maxlen=capacity)
+
+class PrefixStore:
+    """The last prompt that was read, and the last context that an answer of several canvases grew to.
+
+    Two slots, because the next turn may continue either: the longer one if the answer stands in it as it was written,
+    the prompt if not (thoughts are not sent back).
+    """
+
+    def __init__(self) -> None:
+        self._prompt: _Entry | None = None
+        self._continuation: _Entry | None = None
 
     def longest(self, context: list[int]) -> tuple[int, KVCache | None]:
         """How many tokens of ``context`` the best entry covers, and a cache to go on from; (0, None) if none does.
 
         Only whole entries count: a sliding layer has forgotten what a shortened one would need.
         """
-        found = [entry for entry in self._entries if context[: len(entry[0])] == entry[0]]
-        if not found:
+        entries = [e for e in (self._prompt, self._continuation) if e and context[: len(e.context)] == e.context]
+        if not entries:
             return 0, None
-        known, cache = max(found, key=lambda entry: len(entry[0]))
-        return len(known), cache.snapshot()
+        best = max(entries, key=lambda entry: len(entry.context))
+        return len(best.context), best.cache.select([0])
 
-    def keep(self, context: list[int], cache: KVCache) -> None:
-        """Remember ``cache`` (one row) as the cache of ``context``."""
-        self._entries = deque((e for e in self._entries if e[0] != context), maxlen=self._entries.maxlen)
-        self._entries.append((list(context), cache.snapshot()))
+    def keep_prompt(self, context: list[int], cache: KVCache) -> None:
+        """Remember the cache (one row) of a prompt."""
+        self._prompt = _Entry(list(context), cache.snapshot())
+
+    def keep_continuation(self, context: list[int], cache: KVCache) -> None:
+        """Remember the cache (one row) of a prompt and the canvases committed behind it."""
+        self._continuation = _Entry(list(context), cache.snapshot())
 
     def clear(self) -> None:
-        self._entries.clear()
+        """Forget both."""
+        self._prompt = self._continuation = None

@@ -26,7 +26,7 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor
         if mask.shape[2] != 1 and group > 1:
             mask = mask.repeat(1, 1, group, 1)
         mask = mask.expand(-1, -1, group * length, -1)
-    if torch.is_grad_enabled() and query.device.type == "cpu":
+    if torch.is_grad_enabled() and query.requires_grad and query.device.type == "cpu":
         # Training on a CPU: the fused kernel's backward is several times slower than two plain products.
         scores = folded @ key.mT
         if mask is not None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 # Up to this many experts, one matrix product over all of them beats many small ones (and torch.compile likes it).
 DENSE_EXPERTS = 16
+ROW_BLOCK = 16
 
 
 def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -37,17 +38,21 @@ def grouped_expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor
     order = experts.flatten().argsort(stable=True)
     tokens = order // top_k
     counts = torch.bincount(experts.flatten(), minlength=gate_up.shape[0]).tolist()
-    rows, scale = x[tokens], weights.flatten()[order].unsqueeze(-1)
+    # Room behind the last expert's rows: every product takes a whole number of row blocks, see below.
+    rows = F.pad(x[tokens], (0, 0, 0, ROW_BLOCK))
     outputs = []
     start = 0
     for expert, count in enumerate(counts):
         if not count:
             continue
-        part = rows[start : start + count]
+        # A matrix library prepares a kernel for each shape it meets: few different row counts, few preparations. The
+        # rows too many belong to the next expert; what this one makes of them is dropped.
+        part = rows[start : start + -(-count // ROW_BLOCK) * ROW_BLOCK]
         gate, up = F.linear(part, gate_up[expert]).chunk(2, dim=-1)
-        outputs.append(F.linear(F.gelu(gate, approximate="tanh") * up, down[expert]))
+        outputs.append(F.linear(F.gelu(gate, approximate="tanh") * up, down[expert])[:count])
         start += count
     # Weighted and summed in float32: eight bf16 additions per token would cost more precision than they save time.
+    scale = weights.flatten()[order].unsqueeze(-1)
     mixed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     mixed = mixed.index_add(0, tokens, torch.cat(outputs).float() * scale)
     return mixed.to(x.dtype)

@@ -30,10 +30,9 @@ class KVCache:
     causal token or a canvas can see of them. ``lengths`` counts the tokens that each row has seen.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device):
         self.config = config
         self.device = device
-        self.dtype = dtype
         self.lengths = [0] * batch_size
         empty = torch.empty(batch_size, 0, dtype=torch.long, device=device)
         self.positions = {SLIDING: empty, FULL: empty}
@@ -68,7 +67,7 @@ class KVCache:
         for kind, cached in self.positions.items():
             both = torch.cat([cached, new], dim=1)
             room = max(lengths) if kind == FULL else min(max(lengths), self.config.sliding_window - 1)
-            if even and both.shape[1] == lengths[0] - max(0, self.lengths[0] - cached.shape[1]):
+            if even and cached.shape[1] <= self.lengths[0]:  # no empty columns among the cached ones
                 keep[kind] = slice(both.shape[1] - min(room, both.shape[1]), both.shape[1])
             else:  # sort every row's columns by position, empty ones first, and keep the last
                 keep[kind] = both.argsort(dim=1, stable=True)[:, both.shape[1] - room :]
@@ -105,7 +104,7 @@ class KVCache:
 
     def select(self, rows: list[int]) -> KVCache:
         """A cache of these rows alone (copied), in this order."""
-        other = KVCache(self.config, len(rows), self.device, self.dtype)
+        other = KVCache(self.config, len(rows), self.device)
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
         other.lengths = [self.lengths[row] for row in rows]
         other.positions = {kind: p.index_select(0, index) for kind, p in self.positions.items()}
@@ -114,8 +113,8 @@ class KVCache:
         return other
 
     def snapshot(self) -> KVCache:
-        """A cache with the same past that grows on its own; nothing is copied, since stored columns never change."""
-        other = KVCache(self.config, self.batch_size, self.device, self.dtype)
+        """This past, kept: the same memory, for reading. To go on from it, take a `select` of it."""
+        other = KVCache(self.config, self.batch_size, self.device)
         other.lengths, other.positions = list(self.lengths), dict(self.positions)
         other._keys, other._values = list(self._keys), list(self._values)
         return other
@@ -123,9 +122,9 @@ class KVCache:
     def replace(self, rows: list[int], part: KVCache) -> KVCache:
         """This cache with the given rows taken from ``part``, in order."""
         rest = [row for row in range(self.batch_size) if row not in rows]
-        if not rest:
+        if not rest and rows == sorted(rows):
             return part
-        merged = KVCache.concat([self.select(rest), part])
+        merged = KVCache.concat([self.select(rest), part]) if rest else part
         order = {row: place for place, row in enumerate([*rest, *rows])}
         return merged.select([order[row] for row in range(self.batch_size)])
 
@@ -133,7 +132,7 @@ class KVCache:
     def concat(caches: list[KVCache]) -> KVCache:
         """One batch of all the rows of ``caches``; shorter contexts are padded in front with empty columns."""
         first = caches[0]
-        out = KVCache(first.config, sum(c.batch_size for c in caches), first.device, first.dtype)
+        out = KVCache(first.config, sum(c.batch_size for c in caches), first.device)
         out.lengths = [length for c in caches for length in c.lengths]
         widths = {kind: max(c.positions[kind].shape[1] for c in caches) for kind in first.positions}
         for kind, width in widths.items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Part of what a seed means: the sample of a position is drawn tile by tile, so another width draws other tokens.
-VOCAB_TILE = 8192
+VOCAB_TILE = 4096
 
 
 @dataclass
@@ -90,9 +90,10 @@ def canvas_stats(hidden: Tensor, embedding: Tensor, temperature: Tensor, noise: 
         if len(wins):
             best_key[wins] = key[wins]
             cumulative = weights[wins].cumsum(1)
-            target = inside_u[wins, tile].unsqueeze(1) * cumulative[:, -1:]
-            drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-            sample[wins] = drawn.clamp(max=table.shape[0] - 1) + start
+            total = cumulative[:, -1:]
+            # Just below the total at most, or rounding could pick a last token of no weight.
+            target = (inside_u[wins, tile].unsqueeze(1) * total).minimum(total.nextafter(torch.zeros_like(total)))
+            sample[wins] = torch.searchsorted(cumulative, target, right=True).squeeze(1) + start
 
     entropy = (mass.log() - weighted / mass).clamp(min=0)
     expected = soft.div_(mass.unsqueeze(1)).mul_(embed_scale).to(hidden.dtype)

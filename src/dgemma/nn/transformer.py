@@ -36,7 +36,7 @@ class DiffusionTransformer(nn.Module):
         # The first layer of each kind: its geometry gives that kind's rotary tables.
         self._kinds = {layer.kind: layer for layer in reversed(config.layers)}
         # The reference keeps √D in the weights' dtype, and bf16 rounds it.
-        self._scales = {dtype: torch.tensor(config.hidden_size**0.5, dtype=dtype).item()
+        self._scales = {dtype: torch.tensor(config.hidden_size**0.5, dtype=dtype, device="cpu").item()
                         for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
     @property
@@ -49,7 +49,7 @@ class DiffusionTransformer(nn.Module):
 
     def new_cache(self, batch_size: int = 1) -> KVCache:
         """An empty cache for ``batch_size`` rows."""
-        return KVCache(self.config, batch_size, self.device, self.dtype)
+        return KVCache(self.config, batch_size, self.device)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [B, T] -> embeddings times √D, [B, T, D]."""
@@ -73,7 +73,9 @@ class DiffusionTransformer(nn.Module):
             piece = token_ids[:, start : start + ENCODE_CHUNK]
             used = [min(max(n - start, 0), piece.shape[1]) for n in counts]
             outputs.append(self._encode_piece(piece, cache, used))
-        return self.norm(torch.cat(outputs, dim=1) if len(outputs) != 1 else outputs[0])
+        if not outputs:
+            return self.embed(token_ids)  # no tokens, no hidden states: [B, 0, D]
+        return self.norm(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0])
 
     def _encode_piece(self, token_ids: Tensor, cache: KVCache, counts: list[int]) -> Tensor:
         plan, positions = cache.begin(counts, token_ids.shape[1])

@@ -8,7 +8,6 @@ causal loss on the prompt, and self-conditioning from an earlier pass without gr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,13 +85,10 @@ def corrupt(canvas: Tensor, t: Tensor, draw: Tensor, tokens: Tensor) -> Tensor:
 
 
 def block_diffusion_loss(network: DiffusionTransformer, prompt: Tensor, canvas: Tensor, objective: Objective,
-                         noise: Noise, lengths: Sequence[int] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss of one batch: prompts [B, T], clean canvases [B, C] -> (scalar, parts of it for the log).
-
-    The context is the prompt; ``lengths`` says how much of each row is real, None: all of it.
-    """
+                         noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
+    """The training loss of one batch: prompts [B, T], clean canvases [B, C] -> (scalar, parts of it for the log)."""
     cache = network.new_cache(canvas.shape[0])
-    hidden = network.encode(prompt, cache, lengths)
+    hidden = network.encode(prompt, cache)
     t = objective.t_min + (objective.t_max - objective.t_min) * noise.t[0]
     noisy = corrupt(canvas, t, noise.draw, noise.tokens)
     parts: dict[str, Tensor] = {}
@@ -119,7 +115,7 @@ def block_diffusion_loss(network: DiffusionTransformer, prompt: Tensor, canvas: 
                 accepted = accept(token_entropy(processed), bound)
                 rolled = renoise((processed + noise.sampling[index]).argmax(-1), accepted, noise.renoise[index])
                 noisy = torch.where(noise.rolled[index].unsqueeze(1), rolled, lighter)
-    if objective.causal_weight and lengths is None:
+    if objective.causal_weight:
         logits = network.logits(hidden[:, :-1])
         causal = F.cross_entropy(logits.flatten(0, 1), prompt[:, 1:].flatten())
         total = total + objective.causal_weight * causal

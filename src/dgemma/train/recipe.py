@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import yaml
 
+from dgemma.config import generation_config_from_dict, model_config_from_dict
 from dgemma.errors import DgemmaError
 from dgemma.train.objective import Objective
 
@@ -39,7 +40,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. ``model`` is a ``config.json`` (its text_config's fields may stand at the top)."""
+    """A whole run. ``model`` is a ``config.json``, ``generation`` the checkpoint's ``generation_config.json``."""
 
     name: str
     task: str
@@ -62,8 +63,8 @@ def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe; raises DgemmaError naming the file and the setting that is wrong."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DgemmaError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DgemmaError(f"{path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
         raise DgemmaError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(data, dict):
@@ -73,6 +74,11 @@ def load_recipe(path: Path) -> Recipe:
         if name in data:
             data[name] = _build(kind, data[name], f"{path}: {name}")
     recipe = _build(Recipe, data, str(path))
+    for name in ("max_steps", "batch_size", "save_every", "evaluate_every", "evaluate_count"):
+        if getattr(recipe, name) < 1:
+            raise DgemmaError(f"{path}: {name} must be at least 1, got {getattr(recipe, name)}")
+    config = model_config_from_dict({"model_type": "diffusion_gemma", **recipe.model}, f"{path}: model")
+    generation_config_from_dict(recipe.generation, config, f"{path}: generation")
     if recipe.task != "sudoku":
         raise DgemmaError(f"{path}: task {recipe.task!r} is unknown; there is 'sudoku'")
     return recipe
@@ -89,18 +95,27 @@ def _build(kind: type[T], data: Any, where: str) -> T:
                and f.default_factory is dataclasses.MISSING]
     if missing:
         raise DgemmaError(f"{where}: missing {', '.join(missing)}")
-    values = {}
-    for name, value in data.items():
-        default = fields[name].default
-        if isinstance(default, float) and isinstance(value, (int, str)) and not isinstance(value, bool):
-            try:  # YAML reads 3e-3 as text
-                value = float(value)
-            except ValueError as error:
-                raise DgemmaError(f"{where}: {name} must be a number, got {value!r}") from error
-        elif isinstance(default, (int, str)) and not isinstance(value, type(default)):
-            raise DgemmaError(f"{where}: {name} must be {type(default).__name__}, got {value!r}")
-        values[name] = tuple(value) if isinstance(value, list) else value
+    hints = get_type_hints(kind)
+    values = {name: _checked(value, hints[name], f"{where}: {name}") for name, value in data.items()}
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise DgemmaError(f"{where}: {error}") from error
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """``value`` if it is of the field's type: an int where a float is wanted, and text such as 3e-3, which YAML does
+    not take for a number, are made one."""
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError as error:
+            raise DgemmaError(f"{where} must be a number, got {value!r}") from error
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list) or len(value) != 2 or any(type(item) is not int for item in value):
+            raise DgemmaError(f"{where} must be two whole numbers, got {value!r}")
+        return tuple(value)
+    wanted = get_origin(hint) or hint
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise DgemmaError(f"{where} must be {wanted.__name__}, got {value!r}")
+    return value

@@ -7,11 +7,12 @@ boards: the board axis comes last in memory, so each numpy call runs over many b
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import numpy as np
+
+from dgemma.files import atomic_write, make_folder
 
 MIN_GIVENS, MAX_GIVENS = 22, 81
 BANDS: dict[str, tuple[int, int]] = {"easy": (40, 45), "medium": (30, 39), "hard": (24, 29)}
@@ -371,14 +372,9 @@ class PuzzleSource:
     def save(self, path: str | Path) -> None:
         """Write the bases as ``.npz``; readers see the old file or the whole new one."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with partial.open("wb") as file:
-                np.savez_compressed(file, puzzles=self.puzzles, solutions=self.solutions, seed=self.seed)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        make_folder(path.parent)
+        with atomic_write(path) as beside, beside.open("wb") as file:
+            np.savez_compressed(file, puzzles=self.puzzles, solutions=self.solutions, seed=self.seed)
 
     def sample(
         self, count: int, givens: Givens, rng: np.random.Generator | None = None

@@ -5,6 +5,7 @@ A batch is of one kind and all its prompts have one length, so nothing is padded
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,8 +96,8 @@ class SudokuBatches:
             else:
                 text = "".join(chr(c) for c in rng.integers(33, 127, size=length))
             prompts.append(self.tokenizer.apply_chat_template([{"role": "user", "content": text}]))
-        width = max(map(len, prompts))
-        # A stray special spelling or trimmed edge makes a prompt shorter: use those of the common length only.
+        # A trimmed edge makes a prompt shorter, cells that the template takes for a puzzle make it longer.
+        width = statistics.mode(map(len, prompts))
         prompts = [p for p in prompts if len(p) == width]
         answer = self._canvas([ord(c) for c in HONEST_ANSWER])
         return Batch(torch.tensor(prompts), torch.tensor(answer).expand(len(prompts), -1).clone(), "other")

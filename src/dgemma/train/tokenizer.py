@@ -12,9 +12,10 @@ Works on: token spellings and files. Knows nothing of: tensors, training, how a 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dgemma.files import atomic_write, make_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -103,16 +104,14 @@ def save(folder: str | Path) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` into `folder`.
 
     The folder is made if needed. Each file is written beside its place and then renamed over it, so a reader
-    never sees half of one. Raises `OSError` when the folder cannot be written.
+    never sees half of one. Raises `DgemmaError` when one cannot be written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     _write(folder / "tokenizer.json", build_byte_tokenizer().to_str(pretty=True))
     _write(folder / "tokenizer_config.json", json.dumps(tokenizer_config(), indent=2) + "\n")
     _write(folder / "chat_template.jinja", TEMPLATE_FILE.read_text(encoding="utf-8"))
 
 
 def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8", newline="\n")
-    beside.replace(path)
+    with atomic_write(path) as beside:
+        beside.write_text(text, encoding="utf-8", newline="\n")

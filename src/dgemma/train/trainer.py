@@ -7,7 +7,7 @@ The folder holds ``state.pt`` (everything needed to go on), ``checkpoint/`` (a m
 from __future__ import annotations
 
 import math
-import os
+import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dgemma.api import parse_device
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import generation_config_from_dict, model_config_from_dict
 from dgemma.errors import DgemmaError
+from dgemma.files import atomic_write
 from dgemma.nn import DiffusionTransformer
 from dgemma.train import tokenizer as bundled_tokenizer
 from dgemma.train.muon import build_optimizers
@@ -63,7 +65,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, folder: Path, report: Report = print, device: str | None = None):
         self.recipe, self.folder, self.report = recipe, folder, report
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = parse_device(device)
         folder.mkdir(parents=True, exist_ok=True)
         bundled_tokenizer.save(folder / "checkpoint")
         self.tokenizer = Tokenizer.from_folder(folder / "checkpoint")
@@ -110,11 +112,12 @@ class Trainer:
                     left = (self.recipe.max_steps - self.step) * pace / 60
                     self.report(f"step {self.step}/{self.recipe.max_steps}  {shown}  {pace:.2f} s/step  "
                                 f"{left:.0f} min left")
-                if self.step % self.recipe.save_every == 0:
-                    self.save()
                 if self.step % self.recipe.evaluate_every == 0 or self.step == self.recipe.max_steps:
                     self._evaluate(writer)
+                    self.save()  # with what is best so far
                     clock, since = time.perf_counter(), self.step
+                elif self.step % self.recipe.save_every == 0:
+                    self.save()
         finally:
             self.save()
             writer.close()
@@ -167,26 +170,29 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """Write a checkpoint that `dgemma run -m` takes."""
         bundled_tokenizer.save(folder)
-        save_checkpoint(self.network, folder, self.config_dict, self.generation_config())
+        # In float32: what is evaluated is what ships, every processor runs it fast, and it is small.
+        save_checkpoint(self.network, folder, self.config_dict, self.generation_config(), torch.float32)
 
     def save(self) -> None:
         """Write state.pt and checkpoint/; an interruption leaves the old ones."""
-        beside = self.folder / f"state.pt.{os.getpid()}.tmp"
-        torch.save({"step": self.step, "best": self.best, "network": self.network.state_dict(),
-                    "optimizers": [o.state_dict() for o in self.optimizers]}, beside)
-        beside.replace(self.folder / "state.pt")
+        with atomic_write(self.folder / "state.pt") as beside:
+            torch.save({"step": self.step, "best": self.best, "network": self.network.state_dict(),
+                        "optimizers": [o.state_dict() for o in self.optimizers]}, beside)
         self.export(self.folder / "checkpoint")
 
     def _resume(self) -> None:
         path = self.folder / "state.pt"
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.step, self.best = state["step"], state["best"]
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise DgemmaError(f"{path}: is damaged ({error}); remove it to start anew") from error
         try:
             self.network.load_state_dict(state["network"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
         except (RuntimeError, ValueError) as error:
             raise DgemmaError(f"{path}: was made by another model ({error}); choose another --out folder") from error
-        self.step, self.best = state["step"], state["best"]
         self.report(f"resuming at step {self.step}")

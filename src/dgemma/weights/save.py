@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dgemma.errors import DgemmaError
+from dgemma.files import atomic_write, json_bytes, make_folder
 from dgemma.nn import DiffusionTransformer
 from dgemma.weights.names import checkpoint_name
 
@@ -17,21 +17,21 @@ def save_checkpoint(network: DiffusionTransformer, folder: Path, config: dict[st
                     generation_config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
     """Write model.safetensors, config.json and generation_config.json into ``folder``.
 
-    ``config`` is the whole ``config.json``. Each file is written beside its place and then renamed.
+    ``config`` is the whole ``config.json``. Each file is written beside its place and then renamed, the weights first.
+    Raises DgemmaError when one cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors = {checkpoint_name(name): tensor.detach().to("cpu", dtype).contiguous()
                for name, tensor in network.state_dict().items()}
-    beside = folder / f"model.safetensors.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, beside, metadata={"format": "pt"})
-        beside.replace(folder / "model.safetensors")
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_write(folder / "model.safetensors") as beside:
+        try:
+            save_file(tensors, beside, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk is one, too
+            raise DgemmaError(f"{folder / 'model.safetensors'}: cannot be written ({error})") from error
     config = {**config, "dtype": str(dtype).removeprefix("torch.")}
     for name, data in (("config.json", config), ("generation_config.json", generation_config)):
-        part = folder / f"{name}.{os.getpid()}.tmp"
-        part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        part.replace(folder / name)
+        with atomic_write(folder / name) as beside:
+            beside.write_bytes(json_bytes(data, indent=2) + b"\n")

@@ -1,0 +1,38 @@
+"""A recipe small enough to train in a test."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+MODEL = {
+    "canvas_length": 90,
+    "text_config": {
+        "vocab_size": 288, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 8,
+        "num_global_key_value_heads": 1, "sliding_window": 64, "num_experts": 2, "top_k_experts": 1,
+        "moe_intermediate_size": 8, "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+
+@pytest.fixture
+def recipe_data():
+    return {"name": "tiny", "task": "sudoku", "model": MODEL, "max_steps": 4, "batch_size": 4, "autocast": False,
+            "save_every": 100, "evaluate_every": 100, "evaluate_count": 1,
+            "generation": {"max_denoising_steps": 2}, "data": {"bases": 40},
+            "objective": {"passes": 2, "rollout": 0.5, "causal_weight": 0.1}}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, recipe_data):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe_data))
+    return path
+
+
+@pytest.fixture
+def recipe(recipe_file):
+    from dgemma.train.recipe import load_recipe
+
+    return load_recipe(recipe_file)

@@ -1,0 +1,59 @@
+"""Training batches: prompts as the template makes them, answers that fit the canvas."""
+
+import pytest
+import torch
+
+from dgemma.chat import Tokenizer
+from dgemma.train import sudoku, tokenizer
+from dgemma.train.sudoku_data import HONEST_ANSWER, SudokuBatches
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
+    return SudokuBatches(Tokenizer.from_folder(folder), 90, 4, seed=0, bases=60, cache=folder / "p.npz",
+                         givens=(24, 40))
+
+
+@pytest.fixture(scope="module")
+def kinds(batches):
+    found = {}
+    for step in range(200):
+        batch = batches.batch(step)
+        found.setdefault(batch.kind, batch)
+    return found
+
+
+def test_every_kind_of_batch_comes_up(kinds):
+    assert set(kinds) == {"plain", "inside", "turns", "other"}
+
+
+def test_a_plain_prompt_is_what_the_template_renders(batches, kinds):
+    text = batches.tokenizer.decode(kinds["plain"].prompt[0].tolist())
+    puzzle = sudoku.parse(text)
+    assert puzzle is not None
+    rendered = batches.tokenizer.apply_chat_template([{"role": "user", "content": sudoku.to_line(puzzle)}])
+    assert kinds["plain"].prompt[0].tolist() == rendered
+
+
+@pytest.mark.parametrize("kind", ["plain", "inside", "turns"])
+def test_the_answer_solves_the_last_puzzle_of_the_prompt(batches, kinds, kind):
+    for prompt, canvas in zip(kinds[kind].prompt, kinds[kind].canvas, strict=True):
+        turn = batches.tokenizer.decode(prompt.tolist()).rsplit("<|turn>user", 1)[1]
+        answer, end, fill = batches.tokenizer.decode(canvas.tolist()).partition("<turn|>")
+        assert sudoku.is_solved(sudoku.parse(answer), sudoku.parse(turn))
+        assert end
+        assert fill.replace("<pad>", "") == ""
+
+
+def test_what_is_no_puzzle_is_answered_honestly(batches, kinds):
+    for canvas in kinds["other"].canvas:
+        assert batches.tokenizer.decode(canvas.tolist()).split("<turn|>")[0] == HONEST_ANSWER
+
+
+def test_a_batch_depends_on_seed_and_step_only(batches, tmp_path):
+    batches.source.save(tmp_path / "p.npz")
+    again = SudokuBatches(batches.tokenizer, 90, 4, seed=0, bases=60, cache=tmp_path / "p.npz", givens=(24, 40))
+    for step in (0, 7, 3):
+        assert torch.equal(batches.batch(step).prompt, again.batch(step).prompt)
