@@ -1,8 +1,14 @@
-"""A made-up denoising of a given text, for the terminal's tests: no model, but every kind of event."""
+"""A made-up denoising of a given text, for the terminal's tests: no model, but every kind of event.
 
+And for the commands' tests a real model, tiny and random, and the command line run in this process.
+"""
+
+import io
 import math
 import random
 import re
+import sys
+from dataclasses import dataclass
 
 import pytest
 from rich.cells import cell_len
@@ -178,3 +184,80 @@ class Screen:
 @pytest.fixture
 def screen():
     return Screen
+
+
+CHECKPOINT = {
+    "model_type": "diffusion_gemma", "canvas_length": 16,
+    "text_config": {
+        "vocab_size": 288, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 16,
+        "num_global_key_value_heads": 1, "sliding_window": 32, "num_experts": 2, "top_k_experts": 1,
+        "moe_intermediate_size": 16, "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The folder of a tiny random model of bytes, canvas of 16; not to be written to."""
+    from reference import random_network
+
+    from dgemma.config import model_config_from_dict
+    from dgemma.train import tokenizer
+    from dgemma.weights.save import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny")
+    network = random_network(model_config_from_dict(CHECKPOINT))
+    save_checkpoint(network, folder, CHECKPOINT, {"eos_token_id": [1, 106], "max_new_tokens": 40,
+                                                  "max_denoising_steps": 4})
+    tokenizer.save(folder)
+    return folder
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Stream(io.TextIOWrapper):
+    """A standard stream in memory, of a pipe or of a terminal."""
+
+    def __init__(self, data: bytes = b"", terminal: bool = False, encoding: str = "utf-8"):
+        super().__init__(io.BytesIO(data), encoding=encoding, newline="\n")
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def text(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode()
+
+
+@pytest.fixture
+def dgemma_command(monkeypatch):
+    """A function that runs the `dgemma` command in this process: arguments, stdin; what comes of it."""
+    from dgemma.cli.main import main
+
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments, stdin: str | bytes = "", terminal: bool = False, encoding: str = "utf-8") -> Outcome:
+        data = stdin if isinstance(stdin, bytes) else stdin.encode()
+        out, err = Stream(terminal=terminal, encoding=encoding), Stream(encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["dgemma", *map(str, arguments)])
+            patch.setattr(sys, "stdin", Stream(data))
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            code = 0
+            try:
+                main()
+            except SystemExit as error:
+                code = error.code or 0
+        return Outcome(code, out.text(), err.text())
+
+    return run

@@ -1,6 +1,7 @@
 """Traces survive the way to a file and back, and say what is wrong with a file that is none."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -79,8 +80,79 @@ def test_an_interrupted_trace_is_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_an_interruption_within_a_line_leaves_whole_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt), TraceWriter(path, model="m", prompt="", piece_of=PIECES.__getitem__) as writer:
+        writer.write(EVENTS[0])
+        writer._file.write(b'{"event":"Deno')  # what a signal in the middle of a write leaves
+        raise KeyboardInterrupt
+    assert read_trace(path).events == EVENTS[:1]
+
+
+class FullDisk:
+    """A file that takes ``room`` bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if len(data) > self.room:
+            self.file.write(data[: self.room])
+            raise OSError(28, "No space left on device")
+        self.room -= len(data)
+        self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_never_costs_an_older_trace(tmp_path):
+    path = write(tmp_path / "a.jsonl")
+
+    def fill():
+        with TraceWriter(path, model="m", prompt="", piece_of=PIECES.__getitem__) as writer:
+            writer._file = FullDisk(writer._file, 300)
+            for event in EVENTS:
+                writer.write(event)
+
+    with pytest.raises(DgemmaError, match=r"a\.jsonl: cannot be written \(No space left"):
+        fill()
+    assert len(read_trace(path).events) == len(EVENTS)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_disk_that_is_full_at_the_end(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl")
+    writer = TraceWriter(path, model="m", prompt="", piece_of=PIECES.__getitem__)
+
+    def full(size):
+        raise OSError(28, "No space left on device")
+
+    def fill(error):
+        with writer:
+            writer.write(EVENTS[0])
+            writer._file = FullDisk(writer._file, 0)
+            writer._file.truncate = full
+            if error:
+                raise error
+
+    with pytest.raises(DgemmaError, match="No space left"):
+        fill(None)
+    with pytest.raises(KeyboardInterrupt):  # the first error is the one to hear of
+        fill(KeyboardInterrupt)
+    assert len(read_trace(path).events) == len(EVENTS)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_two_programs_may_write_one_trace(tmp_path):
+    """Each beside its place under a name of its own; the last one to end wins."""
+    with TraceWriter(tmp_path / "a", model="m", prompt="", piece_of=PIECES.__getitem__):
+        (name,) = (file.name for file in tmp_path.iterdir())
+        assert str(os.getpid()) in name
+
+
 def test_what_cannot_be_written(tmp_path):
-    with pytest.raises(DgemmaError, match="no-such/a cannot be written: No such file"):
+    with pytest.raises(DgemmaError, match=r"no-such/a: cannot be written \(No such file"):
         write(tmp_path / "no-such" / "a")
 
 

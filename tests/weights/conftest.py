@@ -5,6 +5,8 @@ import shutil
 import pytest
 import torch
 
+from dgemma.train import tokenizer as bundled_tokenizer
+
 
 @pytest.fixture(scope="session")
 def reference():
@@ -41,6 +43,7 @@ def single(reference, tmp_path_factory):
     """A folder with one model.safetensors; not to be written to."""
     folder = tmp_path_factory.mktemp("single")
     reference.save_pretrained(folder)
+    bundled_tokenizer.save(folder)
     return folder
 
 
@@ -49,6 +52,7 @@ def sharded(reference, tmp_path_factory):
     """The same network in several shards and an index; not to be written to."""
     folder = tmp_path_factory.mktemp("sharded")
     reference.save_pretrained(folder, max_shard_size="250KB")
+    bundled_tokenizer.save(folder)
     assert len(list(folder.glob("*.safetensors"))) > 3
     return folder
 

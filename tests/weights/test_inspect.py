@@ -109,15 +109,17 @@ def test_report_of_a_sound_checkpoint(form, request, reference):
     assert report.stored[0].nbytes == 4 * (report.text_parameters + report.parameters["vision"])
     assert report.files == {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
     assert report.generation.max_denoising_steps == 48
-    assert report.tokenizer is None
+    assert (report.tokenizer.vocab_size, report.tokenizer.has_chat_template) == (288, True)
 
 
 def test_tokenizer_facts(single, copy_of):
     folder = copy_of(single)
-    tokenizer = {"model": {"vocab": {"a": 0, "b": 1, "<eos>": 2}}, "added_tokens": [{"id": 2}, {"id": 3}]}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["added_tokens"].append({**data["added_tokens"][0], "id": 288, "content": "<more>"})
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    (folder / "chat_template.jinja").unlink()
     facts = inspect_checkpoint(folder).tokenizer
-    assert (facts.vocab_size, facts.has_chat_template) == (4, False)
+    assert (facts.vocab_size, facts.has_chat_template) == (289, False)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert inspect_checkpoint(folder).tokenizer.has_chat_template
     (folder / "tokenizer_config.json").unlink()
@@ -142,6 +144,53 @@ def test_problems_are_those_of_loading(single, copy_of, rewrite):
         load_network(folder, report.config)
     for problem in report.problems:
         assert all(item in str(caught.value) for item in problem.items)
+
+
+def set_dtype(folder, dtype):
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    data["dtype"] = data["text_config"]["dtype"] = dtype
+    path.write_text(json.dumps(data))
+
+
+def edit_tokenizer(folder, change):
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+DAMAGE = {
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "half a tokenizer": lambda folder: (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0'),
+    "a list for a tokenizer": lambda folder: (folder / "tokenizer.json").write_text("[]"),
+    "bytes for a tokenizer": lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff\x00"),
+    "a tokenizer without ids": lambda folder: edit_tokenizer(folder, lambda data: data.update(added_tokens=[{}])),
+    "a tokenizer with texts for ids": lambda folder: edit_tokenizer(
+        folder, lambda data: data["model"]["vocab"].update(a="x")),
+    "a tokenizer of numbers": lambda folder: edit_tokenizer(folder, lambda data: data.update(added_tokens=[1, 2])),
+    "a broken tokenizer_config": lambda folder: (folder / "tokenizer_config.json").write_text("{"),
+    "an unsupported dtype": lambda folder: set_dtype(folder, "float8_e4m3fn"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_whatever_loading_refuses_is_a_problem(run, single, copy_of, damage):
+    import dgemma
+
+    folder = copy_of(single)
+    DAMAGE[damage](folder)
+    with pytest.raises(CheckpointError) as caught:
+        dgemma.load(folder, device="cpu")
+    result = run(folder)
+    assert result.exit_code == 1
+    assert "No problems found" not in result.output
+    (problem,) = inspect_checkpoint(folder).problems
+    assert problem.items == (str(caught.value),)
+    assert str(caught.value).splitlines()[0] in result.output
+    json_form = run(folder, "--json")
+    assert json_form.exit_code == 1
+    assert json.loads(json_form.output)["problems"] == [{"kind": problem.kind, "items": [str(caught.value)]}]
 
 
 def test_nothing_to_report_on(tmp_path):

@@ -77,6 +77,20 @@ def test_unknown_names_list_what_is_bundled(tmp_path):
     assert "chess, sudoku" in refusal("./org/name")
 
 
+def test_no_name_is_not_the_present_folder(single, monkeypatch):
+    monkeypatch.chdir(single)
+    for name in ("", "  "):
+        assert refusal(name) == "the model's name is empty"
+    assert locate(".") == Path()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" + "x" * 300, "~nobody-of-that-name/model", "a\0b"])
+def test_names_that_can_be_no_folder(name):
+    message = refusal(name)
+    assert "\n" not in message
+    assert message.startswith(name[:80])
+
+
 def test_gguf(tmp_path):
     assert refusal(tmp_path / "x.gguf") == f"{tmp_path / 'x.gguf'}: no such file"
     folder = tmp_path / "folder"
@@ -94,6 +108,33 @@ def test_a_complete_cache_is_used_without_asking_the_hub(hub, single):
     calls = hub(lambda local: str(single))
     assert locate("google/tiny") == single
     assert calls == [("google/tiny", True)]
+
+
+def test_only_what_is_not_cached_is_asked_for(hub, single):
+    """Any other trouble with the cache is told, not passed over in silence."""
+    def answer(local):
+        if local:
+            raise PermissionError(13, "Permission denied")
+        return str(single)
+
+    calls = hub(answer)
+    assert "Permission denied" in refusal("google/tiny")
+    assert calls == [("google/tiny", True)]
+
+
+def test_offline_is_said_even_where_it_is_an_http_error(hub, monkeypatch):
+    """In some versions of the hub's library LocalEntryNotFoundError is an HfHubHTTPError."""
+    from huggingface_hub import errors
+
+    class Offline(errors.LocalEntryNotFoundError, errors.HfHubHTTPError):
+        def __init__(self):
+            Exception.__init__(self, "not cached")
+
+    def answer(local):
+        raise Offline
+
+    hub(answer)
+    assert "cannot be reached" in refusal("google/tiny")
 
 
 @pytest.mark.parametrize("absent", ["config.json", "model.safetensors"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from dgemma.cli import options
-from dgemma.config import SAMPLER_SETTINGS
+from dgemma.cli.output import print_text
+from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.errors import DgemmaError
+from dgemma.files import atomic_write, json_bytes
 
 if TYPE_CHECKING:
     from dgemma.api import Model
@@ -31,6 +33,7 @@ HELP = '''/help             this
 /clear            forget the conversation
 /exit             leave (Ctrl-D too)
 Ctrl-C stops an answer. \"\"\" starts and ends a message of several lines.'''
+SETTINGS = ("max_tokens", *SAMPLER_SETTINGS)
 
 
 def chat(
@@ -55,31 +58,40 @@ def chat(
     if max_tokens is not None:
         settings["max_tokens"] = max_tokens
 
-    from dgemma.cli.session import is_terminal, load_model
+    from dgemma.cli.session import is_terminal, load_model, stop_on_interrupt
 
     loaded = load_model(model, device, dtype)
-    try:
-        loaded.generation_config.replace(**settings)
-    except ValueError as error:
-        raise DgemmaError(str(error)) from error
-    conversation = Conversation(system=system, thinking=thinking, seed=seed, settings=settings)
+    conversation = checked(Conversation(system=system, thinking=thinking, seed=seed, settings=settings), loaded)
     live = visual and is_terminal()
-    if sys.stdin.isatty():
+    interactive = sys.stdin.isatty()
+    if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
-        Console().print(f"[bold]{loaded.name}[/bold]: say something, /help for commands, /exit to leave",
-                        highlight=False)
-    while (message := _read_message()) is not None:
-        if not message.strip():
-            continue
+        Console().print(Text(loaded.name, "bold"), Text(": say something, /help for commands, /exit to leave"), sep="")
+    # Nothing that goes wrong with a message may cost the conversation. Ctrl-C never does more than stop an answer,
+    # however often it comes: only at the prompt is it an exception.
+    with stop_on_interrupt(loaded.cancel, insist=False):
+        sound = _talk(loaded, conversation, live, pace)
+    if not sound and not interactive:
+        raise typer.Exit(1)
+
+
+def _talk(model: Model, conversation: Conversation, live: bool, pace: float) -> bool:
+    """Read and handle messages until there are no more; whether every one of them went well."""
+    sound = True
+    while True:
         try:
-            if message.startswith("/"):
-                if not command(loaded, conversation, message):
-                    return
-            else:
-                answer(loaded, conversation, message, live, pace)
+            message = _read_message()
+            if message is None or not handle(model, conversation, message, live, pace):
+                return sound
+        except KeyboardInterrupt:
+            typer.secho("(stopped)", dim=True, err=True)
         except DgemmaError as error:
+            sound = False
             typer.secho(f"Error: {error}", fg="red", err=True)
+        except (RuntimeError, MemoryError, ArithmeticError) as error:  # memory for so long a conversation, the device
+            sound = False
+            typer.secho(f"Error: the answer failed ({type(error).__name__}: {error})", fg="red", err=True)
 
 
 @dataclass
@@ -93,19 +105,64 @@ class Conversation:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+def checked(conversation: Conversation, model: Model) -> Conversation:
+    """The conversation, if every part of it is what it should be and ``model`` takes its settings; else DgemmaError."""
+    from dgemma.chat import normalise_messages
+
+    if not isinstance(conversation.messages, list):
+        raise DgemmaError(f"messages must be a list, got {conversation.messages!r:.60}")
+    if conversation.messages:
+        try:
+            normalise_messages(conversation.messages)
+        except TypeError as error:  # a list where a name should be
+            raise DgemmaError(f"messages are malformed ({error})") from error
+    if conversation.system is not None and not isinstance(conversation.system, str):
+        raise DgemmaError(f"system must be text, got {conversation.system!r:.60}")
+    if not isinstance(conversation.thinking, bool):
+        raise DgemmaError(f"thinking must be true or false, got {conversation.thinking!r:.60}")
+    seed = conversation.seed
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+        raise DgemmaError(f"a seed is a whole number from 0 to 2^63 - 1, got {seed!r:.60}")
+    if not isinstance(conversation.settings, dict):
+        raise DgemmaError(f"settings must be names with values, got {conversation.settings!r:.60}")
+    if unknown := conversation.settings.keys() - set(SETTINGS):
+        raise DgemmaError(f"there is no setting {min(unknown)}; there are {', '.join(SETTINGS)}")
+    try:
+        model.generation_config.replace(**conversation.settings)
+    except ValueError as error:
+        raise DgemmaError(str(error)) from error
+    return conversation
+
+
+def handle(model: Model, conversation: Conversation, message: str, live: bool, pace: float) -> bool:
+    """Carry out or answer what was entered; False means leave."""
+    if message.startswith("/"):
+        return command(model, conversation, message)
+    if message.strip():
+        answer(model, conversation, message, live, pace)
+    return True
+
+
 def _read_message() -> str | None:
     """A message from stdin, None at its end. A line that starts with three quotes goes on to the next three."""
-    shown = ">>> " if sys.stdin.isatty() else ""
+    from dgemma.cli.session import interruptible
+
+    interactive = sys.stdin.isatty()
     try:
-        line = input(shown)
-        if not line.lstrip().startswith('"""'):
-            return line
-        lines = [line.lstrip()[3:]]
-        while not lines[-1].rstrip().endswith('"""'):
-            lines.append(input("... " if shown else ""))
-        return "\n".join([*lines[:-1], lines[-1].rstrip()[:-3]]).strip("\n")
+        with interruptible():
+            line = input(">>> " if interactive else "")
+            if not line.lstrip().startswith('"""'):
+                return line
+            lines = [line.lstrip()[3:]]
+            while not lines[-1].rstrip().endswith('"""'):
+                lines.append(input("... " if interactive else ""))
+            return "\n".join([*lines[:-1], lines[-1].rstrip()[:-3]]).strip("\n")
     except EOFError:
+        if interactive:
+            print()
         return None
+    except UnicodeDecodeError as error:
+        raise DgemmaError(f"that is not {error.encoding} text ({error.reason})") from error
     except KeyboardInterrupt:  # at the prompt: drop the line, as shells do
         print()
         return ""
@@ -118,14 +175,14 @@ def answer(model: Model, conversation: Conversation, message: str, live: bool, p
     messages = [*conversation.messages, {"role": "user", "content": message}]
     events = model.stream(messages, system=conversation.system, thinking=conversation.thinking,
                           seed=conversation.seed, **conversation.settings)
-    generation = follow(model, events, visual=live, pace=pace)
+    generation = follow(model, events, visual=live, pace=pace, insist=False)
+    stopped = generation.finish_reason == "cancelled"
+    if generation.text or not stopped:
+        conversation.messages = [*messages, {"role": "assistant", "content": generation.text}]
     if not live:
-        typer.echo(generation.text)
-    if generation.finish_reason == "cancelled":
+        print_text(generation.text)
+    if stopped:
         typer.secho("(stopped)", dim=True, err=True)
-        if not generation.text:
-            return
-    conversation.messages = [*messages, {"role": "assistant", "content": generation.text}]
 
 
 def command(model: Model, conversation: Conversation, line: str) -> bool:
@@ -145,7 +202,7 @@ def command(model: Model, conversation: Conversation, line: str) -> bool:
         conversation.thinking = rest == "on"
         typer.echo(f"thinking {rest}")
     elif name == "seed":
-        conversation.seed = _seed(rest)
+        conversation.seed = checked(Conversation(seed=_number("/seed", rest, "int") if rest else None), model).seed
         typer.echo("random seeds" if conversation.seed is None else f"seed {conversation.seed}")
     elif name == "set":
         _set(model, conversation, rest)
@@ -157,7 +214,7 @@ def command(model: Model, conversation: Conversation, line: str) -> bool:
         save(conversation, _path(rest, "save"))
         typer.echo(f"{len(conversation.messages)} messages saved to {rest}")
     elif name == "load":
-        loaded = load(_path(rest, "load"))
+        loaded = load(_path(rest, "load"), model)
         for part in dataclasses.fields(Conversation):
             setattr(conversation, part.name, getattr(loaded, part.name))
         typer.echo(f"{len(conversation.messages)} messages loaded from {rest}")
@@ -166,64 +223,56 @@ def command(model: Model, conversation: Conversation, line: str) -> bool:
     return True
 
 
-def _seed(text: str) -> int | None:
-    if not text:
-        return None
-    if not text.isascii() or not text.isdigit():
-        raise DgemmaError(f"/seed takes a whole number of at least 0, got {text!r}")
-    return int(text)
-
-
 def _set(model: Model, conversation: Conversation, text: str) -> None:
-    current = model.generation_config.replace(**conversation.settings)
-    names = ("max_tokens", *SAMPLER_SETTINGS)
     if not text:
-        for name in names:
+        current = model.generation_config.replace(**conversation.settings)
+        for name in SETTINGS:
             typer.echo(f"{name} {getattr(current, name)}")
         return
     name, _, value = text.partition(" ")
     name = name.replace("-", "_")
-    if name not in names:
-        raise DgemmaError(f"there is no setting {name}; there are {', '.join(names)}")
+    if name not in SETTINGS:
+        raise DgemmaError(f"there is no setting {name}; there are {', '.join(SETTINGS)}")
+    kind = next(str(field.type) for field in dataclasses.fields(GenerationConfig) if field.name == name)
+    settings = {**conversation.settings, name: _number(f"/set {name}", value, kind)}
+    conversation.settings = checked(Conversation(settings=settings), model).settings
+    typer.echo(f"{name} {settings[name]}")
+
+
+def _number(what: str, text: str, kind: str) -> int | float:
     try:
-        number = type(getattr(current, name))(value)
-        current.replace(**{name: number})
+        return int(text) if kind == "int" else float(text)
     except ValueError as error:
-        raise DgemmaError(f"/set {name}: {error}") from error
-    conversation.settings = {**conversation.settings, name: number}
-    typer.echo(f"{name} {number}")
+        raise DgemmaError(f"{what} takes a {'whole ' if kind == 'int' else ''}number, got {text!r:.60}") from error
 
 
 def _path(text: str, name: str) -> Path:
     if not text:
         raise DgemmaError(f"/{name} takes a file name")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~someone who does not exist
+        raise DgemmaError(f"{text}: {error}") from error
 
 
 def save(conversation: Conversation, path: Path) -> None:
-    """Write a conversation as JSON, beside its place first."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(dataclasses.asdict(conversation), ensure_ascii=False, indent=2) + "\n",
-                          encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise DgemmaError(f"{path}: cannot be written ({error.strerror})") from error
+    """Write a conversation as JSON."""
+    with atomic_write(path) as beside:
+        beside.write_bytes(json_bytes(dataclasses.asdict(conversation), indent=2) + b"\n")
 
 
-def load(path: Path) -> Conversation:
-    """Read what `save` wrote; raises DgemmaError naming the file and what is wrong with it."""
-    from dgemma.chat import normalise_messages
-
+def load(path: Path, model: Model) -> Conversation:
+    """Read what `save` wrote; raises DgemmaError naming the file and what is wrong with it, for ``model`` too."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DgemmaError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DgemmaError(f"{path}: is not a saved conversation ({error})") from error
-    if not isinstance(data, dict) or set(data) != {part.name for part in dataclasses.fields(Conversation)}:
-        raise DgemmaError(f"{path}: is not a saved conversation")
-    if data["messages"]:
-        normalise_messages(data["messages"])
-    return Conversation(**data)
+    names = [field.name for field in dataclasses.fields(Conversation)]
+    if not isinstance(data, dict) or set(data) != set(names):
+        raise DgemmaError(f"{path}: is not a saved conversation (that is an object of {', '.join(names)})")
+    try:
+        return checked(Conversation(**data), model)
+    except DgemmaError as error:
+        raise DgemmaError(f"{path}: is not a sound conversation: {error}") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dgemma.cli import options
+from dgemma.cli.output import print_json
 from dgemma.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def _tasks() -> None:
 
 @evaluate_app.command()
 def sudoku(
-    count: Annotated[int | None, typer.Option(min=1, help="Puzzles per band. Default: 100.", show_default=False)] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Puzzles per band. Default: 100.",
+                                              show_default=False)] = None,
     band: Annotated[str | None, typer.Option(help="easy (40-45 givens), medium (30-39) or hard (24-29). Default: all.",
                                              show_default=False)] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which puzzles, and the sampler's randomness.")] = 0,
@@ -48,7 +50,6 @@ def sudoku(
     from rich.console import Console
     from rich.progress import Progress
 
-    from dgemma.cli.output import print_json
     from dgemma.cli.session import load_model
     from dgemma.train.evaluate import as_json, evaluate_bands, evaluate_file
     from dgemma.train.sudoku import BANDS

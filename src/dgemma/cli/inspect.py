@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma.cli.output import print_json
 from dgemma.config import SLIDING
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ def inspect(
 
     report = inspect_checkpoint(locate(model))
     if json:
-        from dgemma.cli.output import print_json
-
         print_json({"model": model, **report.to_dict()})
     else:
         from rich.console import Console

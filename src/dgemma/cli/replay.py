@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from dgemma.cli.output import print_text
+
 LONGEST_GAP = 1.0  # seconds between two events of a replay, whatever happened in between
 
 
@@ -28,7 +30,6 @@ def replay(
     from rich.console import Console
 
     from dgemma.cli.canvas import LiveCanvas
-    from dgemma.cli.output import print_text
     from dgemma.diffusion.trace import read_trace
     from dgemma.errors import DgemmaError
 

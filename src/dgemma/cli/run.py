@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dgemma.cli import options
+from dgemma.cli.output import print_json, print_text
 from dgemma.errors import DgemmaError
 
 
@@ -40,7 +41,6 @@ def run(
     settings = options.sampler_settings(locals())
     text = _prompt_text(prompt)
 
-    from dgemma.cli.output import print_json, print_text
     from dgemma.cli.session import follow, is_terminal, load_model
 
     loaded = load_model(model, device, dtype)

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dgemma.diffusion.events import Event, Generation
 
 BUNDLED = "sudoku"
+PATIENCE = 2.0  # seconds that a second Ctrl-C waits for the model's present step
 HINT = ("Using the bundled Sudoku model. For the 26B model: "
         "dgemma run -m google/diffusiongemma-26B-A4B-it \"…\" (about 52 GB, needs pip install 'dgemma[hub]')")
 
@@ -34,7 +35,7 @@ def load_model(name: str | None, device: str | None = None, dtype: str | None = 
     if name is None and hint:
         Console(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True)
     with _LoadingBar() as bar:
-        return dgemma.load(name or BUNDLED, device=device, dtype=dtype, progress=bar.update)
+        return dgemma.load(BUNDLED if name is None else name, device=device, dtype=dtype, progress=bar.update)
 
 
 class _LoadingBar:
@@ -69,18 +70,34 @@ class _LoadingBar:
 
 
 @contextmanager
-def stop_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """While this lasts, the first Ctrl-C calls ``stop`` and the second is a KeyboardInterrupt again."""
+def stop_on_interrupt(stop: Callable[[], None], insist: bool) -> Iterator[None]:
+    """While this lasts Ctrl-C calls ``stop``; with ``insist`` only once, and then it is a KeyboardInterrupt again.
+
+    ``stop`` runs in a signal handler, in the middle of anything: it must not wait for a lock.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.getsignal(signal.SIGINT)
 
-    def once(*_: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def interrupted(*_: Any) -> None:
+        if insist:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         stop()
 
-    signal.signal(signal.SIGINT, once)
+    previous = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While this lasts Ctrl-C is a KeyboardInterrupt, whatever it is around it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
@@ -94,34 +111,39 @@ def piece_of(model: Model) -> Callable[[int], tuple[bytes, bool]]:
 
 
 def follow(model: Model, events: Iterable[Event], *, visual: bool, trace: Path | None = None, prompt: str = "",
-           pace: float = 0.0) -> Generation:
+           pace: float = 0.0, insist: bool = True) -> Generation:
     """Consume a request's events: draw them live if ``visual``, save them if asked; Ctrl-C ends the answer early.
 
     ``pace`` shows every step for at least so many seconds. The model runs on meanwhile, in a thread of its own: neither
-    a slow terminal nor a pace for the eye slows it down or spoils its figures.
+    a slow terminal nor a pace for the eye slows it down or spoils its figures. ``insist``: a second Ctrl-C is a
+    KeyboardInterrupt; without it, it only asks again. When this is left, however it is, the model has stopped.
     """
-    from dgemma.diffusion.events import Finished
+    from dgemma.diffusion.events import Denoised, Finished
+
+    # Queues and not Events: a signal handler that sets an Event can come in the middle of a wait for it, and then
+    # both wait for the Event's lock. A SimpleQueue is made for this.
+    hurry: queue.SimpleQueue[None] = queue.SimpleQueue()
+    hurried = False
+
+    def stop() -> None:
+        hurry.put(None)
+        model.cancel()
 
     generation = None
     with ExitStack() as stack:
-        writer = None
+        stack.enter_context(stop_on_interrupt(stop, insist))
+        writer = canvas = None
         if trace is not None:
             from dgemma.diffusion.trace import TraceWriter
 
             writer = stack.enter_context(TraceWriter(trace, model=model.name, prompt=prompt, piece_of=piece_of(model)))
-        canvas = None
-        stopped = threading.Event()
         if visual:
             from dgemma.cli.canvas import LiveCanvas
 
             canvas = stack.enter_context(LiveCanvas(Console(highlight=False), piece_of(model)))
-            events = _in_thread(events, pace, stopped)
-
-        def stop() -> None:
-            stopped.set()
-            model.cancel()
-
-        stack.enter_context(stop_on_interrupt(stop))
+            events = stack.enter_context(_in_thread(events, model.cancel))
+        else:
+            stack.callback(_close, events)
         for event in events:
             if writer is not None:
                 writer.write(event)
@@ -129,32 +151,62 @@ def follow(model: Model, events: Iterable[Event], *, visual: bool, trace: Path |
                 canvas.show(event)
             if isinstance(event, Finished):
                 generation = event.generation
+            elif visual and pace and not hurried and isinstance(event, Denoised):
+                with suppress(queue.Empty):
+                    hurry.get(timeout=pace)
+                    hurried = True
     if generation is None:
         raise RuntimeError("the engine stopped without finishing the request")
     return generation
 
 
-def _in_thread(events: Iterable[Event], pace: float, hurry: threading.Event) -> Iterator[Event]:
-    """The events, made in another thread; each denoising step is held for ``pace`` seconds unless ``hurry`` is set."""
-    from dgemma.diffusion.events import Denoised
+@contextmanager
+def _in_thread(events: Iterable[Event], cancel: Callable[[], None]) -> Iterator[Iterator[Event]]:
+    """The events, made in a thread of their own, which has ended when this has; ``cancel`` makes it end early.
 
-    waiting: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+    Only a KeyboardInterrupt does not wait for a long step to end: whoever asks twice wants to leave at once.
+    """
+    made: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+    abandoned = False
 
     def make() -> None:
         try:
             for event in events:
-                waiting.put(event)
-            waiting.put(None)
+                made.put(event)
+                if abandoned:
+                    break
+            made.put(None)
         except BaseException as error:  # carried over to the thread that waits, and raised there
-            waiting.put(error)
+            made.put(error)
+        finally:
+            _close(events)
 
-    threading.Thread(target=make, daemon=True).start()
-    while (event := waiting.get()) is not None:
-        if isinstance(event, BaseException):
-            raise event
-        yield event
-        if pace and isinstance(event, Denoised):
-            hurry.wait(pace)
+    def received() -> Iterator[Event]:
+        while (event := made.get()) is not None:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+
+    worker = threading.Thread(target=make, daemon=True)
+    worker.start()
+    patience = None
+    try:
+        yield received()
+    except KeyboardInterrupt:
+        patience = PATIENCE
+        raise
+    finally:
+        abandoned = True
+        if worker.is_alive():
+            cancel()
+        worker.join(patience)
+
+
+def _close(events: Iterable[Event]) -> None:
+    """End a generator: what it holds is free then, not some time later."""
+    close = getattr(events, "close", None)
+    if close is not None:
+        close()
 
 
 def is_terminal() -> bool:

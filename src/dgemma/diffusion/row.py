@@ -58,7 +58,7 @@ class Request:
                 raise ValueError(f"position {loose[0]} is pinned, but canvas says None there")
 
 
-@dataclass
+@dataclass(eq=False)  # a row is itself: comparing tensors, or what is not set yet, would fail
 class Row:
     """A request while it runs. Tensors live on the CPU and have one entry per canvas position."""
 

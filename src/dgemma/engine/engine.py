@@ -6,7 +6,6 @@ nothing of HTTP or of text, but for the function that turns an answer's tokens i
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
@@ -44,7 +43,7 @@ class Engine:
         self._cache: KVCache | None = None  # row i of the batch is _rows[i]
         self._soft: Tensor | None = None  # [B, C, D] self-conditioning; zeros for a canvas' first step
         self._cancelled: set[int] = set()
-        self._stop = threading.Event()  # cancel everything; may be set from another thread or a signal handler
+        self._stop = False  # cancel everything; a plain flag, since signal handlers must not meet a lock
         self.prefilled_tokens = 0
 
     @property
@@ -63,7 +62,7 @@ class Engine:
 
     def cancel_all(self) -> None:
         """End every request before its next denoising step, or the next piece of its prompt; from any thread."""
-        self._stop.set()
+        self._stop = True
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Submit the requests and yield their events until all are finished."""
@@ -77,7 +76,7 @@ class Engine:
         """One denoising step of everything that runs."""
         events: list[Event] = self._drop_cancelled()
         events += self._admit()
-        if not self._rows or self._stop.is_set():
+        if not self._rows or self._stop:
             return events + self._drop_cancelled()
         rows, device = self._rows, self.network.device
         drawn = [row.draw_noise() for row in rows]
@@ -118,7 +117,7 @@ class Engine:
         new, caches = [], []
         for _, group in groupby(waiting, key=lambda row: len(row.context)):
             rows = list(group)
-            if not self._stop.is_set():
+            if not self._stop:
                 cache = self._prefill(rows)
                 if cache is not None:
                     new += rows
@@ -143,7 +142,7 @@ class Engine:
         cache = self.network.new_cache(len(rows)) if cache is None else cache
         rest = torch.tensor([row.context[known:] for row in rows], dtype=torch.long, device=self.network.device)
         for piece in rest.split(ENCODE_CHUNK, dim=1):
-            if self._stop.is_set():
+            if self._stop:
                 return None
             self.network.encode(piece, cache)
         self.prefilled_tokens += rest.numel()
@@ -171,9 +170,7 @@ class Engine:
         return events + self._leave([index for index in closing if index not in going_on])
 
     def _drop_cancelled(self) -> list[Event]:
-        everything = self._stop.is_set()
-        if everything:
-            self._stop.clear()
+        everything, self._stop = self._stop, False
         cancelled, self._cancelled = self._cancelled, set()
         events: list[Event] = []
         for row in [row for row in self._waiting if everything or row.request.id in cancelled]:

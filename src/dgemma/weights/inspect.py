@@ -1,7 +1,7 @@
 """What a checkpoint folder holds and what running it takes, from its configuration and safetensors headers alone.
 
-Works on config.json, generation_config.json, tokenizer files and headers; reads no tensor's data. What is wrong with
-the weights is found by the same check that `load_network` makes.
+Works on config.json, generation_config.json, tokenizer files and headers; reads no tensor's data. What is wrong is
+found by the same checks that `dgemma.load` makes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dgemma.config import (
     ModelConfig,
     load_generation_config,
     load_model_config,
-    read_json,
 )
+from dgemma.errors import CheckpointError
 from dgemma.kernels.experts import DENSE_EXPERTS
 from dgemma.nn.head import VOCAB_TILE
 from dgemma.nn.transformer import ENCODE_CHUNK
-from dgemma.weights.load import Contents, Problem, Shape, empty_network, match, read_headers
+from dgemma.weights.load import Contents, Problem, Shape, _stored_dtype, empty_network, match, read_headers
 from dgemma.weights.names import is_vision
 
 PARTS: tuple[str, ...] = ("embedding", "attention", "dense MLP", "experts", "router and norms",
@@ -115,8 +115,8 @@ class CheckpointReport:
 def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None) -> CheckpointReport:
     """Report on a checkpoint folder; ``contexts`` are the lengths in tokens to estimate memory for.
 
-    What is wrong with the weights stands in ``problems``. Raises CheckpointError when there is nothing to report on:
-    no such folder, not a DiffusionGemma, no weight files, a configuration that cannot be read.
+    What is wrong with the weights, the tokenizer or the dtype stands in ``problems``. Raises CheckpointError when there
+    is nothing to report on: no such folder, not a DiffusionGemma, no weight files, a configuration that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -125,6 +125,17 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None) -> C
     contents = read_headers(folder)
     shapes = network_shapes(config)
     parameters = count_parameters(shapes)
+    chosen, problems = match(contents, shapes)
+    tokenizer = None
+    try:
+        tokenizer = _tokenizer_facts(folder)
+    except CheckpointError as error:
+        problems.append(Problem("tokenizer", (str(error),)))
+    if config.dtype is not None:
+        try:
+            _stored_dtype(folder, config, chosen)
+        except CheckpointError as error:
+            problems.append(Problem("configuration", (str(error),)))
     parameters["vision"] = sum(math.prod(t.shape) for name, t in contents.tensors.items() if is_vision(name))
     return CheckpointReport(
         folder=folder,
@@ -135,8 +146,8 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None) -> C
         files={path.name: path.stat().st_size for path in contents.files if path.is_file()},
         memory=memory_needs(config, sum(parameters.values()) - parameters["vision"], contexts),
         generation=load_generation_config(folder, config),
-        tokenizer=_tokenizer_facts(folder),
-        problems=tuple(match(contents, shapes)[1]),
+        tokenizer=tokenizer,
+        problems=tuple(problems),
     )
 
 
@@ -230,16 +241,9 @@ def _stored(contents: Contents) -> tuple[StoredAs, ...]:
     return tuple(StoredAs(dtype, tensors[dtype], size) for dtype, size in sizes.most_common())
 
 
-def _tokenizer_facts(folder: Path) -> TokenizerFacts | None:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    data = read_json(path)
-    model, added = data.get("model") or {}, data.get("added_tokens") or []
-    vocab = model.get("vocab") or {}
-    ids = set(vocab.values()) if isinstance(vocab, dict) else set(range(len(vocab)))
-    ids.update(token["id"] for token in added)
-    settings = folder / "tokenizer_config.json"
-    template = (folder / "chat_template.jinja").is_file() or (
-        settings.is_file() and bool(read_json(settings).get("chat_template")))
-    return TokenizerFacts(len(ids), template)
+def _tokenizer_facts(folder: Path) -> TokenizerFacts:
+    """Raises CheckpointError when there is no tokenizer, or none that can be read."""
+    from dgemma.chat import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(folder)
+    return TokenizerFacts(tokenizer.vocab_size, tokenizer.has_chat_template)

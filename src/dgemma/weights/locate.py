@@ -7,6 +7,7 @@ an existing folder, a repository on the Hugging Face hub.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from dgemma.config import read_json
@@ -34,8 +35,14 @@ def locate(name: str | Path) -> Path:
     """
     if isinstance(name, str) and name in bundled_models():
         return _BUNDLED / name
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if not str(name).strip():  # as a path it would be the present folder
+        raise CheckpointError("the model's name is empty")
+    try:
+        path = Path(name).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long for a path, ~somebody who does not exist
+        raise CheckpointError(f"{str(name)[:80]}: cannot be a model's name or folder ({error.args[-1]})") from error
+    if is_folder:
         if not (path / "config.json").is_file():
             refuse_gguf(next(iter(sorted(path.glob("*.gguf"))), path))
         return path
@@ -112,13 +119,14 @@ def _from_hub(repo: str) -> Path:
         raise CheckpointError(f"{lost} fetching it from the Hugging Face hub needs an extra: "
                               "pip install dgemma[hub]") from error
     try:
-        cached = Path(snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=True))
-        if _is_complete(cached):
-            return cached
-    except Exception:  # not in the cache, or only in part: the download below says what is wrong, if anything is
-        pass
-    try:
+        with suppress(LocalEntryNotFoundError):  # the usual first time
+            cached = Path(snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=True))
+            if _is_complete(cached):
+                return cached
         folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # in some versions it is an HTTP error, too
+        raise CheckpointError(f"{lost} the Hugging Face hub cannot be reached from here (offline?) and the repository "
+                              "is not complete in the local cache") from error
     except GatedRepoError as error:
         raise CheckpointError(f"{repo}: this repository is gated: accept its terms on https://huggingface.co/{repo}, "
                               "then log in with `hf auth login`") from error
@@ -127,9 +135,6 @@ def _from_hub(repo: str) -> Path:
                               "login`)") from error
     except HfHubHTTPError as error:
         raise CheckpointError(f"{repo}: the Hugging Face hub answered with an error: {_first_line(error)}") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise CheckpointError(f"{lost} the Hugging Face hub cannot be reached from here (offline?) and the repository "
-                              "is not complete in the local cache") from error
     except Exception as error:  # a full disk, a broken connection, a bad proxy: the library raises many kinds
         raise CheckpointError(f"{repo}: downloading from the Hugging Face hub failed: {type(error).__name__}: "
                               f"{_first_line(error)}") from error

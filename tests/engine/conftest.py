@@ -1,0 +1,44 @@
+"""Requests and engines over the tiny network: token ids in, token ids out."""
+
+import pytest
+
+from dgemma.config import GenerationConfig
+from dgemma.diffusion.events import Finished
+from dgemma.diffusion.row import Request
+from dgemma.engine import Engine
+
+# By default nothing stops early: neither a stop token nor an adaptive stop.
+PLAIN = {"max_denoising_steps": 4, "eos_token_id": (), "confidence_threshold": 1e-9, "entropy_bound": 2.0,
+         "max_tokens": 8}
+
+
+@pytest.fixture
+def engine_of(tiny_network):
+    """A function that makes an engine over the tiny network (or another one)."""
+
+    def make(network=None, **options):
+        return Engine(network or tiny_network, lambda prompt, answer: (f"{len(answer)} tokens", None, []), **options)
+
+    return make
+
+
+@pytest.fixture
+def ask():
+    """A function that makes a request."""
+
+    def make(prompt=(5, 6, 7), id=0, seed=0, canvas=None, pinned=None, **settings):
+        return Request(id, list(prompt), GenerationConfig(**PLAIN | settings), seed, canvas, pinned)
+
+    return make
+
+
+@pytest.fixture
+def answer():
+    """A function that runs requests on an engine and returns their generations (one, or a list by id)."""
+
+    def run(engine, *requests):
+        done = {event.request: event.generation for event in engine.run(requests) if isinstance(event, Finished)}
+        generations = [done[request.id] for request in requests]
+        return generations[0] if len(generations) == 1 else generations
+
+    return run

@@ -1,0 +1,54 @@
+"""What README and docs show works as written."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+
+
+def blocks(language):
+    for page in PAGES:
+        for number, text in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)):
+            yield pytest.param(text, id=f"{page.name}-{number}")
+
+
+def commands():
+    """The `dgemma` lines of console blocks that need neither a download nor hours."""
+    for page in PAGES:
+        for text in re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in text.splitlines():
+                if line.startswith("$ dgemma") and "26B" not in line and not line.startswith("$ dgemma train"):
+                    yield line[2:].replace("--count 300", "--count 1 --max-denoising-steps 2")
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_a_python_example_runs(code):
+    exec(compile(code, "example", "exec"), {})
+
+
+def test_the_commands_run_in_order(tmp_path, monkeypatch):
+    (tmp_path / "puzzle.txt").write_text(PUZZLE)
+    lines = list(commands())
+    assert len(lines) >= 5
+    for line in lines:
+        words = shlex.split(line)
+        stdin = tmp_path / words.pop() if "<" in words else None
+        words = [word for word in words if word != "<"]
+        done = subprocess.run([sys.executable, "-m", "dgemma.cli.main", *words[1:]], cwd=tmp_path, text=True,
+                              capture_output=True, stdin=stdin.open() if stdin else subprocess.DEVNULL, check=False)
+        assert done.returncode == 0, (line, done.stderr)
+        assert done.stdout.strip(), line
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", page.read_text()):
+            path = page.parent / (target[0] or target[1])
+            assert path.exists(), f"{page.name}: {path}"

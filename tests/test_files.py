@@ -1,0 +1,111 @@
+"""Files are written whole or not at all, and what keeps them from being written is said in one line."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from dgemma.errors import DgemmaError
+from dgemma.files import atomic_write, json_bytes, make_folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(path, text):
+    with atomic_write(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with atomic_write(str(path)) as beside:
+        assert beside.parent == tmp_path
+        assert str(os.getpid()) in beside.name
+        beside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail():
+        with atomic_write(path) as beside:
+            beside.write_text("half")
+            raise error
+
+    with pytest.raises(DgemmaError if isinstance(error, OSError) else error):
+        fail()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_mode_is_the_umask_s_whatever_the_writer_does(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_write(tmp_path / "a") as beside:
+            beside.unlink()
+            os.close(os.open(beside, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "/", "folder", "folder/"])
+def test_a_folder_is_refused(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DgemmaError, match="this is a folder") as caught:
+        write(path, "")
+    assert str(caught.value).startswith(f"{Path(path)}: cannot be written")
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_device_is_refused_and_left_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(DgemmaError, match="not a regular file"):
+            write(path, "")
+    assert not Path("/dev/null").is_file()
+    assert names(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("none/a", "No such file or directory"),
+    ("x" * 300, "File name too long"),
+    ("a\0b", "NUL"),
+])
+def test_what_cannot_be_opened(tmp_path, name, words):
+    with pytest.raises(DgemmaError, match=f"cannot be written.*{words}"):
+        write(tmp_path / name, "")
+    assert names(tmp_path) == []
+
+
+def test_a_lone_surrogate_is_named(tmp_path):
+    with pytest.raises(DgemmaError, match=r"a: cannot be written: '\\udc80' at character 2 has no utf-8 form"):
+        write(tmp_path / "a", "ab\udc80")
+    assert names(tmp_path) == []
+
+
+def test_folders(tmp_path):
+    assert make_folder(tmp_path / "a" / "b").is_dir()
+    make_folder(str(tmp_path / "a"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(DgemmaError, match="this folder cannot be made"):
+            make_folder(path)
+
+
+def test_json_reads_back_the_same():
+    assert json_bytes({"a": ["ä", 1]}) == '{"a":["ä",1]}'.encode()
+    assert json_bytes({"a": 1}, indent=2) == b'{\n  "a": 1\n}'
+    assert json.loads(json_bytes(["ä\ud800"])) == ["ä\ud800"]
