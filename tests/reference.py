@@ -51,10 +51,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def randomise(network: torch.nn.Module, seed: int, peak: float) -> None:
+def randomise(network: torch.nn.Module, seed: int, peak: float = 2.0, feedback: float = 1.0,
+              change: float = 0.5) -> None:
     """Random numbers in every weight: norms, router scales and both layer scalars too.
 
     Matrices keep a vector's size, attention and routing choose without being chaotic, logits have deviation ``peak``.
+    ``feedback`` is the strength of self-conditioning: at 1 a rounding error doubles with every denoising step.
+    ``change`` is what a layer adds to the residual stream: the less, the more a canvas stays what it is.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
@@ -65,15 +68,17 @@ def randomise(network: torch.nn.Module, seed: int, peak: float) -> None:
             tensor.data.normal_(0.0, 2.0, generator=generator)  # it reads vectors of length 1
         elif tensor.ndim > 1:
             tensor.data.normal_(0.0, width**-0.5, generator=generator)
+            if name.endswith("self_conditioning.down_proj.weight"):
+                tensor.data.mul_(feedback)
         elif "norm" in name or name.endswith(("router.scale", "per_expert_scale", "layer_scalar")):
             tensor.data.uniform_(0.5, 1.5, generator=generator)
             if "q_norm" in name or "k_norm" in name:
                 tensor.data.mul_((2.0 * width**-0.5) ** 0.5)
-            elif "post_" in name:  # what a block adds to the residual stream
-                tensor.data.mul_(0.5)
+            elif "post_" in name:
+                tensor.data.mul_(change)
 
 
-def reference_model(shape: dict[str, Any], seed: int = 0, peak: float = 2.0) -> Any:
+def reference_model(shape: dict[str, Any], seed: int = 0, **strengths: float) -> Any:
     """transformers' network in this shape, randomised."""
     from transformers import (
         DiffusionGemmaConfig,
@@ -91,7 +96,7 @@ def reference_model(shape: dict[str, Any], seed: int = 0, peak: float = 2.0) -> 
     config = DiffusionGemmaConfig(text_config=DiffusionGemmaTextConfig(**text), vision_config=vision,
                                   canvas_length=canvas_length)
     model = DiffusionGemmaForBlockDiffusion(config).eval().requires_grad_(False)
-    randomise(model, seed, peak)
+    randomise(model, seed, **strengths)
     return model
 
 
@@ -146,10 +151,10 @@ class RoutingMargin:
             hook.remove()
 
 
-def random_network(config: ModelConfig, seed: int = 0, peak: float = 2.0) -> DiffusionTransformer:
+def random_network(config: ModelConfig, seed: int = 0, **strengths: float) -> DiffusionTransformer:
     """Our network alone, randomised."""
     network = DiffusionTransformer(config).eval().requires_grad_(False)
-    randomise(network, seed, peak)
+    randomise(network, seed, **strengths)
     return network
 
 

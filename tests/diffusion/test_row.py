@@ -54,7 +54,8 @@ def test_a_prompt_must_leave_room_for_a_canvas():
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"canvas": []}, {"canvas": [], "pinned": []}, {"canvas": [None] * C}, {"canvas": [1, None], "pinned": [True, False]},
+    {}, {"canvas": []}, {"canvas": [], "pinned": []}, {"canvas": [None] * C},
+    {"canvas": [1, None], "pinned": [True, False]},
 ], ids=str)
 def test_a_possible_request_is_accepted(changes):
     request(**changes).check(CONFIG)

@@ -82,7 +82,8 @@ def test_an_interrupted_trace_is_kept(tmp_path):
 
 def test_an_interruption_within_a_line_leaves_whole_lines(tmp_path):
     path = tmp_path / "a.jsonl"
-    with pytest.raises(KeyboardInterrupt), TraceWriter(path, model="m", prompt="", piece_of=PIECES.__getitem__) as writer:
+    writer = TraceWriter(path, model="m", prompt="", piece_of=PIECES.__getitem__)
+    with pytest.raises(KeyboardInterrupt), writer:
         writer.write(EVENTS[0])
         writer._file.write(b'{"event":"Deno')  # what a signal in the middle of a write leaves
         raise KeyboardInterrupt

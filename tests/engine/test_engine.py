@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from reference import random_network, tiny_config
 
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Finished
 from dgemma.diffusion.sampler import EntropyBoundSampler, temperature_at
 from dgemma.engine import Engine, PrefixStore
+from reference import random_network, tiny_config
 
 C = tiny_config().canvas_length
 PROMPT = [5, 6, 7, 8, 9]

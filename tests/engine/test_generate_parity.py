@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from reference import SHAPES, network_like, reference_model
 
 from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import CanvasStarted, Denoised, Finished, Generation
 from dgemma.diffusion.row import Request, Row
 from dgemma.engine import Engine
+from reference import SHAPES, network_like, reference_model
 
 PAD = 0
 
@@ -105,7 +105,7 @@ class Replay:
 
 
 def run_theirs(reference, prompts, records, settings, monkeypatch):
-    """The reference's `generate` on the recorded noise -> (its output, the steps it took on each canvas)."""
+    """The reference's `generate` on the recorded noise."""
     from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
         DiffusionGemmaGenerationConfig,
         EntropyBoundSamplerConfig,
@@ -120,7 +120,7 @@ def run_theirs(reference, prompts, records, settings, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "randint", replay.randint)
         patch.setattr(torch, "multinomial", replay.multinomial)
-        return reference.generate(torch.tensor(prompts), generation_config=config), replay
+        return reference.generate(torch.tensor(prompts), generation_config=config)
 
 
 def assert_same_answer(generation, tokens, settings):
@@ -136,9 +136,14 @@ def assert_same_answer(generation, tokens, settings):
         assert not set(generation.token_ids) & set(settings.eos_token_id)
 
 
-@pytest.fixture(scope="module", params=["alternating", "five-to-one", "multi-query", "deep"])
+# How much a layer changes is chosen so that canvases settle, but not at once.
+NETWORKS = {"alternating": 0.28, "five-to-one": 0.22, "last-layer-forced-full": 0.6}
+
+
+@pytest.fixture(scope="module", params=NETWORKS, ids=str)
 def pair(request):
-    reference = reference_model(SHAPES[request.param], seed=5)
+    # Peaked as a trained network is; with weak self-conditioning, since random ones otherwise amplify rounding errors.
+    reference = reference_model(SHAPES[request.param], seed=5, peak=8.0, feedback=0.15, change=NETWORKS[request.param])
     return reference, network_like(reference)
 
 
@@ -146,55 +151,47 @@ def prompt_of(length: int, seed: int, vocab: int = 160) -> list[int]:
     return torch.randint(2, vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-# Settings under which a random network behaves in all the ways that a trained one does.
 SETTINGS = {
-    # The checkpoint's own: nearly every position stays uncertain, no canvas settles.
-    "defaults": GenerationConfig(max_denoising_steps=6, eos_token_id=()),
-    # Some positions are accepted in every step, others not.
-    "half-accepted": GenerationConfig(max_denoising_steps=8, entropy_bound=3.0, t_min=0.15, t_max=0.6,
-                                      eos_token_id=()),
-    # Canvases settle at different steps: stable and confident.
-    "adaptive": GenerationConfig(max_denoising_steps=30, entropy_bound=100.0, t_min=0.02, t_max=0.05,
-                                 confidence_threshold=0.05, eos_token_id=()),
-    "adaptive-three": GenerationConfig(max_denoising_steps=30, entropy_bound=100.0, t_min=0.02, t_max=0.05,
-                                       confidence_threshold=0.05, stability_threshold=3, eos_token_id=()),
-    "adaptive-zero": GenerationConfig(max_denoising_steps=10, entropy_bound=1.0, t_min=0.02, t_max=0.8,
-                                      confidence_threshold=0.2, stability_threshold=0, eos_token_id=()),
+    "never-settled": GenerationConfig(max_denoising_steps=6, confidence_threshold=1e-9, eos_token_id=()),
+    "accepting-more": GenerationConfig(max_denoising_steps=6, entropy_bound=2.0, confidence_threshold=1e-9,
+                                       eos_token_id=()),
+    "settled": GenerationConfig(max_denoising_steps=20, confidence_threshold=0.5, eos_token_id=()),
+    "three-agree": GenerationConfig(max_denoising_steps=20, confidence_threshold=0.5, stability_threshold=3,
+                                    eos_token_id=()),
+    "none-need-agree": GenerationConfig(max_denoising_steps=9, confidence_threshold=0.1, stability_threshold=0,
+                                        t_min=0.05, t_max=1.5, eos_token_id=()),
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("extra", [-1, 0], ids=["cut", "whole"])
-def test_answers_of_several_canvases_are_the_reference_s(pair, name, extra, monkeypatch):
+def test_answers_of_several_canvases_are_the_reference_s(pair, name, monkeypatch):
     reference, network = pair
     canvas = network.config.canvas_length
-    settings = SETTINGS[name].replace(max_tokens=3 * canvas + extra)
+    settings = SETTINGS[name].replace(max_tokens=3 * canvas - list(SETTINGS).index(name))
     prompt = prompt_of(network.config.sliding_window + 4, seed=len(name))
     (record,) = run_ours(network, [Request(0, prompt, settings, seed=11)], monkeypatch)
-    theirs, replay = run_theirs(reference, [prompt], [record], settings, monkeypatch)
-    assert theirs.sequences.shape == (1, len(prompt) + 3 * canvas)
-    assert_same_answer(record.generation, theirs.sequences[0, len(prompt) :], settings)
-    # Both took the same number of steps on every canvas (the replay refuses a step too many).
-    assert theirs.tokens_per_forward.item() == pytest.approx(
-        (theirs.sequences[0, len(prompt) :] != PAD).sum().item() / sum(record.generation.steps))
-    # The comparison means something: tokens of many kinds, and the behaviour that the settings are for.
+    theirs = run_theirs(reference, [prompt], [record], settings, monkeypatch)
+    tokens = theirs.sequences[0, len(prompt) :]
+    assert len(tokens) == 3 * canvas
+    assert_same_answer(record.generation, tokens, settings)
+    # Both took the same number of steps.
+    forwards = sum(record.generation.steps)
+    assert theirs.tokens_per_forward.item() == pytest.approx((tokens != PAD).sum().item() / forwards)
+    # The comparison means something: many tokens, partly accepted canvases, and adaptive stops where there should be.
     assert len(set(record.generation.token_ids)) > canvas
-    accepted = [sum(mask) for steps in record.accepted for mask in steps]
-    if name == "half-accepted":
-        assert min(accepted) < canvas / 2
-        assert len(set(accepted)) > 3
-    if name == "adaptive":
-        assert max(record.generation.steps) < settings.max_denoising_steps
-        assert len(set(record.generation.steps)) > 1
-    if name == "defaults":
-        assert record.generation.steps == [6, 6, 6]
+    assert 0 < min(sum(mask) for steps in record.accepted for mask in steps) < canvas
+    steps = record.generation.steps
+    if name in ("never-settled", "accepting-more"):
+        assert steps == [6, 6, 6]
+    else:
+        assert settings.stability_threshold < min(steps) < settings.max_denoising_steps
 
 
 @pytest.mark.parametrize("turn", [0, 1, 2])
 def test_an_answer_with_a_stop_token_is_the_reference_s(pair, turn, monkeypatch):
     """The stop token is one that the free answer has in canvas `turn` and not before."""
     reference, network = pair
-    canvas, settings = network.config.canvas_length, SETTINGS["adaptive"]
+    canvas, settings = network.config.canvas_length, SETTINGS["settled"]
     prompt = prompt_of(9, seed=3)
     settings = settings.replace(max_tokens=4 * canvas)
     (free,) = run_ours(network, [Request(0, prompt, settings, seed=2)], monkeypatch)
@@ -202,7 +199,7 @@ def test_an_answer_with_a_stop_token_is_the_reference_s(pair, turn, monkeypatch)
     place = next(i for i in range(turn * canvas + canvas // 3, (turn + 1) * canvas) if tokens[i] not in tokens[:i])
     settings = settings.replace(eos_token_id=(159 if tokens[place] != 159 else 158, tokens[place]))
     (record,) = run_ours(network, [Request(0, prompt, settings, seed=2)], monkeypatch)
-    theirs, _ = run_theirs(reference, [prompt], [record], settings, monkeypatch)
+    theirs = run_theirs(reference, [prompt], [record], settings, monkeypatch)
     assert record.generation.finish_reason == "stop"
     assert theirs.sequences.shape == (1, len(prompt) + (len(record.generation.token_ids) // canvas + 1) * canvas)
     assert_same_answer(record.generation, theirs.sequences[0, len(prompt) :], settings)
@@ -212,13 +209,13 @@ def test_a_batch_is_the_reference_s(pair, monkeypatch):
     """Rows that settle and stop at different times: frozen in the reference, gone on or left in ours."""
     reference, network = pair
     canvas = network.config.canvas_length
-    settings = SETTINGS["adaptive"].replace(max_tokens=3 * canvas)
+    settings = SETTINGS["settled"].replace(max_tokens=3 * canvas)
     prompts = [prompt_of(13, seed=seed) for seed in (21, 22, 23)]
     free = run_ours(network, [Request(i, p, settings, seed=i) for i, p in enumerate(prompts)], monkeypatch)
     stop = free[0].generation.token_ids[canvas + 1]  # ends the first row in its second canvas, at the latest
     settings = settings.replace(eos_token_id=(stop,))
     records = run_ours(network, [Request(i, p, settings, seed=i) for i, p in enumerate(prompts)], monkeypatch)
-    theirs, _ = run_theirs(reference, prompts, records, settings, monkeypatch)
+    theirs = run_theirs(reference, prompts, records, settings, monkeypatch)
     assert len({tuple(record.generation.steps) for record in records}) > 1
     for record, row in zip(records, theirs.sequences, strict=True):
         assert_same_answer(record.generation, row[13:], settings)

@@ -156,26 +156,43 @@ def test_replaced_rows_are_the_part_s_and_the_others_stay(rows):
     assert_holds(merged, [0, 1, 2], lengths)
 
 
-def test_a_snapshot_and_its_origin_grow_apart():
+def test_a_snapshot_stays_what_it_was_while_its_origin_goes_on():
     cache = new_cache(2)
     write(cache, [0, 1], [4, 9])
-    before = everything(cache)
-    twin = cache.snapshot()
-    write(twin, [0, 1], [3, 3])
-    assert_same(everything(cache), before)
+    kept, before = cache.snapshot(), everything(cache)
+    canvas = torch.ones(2, 1, CANVAS, CONFIG.layers[2].head_dim)
+    cache.with_canvas(2, canvas, canvas)
     write(cache, [0, 1], [1, 6])
+    cache.with_canvas(2, canvas, canvas)
     assert_holds(cache, [0, 1], [5, 15])
-    assert_holds(twin, [0, 1], [7, 12])
+    assert_same(everything(kept), before)
 
 
-def test_two_snapshots_can_denoise_at_the_same_time():
-    """Each must have room of its own for its canvas: two threads may be between writing and reading it."""
+def test_a_snapshot_copies_nothing():
+    cache = new_cache(1)
+    write(cache, [0], [50])
+    assert cache.snapshot()._keys[2].data_ptr() == cache._keys[2].data_ptr()
+
+
+def test_rows_selected_from_a_snapshot_go_on_apart():
+    cache = new_cache(2)
+    write(cache, [0, 1], [4, 9])
+    kept, before = cache.snapshot(), everything(cache)
+    branch = kept.select([0, 1])
+    write(branch, [0, 1], [3, 3])
+    assert_holds(branch, [0, 1], [7, 12])
+    assert_same(everything(kept), before)
+    assert_same(everything(cache), before)
+
+
+def test_rows_selected_from_a_snapshot_can_denoise_at_the_same_time():
+    """Each has room of its own for its canvas: another thread may come between writing and reading it."""
     cache = new_cache(1)
     write(cache, [0], [9])
-    twins = [cache.snapshot(), cache.snapshot(), cache]
+    caches = [cache, cache.snapshot().select([0]), cache.snapshot().select([0])]
     geometry = CONFIG.layers[2]
     canvases = [torch.full((1, geometry.num_key_value_heads, CANVAS, geometry.head_dim), float(i)) for i in range(3)]
-    seen = [twin.with_canvas(2, canvas, canvas) for twin, canvas in zip(twins, canvases, strict=True)]
+    seen = [one.with_canvas(2, canvas, canvas) for one, canvas in zip(caches, canvases, strict=True)]
     for (keys, values), canvas in zip(seen, canvases, strict=True):
         assert torch.equal(keys[:, :, 9:], canvas)
         assert torch.equal(values[:, :, 9:], canvas)
@@ -218,7 +235,7 @@ def test_any_history_leaves_every_row_its_last_tokens(history):
             cache = cache.replace(rows, part)
             lengths = [n + CANVAS * (r in rows) for r, n in enumerate(lengths)]
         elif operation == "snapshot":
-            old, cache = cache, cache.snapshot()
+            old, cache = cache, cache.snapshot().select(list(range(len(names))))
             write(old, names, [WINDOW] * len(names))
         if cache.positions[FULL].shape[1]:
             assert_holds(cache, names, lengths)
@@ -252,7 +269,7 @@ def test_rows_joined_from_several_caches_denoise_as_they_did_alone(tiny_network,
     for i, prompt in enumerate(prompts):
         cache = tiny_network.new_cache(1)
         tiny_network.encode(prompt, cache)
-        caches.append(cache.snapshot())
+        caches.append(cache.select([0]))
         alone.append(tiny_network.denoise(canvases[i : i + 1], cache))
         tiny_network.encode(canvases[i : i + 1], cache)
         after.append(tiny_network.denoise(late[i : i + 1], cache))
@@ -266,12 +283,12 @@ def test_rows_joined_from_several_caches_denoise_as_they_did_alone(tiny_network,
     torch.testing.assert_close(hidden, torch.cat([after[0], alone[1], after[2]]), atol=1e-5, rtol=0)
 
 
-def test_a_snapshot_goes_on_like_a_cache_that_read_the_same(tiny_network, random_ids):
+def test_a_branch_of_a_snapshot_goes_on_like_a_cache_that_read_the_same(tiny_network, random_ids):
     prompt, more, canvas = random_ids(1, 15), random_ids(1, 4), random_ids(1, CANVAS)
     whole, start = tiny_network.new_cache(1), tiny_network.new_cache(1)
     tiny_network.encode(torch.cat([prompt, more], dim=1), whole)
     tiny_network.encode(prompt, start)
-    branch = start.snapshot()
+    branch = start.snapshot().select([0])
     tiny_network.encode(random_ids(1, 9), start)  # what the origin reads next is no matter
     tiny_network.encode(more, branch)
     torch.testing.assert_close(tiny_network.denoise(canvas, branch), tiny_network.denoise(canvas, whole),
