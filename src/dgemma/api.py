@@ -102,8 +102,8 @@ class Model:
         if not isinstance(prompt, (str, list, tuple)):
             raise DgemmaError(f"a prompt is text, a list of messages or a list of token ids, not "
                               f"{type(prompt).__name__}")
-        prompt = prompt if isinstance(prompt, str) else list(prompt)
-        messages = normalise_messages(prompt, system=system)
+        conversation: Any = prompt if isinstance(prompt, str) else list(prompt)
+        messages = normalise_messages(conversation, system=system)
         return self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
 
     def _request(self, prompt_ids: list[int], max_tokens: int | None, seed: int | None,

@@ -439,6 +439,15 @@ def test_a_reader_who_has_seen_enough_is_no_error(trace):
     process.stderr.close()
 
 
+def test_ctrl_c_while_loading_is_no_traceback(run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "load_model", interrupted)
+    outcome = run("hello")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "")
+
+
 def test_an_ascii_stdout_is_no_error(trace):
     process = python(COMMAND, arguments=("replay", trace), env={"PYTHONIOENCODING": "ascii"})
     assert process.communicate(timeout=100) == (b"\\u65e5\\u672c\n", b"")

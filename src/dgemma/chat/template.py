@@ -78,7 +78,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     class Generation(Extension):
         """`{% generation %}…{% endgeneration %}` marks what training counts; here its body is just rendered."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno

@@ -202,7 +202,7 @@ def command(model: Model, conversation: Conversation, line: str) -> bool:
         conversation.thinking = rest == "on"
         typer.echo(f"thinking {rest}")
     elif name == "seed":
-        conversation.seed = checked(Conversation(seed=_number("/seed", rest, "int") if rest else None), model).seed
+        conversation.seed = checked(Conversation(seed=int(_number("/seed", rest, "int")) if rest else None), model).seed
         typer.echo("random seeds" if conversation.seed is None else f"seed {conversation.seed}")
     elif name == "set":
         _set(model, conversation, rest)

@@ -134,7 +134,7 @@ class _Speller:
                     bad = -1
             for char in text:
                 size = len(char.encode())
-                self._char(char, min((look for _, look, _ in self._bytes[start : start + size]), key=_RANK.get))
+                self._char(char, min((look for _, look, _ in self._bytes[start : start + size]), key=_RANK.__getitem__))
                 start += size
             if bad < 0:
                 break

@@ -116,7 +116,8 @@ def follow(model: Model, events: Iterable[Event], *, visual: bool, trace: Path |
 
     ``pace`` shows every step for at least so many seconds. The model runs on meanwhile, in a thread of its own: neither
     a slow terminal nor a pace for the eye slows it down or spoils its figures. ``insist``: a second Ctrl-C is a
-    KeyboardInterrupt; without it, it only asks again. When this is left, however it is, the model has stopped.
+    KeyboardInterrupt; without it, it only asks again. However this is left, the model has stopped then (but for a long
+    step that a KeyboardInterrupt does not wait for).
     """
     from dgemma.diffusion.events import Denoised, Finished
 
@@ -167,7 +168,7 @@ def _in_thread(events: Iterable[Event], cancel: Callable[[], None]) -> Iterator[
     Only a KeyboardInterrupt does not wait for a long step to end: whoever asks twice wants to leave at once.
     """
     made: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
-    abandoned = False
+    abandoned = ended = False
 
     def make() -> None:
         try:
@@ -182,10 +183,12 @@ def _in_thread(events: Iterable[Event], cancel: Callable[[], None]) -> Iterator[
             _close(events)
 
     def received() -> Iterator[Event]:
-        while (event := made.get()) is not None:
-            if isinstance(event, BaseException):
-                raise event
+        nonlocal ended
+        while (event := made.get()) is not None and not isinstance(event, BaseException):
             yield event
+        ended = True
+        if event is not None:
+            raise event
 
     worker = threading.Thread(target=make, daemon=True)
     worker.start()
@@ -197,7 +200,7 @@ def _in_thread(events: Iterable[Event], cancel: Callable[[], None]) -> Iterator[
         raise
     finally:
         abandoned = True
-        if worker.is_alive():
+        if not ended:
             cancel()
         worker.join(patience)
 

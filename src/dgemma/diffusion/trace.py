@@ -254,7 +254,7 @@ def _value(name: str, kind: str, value: Any) -> Any:
         or (kind == "FinishReason" and value in get_args(FinishReason))
         or (kind == "Generation" and isinstance(value, Generation))
     ):
-        return float(value) if kind == "float" else value
+        return float(value) if kind == "float" and isinstance(value, (int, float)) else value
     raise ValueError(f"{name} is not {kind}")
 
 

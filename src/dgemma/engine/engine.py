@@ -76,7 +76,7 @@ class Engine:
         """One denoising step of everything that runs."""
         events: list[Event] = self._drop_cancelled()
         events += self._admit()
-        if not self._rows or self._stop:
+        if not self._rows or self._cache is None or self._stop:
             return events + self._drop_cancelled()
         rows, device = self._rows, self.network.device
         drawn = [row.draw_noise() for row in rows]

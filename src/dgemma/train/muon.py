@@ -40,24 +40,24 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):  # type: ignore[override]
         for group in self.param_groups:
-            shapes: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            shapes: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes[parameter.shape[-2], parameter.shape[-1]].append(parameter)
+                    shapes[parameter.shape[-2], parameter.shape[-1]].append((parameter, parameter.grad))
             for (rows, columns), parameters in shapes.items():
                 updates = []
-                for parameter in parameters:
+                for parameter, gradient in parameters:
                     state = self.state[parameter]
                     if "momentum" not in state:
                         state["momentum"] = torch.zeros_like(parameter)
                     buffer = state["momentum"]
-                    buffer.lerp_(parameter.grad, 1 - group["momentum"])
+                    buffer.lerp_(gradient, 1 - group["momentum"])
                     # Nesterov: look one step ahead along the momentum.
-                    updates.append(parameter.grad.lerp(buffer, group["momentum"]).view(-1, rows, columns))
+                    updates.append(gradient.lerp(buffer, group["momentum"]).view(-1, rows, columns))
                 directions = orthogonalise(torch.cat(updates)).float()
                 scale = max(1.0, rows / columns) ** 0.5
                 start = 0
-                for parameter, update in zip(parameters, updates, strict=True):
+                for (parameter, _), update in zip(parameters, updates, strict=True):
                     direction = directions[start : start + len(update)].view_as(parameter)
                     start += len(update)
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
