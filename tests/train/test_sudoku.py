@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from dgemma.errors import DgemmaError
 from dgemma.train import sudoku
 
 WIKI = "530070000600195000098000060800060003400803001700020006060000280000419005000080079"
@@ -193,7 +194,7 @@ def test_failed_save_keeps_the_old_file(source: sudoku.PuzzleSource, tmp_path, m
         raise OSError("disk full")
 
     monkeypatch.setattr(np, "savez_compressed", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DgemmaError, match="disk full"):
         source.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 

@@ -80,17 +80,18 @@ def sudoku(
 
 
 def _print_table(scores: dict[str, BandScore]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Sudoku", title_justify="left", caption="exact: all 81 digits right, with its 95 % interval",
-                  caption_justify="left")
-    table.add_column("band")
-    for name in ("puzzles", "exact", "givens kept", "mean steps", "steps p50/p90", "s/puzzle"):
-        table.add_column(name, justify="right")
+    table = Table(caption="exact: all 81 digits right, with its 95 % interval; kept: no given changed",
+                  caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("band", no_wrap=True)
+    for name in ("puzzles", "exact", "(95 %)", "kept", "mean steps", "p50/p90", "s/puzzle"):
+        table.add_column(name, justify="right", no_wrap=True)
     for band, score in scores.items():
         low, high = score.exact_interval
-        table.add_row(band, str(score.count), f"{score.exact:.1%} ({low:.1%}-{high:.1%})", f"{score.givens_kept:.1%}",
+        table.add_row(band, str(score.count), f"{score.exact:.1%}", f"{low:.1%}-{high:.1%}", f"{score.givens_kept:.1%}",
                       f"{score.mean_steps:.1f}", f"{_percentile(score.steps, 0.5)}/{_percentile(score.steps, 0.9)}",
                       f"{score.seconds_per_puzzle:.3f}")
     Console().print(table)

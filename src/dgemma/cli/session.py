@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BUNDLED = "sudoku"
 PATIENCE = 2.0  # seconds that a second Ctrl-C waits for the model's present step
 HINT = ("Using the bundled Sudoku model. For the 26B model: "
-        "dgemma run -m google/diffusiongemma-26B-A4B-it \"…\" (about 52 GB, needs pip install 'dgemma[hub]')")
+        "dgemma run -m google/diffusiongemma-26B-A4B-it \"…\" (about 52 GB; needs huggingface_hub)")
 
 
 def load_model(name: str | None, device: str | None = None, dtype: str | None = None, hint: bool = True) -> Model:
@@ -33,7 +33,7 @@ def load_model(name: str | None, device: str | None = None, dtype: str | None = 
     import dgemma
 
     if name is None and hint:
-        Console(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True)
+        Console(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True, markup=False)
     with _LoadingBar() as bar:
         return dgemma.load(BUNDLED if name is None else name, device=device, dtype=dtype, progress=bar.update)
 
