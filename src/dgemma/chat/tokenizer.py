@@ -304,11 +304,19 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _config_templates(config: dict[str, Any], path: Path) -> str | dict[str, str] | None:
     """The template(s) that older checkpoints keep in their tokenizer_config.json."""
-    found = config.get("chat_template")
+    found: Any = config.get("chat_template")
+    wrong = CheckpointError(f"{path}: chat_template must be text, or a list of names and templates")
+    if found is None or isinstance(found, str):
+        return found
+    if not isinstance(found, list):
+        raise wrong
     try:
-        return {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else found
+        templates = {entry["name"]: entry["template"] for entry in found}
     except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: chat_template must be text, or a list of names and templates") from error
+        raise wrong from error
+    if not all(isinstance(text, str) for text in templates.values()):
+        raise wrong
+    return templates
 
 
 def _special_roles(config: dict[str, Any]) -> dict[str, str]:

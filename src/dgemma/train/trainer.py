@@ -21,7 +21,7 @@ from dgemma.api import parse_device
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import generation_config_from_dict, model_config_from_dict
 from dgemma.errors import DgemmaError
-from dgemma.files import atomic_write
+from dgemma.files import atomic_write, make_folder
 from dgemma.nn import DiffusionTransformer
 from dgemma.train import tokenizer as bundled_tokenizer
 from dgemma.train.muon import build_optimizers
@@ -66,7 +66,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, folder: Path, report: Report = print, device: str | None = None):
         self.recipe, self.folder, self.report = recipe, folder, report
         self.device = parse_device(device)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         bundled_tokenizer.save(folder / "checkpoint")
         self.tokenizer = Tokenizer.from_folder(folder / "checkpoint")
         self.config_dict = {"model_type": "diffusion_gemma", "architectures": ["DiffusionGemmaForBlockDiffusion"],
