@@ -222,3 +222,11 @@ def test_the_package_itself_imports_nothing_heavy():
         "assert not {'jinja2', 'tokenizers', 'torch'} & set(sys.modules); dgemma.chat.Tokenizer"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "src"}, cwd=ROOT)
+
+
+@pytest.mark.parametrize("value", [3, {"a": "b"}, [{"name": "default"}], [{"name": "default", "template": 3}], ["x"]])
+def test_a_template_of_the_wrong_kind_is_named(folder, value):
+    (folder / "chat_template.jinja").unlink()
+    edit_config(folder, chat_template=value)
+    with pytest.raises(CheckpointError, match="chat_template must be text"):
+        Tokenizer.from_folder(folder)
