@@ -9,6 +9,7 @@ import torch
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Finished
 from dgemma.diffusion.sampler import EntropyBoundSampler, temperature_at
 from dgemma.engine import Engine, PrefixStore
+from dgemma.engine import engine as engine_module
 from reference import random_network, tiny_config
 
 C = tiny_config().canvas_length
@@ -280,6 +281,30 @@ def test_everything_can_be_cancelled_at_once(engine_of, ask):
     assert again.generation.finish_reason == "length"  # the engine goes on being of use
 
 
+def test_a_long_prompt_can_be_cancelled_while_it_is_read(engine_of, ask, tiny_network, monkeypatch):
+    monkeypatch.setattr(engine_module, "ENCODE_CHUNK", 4)
+    engine, pieces, encode = engine_of(), [], tiny_network.encode
+
+    def spy(token_ids, cache):
+        pieces.append(token_ids.shape[1])
+        if len(pieces) == 2:
+            engine.cancel_all()
+        return encode(token_ids, cache)
+
+    monkeypatch.setattr(tiny_network, "encode", spy)
+    events = list(engine.run([ask(range(30), id=0), ask(range(40), id=1)]))
+    assert pieces == [4, 4]
+    assert [(event.request, event.generation.finish_reason) for event in events] == [(0, "cancelled"), (1, "cancelled")]
+    assert not engine.busy
+
+
+def test_a_prompt_read_in_pieces_gives_the_same_answer(engine_of, ask, answer, monkeypatch):
+    request = ask(range(30), max_tokens=2 * C)
+    whole = answer(engine_of(), request)
+    monkeypatch.setattr(engine_module, "ENCODE_CHUNK", 4)
+    assert tokens_of([answer(engine_of(), request)]) == tokens_of([whole])
+
+
 def test_cancelling_what_is_not_there_does_nothing(engine_of, ask, answer):
     engine = engine_of()
     engine.submit(ask(id=1))
@@ -313,6 +338,28 @@ def test_pinned_positions_never_change_and_stand_in_the_answer(engine_of, ask):
             assert {i: ids[i] for i in fixed} == fixed
         if isinstance(event, Denoised):
             assert all(event.entropies[i] == 0 and event.accepted[i] for i in fixed)
+
+
+def test_pinned_positions_condition_the_next_step_as_known_tokens(engine_of, ask, tiny_network, monkeypatch):
+    softs, denoise = [], tiny_network.denoise
+    monkeypatch.setattr(tiny_network, "denoise", lambda *given: softs.append(given[2]) or denoise(*given))
+    list(engine_of().run([ask(id=0, canvas=[11, 12], pinned=[True, True]), ask(id=1)]))
+    known = tiny_network.embed(torch.tensor([11, 12]))
+    assert not softs[0].any()
+    for soft in softs[1:]:
+        assert torch.equal(soft[0, :2], known)
+        assert not torch.isclose(soft[1, :2], known).all(-1).any()
+
+
+def test_pins_hold_whatever_the_sampler_does(engine_of, ask):
+    class NothingGoes(EntropyBoundSampler):
+        def advance(self, stats, random, settings):
+            return random, torch.zeros_like(random, dtype=torch.bool)
+
+    events = engine_of(sampler=NothingGoes()).run([ask(canvas=[11, None, 13], pinned=[True, False, True])])
+    for event in events:
+        if isinstance(event, Denoised):
+            assert (event.canvas_ids[0], event.canvas_ids[2]) == (11, 13)
 
 
 def test_pins_hold_for_the_first_canvas_only(engine_of, ask):
@@ -399,6 +446,17 @@ def test_another_answer_to_the_same_prompt_reads_only_what_follows_the_prompt(en
     generation = answer(engine, ask(branch, seed=8))
     assert engine.prefilled_tokens == len(PROMPT) + 2
     assert tokens_of([generation]) == tokens_of([answer(engine_of(), ask(branch, seed=8))])
+
+
+def test_several_turns_can_go_on_from_one_context(engine_of, ask, answer):
+    engine = engine_of()
+    first = answer(engine, ask(PROMPT, max_tokens=2 * C + 2))
+    context = [*PROMPT, *first.token_ids[: 2 * C]]
+    for turn, read in (([4, 4, 4], 3), ([9], 1), ([9, 8], 1), ([], 0)):
+        before = engine.prefilled_tokens
+        generation = answer(engine, ask(context + turn, seed=8))
+        assert engine.prefilled_tokens - before == read
+        assert tokens_of([generation]) == tokens_of([answer(engine_of(), ask(context + turn, seed=8))])
 
 
 @pytest.mark.parametrize("prompt", [PROMPT[:-1], [*PROMPT[:-1], 40, 41], [1, *PROMPT]],

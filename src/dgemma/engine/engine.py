@@ -114,7 +114,7 @@ class Engine:
         """Prefill waiting requests into free rows of the batch; those of one length together, without padding."""
         free = min(len(self._waiting), self.max_batch - len(self._rows))
         waiting = sorted((self._waiting.popleft() for _ in range(free)), key=lambda row: len(row.context))
-        new, caches = [], []
+        new, caches, unread = [], [], []
         for _, group in groupby(waiting, key=lambda row: len(row.context)):
             rows = list(group)
             if not self._stop:
@@ -123,7 +123,8 @@ class Engine:
                     new += rows
                     caches.append(cache)
                     continue
-            self._waiting.extendleft(reversed(rows))  # stopped in the middle: they are dropped from the queue
+            unread += rows
+        self._waiting.extendleft(reversed(unread))  # stopped in the middle: they are dropped from the queue
         if not new:
             return []
         self._cache = KVCache.concat(caches if self._cache is None else [self._cache, *caches])
