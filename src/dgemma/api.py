@@ -17,6 +17,7 @@ from dgemma.diffusion.row import Request
 from dgemma.engine import Engine, PrefixStore
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
+from dgemma.nn.cache import check_cache_type
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
 
@@ -147,11 +148,14 @@ def parse_device(name: str | torch.device | None) -> torch.device:
 
 
 def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-         adapter: str | Path | None = None, progress: Callable[[int, int], None] | None = None) -> Model:
-    """Load a model: a bundled name ("sudoku"), a checkpoint folder, or a hub id.
+         cache_type: str | None = None, adapter: str | Path | None = None,
+         progress: Callable[[int, int], None] | None = None) -> Model:
+    """Load a model: a bundled name ("sudoku"), a checkpoint folder, a GGUF file, or a hub id.
 
     ``device`` defaults to the GPU if there is one, ``dtype`` ("float32", "bfloat16", "float16") to the checkpoint's
-    own; ``progress(done_bytes, total_bytes)`` is called while weights are read. Raises CheckpointError, naming file
+    own; it is not for a quantised GGUF on the CPU, whose weights stay packed. ``cache_type`` is what keys and values
+    are kept in ("f32", "f16", "bf16", "q8_0"; None: what they are computed in, "bf16" for packed weights).
+    ``progress(done_bytes, total_bytes)`` is called while weights are read. Raises CheckpointError, naming file
     and cause, when it cannot be used.
     """
     from dgemma.weights.load import load_network
@@ -159,14 +163,28 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
 
     if adapter is not None:
         raise DgemmaError("adapters are not supported yet")
+    try:
+        check_cache_type(cache_type)
+    except ValueError as error:
+        raise DgemmaError(str(error)) from error
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in dtypes and dtype not in dtypes.values():
         raise DgemmaError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
     dtype = dtypes[dtype] if isinstance(dtype, str) else dtype
     target = parse_device(device)
     folder = locate(name)
+    if folder.is_file():
+        from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
+        from dgemma.weights.gguf_model import load_gguf_network, open_gguf
+
+        model = open_gguf(folder)
+        tokenizer = tokenizer_from_gguf(model.file.metadata, str(folder))
+        network = load_gguf_network(model, device=target, dtype=dtype, progress=progress)
+        network.cache_type = cache_type or network.cache_type
+        return Model(network, tokenizer, model.generation, str(name))
     config = load_model_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
     generation_config = load_generation_config(folder, config)
     network = load_network(folder, config, device=target, dtype=dtype, progress=progress)
+    network.cache_type = cache_type
     return Model(network, tokenizer, generation_config, str(name))

@@ -72,9 +72,11 @@ def test_layer_groups_of_the_published_model(published):
 
 
 def test_memory_of_the_published_model(published):
-    # By hand: 25 sliding layers of 8 heads of 256, 5 full ones of 2 of 512; keys and values; bf16; room for a canvas.
-    assert kv_cache_bytes(published, 8192, 2) == 2 * 2 * (25 * 8 * 256 * (1023 + 256) + 5 * 2 * 512 * (8192 + 256))
-    assert kv_cache_bytes(published, 100, 4) == 2 * 4 * (25 * 8 * 256 + 5 * 2 * 512) * (100 + 256)
+    # By hand: 25 sliding layers of 8 heads of 256, 5 full ones of 2 of 512; keys and values; bf16, float32, q8_0.
+    assert kv_cache_bytes(published, 8192, 2) == 2 * 2 * (25 * 8 * 256 * 1023 + 5 * 2 * 512 * 8192)
+    assert kv_cache_bytes(published, 8192, "bf16") == kv_cache_bytes(published, 8192, 2)
+    assert kv_cache_bytes(published, 100, 4) == 2 * 4 * (25 * 8 * 256 + 5 * 2 * 512) * 100
+    assert kv_cache_bytes(published, 8192, "q8_0") == 2 * 34 * (25 * 8 * 8 * 1023 + 5 * 2 * 16 * 8192)
     needs = memory_needs(published, 25_250_000_000)
     assert [need.context for need in needs[:4]] == [4096, 32_768, 131_072, 262_144]
     assert {need.dtype: need.weights for need in needs} == {"bfloat16": 50_500_000_000, "float32": 101_000_000_000}

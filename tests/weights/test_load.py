@@ -314,4 +314,4 @@ def test_folders_without_weights(single, copy_of, tmp_path):
     assert "model.safetensors.index.json: 'weight_map' must say" in refusal(folder)
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF\3\0\0\0")
-    assert "GGUF is not supported yet" in refusal(gguf, config)
+    assert "this is a file; give the folder" in refusal(gguf, config)

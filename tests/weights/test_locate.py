@@ -1,13 +1,12 @@
-"""Names, folders and hub ids to checkpoint folders."""
+"""Names, folders and files to checkpoints; what the hub has to do with it is in test_hub.py."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 import dgemma.weights.locate as locate_module
 from dgemma.errors import CheckpointError
-from dgemma.weights.locate import bundled_models, locate
+from dgemma.weights.locate import bundled_models, find_tagged, gguf_models, hub_name, locate, tag_of, weight_files
 
 
 @pytest.fixture(autouse=True)
@@ -22,22 +21,16 @@ def bundled(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """The hub, as a function that a test puts in place of snapshot_download; it lists the calls."""
-    import huggingface_hub
+def folder(tmp_path):
+    """A function that makes a folder with files of these names."""
+    def make(*names):
+        path = tmp_path / "folder"
+        path.mkdir(exist_ok=True)
+        for name in names:
+            (path / name).write_bytes(b"GGUF\3\0\0\0" if name.endswith(".gguf") else b"{}")
+        return path
 
-    calls = []
-
-    def install(answer):
-        def snapshot_download(repo, **options):
-            calls.append((repo, bool(options.get("local_files_only"))))
-            assert "*.safetensors" in options["allow_patterns"]
-            return answer(bool(options.get("local_files_only")))
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        return calls
-
-    return install
+    return make
 
 
 def refusal(name):
@@ -70,15 +63,24 @@ def test_folders(tmp_path, monkeypatch):
 
 def test_unknown_names_list_what_is_bundled(tmp_path):
     message = refusal("sudoko")
-    assert message.startswith("sudoko: ")
+    assert message.startswith("sudoko: no such file or folder, and no bundled model")
     assert "chess, sudoku" in message
-    assert "no such folder" in refusal(tmp_path / "org")
-    assert "no such folder" in refusal(Path("org/name"))  # a path is never a hub id
-    assert "chess, sudoku" in refusal("./org/name")
+    assert "org/name:Q4_K_M" in message
 
 
-def test_no_name_is_not_the_present_folder(single, monkeypatch):
-    monkeypatch.chdir(single)
+@pytest.mark.parametrize("name", ["./org/name", "a/b/c", "/nowhere/at/all", "~/nothing", "../nothing",
+                                  Path("org/name"), Path("org/name:Q4_K_M")])
+def test_what_looks_like_a_path_is_never_a_hub_id(name):
+    assert refusal(name) == f"{name}: no such file or folder"
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "org/x.gguf", "./a/x.GGUF", Path("x.gguf")])
+def test_a_gguf_file_that_is_not_there(name):
+    assert refusal(name) == f"{Path(name)}: no such file"
+
+
+def test_no_name_is_not_the_present_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder("config.json", "model.safetensors"))
     for name in ("", "  "):
         assert refusal(name) == "the model's name is empty"
     assert locate(".") == Path()
@@ -91,118 +93,99 @@ def test_names_that_can_be_no_folder(name):
     assert message.startswith(name[:80])
 
 
-def test_gguf(tmp_path):
-    assert refusal(tmp_path / "x.gguf") == f"{tmp_path / 'x.gguf'}: no such file"
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for name in ("x.gguf", "renamed.bin"):
-        (folder / name).write_bytes(b"GGUF\3\0\0\0")
-        assert refusal(folder / name).startswith(f"{folder / name}: GGUF is not supported yet")
-    assert refusal(folder).startswith(f"{folder / 'x.gguf'}: GGUF is not supported yet")
-    (folder / "config.json").write_text("{}")
-    assert locate(folder) == folder  # the GGUF file lies beside a checkpoint
-    assert "give the folder" in refusal(folder / "config.json")
-
-
-def test_a_complete_cache_is_used_without_asking_the_hub(hub, single):
-    calls = hub(lambda local: str(single))
-    assert locate("google/tiny") == single
-    assert calls == [("google/tiny", True)]
-
-
-def test_only_what_is_not_cached_is_asked_for(hub, single):
-    """Any other trouble with the cache is told, not passed over in silence."""
-    def answer(local):
-        if local:
-            raise PermissionError(13, "Permission denied")
-        return str(single)
-
-    calls = hub(answer)
-    assert "Permission denied" in refusal("google/tiny")
-    assert calls == [("google/tiny", True)]
-
-
-def test_offline_is_said_even_where_it_is_an_http_error(hub, monkeypatch):
-    """In some versions of the hub's library LocalEntryNotFoundError is an HfHubHTTPError."""
-    from huggingface_hub import errors
-
-    class Offline(errors.LocalEntryNotFoundError, errors.HfHubHTTPError):
-        def __init__(self):
-            Exception.__init__(self, "not cached")
-
-    def answer(local):
-        raise Offline
-
-    hub(answer)
-    assert "cannot be reached" in refusal("google/tiny")
-
-
-@pytest.mark.parametrize("absent", ["config.json", "model.safetensors"])
-def test_an_incomplete_cache_is_completed(hub, single, copy_of, absent):
-    part = copy_of(single)
-    (part / absent).unlink()
-    calls = hub(lambda local: str(part if local else single))
-    assert locate("google/tiny") == single
-    assert calls == [("google/tiny", True), ("google/tiny", False)]
-
-
-def test_a_cache_that_lacks_a_shard_is_completed(hub, sharded, copy_of):
-    part = copy_of(sharded)
-    next(part.glob("*.safetensors")).unlink()
-    hub(lambda local: str(part if local else sharded))
-    assert locate("google/tiny") == sharded
-
-
-def response(status):
-    from huggingface_hub import errors
-
-    httpx = sys.modules[errors.HfHubHTTPError.__mro__[1].__module__.split(".")[0]]
-    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/api"))
-
-
-def hub_error(kind):
-    from huggingface_hub import errors
-
-    return {
-        "gated": lambda: errors.GatedRepoError("403 Client Error\nlong text", response=response(403)),
-        "absent": lambda: errors.RepositoryNotFoundError("404 Client Error\nlong text", response=response(404)),
-        "server": lambda: errors.HfHubHTTPError("500 Server Error\nlong text", response=response(500)),
-        "offline": lambda: errors.LocalEntryNotFoundError("not cached"),
-        "switched off": lambda: errors.OfflineModeIsEnabled("offline mode"),
-        "disk": lambda: OSError(28, "No space left on device"),
-        "bad name": lambda: errors.HFValidationError("Repo id must not end in '.'"),
-    }[kind]()
-
-
-@pytest.mark.parametrize(("kind", "words"), [
-    ("gated", ["accept its terms on https://huggingface.co/google/tiny", "hf auth login"]),
-    ("absent", ["no such folder", "chess, sudoku", "no such repository"]),
-    ("server", ["answered with an error: 500 Server Error"]),
-    ("offline", ["no such folder", "chess, sudoku", "cannot be reached"]),
-    ("switched off", ["cannot be reached"]),
-    ("disk", ["OSError", "No space left on device"]),
-    ("bad name", ["Repo id must not end"]),
+@pytest.mark.parametrize(("name", "parts"), [
+    ("org/name", ("org/name", None)),
+    ("org/na.me-1:Q4_K_M", ("org/na.me-1", "Q4_K_M")),
+    ("org/name:BF16/a-00001-of-00002.gguf", ("org/name", "BF16/a-00001-of-00002.gguf")),
+    ("name", None), ("org/name:", None), ("org/name:a b", None), ("C:/models/x.gguf", None), ("a/b/c:Q4_0", None),
 ])
-def test_the_hub_s_refusals_in_one_line(hub, kind, words):
-    def answer(local):
-        if local:
-            raise hub_error("offline")
-        raise hub_error(kind)
-
-    hub(answer)
-    message = refusal("google/tiny")
-    assert message.startswith("google/tiny: ")
-    assert "\n" not in message
-    for word in words:
-        assert word in message
+def test_names_on_the_hub(name, parts):
+    assert hub_name(name) == parts
 
 
-def test_a_hub_repository_without_config(hub, tmp_path):
-    hub(lambda local: str(tmp_path))
-    assert "no config.json" in refusal("unsloth/tiny-GGUF")
+def test_a_gguf_file(folder):
+    path = folder("x.gguf", "Y.GGUF", "config.json")
+    (path / "renamed.bin").write_bytes(b"GGUF\3\0\0\0")
+    for name in ("x.gguf", "Y.GGUF", "renamed.bin"):
+        assert locate(path / name) == path / name
+        assert locate(str(path / name)) == path / name
+    assert "not a GGUF file; for safetensors give the folder" in refusal(path / "config.json")
 
 
-def test_without_the_hub_s_library(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install dgemma[hub]" in refusal("google/tiny")
-    assert locate("sudoku").name == "sudoku"
+def test_a_folder_with_one_gguf_file(folder):
+    path = folder("x-Q4_K_M.gguf", "mmproj-F16.gguf", "imatrix.gguf", "README.md")
+    assert locate(path) == path / "x-Q4_K_M.gguf"
+    folder("config.json")  # some GGUF repositories have one, too
+    assert locate(path) == path / "x-Q4_K_M.gguf"
+    folder("model.safetensors")
+    assert locate(path) == path  # the GGUF file lies beside a checkpoint
+
+
+def test_a_folder_with_several_gguf_files_lists_them(folder):
+    path = folder("x-Q4_K_M.gguf", "x-Q8_0.gguf", "x-BF16-00001-of-00002.gguf", "x-BF16-00002-of-00002.gguf")
+    message = refusal(path)
+    assert message.startswith(f"{path}: 3 GGUF models here; name one of them:")
+    assert [line.strip() for line in message.splitlines()[1:]] == [
+        str(path / name) for name in ("x-BF16-00001-of-00002.gguf", "x-Q4_K_M.gguf", "x-Q8_0.gguf")]
+
+
+def test_split_files(folder):
+    names = [f"x-00{part}-of-00003.gguf".replace("00", "0000", 1) for part in (1, 2, 3)]
+    assert names[0] == "x-00001-of-00003.gguf"
+    path = folder(*names)
+    assert locate(path) == path / names[0]
+    for name in names:
+        assert locate(path / name) == path / names[0]
+    folder("x-00001-of-00002.gguf")  # half of another one does not matter
+    assert locate(path / names[2]) == path / names[0]
+
+
+@pytest.mark.parametrize("absent", [1, 2, 3])
+def test_a_part_that_is_missing(folder, absent):
+    parts = {1, 2, 3} - {absent}
+    path = folder(*(f"x-0000{part}-of-00003.gguf" for part in parts))
+    for name in (path, path / f"x-0000{max(parts)}-of-00003.gguf"):
+        message = refusal(name)
+        assert "split into 3 parts, and 1 of them is not beside it: " in message
+        assert message.endswith(f"x-0000{absent}-of-00003.gguf")
+
+
+@pytest.mark.parametrize(("name", "tag"), [
+    ("diffusiongemma-26B-A4B-it-Q4_K_M.gguf", "Q4_K_M"),
+    ("diffusiongemma-26B-A4B-it-UD-Q4_K_XL.gguf", "UD-Q4_K_XL"),
+    ("model.q8_0.gguf", "Q8_0"),
+    ("a_IQ3_XXS.gguf", "IQ3_XXS"),
+    ("BF16/a-BF16-00001-of-00002.gguf", "BF16"),
+    ("BF16/a-00001-of-00002.gguf", "BF16"),
+    ("a-MXFP4_MOE.gguf", "MXFP4_MOE"),
+    ("diffusiongemma-26B-A4B-it.gguf", "diffusiongemma-26B-A4B-it"),
+])
+def test_the_quantisation_in_a_name(name, tag):
+    [model] = gguf_models([name])
+    assert model.tag == tag
+    assert model.complete == ("-of-" not in name)
+
+
+def test_tags():
+    models = gguf_models(["a-Q4_K_M.gguf", "a-Q4_K_S.gguf", "a-UD-Q2_K_XL.gguf", "BF16/a-BF16.gguf", "a-F16.gguf"])
+
+    def found(tag, **options):
+        return [model.files[0] for model in find_tagged(models, tag, **options)]
+
+    assert found("q4_k_m") == ["a-Q4_K_M.gguf"]
+    assert found("Q4_K") == ["a-Q4_K_M.gguf", "a-Q4_K_S.gguf"]
+    assert found("Q4_K", loose=False) == []
+    assert found("Q2_K_XL") == ["a-UD-Q2_K_XL.gguf"]
+    assert found("F16") == ["a-F16.gguf"]  # not BF16, which has it in its name
+    assert found("a-bf16.gguf") == found("BF16/a-BF16.gguf") == ["BF16/a-BF16.gguf"]
+    assert [tag_of(model, models) for model in models] == ["BF16", "F16", "Q4_K_M", "Q4_K_S", "UD-Q2_K_XL"]
+    twice = gguf_models(["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"])
+    assert [tag_of(model, twice) for model in twice] == ["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"]
+
+
+def test_weight_files(folder):
+    path = folder("x-Q4_K_M.gguf")
+    for name, words in ((path / "nowhere", "no such folder"), (path / "x-Q4_K_M.gguf", "this is a file"),
+                        (path, "neither model.safetensors nor model.safetensors.index.json; found x-Q4_K_M.gguf")):
+        with pytest.raises(CheckpointError, match=words):
+            weight_files(name)

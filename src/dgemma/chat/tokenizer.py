@@ -95,7 +95,7 @@ class Tokenizer:
                 chat_template = template_path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise CheckpointError(f"{template_path} is not UTF-8 text: {error}") from error
-        return cls(backend, chat_template, _special_roles(config), str(folder))
+        return cls(backend, chat_template, special_roles(config), str(folder))
 
     @property
     def vocab_size(self) -> int:
@@ -319,7 +319,7 @@ def _config_templates(config: dict[str, Any], path: Path) -> str | dict[str, str
     return templates
 
 
-def _special_roles(config: dict[str, Any]) -> dict[str, str]:
+def special_roles(config: dict[str, Any]) -> dict[str, str]:
     """`bos_token`, `eos_token`…: a string, or an object with the string as its content."""
     roles = {}
     for key, value in config.items():

@@ -46,6 +46,7 @@ def chat(
     pace: options.PaceOption = 0.1,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = None,
+    cache_type: options.CacheTypeOption = None,
     max_denoising_steps: options.MaxStepsOption = None,
     entropy_bound: options.EntropyBoundOption = None,
     t_min: options.TMinOption = None,
@@ -60,7 +61,7 @@ def chat(
 
     from dgemma.cli.session import is_terminal, load_model, stop_on_interrupt
 
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, cache_type)
     conversation = checked(Conversation(system=system, thinking=thinking, seed=seed, settings=settings), loaded)
     live = visual and is_terminal()
     interactive = sys.stdin.isatty()

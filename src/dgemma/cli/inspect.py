@@ -21,10 +21,11 @@ _FILES_SHOWN = 8
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A bundled name, a checkpoint folder, or a hub id (org/name).")],
+    model: Annotated[str, typer.Argument(help="A bundled name, a checkpoint folder, a .gguf file, or a name on the "
+                                              "hub: org/name, org/name:Q4_K_M.")],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Show a checkpoint's shape, parameters, files and memory needs, and check that it would load.
+    """Show a checkpoint's shape, parameters, files, types and memory needs, and check that it would load.
 
     Reads no weights, only their headers. Exits with 1 when something is wrong with the checkpoint.
     """
@@ -79,10 +80,15 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
         *((file, _size(size)) for file, size in files[:_FILES_SHOWN]),
         *([(f"and {len(rest)} more", _size(sum(size for _, size in rest)))] if rest else []),
         *((f"stored as {s.dtype}: {s.tensors:,} tensors", _size(s.nbytes)) for s in report.stored)])
+    if report.parts:
+        _print(console, "Types", ["part", "type", ">tensors", ">size"], [
+            (part.part, part.dtype, f"{part.tensors:,}", _size(part.nbytes)) for part in report.parts])
     _print(console, "Memory to run the text network (one conversation)",
            [">context", "dtype", ">weights", ">KV cache", ">working", ">total"], [
                (f"{need.context:,}", need.dtype, _size(need.weights), _size(need.kv_cache), _size(need.working),
                 _size(need.total)) for need in sorted(report.memory, key=lambda need: need.context)])
+    if any(need.dtype == "packed" for need in report.memory):
+        console.print(Text("packed: on the CPU, weights as they are in the file; bfloat16: on a GPU", "dim"))
     defaults = report.generation
     _print(console, "Generation defaults", [], [
         ("max_denoising_steps", str(defaults.max_denoising_steps)),

@@ -10,7 +10,8 @@ import typer
 from dgemma.config import SAMPLER_SETTINGS
 
 ModelOption = Annotated[str | None, typer.Option(
-    "--model", "-m", help="A bundled name, a checkpoint folder or a hub id. Default: the bundled Sudoku model.",
+    "--model", "-m", help="A bundled name, a checkpoint folder, a .gguf file, or a name on the hub: org/name, "
+                          "org/name:Q4_K_M. Default: the bundled Sudoku model.",
     show_default=False)]
 SeedOption = Annotated[int | None, typer.Option(help="Fix all randomness: same seed, same text.", show_default=False)]
 MaxTokensOption = Annotated[int | None, typer.Option(help="Most tokens to answer with.", show_default=False)]
@@ -26,6 +27,9 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … De
                                                   show_default=False)]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's.",
                                                  show_default=False)]
+CacheTypeOption = Annotated[str | None, typer.Option(
+    "--cache-type", help="What keys and values are kept in: f32, f16, bf16 or q8_0. Default: what they are computed "
+                         "in, bf16 for packed weights.", show_default=False)]
 
 _SAMPLER = "Sampler (defaults: the checkpoint's)"
 MaxStepsOption = Annotated[int | None, typer.Option("--max-denoising-steps", rich_help_panel=_SAMPLER,

@@ -27,6 +27,7 @@ def run(
     trace: options.TraceOption = None,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = None,
+    cache_type: options.CacheTypeOption = None,
     max_denoising_steps: options.MaxStepsOption = None,
     entropy_bound: options.EntropyBoundOption = None,
     t_min: options.TMinOption = None,
@@ -43,7 +44,7 @@ def run(
 
     from dgemma.cli.session import follow, is_terminal, load_model
 
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, cache_type)
     events = loaded.stream(text, seed=seed, max_tokens=max_tokens, system=system, thinking=thinking, **settings)
     live = visual and not json and is_terminal()
     generation = follow(loaded, events, visual=live, trace=trace, prompt=text, pace=pace)

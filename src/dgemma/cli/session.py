@@ -28,14 +28,16 @@ HINT = ("Using the bundled Sudoku model. For the 26B model: "
         "dgemma run -m google/diffusiongemma-26B-A4B-it \"…\" (about 52 GB; needs huggingface_hub)")
 
 
-def load_model(name: str | None, device: str | None = None, dtype: str | None = None, hint: bool = True) -> Model:
+def load_model(name: str | None, device: str | None = None, dtype: str | None = None, cache_type: str | None = None,
+               hint: bool = True) -> Model:
     """Load a model for a command, with a progress bar on stderr when it takes a while."""
     import dgemma
 
     if name is None and hint:
         Console(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True, markup=False)
     with _LoadingBar() as bar:
-        return dgemma.load(BUNDLED if name is None else name, device=device, dtype=dtype, progress=bar.update)
+        return dgemma.load(BUNDLED if name is None else name, device=device, dtype=dtype,
+                           cache_type=cache_type, progress=bar.update)
 
 
 class _LoadingBar:

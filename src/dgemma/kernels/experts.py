@@ -6,16 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgemma.kernels import native
+from dgemma.kernels.packed import PackedWeight
+from dgemma.kernels.products import Weight, linear, on_native
+
 # Up to this many experts, one matrix product over all of them beats many small ones (and torch.compile likes it).
 DENSE_EXPERTS = 16
 ROW_BLOCK = 16
 
 
-def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+def expert_mlp(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, experts: Tensor) -> Tensor:
     """Σ_k weights[n, k] · down_e(gelu(gate_e(x)) · up_e(x)) with e = experts[n, k].
 
     x [N, D]; gate_up [E, 2I, D] (gate rows first); down [E, D, I]; weights and experts [N, K]. Returns [N, D].
     """
+    if isinstance(gate_up, PackedWeight) or isinstance(down, PackedWeight):
+        if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight) and on_native(gate_up) and on_native(down):
+            mixed = native.expert_mlp(x, gate_up.data, gate_up.type.code, down.data, down.type.code, down.shape[-1],
+                                      weights, experts)
+            return mixed.to(x.dtype)
+        return grouped_expert_mlp(x, gate_up, down, weights, experts)
     if gate_up.shape[0] <= DENSE_EXPERTS:
         return dense_expert_mlp(x, gate_up, down, weights, experts)
     return grouped_expert_mlp(x, gate_up, down, weights, experts)
@@ -32,7 +42,7 @@ def dense_expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, 
     return inner.flatten(1) @ down.transpose(1, 2).reshape(-1, hidden)
 
 
-def grouped_expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+def grouped_expert_mlp(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, experts: Tensor) -> Tensor:
     """Tokens sorted by expert, one pair of matrix products per expert in use; same arguments as `expert_mlp`."""
     top_k = experts.shape[1]
     order = experts.flatten().argsort(stable=True)
@@ -48,8 +58,8 @@ def grouped_expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor
         # A matrix library prepares a kernel for each shape it meets: few different row counts, few preparations. The
         # rows too many belong to the next expert; what this one makes of them is dropped.
         part = rows[start : start + -(-count // ROW_BLOCK) * ROW_BLOCK]
-        gate, up = F.linear(part, gate_up[expert]).chunk(2, dim=-1)
-        outputs.append(F.linear(F.gelu(gate, approximate="tanh") * up, down[expert])[:count])
+        gate, up = linear(part, gate_up[expert]).chunk(2, dim=-1)
+        outputs.append(linear(F.gelu(gate, approximate="tanh") * up, down[expert])[:count])
         start += count
     # Weighted and summed in float32: eight bf16 additions per token would cost more precision than they save time.
     scale = weights.flatten()[order].unsqueeze(-1)

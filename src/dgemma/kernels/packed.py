@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dgemma.kernels.blocks import BlockType
+from dgemma.kernels.blocks import BlockType, dequantize
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +31,26 @@ class PackedWeight:
         return self.data.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What its products are computed in."""
+        return torch.float32
+
+    @property
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def __getitem__(self, rows: int | slice) -> PackedWeight:
-        """Rows (of the first axis), without copying."""
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    def __getitem__(self, rows: int | slice | Tensor) -> PackedWeight:
+        """Rows of the first axis; without copying unless they are given by index."""
         return PackedWeight(self.data[rows], self.type)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The numbers it stands for."""
-        from dgemma.kernels.blocks import dequantize
+    def plain(self) -> Tensor | None:
+        """The same memory as a tensor of numbers, for the types that are just that (F32, F16, BF16)."""
+        dtype = _PLAIN.get(self.type.name)
+        return None if dtype is None else self.data.view(dtype)
 
-        return dequantize(self.data, self.type).to(dtype)
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The numbers it stands for, bit for bit (before they are rounded to ``dtype``)."""
+        return dequantize(self.data, self.type, dtype)

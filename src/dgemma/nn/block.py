@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dgemma.config import LayerConfig, ModelConfig
-from dgemma.kernels import expert_mlp, grouped_attention
-from dgemma.nn.layers import GatedMLP, RMSNorm, rms_norm, rotate
+from dgemma.kernels import expert_mlp, grouped_attention, rms_norm
+from dgemma.kernels.attention import Blocks, Visible
+from dgemma.nn.layers import GatedMLP, Linear, RMSNorm, rotate
 
-# (key, value) of this pass [B, Hkv, T, d] -> the keys and values to attend to [B, Hkv, S + T, d]
-Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# (key, value) of this pass [B, Hkv, T, d] -> the keys and values to attend to, S + T columns in blocks
+Extend = Callable[[Tensor, Tensor], Blocks]
 
 
 class Attention(nn.Module):
@@ -22,15 +23,15 @@ class Attention(nn.Module):
         super().__init__()
         hidden, self.head_dim, self.eps = config.hidden_size, layer.head_dim, config.rms_norm_eps
         kv_width = layer.num_key_value_heads * layer.head_dim
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * layer.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, kv_width, bias=False)
-        self.v_proj = nn.Linear(hidden, kv_width, bias=False) if layer.has_v_proj else None
-        self.o_proj = nn.Linear(config.num_attention_heads * layer.head_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, config.num_attention_heads * layer.head_dim)
+        self.k_proj = Linear(hidden, kv_width)
+        self.v_proj = Linear(hidden, kv_width) if layer.has_v_proj else None
+        self.o_proj = Linear(config.num_attention_heads * layer.head_dim, hidden)
         self.q_norm = RMSNorm(layer.head_dim, self.eps)
         self.k_norm = RMSNorm(layer.head_dim, self.eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor | None, extend: Extend) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; ``extend`` adds the cached keys and values, ``visible`` masks them all."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visible | None, extend: Extend) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; ``extend`` adds the cached keys and values, ``visible`` says who sees which."""
         split = (*x.shape[:2], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(x).view(split)), rope)
         raw_key = self.k_proj(x).view(split)
@@ -38,8 +39,8 @@ class Attention(nn.Module):
         # Full layers have no V projection: the value is the key before its norm and rotation.
         raw_value = raw_key if self.v_proj is None else self.v_proj(x).view(split)
         value = rms_norm(raw_value, None, self.eps)
-        keys, values = extend(key.transpose(1, 2), value.transpose(1, 2))
-        return self.o_proj(grouped_attention(query, keys, values, visible))
+        blocks = extend(key.transpose(1, 2), value.transpose(1, 2))
+        return self.o_proj(grouped_attention(query, blocks, visible))
 
 
 class Router(nn.Module):
@@ -48,7 +49,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.top_k, self.eps = config.top_k_experts, config.rms_norm_eps
-        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.proj = Linear(config.hidden_size, config.num_experts)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
 
@@ -97,12 +98,13 @@ class Block(nn.Module):
         self.register_buffer("layer_scalar", torch.ones(1))
         self.register_buffer("encoder_layer_scalar", torch.ones(1))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor | None, extend: Extend,
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visible | None, extend: Extend,
                 encoding: bool) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, visible, extend))
+        x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, visible, extend), residual=x)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
         flat = x.flatten(0, 1)
         mixed = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat)).view_as(x)
-        x = x + self.post_feedforward_layernorm(dense + self.post_feedforward_layernorm_2(mixed))
+        both = self.post_feedforward_layernorm_2(mixed, residual=dense)
+        x = self.post_feedforward_layernorm(both, residual=x)
         return x * (self.encoder_layer_scalar if encoding else self.layer_scalar)

@@ -1,7 +1,7 @@
 """The key-value cache: what the encoder has read, as far as a later pass can still see it.
 
-The network uses three calls only: `begin` a pass, `extend` layer by layer, `finish`; and `with_canvas` while
-denoising. Rows may have different lengths: a column that holds nothing for a row has position -1 there.
+The network uses four calls only: `begin` a pass, `extend` layer by layer, `finish`; and `with_canvas` while denoising.
+Rows may have different lengths: a column that holds nothing for a row has position -1 there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 from dgemma.config import FULL, SLIDING, ModelConfig
+from dgemma.kernels import q8_0
+
+# Most columns of a block. A whole block is never copied again, so appending costs the same however long the context.
+BLOCK = 2048
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0")
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+Block = tuple[Tensor, Tensor]  # keys and values [B, Hkv, S, d] (q8_0: int8 [B, Hkv, S, row bytes])
 
 
 @dataclass
@@ -20,25 +29,32 @@ class _Pass:
 
     lengths: list[int]  # every row's length once the pass is done
     positions: dict[str, Tensor]  # kind -> [B, S + T] positions of cached and new columns, -1 where empty
-    keep: dict[str, slice | Tensor]  # kind -> the columns that stay: the last few, or [B, K] indices per row
+    keep: dict[str, int | Tensor]  # kind -> the columns that stay: so many of the last, or [B, K] indices per row
 
 
 class KVCache:
-    """Keys and values of the committed tokens, for every layer, [B, Hkv, S, d] each.
+    """Keys and values of the committed tokens, for every layer, in blocks of at most `BLOCK` columns.
 
     Full layers keep everything; sliding layers keep the last ``sliding_window - 1`` tokens, which is all that a
     causal token or a canvas can see of them. ``lengths`` counts the tokens that each row has seen.
+
+    ``cache_type`` is what the numbers are kept in (`CACHE_TYPES`); None: the dtype they come in. What is kept is what
+    is attended to, by the pass that reads it in, too: how a prompt was cut into passes makes no difference.
+
+    Nothing is reserved: the last block is as long as what it holds, and is copied when tokens are appended to it.
+    Blocks are never written to again. So caches can share them, and a canvas, which comes as a block of its own while
+    denoising, leaves no trace.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device):
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, cache_type: str | None = None):
+        """Raises ValueError for a ``cache_type`` that there is not."""
         self.config = config
         self.device = device
+        self.cache_type = check_cache_type(cache_type)
         self.lengths = [0] * batch_size
         empty = torch.empty(batch_size, 0, dtype=torch.long, device=device)
         self.positions = {SLIDING: empty, FULL: empty}
-        # Each tensor carries room for a canvas behind its S columns, so that denoising need not copy the context.
-        self._keys: list[Tensor | None] = [None] * config.num_hidden_layers
-        self._values: list[Tensor | None] = [None] * config.num_hidden_layers
+        self._blocks: list[list[Block]] = [[] for _ in config.layers]  # sliding layers have one block at most
 
     @property
     def batch_size(self) -> int:
@@ -46,8 +62,8 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes."""
-        return sum(t.nbytes for t in [*self._keys, *self._values] if t is not None)
+        """Memory of the keys and values, in bytes, shared ones included (positions take 16 more per column)."""
+        return sum(key.nbytes + value.nbytes for blocks in self._blocks for key, value in blocks)
 
     def begin(self, counts: list[int], width: int) -> tuple[_Pass, Tensor]:
         """Plan an encoder pass over ``width`` columns of which row b uses the first ``counts[b]``.
@@ -56,67 +72,70 @@ class KVCache:
         """
         lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
         column = torch.arange(width, device=self.device)
-        even = len(set(self.lengths)) == 1 and all(count == width for count in counts)
-        if even:
-            new = (column + self.lengths[0]).expand(self.batch_size, width)
-        else:
-            start = torch.tensor(self.lengths, device=self.device).unsqueeze(1)
-            filled = column < torch.tensor(counts, device=self.device).unsqueeze(1)
-            new = torch.where(filled, start + column, -1)
+        padded = any(count < width for count in counts)
+        new = torch.tensor(self.lengths, device=self.device).unsqueeze(1) + column
+        if padded:
+            new = torch.where(column < torch.tensor(counts, device=self.device).unsqueeze(1), new, -1)
         positions, keep = {}, {}
         for kind, cached in self.positions.items():
             both = torch.cat([cached, new], dim=1)
             room = max(lengths) if kind == FULL else min(max(lengths), self.config.sliding_window - 1)
-            if even and cached.shape[1] <= self.lengths[0]:  # no empty columns among the cached ones
-                keep[kind] = slice(both.shape[1] - min(room, both.shape[1]), both.shape[1])
-            else:  # sort every row's columns by position, empty ones first, and keep the last
+            if padded:  # sort every row's columns by position, empty ones first, and keep the last
                 keep[kind] = both.argsort(dim=1, stable=True)[:, both.shape[1] - room :]
+            else:  # they are sorted: the cached ones always, and the new ones follow on them
+                keep[kind] = room
             positions[kind] = both
         return _Pass(lengths, positions, keep), new
 
-    def extend(self, plan: _Pass, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a layer's new keys and values [B, Hkv, T, d]; returns old and new ones together, [B, Hkv, S + T, d]."""
-        keys, values = self._context(layer)
-        if keys is not None and values is not None:
-            key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-        keep = plan.keep[self.config.layers[layer].kind]
-        self._keys[layer], self._values[layer] = self._stored(key, keep), self._stored(value, keep)
-        return key, value
+    def extend(self, plan: _Pass, layer: int, key: Tensor, value: Tensor) -> list[Block]:
+        """Add a layer's new keys and values [B, Hkv, T, d]; returns old and new ones, S + T columns in all."""
+        kind = self.config.layers[layer].kind
+        new, old, keep = (self._stored(key), self._stored(value)), self._blocks[layer], plan.keep[kind]
+        if kind == FULL and isinstance(keep, int):
+            self._blocks[layer] = _last(_append(old, new), keep)
+            return [*old, new]
+        joined = _joined([*old, new])
+        if isinstance(keep, int):
+            self._blocks[layer] = _last([joined], keep)
+        else:
+            self._blocks[layer] = _cut(_map(joined, lambda t: t.gather(2, keep[:, None, :, None].expand(
+                -1, t.shape[1], -1, t.shape[3]))))
+        return [joined]
 
     def finish(self, plan: _Pass) -> None:
         """Make the plan's tokens part of the past."""
         for kind, positions in plan.positions.items():
             keep = plan.keep[kind]
-            self.positions[kind] = positions[:, keep] if isinstance(keep, slice) else positions.gather(1, keep)
+            kept = positions[:, positions.shape[1] - keep :] if isinstance(keep, int) else positions.gather(1, keep)
+            self.positions[kind] = kept
         self.lengths = plan.lengths
 
-    def with_canvas(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The context's keys and values followed by a canvas' own, [B, Hkv, S + C, d]; the past is left as it is."""
-        keys, values = self._keys[layer], self._values[layer]
-        if keys is None or values is None:
-            return key, value
-        start, width = self.positions[self.config.layers[layer].kind].shape[1], key.shape[2]
-        if torch.is_grad_enabled() or keys.shape[2] < start + width:
-            return (torch.cat([keys[:, :, :start], key], dim=2), torch.cat([values[:, :, :start], value], dim=2))
-        keys[:, :, start : start + width] = key
-        values[:, :, start : start + width] = value
-        return keys[:, :, : start + width], values[:, :, : start + width]
+    def with_canvas(self, layer: int, key: Tensor, value: Tensor) -> list[Block]:
+        """The context's keys and values and then a canvas' own [B, Hkv, C, d]; the past is left as it is.
+
+        A short context is copied to make one block of both; a long one never is.
+        """
+        blocks = [*self._blocks[layer], (key, value)]
+        short = sum(k.shape[2] for k, _ in blocks) <= BLOCK and all(k.dtype == key.dtype for k, _ in blocks)
+        return [_joined(blocks)] if short else blocks
 
     def select(self, rows: list[int]) -> KVCache:
-        """A cache of these rows alone (copied), in this order."""
-        other = KVCache(self.config, len(rows), self.device)
+        """A cache of these rows alone, in this order; it goes on by itself."""
+        if rows == list(range(self.batch_size)):
+            return self.snapshot()
+        other = KVCache(self.config, len(rows), self.device, self.cache_type)
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
         other.lengths = [self.lengths[row] for row in rows]
         other.positions = {kind: p.index_select(0, index) for kind, p in self.positions.items()}
-        other._keys = [None if k is None else k.index_select(0, index) for k in self._keys]
-        other._values = [None if v is None else v.index_select(0, index) for v in self._values]
+        other._blocks = [[_map(block, lambda t: t.index_select(0, index)) for block in blocks]
+                         for blocks in self._blocks]
         return other
 
     def snapshot(self) -> KVCache:
-        """This past, kept: the same memory, for reading. To go on from it, take a `select` of it."""
-        other = KVCache(self.config, self.batch_size, self.device)
+        """This past, kept: the same memory, whatever either of the two reads next."""
+        other = KVCache(self.config, self.batch_size, self.device, self.cache_type)
         other.lengths, other.positions = list(self.lengths), dict(self.positions)
-        other._keys, other._values = list(self._keys), list(self._values)
+        other._blocks = [list(blocks) for blocks in self._blocks]
         return other
 
     def replace(self, rows: list[int], part: KVCache) -> KVCache:
@@ -132,47 +151,89 @@ class KVCache:
     def concat(caches: list[KVCache]) -> KVCache:
         """One batch of all the rows of ``caches``; shorter contexts are padded in front with empty columns."""
         first = caches[0]
-        out = KVCache(first.config, sum(c.batch_size for c in caches), first.device)
+        if len(caches) == 1:
+            return first.snapshot()
+        out = KVCache(first.config, sum(c.batch_size for c in caches), first.device, first.cache_type)
         out.lengths = [length for c in caches for length in c.lengths]
         widths = {kind: max(c.positions[kind].shape[1] for c in caches) for kind in first.positions}
         for kind, width in widths.items():
             parts = [c.positions[kind] for c in caches]
             out.positions[kind] = torch.cat(
                 [torch.nn.functional.pad(p, (width - p.shape[1], 0), value=-1) for p in parts])
-        for layer in range(first.config.num_hidden_layers):
-            width = widths[first.config.layers[layer].kind]
-            for target, source in ((out._keys, 0), (out._values, 1)):
-                parts = [c._context(layer)[source] for c in caches]
-                held = [p for p in parts if p is not None]
-                if not held:
-                    continue
-                padded = [_widen(p if p is not None else held[0].new_empty(c.batch_size, held[0].shape[1], 0,
-                                                                          held[0].shape[3]), width)
-                          for p, c in zip(parts, caches, strict=True)]
-                target[layer] = out._with_room(torch.cat(padded))
+        for layer, geometry in enumerate(first.config.layers):
+            held = [_joined(c._blocks[layer]) if c._blocks[layer] else None for c in caches]
+            model = next((block for block in held if block is not None), None)
+            if model is None:
+                continue
+            nothing = _map(model, lambda t: t[:1, :, :0])
+            rows = [block or _map(nothing, lambda t, c=c: t.expand(c.batch_size, -1, -1, -1))
+                    for block, c in zip(held, caches, strict=True)]
+            width = widths[geometry.kind]
+            keys, values = ([torch.nn.functional.pad(t, (0, 0, width - t.shape[2], 0)) for t in side]
+                            for side in zip(*rows, strict=True))
+            out._blocks[layer] = _cut((torch.cat(keys), torch.cat(values)))
         return out
 
-    def _context(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        keys, values = self._keys[layer], self._values[layer]
-        if keys is None or values is None:
-            return None, None
-        width = self.positions[self.config.layers[layer].kind].shape[1]
-        return keys[:, :, :width], values[:, :, :width]
-
-    def _stored(self, tensor: Tensor, keep: slice | Tensor) -> Tensor:
-        if isinstance(keep, slice):
-            kept = tensor[:, :, keep]
-        else:
-            index = keep[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-            kept = tensor.gather(2, index)
-        return self._with_room(kept)
-
-    def _with_room(self, tensor: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return tensor
-        batch, heads, _, dim = tensor.shape
-        return torch.cat([tensor, tensor.new_empty(batch, heads, self.config.canvas_length, dim)], dim=2)
+    def _stored(self, tensor: Tensor) -> Tensor:
+        """Keys or values as they are kept."""
+        if self.cache_type == "q8_0":
+            if torch.is_grad_enabled() and tensor.requires_grad:
+                raise ValueError("a q8_0 cache cannot be trained through; use f32, f16 or bf16")
+            return q8_0.pack(tensor)
+        return tensor.to(_DTYPES.get(self.cache_type or "", tensor.dtype)).contiguous()
 
 
-def _widen(tensor: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))
+def check_cache_type(name: str | None) -> str | None:
+    """``name`` if it is one of `CACHE_TYPES` or None; raises ValueError if not."""
+    if name is not None and name not in CACHE_TYPES:
+        raise ValueError(f"cache_type must be one of {', '.join(CACHE_TYPES)}, got {name!r}")
+    return name
+
+
+def token_bytes(head_dim: int, cache_type: str | int) -> int:
+    """Bytes of one key (or value) of one head; a number is that of bytes per element."""
+    if cache_type == "q8_0":
+        return q8_0.row_bytes(head_dim)
+    return head_dim * (cache_type if isinstance(cache_type, int) else _DTYPES[cache_type].itemsize)
+
+
+def _map(block: Block, change) -> Block:
+    key, value = block
+    return change(key), change(value)
+
+
+def _joined(blocks: list[Block]) -> Block:
+    """Several blocks as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return torch.cat([key for key, _ in blocks], dim=2), torch.cat([value for _, value in blocks], dim=2)
+
+
+def _cut(block: Block) -> list[Block]:
+    """A block in pieces of at most `BLOCK` columns, each with memory of its own if there are several."""
+    width = block[0].shape[2]
+    if width <= BLOCK:
+        return [block] if width else []
+    return [_map(block, lambda t, start=start: t[:, :, start : start + BLOCK].contiguous())
+            for start in range(0, width, BLOCK)]
+
+
+def _append(blocks: list[Block], new: Block) -> list[Block]:
+    """``blocks`` with more columns; only a last block that is not whole is copied."""
+    if blocks and blocks[-1][0].shape[2] < BLOCK:
+        return [*blocks[:-1], *_cut(_joined([blocks[-1], new]))]
+    return [*blocks, *_cut(new)]
+
+
+def _last(blocks: list[Block], columns: int) -> list[Block]:
+    """The last ``columns`` of all columns, without keeping the others' memory."""
+    surplus = sum(key.shape[2] for key, _ in blocks) - columns
+    kept = []
+    for block in blocks:
+        width = block[0].shape[2]
+        if surplus <= 0:
+            kept.append(block)
+        elif surplus < width:
+            kept.append(_map(block, lambda t, surplus=surplus: t[:, :, surplus:].contiguous()))
+        surplus -= width
+    return kept

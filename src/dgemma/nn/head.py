@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dgemma.kernels import Weight, linear, mix_rows, native
+
 # Part of what a seed means: the sample of a position is drawn tile by tile, so another width draws other tokens.
 VOCAB_TILE = 4096
 
@@ -36,7 +38,7 @@ def vocab_tiles(vocab_size: int) -> int:
 
 
 @torch.no_grad()
-def canvas_stats(hidden: Tensor, embedding: Tensor, temperature: Tensor, noise: Tensor, cap: float,
+def canvas_stats(hidden: Tensor, embedding: Weight, temperature: Tensor, noise: Tensor, cap: float,
                  embed_scale: float) -> CanvasStats:
     """Predictions of a canvas from its hidden states, a tile of the vocabulary at a time.
 
@@ -50,52 +52,68 @@ def canvas_stats(hidden: Tensor, embedding: Tensor, temperature: Tensor, noise: 
     batch, canvas, width = hidden.shape
     rows = batch * canvas
     flat = hidden.reshape(rows, width)
-    inverse_t = (1.0 / temperature.float()).repeat_interleave(canvas).unsqueeze(1)
-    gumbel_u, inside_u = noise.reshape(rows, -1, 2).float().unbind(-1)
+    inverse_t = (1.0 / temperature.float()).repeat_interleave(canvas)
+    gumbel_u, inside = noise.reshape(rows, -1, 2).float().permute(2, 1, 0).contiguous()
     gumbel = -torch.log(-torch.log(gumbel_u.clamp(1e-20, 1 - 1e-7)))
-
-    best = flat.new_full((rows,), -torch.inf, dtype=torch.float32)  # the largest l / T so far
-    mass = torch.zeros_like(best)  # Σ e^(l/T - best)
-    weighted = torch.zeros_like(best)  # Σ e^(l/T - best) · (l/T - best)
+    sums = _Sums(rows, hidden.device)
     soft = flat.new_zeros(rows, width, dtype=torch.float32)  # Σ e^(l/T - best) · embedding
-    best_key = torch.full_like(best, -torch.inf)
-    argmax = torch.zeros(rows, dtype=torch.long, device=hidden.device)
-    sample = torch.zeros_like(argmax)
-
+    add_tile = sums.add_tile_natively if hidden.device.type == "cpu" and native.available() else sums.add_tile
     for tile, start in enumerate(range(0, embedding.shape[0], VOCAB_TILE)):
         table = embedding[start : start + VOCAB_TILE]
-        scores = (flat @ table.T).float()
-        scores.div_(cap).tanh_().mul_(cap * inverse_t)
+        scores = linear(flat, table).float()
+        add_tile(scores, start, cap, inverse_t, gumbel[tile], inside[tile])
+        mix_rows(soft, sums.decay, scores, table)
+
+    entropy = (sums.mass.log() - sums.weighted / sums.mass).clamp(min=0)
+    expected = soft.div_(sums.mass.unsqueeze(1)).mul_(embed_scale).to(hidden.dtype)
+    return CanvasStats(sums.argmax.view(batch, canvas), sums.sample.view(batch, canvas), entropy.view(batch, canvas),
+                       expected.view(batch, canvas, width))
+
+
+class _Sums:
+    """What is known of every row's distribution after some tiles, all [rows]."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.best = torch.full((rows,), -torch.inf, device=device)  # the largest l/T so far
+        self.mass = torch.zeros_like(self.best)  # Σ e^(l/T - best)
+        self.weighted = torch.zeros_like(self.best)  # Σ e^(l/T - best) · (l/T - best)
+        self.best_key = torch.full_like(self.best, -torch.inf)  # the largest perturbed mass of a tile
+        self.decay = torch.zeros_like(self.best)  # what sums relative to the former best shrink by
+        self.argmax = torch.zeros(rows, dtype=torch.long, device=device)
+        self.sample = torch.zeros_like(self.argmax)
+
+    def add_tile_natively(self, scores: Tensor, start: int, cap: float, inverse_t: Tensor, gumbel: Tensor,
+                          inside: Tensor) -> None:
+        """`add_tile` in one pass of C++."""
+        native.head_tile(scores, start, cap, inverse_t, gumbel, inside, vars(self))
+
+    def add_tile(self, scores: Tensor, start: int, cap: float, inverse_t: Tensor, gumbel: Tensor,
+                 inside: Tensor) -> None:
+        """Take in raw logits [rows, n] of the tokens from ``start`` on; they become e^(l/T - best) in place."""
+        scores.div_(cap).tanh_().mul_((cap * inverse_t).unsqueeze(1))
         top, where = scores.max(dim=1)
-        better = top > best
-        argmax = torch.where(better, where + start, argmax)
-        peak = torch.where(better, top, best)
-        drop = (best - peak) if tile else torch.zeros_like(best)
-        decay = drop.exp()
-        weighted = (weighted + mass * drop) * decay
-        mass = mass * decay
-        if tile:
-            soft.mul_(decay.unsqueeze(1))
-        best = peak
+        better = top > self.best
+        self.argmax = torch.where(better, where + start, self.argmax)
+        peak = torch.where(better, top, self.best)
+        drop = (self.best - peak) if start else torch.zeros_like(peak)
+        self.decay = drop.exp() if start else torch.zeros_like(peak)
+        self.weighted = (self.weighted + self.mass * drop) * self.decay
+        self.mass = self.mass * self.decay
+        self.best = peak
 
-        scores.sub_(best.unsqueeze(1))
-        weights = scores.exp()
-        tile_mass = weights.sum(1)
-        weighted += scores.mul_(weights).sum(1)
-        mass += tile_mass
-        soft += (weights.to(table.dtype) @ table).float()
+        scores.sub_(peak.unsqueeze(1))
+        distance = scores.clone()
+        scores.exp_()
+        tile_mass = scores.sum(1)
+        self.weighted += distance.mul_(scores).sum(1)
+        self.mass += tile_mass
 
-        key = tile_mass.log() + best + gumbel[:, tile]
-        wins = (key > best_key).nonzero().squeeze(1)
+        key = tile_mass.log() + peak + gumbel
+        wins = (key > self.best_key).nonzero().squeeze(1)
         if len(wins):
-            best_key[wins] = key[wins]
-            cumulative = weights[wins].cumsum(1)
+            self.best_key[wins] = key[wins]
+            cumulative = scores[wins].cumsum(1)
             total = cumulative[:, -1:]
             # Just below the total at most, or rounding could pick a last token of no weight.
-            target = (inside_u[wins, tile].unsqueeze(1) * total).minimum(total.nextafter(torch.zeros_like(total)))
-            sample[wins] = torch.searchsorted(cumulative, target, right=True).squeeze(1) + start
-
-    entropy = (mass.log() - weighted / mass).clamp(min=0)
-    expected = soft.div_(mass.unsqueeze(1)).mul_(embed_scale).to(hidden.dtype)
-    return CanvasStats(argmax.view(batch, canvas), sample.view(batch, canvas), entropy.view(batch, canvas),
-                       expected.view(batch, canvas, width))
+            target = (inside[wins].unsqueeze(1) * total).minimum(total.nextafter(torch.zeros_like(total)))
+            self.sample[wins] = torch.searchsorted(cumulative, target, right=True).squeeze(1) + start

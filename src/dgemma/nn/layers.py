@@ -7,13 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgemma.config import LayerConfig, ModelConfig
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x · (mean(x²) + eps)^-0.5 · weight over the last axis, in float32, returned in x's dtype."""
-    wide = x.float()
-    out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (out if weight is None else out * weight.float()).to(x.dtype)
+from dgemma.kernels import linear, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -24,8 +18,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The norm of x [..., dim], added to ``residual`` where there is one."""
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 def inverse_frequencies(layer: LayerConfig, device: torch.device | None = None) -> Tensor:
@@ -50,14 +45,24 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+class Linear(nn.Linear):
+    """A matrix product without bias whose weight [N, K] may be packed (`dgemma.nn.packed`)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
 class GatedMLP(nn.Module):
     """down(gelu(gate(x)) · up(x)), gelu in its tanh form."""
 
     def __init__(self, hidden: int, inner: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_proj = Linear(hidden, inner)
+        self.up_proj = Linear(hidden, inner)
+        self.down_proj = Linear(inner, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgemma.config import FULL, SLIDING, ModelConfig
+from dgemma.kernels import PackedWeight, embedding, linear
+from dgemma.kernels.attention import LAST, Visible
 from dgemma.nn.block import Block
 from dgemma.nn.cache import KVCache
 from dgemma.nn.head import CanvasStats, canvas_stats, soft_cap
@@ -29,6 +31,8 @@ class DiffusionTransformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        # What new caches keep keys and values in (`CACHE_TYPES`); None: the dtype they are computed in.
+        self.cache_type: str | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.self_conditioning = SelfConditioning(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
@@ -48,12 +52,12 @@ class DiffusionTransformer(nn.Module):
         return self.embed_tokens.weight.dtype
 
     def new_cache(self, batch_size: int = 1) -> KVCache:
-        """An empty cache for ``batch_size`` rows."""
-        return KVCache(self.config, batch_size, self.device)
+        """An empty cache for ``batch_size`` rows, of the network's ``cache_type``."""
+        return KVCache(self.config, batch_size, self.device, self.cache_type)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [B, T] -> embeddings times √D, [B, T, D]."""
-        return F.embedding(token_ids, self.embed_tokens.weight) * self._embed_scale()
+        return embedding(token_ids, self.embed_tokens.weight) * self._embed_scale()
 
     def encode(self, token_ids: Tensor, cache: KVCache, lengths: Sequence[int] | None = None) -> Tensor:
         """Causal pass over token ids [B, T]; appends them to the cache and returns hidden states [B, T, D].
@@ -79,15 +83,7 @@ class DiffusionTransformer(nn.Module):
 
     def _encode_piece(self, token_ids: Tensor, cache: KVCache, counts: list[int]) -> Tensor:
         plan, positions = cache.begin(counts, token_ids.shape[1])
-        visible = {}
-        for kind, seen in plan.positions.items():
-            distance = positions.unsqueeze(2) - seen.unsqueeze(1)  # [B, T, S + T]
-            allowed = (distance >= 0) & (seen >= 0).unsqueeze(1)
-            if kind == SLIDING:
-                allowed &= distance < self.config.sliding_window
-            if min(counts) < token_ids.shape[1]:
-                allowed |= (positions < 0).unsqueeze(2)  # padding rows see everything: an empty softmax is NaN
-            visible[kind] = allowed
+        visible = {kind: self._causal(kind, positions, seen) for kind, seen in plan.positions.items()}
         ropes = self._ropes(positions)
         x = self.embed(token_ids)
         for index, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
@@ -107,19 +103,27 @@ class DiffusionTransformer(nn.Module):
         x = self.self_conditioning(x, torch.zeros_like(x) if soft is None else soft.to(x.dtype))
         lengths = torch.tensor(cache.lengths, device=self.device).unsqueeze(1)
         ropes = self._ropes(lengths + torch.arange(width, device=self.device))
-        visible = {kind: self._canvas_mask(cache, kind, lengths, width) for kind in cache.positions}
+        visible = {kind: self._canvas_rectangle(cache, kind, lengths, width) for kind in cache.positions}
         for index, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             x = block(x, ropes[layer.kind], visible[layer.kind], partial(cache.with_canvas, index), encoding=False)
         return self.norm(x)
 
-    def _canvas_mask(self, cache: KVCache, kind: str, lengths: Tensor, width: int) -> Tensor | None:
-        """[B, 1, S + C]: the canvas and the rectangle of context that every one of its tokens sees; None for all."""
+    def _causal(self, kind: str, positions: Tensor, seen: Tensor) -> Visible:
+        """What tokens at ``positions`` [B, T] see of the columns at ``seen`` [B, S + T]."""
+        reach = self.config.sliding_window if kind == SLIDING else LAST
+        padding = positions < 0  # sees everything: an empty softmax is NaN
+        first = (positions - (reach - 1)).clamp(min=0).masked_fill(padding, -1)
+        return Visible(first, positions.masked_fill(padding, LAST), seen)
+
+    def _canvas_rectangle(self, cache: KVCache, kind: str, lengths: Tensor, width: int) -> Visible | None:
+        """The canvas and the rectangle of context that every one of its tokens sees; None for all columns."""
         positions = cache.positions[kind]
         reach = max(cache.lengths) if kind == FULL else min(max(cache.lengths), self.config.sliding_window - 1)
         if len(set(cache.lengths)) == 1 and positions.shape[1] == reach:
             return None
-        seen = (positions >= 0) & (positions >= lengths - reach)
-        return F.pad(seen, (0, width), value=True).unsqueeze(1)
+        canvas = lengths + torch.arange(width, device=self.device)
+        first = (lengths - reach).clamp(min=0)
+        return Visible(first, torch.full_like(first, LAST), torch.cat([positions, canvas], dim=1))
 
     def head(self, hidden: Tensor, temperature: Tensor, noise: Tensor) -> CanvasStats:
         """What the sampler needs of hidden states [B, C, D], without ever holding [C, V]; see `canvas_stats`."""
@@ -128,11 +132,13 @@ class DiffusionTransformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, C, D] -> soft-capped logits [B, C, V], float32; for tests and training, never the hot path."""
-        return soft_cap(F.linear(hidden, self.embed_tokens.weight).float(), self.config.final_logit_softcapping)
+        return soft_cap(linear(hidden, self.embed_tokens.weight).float(), self.config.final_logit_softcapping)
 
     def soft_embeddings(self, logits: Tensor) -> Tensor:
         """Processed logits [B, C, V] -> the expected embeddings under their softmax, times √D, [B, C, D]."""
         weight = self.embed_tokens.weight
+        if isinstance(weight, PackedWeight):
+            weight = weight.dequantize()
         return (logits.softmax(-1, dtype=torch.float32).to(weight.dtype) @ weight) * self._embed_scale()
 
     def _embed_scale(self) -> float:

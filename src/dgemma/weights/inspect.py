@@ -1,7 +1,7 @@
-"""What a checkpoint folder holds and what running it takes, from its configuration and safetensors headers alone.
+"""What a checkpoint holds and what running it takes, from its configuration and its files' headers alone.
 
-Works on config.json, generation_config.json, tokenizer files and headers; reads no tensor's data. What is wrong is
-found by the same checks that `dgemma.load` makes.
+Works on a folder (config.json, generation_config.json, tokenizer files, safetensors headers) or a GGUF file (its
+header); reads no tensor's data. What is wrong is found by the same checks that `dgemma.load` makes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,15 @@ from dgemma.config import (
     load_model_config,
 )
 from dgemma.errors import CheckpointError
+from dgemma.kernels.attention import COLUMNS, SCORES
 from dgemma.kernels.experts import DENSE_EXPERTS
+from dgemma.nn.cache import token_bytes
 from dgemma.nn.head import VOCAB_TILE
 from dgemma.nn.transformer import ENCODE_CHUNK
+from dgemma.weights.gguf_keys import network_name as gguf_network_name
+from dgemma.weights.gguf_model import UNPACKED, match_gguf, open_gguf
 from dgemma.weights.load import Contents, Problem, Shape, _stored_dtype, empty_network, match, read_headers
+from dgemma.weights.locate import is_gguf
 from dgemma.weights.names import is_vision
 
 PARTS: tuple[str, ...] = ("embedding", "attention", "dense MLP", "experts", "router and norms",
@@ -54,8 +59,21 @@ class StoredAs:
 
 
 @dataclass(frozen=True)
+class PartStoredAs:
+    """What the files hold of one of `PARTS` in one type."""
+
+    part: str
+    dtype: str
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes to run the text network for one conversation of ``context`` tokens with every weight in ``dtype``."""
+    """Bytes to run the text network for one conversation of ``context`` tokens with every weight in ``dtype``.
+
+    ``dtype`` is "packed" for weights as a GGUF file has them, which is how they are run on the CPU.
+    """
 
     dtype: str
     context: int
@@ -78,7 +96,11 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """Everything `inspect_checkpoint` finds. ``parameters`` counts each of `PARTS`; sizes are bytes."""
+    """Everything `inspect_checkpoint` finds. ``parameters`` counts each of `PARTS`; sizes are bytes.
+
+    ``folder`` is the file for a GGUF, the first of ``files`` if it is in several parts; only there ``parts`` says what
+    is stored how.
+    """
 
     folder: Path
     config: ModelConfig
@@ -90,6 +112,8 @@ class CheckpointReport:
     generation: GenerationConfig
     tokenizer: TokenizerFacts | None
     problems: tuple[Problem, ...]
+    format: str = "safetensors"
+    parts: tuple[PartStoredAs, ...] = ()
 
     @property
     def text_parameters(self) -> int:
@@ -113,12 +137,14 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None) -> CheckpointReport:
-    """Report on a checkpoint folder; ``contexts`` are the lengths in tokens to estimate memory for.
+    """Report on a checkpoint folder or a GGUF file; ``contexts`` are the lengths in tokens to estimate memory for.
 
     What is wrong with the weights, the tokenizer or the dtype stands in ``problems``. Raises CheckpointError when there
     is nothing to report on: no such folder, not a DiffusionGemma, no weight files, a configuration that cannot be read.
     """
     folder = Path(folder)
+    if folder.is_file() and is_gguf(folder):
+        return _inspect_gguf(folder, contexts)
     if not folder.is_dir():
         read_headers(folder)  # says what it is instead
     config = load_model_config(folder)
@@ -148,6 +174,53 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None) -> C
         generation=load_generation_config(folder, config),
         tokenizer=tokenizer,
         problems=tuple(problems),
+    )
+
+
+def _inspect_gguf(path: Path, contexts: Sequence[int] | None) -> CheckpointReport:
+    from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
+
+    model = open_gguf(path)
+    config, file = model.config, model.file
+    shapes = network_shapes(config)
+    parameters = count_parameters(shapes)
+    _, problems = match_gguf(model, shapes)
+    tokenizer = None
+    try:
+        read = tokenizer_from_gguf(file.metadata, file.path.name)
+        tokenizer = TokenizerFacts(read.vocab_size, read.has_chat_template)
+    except CheckpointError as error:
+        problems.append(Problem("tokenizer", (str(error),)))
+    tensors, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for tensor in file.tensors.values():
+        key = _part(gguf_network_name(tensor.name) or ""), tensor.type_name
+        tensors[key] += 1
+        sizes[key] += tensor.nbytes
+    parts = tuple(PartStoredAs(*key, tensors[key], sizes[key])
+                  for key in sorted(tensors, key=lambda key: (PARTS.index(key[0]), -sizes[key])))
+    types = {part.dtype: [p for p in parts if p.dtype == part.dtype] for part in parts}
+    stored = sorted((StoredAs(dtype, sum(p.tensors for p in own), sum(p.nbytes for p in own))
+                     for dtype, own in types.items()), key=lambda entry: -entry.nbytes)
+    memory = memory_needs(config, sum(parameters.values()), contexts)
+    if any(entry.dtype not in UNPACKED for entry in stored):
+        # Packed on the CPU: activations in float32, the cache in bfloat16. In bfloat16 as a whole on a GPU.
+        weights = sum(entry.nbytes for entry in stored)
+        memory = (*(MemoryNeed("packed", need.context, weights, kv_cache_bytes(config, need.context, "bf16"),
+                               working_bytes(config, need.context, 4)) for need in memory if need.dtype == "bfloat16"),
+                  *(need for need in memory if need.dtype == "bfloat16"))
+    return CheckpointReport(
+        folder=file.path,
+        config=config,
+        layers=layer_groups(config),
+        parameters=parameters,
+        stored=tuple(stored),
+        files={part.name: part.stat().st_size for part in file.files if part.is_file()},
+        memory=memory,
+        generation=model.generation,
+        tokenizer=tokenizer,
+        problems=tuple(problems),
+        format="gguf",
+        parts=parts,
     )
 
 
@@ -182,42 +255,40 @@ def memory_needs(config: ModelConfig, parameters: int, contexts: Iterable[int] |
         for dtype, size in ITEM_SIZES.items() for length in lengths)
 
 
-def kv_cache_bytes(config: ModelConfig, tokens: int, item_size: int) -> int:
-    """What `KVCache` holds for one row of ``tokens`` tokens.
+def kv_cache_bytes(config: ModelConfig, tokens: int, cache_type: str | int) -> int:
+    """What `KVCache` holds for one row of ``tokens`` tokens, kept in ``cache_type`` (or so many bytes per element).
 
-    For every layer, keys and values of ``heads · head_dim`` for each token it keeps (sliding layers the last
-    ``sliding_window - 1``, full layers all) and for one canvas, for which the cache leaves room.
+    For every layer a key and a value of ``heads · head_dim`` for each token it keeps: sliding layers the last
+    ``sliding_window - 1``, full layers all. Nothing is reserved beyond.
     """
     kept = {SLIDING: min(tokens, config.sliding_window - 1), FULL: tokens}
-    return sum(2 * layer.num_key_value_heads * layer.head_dim * (kept[layer.kind] + config.canvas_length) * item_size
+    return sum(2 * layer.num_key_value_heads * token_bytes(layer.head_dim, cache_type) * kept[layer.kind]
                for layer in config.layers)
 
 
 def working_bytes(config: ModelConfig, tokens: int, item_size: int) -> int:
     """An estimate of what a pass allocates beside weights and cache, at its widest moment.
 
-    The widest pass has T = max(canvas, min(tokens, `ENCODE_CHUNK`)) rows: a canvas, or a piece of P prompt tokens.
-    Its hidden states take T·D·(4e + 8) bytes (e: bytes per element; norms work in float32), and beside them the
-    largest of three: the chosen experts' inputs and outputs, T·k·D·(3e + 8) (few experts: all of their inner
-    activations and a copy of the layer's experts, (4T + 3D)·E·I·e); attention's queries and outputs,
-    4·T·heads·head_dim·e, with the S tokens of context joined to the new ones, 2·KV heads·head_dim·S·e, and the
-    prompt's masks, P·S·(10 + group·(1 + e)); the head's tile, C·tile·(e + 12) + 12·C·D.
-    Measured on the plain CPU path: 0.7 to 1.2 of this.
+    The widest pass has T = max(canvas, min(tokens, `ENCODE_CHUNK`)) rows: a canvas, or a piece of the prompt. Its
+    hidden states take T·D·(4e + 8) bytes (e: bytes per element; norms work in float32), and beside them the largest
+    of three: the chosen experts' inputs and outputs, T·k·D·(3e + 8) (few experts: all of their inner activations and
+    a copy of the layer's experts, (4T + 3D)·E·I·e); attention's queries and outputs, T·heads·head_dim·(4e + 16), with
+    the scores of one tile, 12 each, and the keys and values of one block, 4·KV heads·head_dim·`COLUMNS`·e, neither of
+    which grows with the context; the head's tile, C·tile·(e + 12) + 12·C·D.
     """
     canvas, hidden = config.canvas_length, config.hidden_size
-    prompt = min(tokens, ENCODE_CHUNK)
-    rows = max(canvas, prompt)
+    rows = max(canvas, min(tokens, ENCODE_CHUNK))
     if config.num_experts <= DENSE_EXPERTS:
         experts = (4 * rows + 3 * hidden) * config.num_experts * config.moe_intermediate_size * item_size
     else:
         experts = rows * config.top_k_experts * hidden * (3 * item_size + 8)
     attention = 0
     for layer in set(config.layers):
-        seen = (tokens if layer.kind == FULL else min(tokens, config.sliding_window - 1 + prompt)) + canvas
-        group = config.num_attention_heads // layer.num_key_value_heads
-        joined = 2 * layer.num_key_value_heads * layer.head_dim * seen * item_size
-        queries = 4 * rows * config.num_attention_heads * layer.head_dim * item_size
-        attention = max(attention, queries + joined + prompt * seen * (10 + group * (1 + item_size)))
+        columns = min(tokens + canvas, COLUMNS)
+        queries = rows * config.num_attention_heads * layer.head_dim * (4 * item_size + 16)
+        block = 4 * layer.num_key_value_heads * layer.head_dim * columns * item_size
+        scores = 12 * min(rows * config.num_attention_heads * columns, SCORES)
+        attention = max(attention, queries + block + scores)
     head = canvas * min(VOCAB_TILE, config.vocab_size) * (item_size + 12) + 12 * canvas * hidden
     return rows * hidden * (4 * item_size + 8) + max(experts, attention, head)
 

@@ -1,24 +1,63 @@
-"""From the name a user gives to a checkpoint folder on disk, and from that folder to its weight files.
+"""From the name a user gives to a checkpoint on disk: a folder of safetensors, or a GGUF file.
 
-Works on names, paths and the hub; reads no tensor. A name is, in this order: a model that ships with the package,
-an existing folder, a repository on the Hugging Face hub.
+Works on names and paths; reads no tensor, and leaves the hub to `hub`. A name is, in this order: a model that ships
+with the package, an existing folder or file, a repository on the Hugging Face hub.
 """
 
 from __future__ import annotations
 
 import re
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from dgemma.config import read_json
 from dgemma.errors import CheckpointError
 
 _BUNDLED = Path(__file__).resolve().parents[1] / "models"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# What running a checkpoint takes: no PyTorch pickles, no pictures of the model card.
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<tag>[^:\\\s]+))?")
+_PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.IGNORECASE)
+_QUANTISATION = re.compile(r"(?<![A-Z0-9])((?:UD-)?(?:(?:I?Q|TQ)\d+(?:_[A-Z0-9]+)*|BF16|FP?16|FP?32|MXFP4(?:_MOE)?))"
+                           r"(?![A-Z0-9])", re.IGNORECASE)
+# GGUF files that hold no language model: a vision tower, and statistics that quantising takes.
+_NO_MODEL = ("mmproj", "imatrix")
+PREFERRED = "Q4_K_M"  # of several quantisations, the one that most people run
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """One model among GGUF files: a single file, or the parts that it was split into, in order.
+
+    ``stem`` is the name without ``.gguf`` and the part's number, ``parts`` how many files there should be.
+    """
+
+    stem: str
+    files: tuple[str, ...]
+    parts: int
+
+    @property
+    def complete(self) -> bool:
+        return len(self.files) == self.parts
+
+    @property
+    def tag(self) -> str:
+        """The quantisation as the file's name (or that of its folder) tells it; the bare name if it does not."""
+        name = PurePosixPath(self.stem)
+        for text in (name.name, *(str(parent.name) for parent in name.parents)):
+            if found := _QUANTISATION.findall(text):
+                return found[-1].upper()
+        return name.name
+
+    @property
+    def missing(self) -> list[str]:
+        """The names of the parts that are not among the files."""
+        if self.parts == 1:
+            return []
+        wanted = [f"{self.stem}-{part:05}-of-{self.parts:05}.gguf" for part in range(1, self.parts + 1)]
+        present = {file.lower() for file in self.files}
+        return [name for name in wanted if name.lower() not in present]
 
 
 def bundled_models() -> list[str]:
@@ -26,35 +65,116 @@ def bundled_models() -> list[str]:
     return sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
 
 
-def locate(name: str | Path) -> Path:
-    """The checkpoint folder that ``name`` means; a hub id that is not on this machine yet is downloaded.
+def bundled_path(name: str) -> Path:
+    return _BUNDLED / name
 
-    A `Path` is always a path; a string may also be a bundled name or a hub id ``org/name``. A hub repository that
-    is complete in the local cache is used without asking the hub for a newer revision.
-    Raises CheckpointError when there is nothing under that name, for GGUF files, and when the hub refuses.
+
+def hub_name(name: str) -> tuple[str, str | None] | None:
+    """``org/name`` or ``org/name:tag`` as repository and tag; None for what cannot be a name on the hub."""
+    found = _HUB_NAME.fullmatch(name)
+    return (found["repo"], found["tag"]) if found else None
+
+
+def locate(name: str | Path) -> Path:
+    """The checkpoint that ``name`` means: a folder with config.json and safetensors, or a GGUF file.
+
+    Of a GGUF file that was split it is the first part, and all the others are there. A `Path` is always a path; a
+    string may also be a bundled name or one on the hub: ``org/name``, or ``org/name:Q4_K_M`` for one of its GGUF
+    files. What is complete in the hub's local cache is used without asking the hub; else it is downloaded.
+    Raises CheckpointError when there is nothing under that name, or more than one model, and when the hub refuses.
     """
     if isinstance(name, str) and name in bundled_models():
-        return _BUNDLED / name
+        return bundled_path(name)
     if not str(name).strip():  # as a path it would be the present folder
         raise CheckpointError("the model's name is empty")
     try:
         path = Path(name).expanduser()
-        is_folder = path.is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long for a path, ~somebody who does not exist
-        raise CheckpointError(f"{str(name)[:80]}: cannot be a model's name or folder ({error.args[-1]})") from error
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long for a path, ~somebody who does not exist
+        raise CheckpointError(f"{str(name)[:80]}: cannot be a model's name or path ({error.args[-1]})") from error
     if is_folder:
-        if not (path / "config.json").is_file():
-            refuse_gguf(next(iter(sorted(path.glob("*.gguf"))), path))
-        return path
-    if path.is_file():
-        refuse_gguf(path)
-        raise CheckpointError(f"{path}: this is a file; give the folder that holds config.json and the weights")
+        return _in_folder(path)
+    if is_file:
+        if is_gguf(path):
+            return _first_part(path)
+        raise CheckpointError(f"{path}: this is a file, but not a GGUF file; for safetensors give the folder that "
+                              "holds config.json and the weights")
+    on_hub = hub_name(name) if isinstance(name, str) else None
+    if on_hub and (on_hub[1] or path.suffix.lower() != ".gguf"):
+        return _on_hub(*on_hub)
     if path.suffix.lower() == ".gguf":
         raise CheckpointError(f"{path}: no such file")
-    if isinstance(name, str) and _HUB_ID.fullmatch(name):
-        return _from_hub(name)
-    raise CheckpointError(f"{name}: no such folder, and no bundled model of that name ({_bundled_list()}); a "
-                          "repository on the hub is written org/name")
+    if isinstance(name, Path) or path.is_absolute() or len(path.parts) > 1 or str(name)[0] in ".~":
+        raise CheckpointError(f"{name}: no such file or folder")
+    raise CheckpointError(f"{name}: no such file or folder, and no bundled model of that name ({_bundled_list()}); a "
+                          "repository on the hub is written org/name, or org/name:Q4_K_M for a GGUF file in it")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether an existing file is a GGUF file, by its name or by its first bytes."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def gguf_models(names: Iterable[str]) -> list[GgufModel]:
+    """The models among files of these names, with ``/`` between folders; parts of one model are put together."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in sorted(names):
+        base = PurePosixPath(name).name.lower()
+        if not base.endswith(".gguf") or any(word in base for word in _NO_MODEL):
+            continue
+        part = _PART.fullmatch(name)
+        key = (part["stem"], int(part["parts"])) if part else (name[: -len(".gguf")], 0)
+        groups.setdefault(key, []).append(name)
+    return [GgufModel(stem, tuple(files), max(parts, 1)) for (stem, parts), files in sorted(groups.items())]
+
+
+def find_tagged(models: Sequence[GgufModel], tag: str, loose: bool = True) -> list[GgufModel]:
+    """The models that ``tag`` names: by quantisation, else by file name, else (``loose``) by any part of the name."""
+    wanted = tag.lower()
+
+    def names(model: GgufModel) -> set[str]:
+        full = {model.stem.lower(), *(file.lower() for file in model.files)}
+        return full | {PurePosixPath(name).name for name in full}
+
+    return ([model for model in models if model.tag.lower() == wanted]
+            or [model for model in models if wanted in names(model)]
+            or [model for model in models if loose and wanted in model.stem.lower()])
+
+
+def tag_of(model: GgufModel, models: Sequence[GgufModel]) -> str:
+    """What to write after ``org/name:`` to mean this one of the models: its quantisation, or its file's name."""
+    if sum(other.tag == model.tag for other in models) == 1:
+        return model.tag
+    return PurePosixPath(model.files[0]).name
+
+
+def choose_gguf(models: Sequence[GgufModel], tag: str | None, repo: str, place: str) -> GgufModel:
+    """The one model of a repository that ``tag`` names; without a tag the only one, or the usual one.
+
+    Raises CheckpointError, listing what there is in ``place``, when it names none or several.
+    """
+    found = find_tagged(models, tag) if tag is not None else list(models)
+    if tag is None and len(found) > 1:
+        found = [model for model in found if model.tag == PREFERRED] or found
+    if len(found) == 1:
+        return found[0]
+    tags = ", ".join(tag_of(model, models) for model in found or models)
+    if not found:
+        raise CheckpointError(f"{repo}: there is no GGUF file {tag!r} {place}; there are {tags}")
+    raise CheckpointError(f"{repo}: {'several' if tag is None else f'{tag!r} can mean several'} GGUF models {place}: "
+                          f"{tags}; name one, as in {repo}:{tag_of(found[0], models)}")
+
+
+def is_checkpoint(names: Iterable[str]) -> bool:
+    """Whether files of these names are, or belong to, a checkpoint in safetensors form."""
+    names = set(names)
+    return "config.json" in names and (SINGLE_FILE in names or INDEX_FILE in names)
 
 
 def weight_files(folder: Path) -> dict[Path, tuple[str, ...]]:
@@ -63,7 +183,6 @@ def weight_files(folder: Path) -> dict[Path, tuple[str, ...]]:
     A single ``model.safetensors`` has no index, so its tuple is empty. The files need not exist.
     Raises CheckpointError when the folder does not exist, is a file, or names no safetensors.
     """
-    refuse_gguf(folder)
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such folder")
     if not folder.is_dir():
@@ -84,75 +203,53 @@ def weight_files(folder: Path) -> dict[Path, tuple[str, ...]]:
     return {path: tuple(shards[path]) for path in sorted(shards)}
 
 
-def refuse_gguf(path: Path) -> None:
-    """Raise CheckpointError if ``path`` is a GGUF file, by its name or by its first bytes."""
-    if not path.is_file():
-        return
+def _in_folder(folder: Path) -> Path:
+    """The folder itself, unless the model in it is a GGUF file."""
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
+        names = [path.name for path in folder.iterdir() if path.is_file()]
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if magic == b"GGUF" or path.suffix.lower() == ".gguf":
-        raise CheckpointError(f"{path}: GGUF is not supported yet by this version; use the checkpoint in safetensors "
-                              "form (a folder with config.json and model.safetensors)")
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from error
+    if is_checkpoint(names):
+        return folder
+    models = gguf_models(names)
+    if not models:  # what is missing is for those to say who know what they look for
+        return folder
+    if len(models) > 1:
+        listed = "".join(f"\n  {folder / model.files[0]}" for model in models)
+        raise CheckpointError(f"{folder}: {len(models)} GGUF models here; name one of them:{listed}")
+    return _complete(models[0], folder)
+
+
+def _first_part(path: Path) -> Path:
+    """Of a GGUF file, or any part of one, the first part; the others must be there, too."""
+    split = _PART.fullmatch(path.name)
+    if split is None:
+        return path
+    files = sorted(other.name for other in path.parent.iterdir() if (part := _PART.fullmatch(other.name))
+                   and (part["stem"], part["parts"]) == (split["stem"], split["parts"]))
+    model = GgufModel(split["stem"], tuple(files), int(split["parts"]))
+    return _complete(model, path.parent)
+
+
+def _complete(model: GgufModel, folder: Path) -> Path:
+    if model.complete:
+        return folder / model.files[0]
+    raise CheckpointError(f"{folder / model.files[0]}: this GGUF file was split into {model.parts} parts, and "
+                          f"{len(model.missing)} of them {'is' if len(model.missing) == 1 else 'are'} not beside it: "
+                          f"{', '.join(model.missing[:5])}{' …' if len(model.missing) > 5 else ''}")
+
+
+def _on_hub(repo: str, tag: str | None) -> Path:
+    from dgemma.weights.hub import NotThereError, locate_on_hub
+
+    try:
+        return locate_on_hub(repo, tag)
+    except NotThereError as error:
+        cache = "not complete in the local cache, " if error.offline else ""
+        raise CheckpointError(f"{repo}: no such folder, no bundled model of that name ({_bundled_list()}), {cache}and "
+                              f"{error.reason}") from error
 
 
 def _bundled_list() -> str:
     names = bundled_models()
     return f"bundled: {', '.join(names)}" if names else "this installation has none"
-
-
-def _from_hub(repo: str) -> Path:
-    """The local snapshot of a hub repository, downloaded if need be."""
-    lost = f"{repo}: no such folder, no bundled model of that name ({_bundled_list()}), and"
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-            RepositoryNotFoundError,
-        )
-    except ImportError as error:
-        raise CheckpointError(f"{lost} fetching it from the Hugging Face hub needs an extra: "
-                              "pip install dgemma[hub]") from error
-    try:
-        with suppress(LocalEntryNotFoundError):  # the usual first time
-            cached = Path(snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=True))
-            if _is_complete(cached):
-                return cached
-        folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # in some versions it is an HTTP error, too
-        raise CheckpointError(f"{lost} the Hugging Face hub cannot be reached from here (offline?) and the repository "
-                              "is not complete in the local cache") from error
-    except GatedRepoError as error:
-        raise CheckpointError(f"{repo}: this repository is gated: accept its terms on https://huggingface.co/{repo}, "
-                              "then log in with `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{lost} the Hugging Face hub has no such repository (a private one needs `hf auth "
-                              "login`)") from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"{repo}: the Hugging Face hub answered with an error: {_first_line(error)}") from error
-    except Exception as error:  # a full disk, a broken connection, a bad proxy: the library raises many kinds
-        raise CheckpointError(f"{repo}: downloading from the Hugging Face hub failed: {type(error).__name__}: "
-                              f"{_first_line(error)}") from error
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{repo}: this hub repository has no config.json, so it is not a checkpoint in "
-                              "safetensors form (GGUF repositories are not supported yet by this version)")
-    return folder
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a cached snapshot holds a configuration and every weight file."""
-    if not (folder / "config.json").is_file():
-        return False
-    try:
-        return all(path.is_file() for path in weight_files(folder))
-    except CheckpointError:
-        return False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,116 @@
+"""The tokenizer and chat template out of a GGUF file's metadata.
+
+Works on the keys ``tokenizer.*`` as plain values; knows nothing of files or tensors. What it builds is what Gemma's own
+``tokenizer.json`` describes: byte pairs merged over text whose spaces are ▁, and bytes for what has no token.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dgemma.chat.tokenizer import Tokenizer, special_roles
+from dgemma.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Our own keys: the checkpoint's files as they were, for tokenizers that the keys of ggml cannot describe.
+TOKENIZER_JSON = "dgemma.tokenizer.json"
+TOKENIZER_CONFIG_JSON = "dgemma.tokenizer_config.json"
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # ggml's token types
+_ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "mask": "mask"}  # their name -> ours
+# llama.cpp's conversion calls some of the chat format's marks "user defined", only so that it shows them. They are as
+# special as the others: typed by a user they must be plain text.
+_MARK = re.compile(r"<\|.*>|<.*\|>", re.DOTALL)
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
+    """The tokenizer that a GGUF file's metadata describes; ``source`` names the file in errors.
+
+    Raises CheckpointError when there is none, or one of another kind than DiffusionGemma's.
+    """
+    if TOKENIZER_JSON in metadata:
+        backend, roles = _own(metadata, source)
+    else:
+        backend, roles = _from_keys(metadata, source)
+    return Tokenizer(backend, _templates(metadata), roles, source)
+
+
+def _own(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        config = json.loads(metadata.get(TOKENIZER_CONFIG_JSON, "{}"))
+        backend = Backend.from_str(metadata[TOKENIZER_JSON])
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{source}: {TOKENIZER_JSON} cannot be read as a tokenizer: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, special_roles(config if isinstance(config, dict) else {})
+
+
+def _from_keys(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Backend
+
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind is None:
+        raise CheckpointError(f"{source}: there is no tokenizer in this file (no tokenizer.ggml.model)")
+    if kind != "gemma4":
+        raise CheckpointError(f"{source}: tokenizer.ggml.model {kind!r} is not supported ('gemma4' is, which is what "
+                              "DiffusionGemma has)")
+    tokens = _strings(metadata, "tokenizer.ggml.tokens", source)
+    merges = _strings(metadata, "tokenizer.ggml.merges", source)
+    types = metadata.get("tokenizer.ggml.token_type", [])
+    if not isinstance(types, list) or len(types) not in (0, len(tokens)):
+        raise CheckpointError(f"{source}: tokenizer.ggml.token_type must hold a number for each of the {len(tokens)} "
+                              "tokens")
+    roles = {}
+    for theirs, ours in _ROLES.items():
+        token_id = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        if token_id is None and f"<{ours}>" in tokens:
+            roles[f"{ours}_token"] = f"<{ours}>"
+        elif token_id is not None:
+            if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+                raise CheckpointError(f"{source}: tokenizer.ggml.{theirs}_token_id is {token_id!r}, but there are "
+                                      f"{len(tokens)} tokens")
+            roles[f"{ours}_token"] = tokens[token_id]
+    try:
+        # Of a token that is there twice the later one counts. Text never becomes the other, as everywhere.
+        pairs: Any = [merge.partition(" ")[::2] for merge in merges]
+        backend = Backend(models.BPE(
+            vocab=dict(zip(tokens, range(len(tokens)), strict=True)), merges=pairs, unk_token=roles.get("unk_token"),
+            fuse_unk=True, byte_fallback=True))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
+    # Nothing splits text into words first: merges never reach across spaces or lines by themselves.
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special, plain = dict.fromkeys(roles.values()), []
+    for token, kind in zip(tokens, types, strict=False):
+        if kind in (_UNKNOWN, _CONTROL) or (kind == _USER_DEFINED and _MARK.fullmatch(token)):
+            special[token] = None
+        elif kind == _USER_DEFINED:
+            plain.append(token)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    return backend, roles
+
+
+def _strings(metadata: Mapping[str, Any], key: str, source: str) -> list[str]:
+    value = metadata.get(key)
+    if not isinstance(value, list) or not value or not isinstance(value[0], str):
+        raise CheckpointError(f"{source}: {key} is missing or no list of texts, so there is no tokenizer in this file")
+    return value
+
+
+def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name; the usual one is "default"."""
+    prefix = "tokenizer.chat_template"
+    found = {"default" if key == prefix else key.removeprefix(f"{prefix}."): value for key, value in metadata.items()
+             if key == prefix or key.startswith(f"{prefix}.")}
+    return {name: value for name, value in found.items() if isinstance(value, str) and value}

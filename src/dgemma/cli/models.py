@@ -1,0 +1,153 @@
+"""`dgemma models`: what is on this machine, whether it fits its memory, and removing it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dgemma.cli.options import JsonOption
+from dgemma.cli.output import print_json
+
+if TYPE_CHECKING:
+    from dgemma.weights.cache import LocalModel
+
+models_app = typer.Typer(invoke_without_command=True)
+
+
+@models_app.callback()
+def models(context: typer.Context, json: JsonOption = False) -> None:
+    """List the models on this machine: the bundled ones and those of the Hugging Face cache; or remove one.
+
+    Names are as -m takes them. "fits" compares the memory that a model needs with this machine's, not with a GPU's.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from dgemma.weights.cache import cache_folder, local_models
+
+    found = local_models()
+    available, total = machine_memory()
+    if json:
+        print_json({"models": [_as_json(model, available) for model in found], "memory_available": available,
+                    "memory_total": total, "cache": str(cache_folder())})
+    else:
+        _show(found, available, total)
+
+
+@models_app.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="The model, as `dgemma models` names it.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a model from the Hugging Face cache, also one that has come only partly."""
+    from dgemma.errors import DgemmaError
+    from dgemma.weights.cache import find_local, remove_model
+    from dgemma.weights.progress import size_text
+
+    model = find_local(name)
+    if not model.bundled and not yes:
+        if not _can_ask():
+            raise DgemmaError(f"{model.name}: nothing was removed: add --yes, as there is nobody to ask")
+        if not typer.confirm(f"Delete {model.name} ({size_text(model.size)}) from this machine?"):
+            typer.echo("Nothing was removed.")
+            raise typer.Exit(1)
+    freed = remove_model(model)
+    typer.echo(f"Removed {model.name}: {size_text(freed)} freed")
+    if freed < model.size:
+        typer.echo("The rest is shared with other repositories of the cache; `hf cache prune` deletes what none uses.")
+
+
+def memory_needed(model: LocalModel) -> int | None:
+    """About how many bytes of memory running a model takes; None while nobody knows how large it is.
+
+    The weights, 0.4 GB for Python and torch, and a conversation: its cache and the working tensors, which grow with
+    the model but not without end. For the 26B model that makes the 18 GB of a 16.8 GB Q4_K_M file, and in bf16, whose
+    layers are worked on in larger pieces, 1.5 GB more than the weights.
+    """
+    if model.full_size is None:
+        return None
+    most = 800_000_000 if model.kind == "GGUF" else 1_100_000_000
+    return model.full_size + 400_000_000 + min(model.full_size // 20, most)
+
+
+def machine_memory() -> tuple[int | None, int | None]:
+    """This machine's memory in bytes, what is available now and all of it; None where it cannot be told."""
+    available = total = None
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        available, total = (int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
+    except (OSError, KeyError, ValueError):  # not Linux: all of it, where the system tells
+        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+            available = total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:  # a container may have less than its machine
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):
+        return available, total
+    return min(available or limit, limit), min(total or limit, limit)
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _fits(needed: int | None, available: int | None, total: int | None) -> str:
+    if needed is None or available is None or total is None:
+        return "?"
+    if needed <= available:
+        return "yes"
+    return "if other programs close" if needed <= total else "no"
+
+
+def _show(found: list[LocalModel], available: int | None, total: int | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from dgemma.weights.cache import cache_folder
+    from dgemma.weights.progress import size_text
+
+    console = Console(highlight=False)
+    rows = []
+    for model in found:
+        needed = memory_needed(model)
+        of = "" if model.complete else f" of {'?' if model.full_size is None else size_text(model.full_size)}"
+        rows.append((model.name, model.kind, size_text(model.size) + of, "?" if needed is None else size_text(needed),
+                     _fits(needed, available, total),
+                     "bundled" if model.bundled else "" if model.complete else "partial"))
+    widths = [max(map(len, column)) + 2 for column in zip(("model", "kind", "size", "needs", "fits", ""), *rows,
+                                                          strict=True)]
+    if not console.is_terminal:  # nobody wants a name cut in two in a pipe
+        console.width = max(console.width, sum(widths))
+    if sum(widths) <= console.width:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for title in ("model", "kind", "size", "needs", "fits", ""):
+            table.add_column(title, justify="right" if title in ("size", "needs") else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    else:
+        for name, kind, size, needs, fits, state in rows:
+            console.print(Text(name), soft_wrap=True)
+            details = f"  {kind}, {size}, needs {needs}, fits: {fits}{state and f', {state}'}"
+            console.print(Text(details, "dim"), soft_wrap=True)
+    console.print()
+    memory = "" if available is None or total is None else (f"Memory: {size_text(available)} of {size_text(total)} "
+                                                            "available. ")
+    console.print(Text(f"{memory}Cache: {cache_folder()}", "dim"), soft_wrap=True)
+    if all(model.bundled for model in found):
+        console.print(Text("Nothing from the hub yet; `dgemma pull org/name` fetches a model.", "dim"))
+    for model in found:
+        if not model.complete:
+            console.print(Text(f"`dgemma pull {model.name}` goes on with the partial one, `dgemma models remove "
+                               f"{model.name}` deletes it.", "dim"), soft_wrap=True)
+
+
+def _as_json(model: LocalModel, available: int | None) -> dict[str, Any]:
+    needed = memory_needed(model)
+    return {"name": model.name, "kind": model.kind, "quantisation": model.quantisation, "size": model.size,
+            "full_size": model.full_size, "memory_needed": needed,
+            "fits": None if needed is None or available is None else needed <= available,
+            "complete": model.complete, "bundled": model.bundled, "path": str(model.path)}

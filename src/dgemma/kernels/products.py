@@ -1,0 +1,102 @@
+"""Products with a weight that is a plain tensor or stays packed: one call for both.
+
+Packed weights run on the C++ kernels where they were built, else on plain torch with the same arithmetic: activations
+as int8 with one scale per row and `SUPER` inputs. Knows nothing of the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dgemma.kernels import native
+from dgemma.kernels.packed import PackedWeight
+
+Weight = Tensor | PackedWeight
+
+SUPER = 256  # inputs that share an activation scale
+_PIECE = 1 << 22  # weights expanded at a time by the plain path
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """x [..., K] · Wᵀ with W [N, K] -> [..., N], in x's dtype."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    plain = weight.plain()
+    if plain is not None:
+        return F.linear(x.to(plain.dtype), plain).to(x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    if on_native(weight):
+        out = native.linear(flat, weight.data, weight.type.code, weight.shape[-1])
+    else:
+        out = _plain_linear(flat, weight)
+    return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def embedding(token_ids: Tensor, table: Weight) -> Tensor:
+    """Rows of a table [V, D] by index [...] -> [..., D]; float32 from a packed one."""
+    if isinstance(table, Tensor):
+        return F.embedding(token_ids, table)
+    plain = table.plain()
+    if plain is not None:
+        return F.embedding(token_ids, plain).float()
+    flat = token_ids.flatten()
+    if on_native(table):
+        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < table.shape[0]:
+            raise IndexError(f"token ids must be in 0..{table.shape[0] - 1}")
+        rows = native.dequantize(table.data, table.type.code, table.shape[-1], flat, torch.float32)
+    else:
+        rows = table[flat].dequantize()
+    return rows.view(*token_ids.shape, -1)
+
+
+def mix_rows(soft: Tensor, decay: Tensor, weights: Tensor, table: Weight) -> None:
+    """soft [M, D] = soft · decay [M] + weights [M, n] · T, in place, with T [n, D]; all but T float32.
+
+    The kernels multiply in bfloat16 where the processor has that (sums are float32): weights of a softmax and the
+    numbers of a packed table have no more digits to lose than that.
+    """
+    if isinstance(table, PackedWeight) and on_native(table):
+        native.mix(soft, decay.contiguous(), weights.contiguous(), table.data, table.type.code)
+        return
+    if isinstance(table, PackedWeight):
+        plain = table.plain()
+        table = table.dequantize() if plain is None else plain
+    soft.mul_(decay.unsqueeze(1)).add_(weights.to(table.dtype) @ table)
+
+
+def on_native(weight: PackedWeight) -> bool:
+    """Whether the C++ kernels can take this weight; says once if they are not there."""
+    if weight.device.type != "cpu" or weight.type.block == 1:
+        return False
+    if native.available():
+        return True
+    _say_slow()
+    return False
+
+
+@functools.cache
+def _say_slow() -> None:
+    warnings.warn("dgemma's CPU kernels are not built here, so quantised weights run on plain torch: the same results, "
+                  "many times slower. Install a C++ compiler and install dgemma again.", stacklevel=4)
+
+
+def as_int8(x: Tensor) -> Tensor:
+    """x [M, K] rounded as the kernels round it: to multiples of a 127th of the largest of every `SUPER` inputs."""
+    width = x.shape[-1]
+    parts = F.pad(x.float(), (0, -width % SUPER)).view(x.shape[0], -1, SUPER)
+    peak = parts.abs().amax(-1, keepdim=True)
+    inverse = torch.where(peak > 1e-30, 127.0 / peak, 0.0)
+    return ((parts * inverse).round() * (peak / 127.0)).view(x.shape[0], -1)[:, :width]
+
+
+def _plain_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """The product in plain torch: exact weights, rounded activations, float32 sums."""
+    x = as_int8(x)
+    step = max(1, _PIECE // weight.shape[-1])
+    return torch.cat([x @ weight[start : start + step].dequantize().T
+                      for start in range(0, weight.shape[0], step)], dim=1)

@@ -1,0 +1,33 @@
+"""Putting weights into a network, packed ones too.
+
+A packed weight is no parameter: it has no gradient, does not move between devices and is not in ``state_dict()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dgemma.kernels import PackedWeight
+from dgemma.nn.transformer import DiffusionTransformer
+
+
+def set_weights(network: DiffusionTransformer, weights: Mapping[str, Tensor | PackedWeight]) -> None:
+    """Give a network all its weights, by the names of its ``state_dict()``, without copying them.
+
+    Raises ValueError when a packed weight is not of the shape of the parameter it stands for, RuntimeError (as
+    ``load_state_dict`` does) when a name is missing or unknown.
+    """
+    expected = network.state_dict()
+    plain = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+    for name, weight in weights.items():
+        if isinstance(weight, Tensor) or name not in expected:
+            continue
+        if weight.shape != expected[name].shape:
+            raise ValueError(f"{name}: expected {list(expected[name].shape)}, got packed {list(weight.shape)}")
+        owner, _, attribute = name.rpartition(".")
+        module = network.get_submodule(owner)
+        del module._parameters[attribute]
+        setattr(module, attribute, weight)
+    network.load_state_dict(plain, assign=True)

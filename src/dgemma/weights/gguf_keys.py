@@ -1,0 +1,353 @@
+"""What DiffusionGemma is called in a GGUF file: the keys that describe it and the names of its tensors, both ways.
+
+Works on plain metadata and names; knows nothing of files or tensors' data. Keys that llama.cpp does not know begin with
+``dgemma.`` and may be absent.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
+
+from dgemma.config import FULL, SLIDING, GenerationConfig, LayerConfig, ModelConfig
+from dgemma.errors import CheckpointError
+
+ARCHITECTURE = "diffusion-gemma"
+ROPE_FREQS = "rope_freqs.weight"
+UNROTATED = 1e30  # what a frequency is divided by where a head does not turn
+
+# Our own keys.
+EOS_TOKEN_IDS = "dgemma.eos_token_ids"
+MAX_NEW_TOKENS = "dgemma.max_new_tokens"
+
+# Tokens that end an answer, beside those that the file's keys name.
+_STOPS = ("<eos>", "<turn|>", "<|tool_response>")
+_LARGEST = 1 << 19  # of any size but the vocabulary: shapes made of three stay within 64 bits
+_MOST_LAYERS = 1024
+
+_TOP = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "self_conditioning.pre_norm.weight": "self_cond_pre_norm.weight",
+    "self_conditioning.gate_proj.weight": "self_cond_gate.weight",
+    "self_conditioning.up_proj.weight": "self_cond_up.weight",
+    "self_conditioning.down_proj.weight": "self_cond_down.weight",
+}
+_BLOCK = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "post_feedforward_layernorm_1.weight": "post_ffw_norm_1.weight",
+    "pre_feedforward_layernorm_2.weight": "pre_ffw_norm_2.weight",
+    "router.proj.weight": "ffn_gate_inp.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "post_feedforward_layernorm_2.weight": "post_ffw_norm_2.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+    "layer_scalar": "layer_output_scale.weight",
+    "encoder_layer_scalar": "enc_layer_output_scale.weight",
+}
+_TOP_OURS = {theirs: ours for ours, theirs in _TOP.items()}
+_BLOCK_OURS = {theirs: ours for ours, theirs in _BLOCK.items()}
+_BLOCK_NAME = re.compile(r"blk\.(\d+)\.(.+)", re.DOTALL)
+_LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)", re.DOTALL)
+
+_ELSEWHERE = {
+    "clip": "it is a vision or audio tower (mmproj), which goes beside a model; give the model's own file",
+    "gemma4": "Gemma 4 writes left to right; llama.cpp, Ollama and LM Studio run it",
+    "dream": "a diffusion model of another kind; llama.cpp's llama-diffusion-cli runs it",
+    "llada": "a diffusion model of another kind; llama.cpp's llama-diffusion-cli runs it",
+    "llada-moe": "a diffusion model of another kind; llama.cpp's llama-diffusion-cli runs it",
+    "rnd1": "a diffusion model of another kind; llama.cpp's llama-diffusion-cli runs it",
+}
+
+
+def gguf_name(network_name: str) -> str:
+    """Where a tensor of ours stands in a GGUF file; KeyError for a name that is not the network's."""
+    layer = _LAYER_NAME.fullmatch(network_name)
+    return f"blk.{layer[1]}.{_BLOCK[layer[2]]}" if layer else _TOP[network_name]
+
+
+def network_name(gguf_name: str) -> str | None:
+    """Our name for a GGUF file's tensor; None when it is not one of the network's."""
+    block = _BLOCK_NAME.fullmatch(gguf_name)
+    if block is None:
+        return _TOP_OURS.get(gguf_name)
+    ours = _BLOCK_OURS.get(block[2])
+    return ours and f"layers.{block[1]}.{ours}"
+
+
+def rope_freqs(config: ModelConfig) -> list[float] | None:
+    """What `ROPE_FREQS` holds: 1 for every frequency by which full layers rotate; None without a full layer."""
+    full = next((layer for layer in config.layers if layer.kind == FULL), None)
+    if full is None:
+        return None
+    rotated = int(full.rotary_fraction * full.head_dim // 2)  # as `inverse_frequencies` has it
+    return [1.0] * rotated + [UNROTATED] * (full.head_dim // 2 - rotated)
+
+
+def rotary_fraction(freqs: Sequence[float], source: str) -> float:
+    """The inverse of `rope_freqs`; raises CheckpointError for values of any other form."""
+    rotated = next((i for i, value in enumerate(freqs) if value != 1.0), len(freqs))
+    odd = next((value for value in freqs[rotated:] if not value >= UNROTATED / 10), None if rotated else freqs[0])
+    if odd is not None:
+        raise CheckpointError(f"{source}: {ROPE_FREQS} must hold ones and then {UNROTATED:g}s (full layers rotate by "
+                              f"the first frequencies and no others), found {odd:g}")
+    head_dim = 2 * len(freqs)
+    fraction = 2 * rotated / head_dim
+    while int(fraction * head_dim // 2) < rotated:  # rounding must not lose one
+        fraction = math.nextafter(fraction, 2)
+    return fraction
+
+
+def check_architecture(metadata: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError, saying what else would run it, unless the file holds a DiffusionGemma."""
+    architecture = metadata.get("general.architecture")
+    if architecture == ARCHITECTURE and metadata.get("general.type", "model") == "model":
+        return
+    if architecture is None:
+        raise CheckpointError(f"{source}: this GGUF file names no architecture (general.architecture), so it is no "
+                              f"model; dgemma runs architecture {ARCHITECTURE!r}")
+    kind = metadata.get("general.type", "model")
+    if kind == "adapter":
+        what = "it is an adapter in GGUF form, which dgemma does not read"
+    elif kind != "model" and architecture != "clip":
+        what = f"its general.type is {kind!r}; dgemma runs models"
+    else:
+        what = _ELSEWHERE.get(str(architecture), "if it is a language model, llama.cpp may run it")
+        if str(architecture).startswith("gemma4-"):
+            what = _ELSEWHERE["gemma4"]
+    raise CheckpointError(f"{source}: architecture {architecture!r} is not DiffusionGemma: {what}. dgemma runs "
+                          f"architecture {ARCHITECTURE!r} only")
+
+
+def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end an answer: our own key's, else those of the tokenizer's keys and of the chat format."""
+    own = metadata.get(EOS_TOKEN_IDS)
+    if isinstance(own, list) and own and all(map(_is_int, own)):
+        return tuple(own)
+    named: list[Any] = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot")]
+    found = [token_id for token_id in named if _is_int(token_id)]
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list):
+        for stop in _STOPS:
+            if stop in tokens:
+                found.append(tokens.index(stop))
+    return tuple(dict.fromkeys(found)) or (1,)
+
+
+def read_model_config(metadata: Mapping[str, Any], vocab_size: int | None, rotary: float,
+                      source: str) -> ModelConfig:
+    """The network's shape from a file's keys.
+
+    ``vocab_size`` is that of the embedding, if the keys do not say; ``rotary`` the `rotary_fraction` of full layers.
+    Raises CheckpointError naming every key that is missing or makes no sense.
+    """
+    keys = _Keys(metadata, source)
+    count = keys.size("block_count", most=_MOST_LAYERS)
+    heads = keys.size("attention.head_count")
+    hidden = keys.size("embedding_length")
+    sliding = keys.each("attention.sliding_window_pattern", count, bool)
+    kv_heads = keys.each("attention.head_count_kv", count, int)
+    full_dim = keys.size("attention.key_length")
+    sliding_dim = keys.size("attention.key_length_swa", default=full_dim)
+    for name, wanted in (("attention.value_length", full_dim), ("attention.value_length_swa", sliding_dim),
+                         ("rope.dimension_count", full_dim), ("rope.dimension_count_swa", sliding_dim)):
+        if keys.size(name, default=wanted) != wanted:
+            keys.wrong.append(f"{keys.full(name)} is {keys.get(name)!r}; only heads whose values are as long as their "
+                              f"keys ({wanted}) and rotate as a whole are supported")
+    if keys.number("rope.scaling.factor", 1.0) != 1.0 and keys.get("rope.scaling.type") not in (None, "none"):
+        keys.wrong.append(f"{keys.full('rope.scaling.factor')}: scaled rotary embeddings are not supported")
+    if metadata.get("diffusion.shift_logits"):
+        keys.wrong.append("diffusion.shift_logits true is not supported")
+    bases = {FULL: keys.number("rope.freq_base", 1e6), SLIDING: keys.number("rope.freq_base_swa", 1e4)}
+    layers = tuple(LayerConfig(SLIDING, sliding_dim, kv, bases[SLIDING], 1.0) if slides else
+                   LayerConfig(FULL, full_dim, kv, bases[FULL], rotary)
+                   for slides, kv in zip(sliding, kv_heads, strict=True))
+    for index, layer in enumerate(layers):
+        if heads % layer.num_key_value_heads:
+            keys.wrong.append(f"{keys.full('attention.head_count_kv')}: {layer.num_key_value_heads} in layer {index}, "
+                              f"which does not divide the {heads} attention heads")
+    experts, used = keys.size("expert_count"), keys.size("expert_used_count")
+    if used > experts and not keys.missing:
+        keys.wrong.append(f"{keys.full('expert_used_count')} is {used}, more than {keys.full('expert_count')} "
+                          f"{experts}")
+    config = ModelConfig(
+        vocab_size=keys.size("vocab_size", default=vocab_size, most=1 << 24),
+        hidden_size=hidden,
+        intermediate_size=keys.size("feed_forward_length"),
+        num_attention_heads=heads,
+        num_experts=experts,
+        top_k_experts=used,
+        moe_intermediate_size=keys.size("expert_feed_forward_length"),
+        sliding_window=keys.size("attention.sliding_window"),
+        layers=layers,
+        canvas_length=keys.size("diffusion.canvas_length", own=False),
+        final_logit_softcapping=keys.number("final_logit_softcapping", 30.0),
+        rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-6),
+        max_position_embeddings=keys.size("context_length", default=262_144, most=1 << 31),
+        eos_token_id=stop_ids(metadata),
+    )
+    keys.finish()
+    return config
+
+
+def read_generation_config(metadata: Mapping[str, Any], model: ModelConfig, source: str) -> GenerationConfig:
+    """The sampler's settings from a file's keys; absent ones are the documented defaults."""
+    def setting(name: str) -> float | None:
+        value = metadata.get(f"diffusion.eb_{name}")
+        return _tidy(value) if isinstance(value, float) else value
+
+    steps, stability = setting("max_steps"), setting("stability_threshold")
+    try:
+        return GenerationConfig(eos_token_id=model.eos_token_id).replace(
+            max_denoising_steps=_whole(steps), entropy_bound=setting("entropy_bound"), t_min=setting("t_min"),
+            t_max=setting("t_max"), stability_threshold=_whole(stability),
+            confidence_threshold=setting("confidence_threshold"), max_tokens=metadata.get(MAX_NEW_TOKENS))
+    except ValueError as error:
+        raise CheckpointError(f"{source}: diffusion.eb_…: {error}") from error
+
+
+def config_metadata(config: ModelConfig, generation: GenerationConfig) -> dict[str, int | float | bool | list]:
+    """The inverse of the two readers: every key with its value, for whoever writes a file.
+
+    Whole numbers are uint32, other numbers float32 in files. The architecture, the tokenizer and the tensor
+    `rope_freqs` are not among them.
+    """
+    geometry = {layer.kind: layer for layer in reversed(config.layers)}
+    full = geometry.get(FULL) or geometry[SLIDING]
+    sliding = geometry.get(SLIDING) or full
+    own: dict[str, int | float | bool | list] = {
+        "context_length": config.max_position_embeddings,
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "expert_count": config.num_experts,
+        "expert_used_count": config.top_k_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": [layer.num_key_value_heads for layer in config.layers],
+        "attention.key_length": full.head_dim,
+        "attention.value_length": full.head_dim,
+        "attention.key_length_swa": sliding.head_dim,
+        "attention.value_length_swa": sliding.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [layer.kind == SLIDING for layer in config.layers],
+        "attention.causal": False,
+        "rope.freq_base": full.rope_theta,
+        "rope.freq_base_swa": sliding.rope_theta,
+        "rope.dimension_count": full.head_dim,
+        "rope.dimension_count_swa": sliding.head_dim,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "vocab_size": config.vocab_size,
+    }
+    return {
+        **{f"{ARCHITECTURE}.{name}": value for name, value in own.items()},
+        "diffusion.canvas_length": config.canvas_length,
+        "diffusion.eb_max_steps": generation.max_denoising_steps,
+        "diffusion.eb_t_min": float(generation.t_min),
+        "diffusion.eb_t_max": float(generation.t_max),
+        "diffusion.eb_entropy_bound": float(generation.entropy_bound),
+        "diffusion.eb_stability_threshold": generation.stability_threshold,
+        "diffusion.eb_confidence_threshold": float(generation.confidence_threshold),
+        EOS_TOKEN_IDS: list(generation.eos_token_id),
+        MAX_NEW_TOKENS: generation.max_tokens,
+    }
+
+
+class _Keys:
+    """A file's keys, and everything found wrong with them; a key that is wrong reads as 1 until `finish`."""
+
+    def __init__(self, metadata: Mapping[str, Any], source: str):
+        self._metadata, self._source = metadata, source
+        self.missing: list[str] = []
+        self.wrong: list[str] = []
+
+    def full(self, name: str) -> str:
+        return f"{ARCHITECTURE}.{name}"
+
+    def get(self, name: str) -> Any:
+        return self._metadata.get(self.full(name))
+
+    def size(self, name: str, default: int | None = None, most: int = _LARGEST, own: bool = True) -> int:
+        """A whole number from 1 to ``most``; some files repeat it for every layer."""
+        key = self.full(name) if own else name
+        value: Any = self._metadata.get(key)
+        if isinstance(value, list) and len(set(map(str, value))) == 1:
+            value = value[0]
+        if value is None and default is not None:
+            return default
+        if value is None:
+            self.missing.append(key)
+        elif not _is_int(value) or not 1 <= value <= most:
+            self.wrong.append(f"{key} must be a whole number from 1 to {most:,}, got {_short(value)}")
+        else:
+            return value
+        return 1
+
+    def number(self, name: str, default: float) -> float:
+        value = self.get(name)
+        if value is None:
+            return default
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+            return _tidy(value)
+        self.wrong.append(f"{self.full(name)} must be a number above 0, got {_short(value)}")
+        return default
+
+    def each(self, name: str, count: int, kind: type) -> list:
+        """One value for each layer; a single number stands for all of them."""
+        value: Any = self.get(name)
+        if kind is int and _is_int(value):
+            value = [value] * count
+        if value is None:
+            self.missing.append(self.full(name))
+        elif not isinstance(value, list) or len(value) != count or not all(
+                isinstance(item, bool) if kind is bool else _is_int(item) and 1 <= item <= _LARGEST for item in value):
+            what = "true or false" if kind is bool else "a whole number"
+            self.wrong.append(f"{self.full(name)} must hold {what} for each of the {count} layers, got {_short(value)}")
+        else:
+            return value
+        return [kind(1)] * count
+
+    def finish(self) -> None:
+        lines = [*_listed("missing keys", self.missing), *_listed("unusable keys", self.wrong)]
+        if lines:
+            raise CheckpointError("\n".join([f"{self._source}: this file does not describe a DiffusionGemma", *lines]))
+
+
+def _listed(kind: str, items: Iterable[str]) -> list[str]:
+    items = list(items)
+    return [f"  {kind} ({len(items)}):", *(f"    {item}" for item in items)] if items else []
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> Any:
+    """A number that some files store as a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _tidy(value: float) -> float:
+    """A float32 as it was meant: 0.1 and not 0.10000000149011612."""
+    return float(f"{value:.7g}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

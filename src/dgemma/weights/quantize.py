@@ -1,0 +1,344 @@
+"""Converting a checkpoint to a GGUF file with packed weights, a few rows at a time.
+
+Works on safetensors folders and GGUF files: reads pieces of tensors, packs them, writes them. Holds neither a network
+nor a whole tensor. `mixture_type` decides which tensor gets which type, by llama.cpp's rules.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from dgemma.config import load_generation_config, load_model_config
+from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.files import atomic_write
+from dgemma.kernels.blocks import BLOCK_TYPES, BlockType, dequantize
+from dgemma.kernels.quantize import quantize
+from dgemma.weights import gguf_keys as keys
+from dgemma.weights.gguf import read_gguf
+from dgemma.weights.gguf_model import match_gguf, open_gguf
+from dgemma.weights.gguf_writer import TensorEntry, header, padding
+from dgemma.weights.load import DTYPES, Problem, describe, empty_network, match, read_headers
+from dgemma.weights.locate import is_gguf
+from dgemma.weights.names import is_vision
+from dgemma.weights.tokenizer_keys import tokenizer_metadata
+
+_PIECE = 4 << 20  # weights converted at a time
+_BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What most matrices become, what the sensitive ones do, and llama.cpp's number for the whole."""
+
+    name: str
+    base: str
+    better: str
+    file_type: int
+
+
+MIXTURES: dict[str, Mixture] = {mixture.name: mixture for mixture in (
+    Mixture("Q4_K_M", "Q4_K", "Q6_K", 15),
+    Mixture("Q5_K_M", "Q5_K", "Q6_K", 17),
+    Mixture("Q6_K", "Q6_K", "Q6_K", 18),
+    Mixture("Q8_0", "Q8_0", "Q8_0", 7),
+    Mixture("BF16", "BF16", "BF16", 32),
+)}
+# For rows that are no whole number of 256-weight blocks: the next larger type in blocks of 32.
+_NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+# progress(tensor's name, bytes of the source read so far, all of them)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TypeTotal:
+    """What the tensors of one type come to."""
+
+    tensors: int
+    weights: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written: totals by type, the file's size, and what a user should know about it.
+
+    ``requantized`` are the types that were packed already in the source and were packed anew; ``left_out`` tensors of
+    the source that the file does not hold (a vision tower).
+    """
+
+    types: dict[str, TypeTotal]
+    nbytes: int
+    seconds: float
+    left_out: int
+    requantized: tuple[str, ...]
+
+    @property
+    def weights(self) -> int:
+        return sum(total.weights for total in self.types.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(total.nbytes for total in self.types.values()) / self.weights
+
+
+def convert(source: Path, out: Path, mixture: str = "Q4_K_M", *, name: str | None = None, force: bool = False,
+            progress: Progress | None = None) -> Summary:
+    """Write the checkpoint ``source`` (a safetensors folder or a GGUF file) as the GGUF file ``out``.
+
+    ``mixture`` is a key of `MIXTURES`; ``name`` what the file calls the model (default: what the source is called).
+    Tensors that have the right type already are copied byte for byte. ``out`` appears when it is complete, and
+    whatever interrupts this, nothing is left behind. Raises CheckpointError for a source that is damaged, incomplete or
+    not a DiffusionGemma, and DgemmaError when ``out`` exists (without ``force``), is the source, or cannot be written.
+    """
+    began = time.monotonic()
+    source, out = Path(source), Path(out)
+    if mixture not in MIXTURES:
+        raise DgemmaError(f"there is no type {mixture}; there are {', '.join(MIXTURES)}")
+    if source.is_file() and not is_gguf(source):
+        raise CheckpointError(f"{source}: this file is no GGUF file; for safetensors give the folder that holds them")
+    _check_out(source, out, force)
+    opened = _open_gguf(source) if source.is_file() else _open_folder(source)
+    metadata = {**opened.metadata, "general.file_type": MIXTURES[mixture].file_type,
+                "general.quantization_version": 2}
+    if name:
+        metadata["general.name"] = name
+    chosen = mixture_types({tensor.name: tensor.shape for tensor in opened.tensors}, mixture)
+    entries = [TensorEntry(tensor.name, tensor.shape, chosen[tensor.name]) for tensor in opened.tensors]
+    head = header(metadata, entries)
+    size = len(head) + sum(entry.nbytes + padding(entry.nbytes) for entry in entries)
+    _check_space(out, size)
+    with atomic_write(out) as beside, beside.open("wb") as file, _Pieces(opened, progress) as pieces:
+        file.write(head)
+        for tensor, entry in zip(opened.tensors, entries, strict=True):
+            for data in pieces.of(tensor, entry.type):
+                file.write(data.numpy())  # type: ignore[arg-type]  (a buffer)
+            file.write(bytes(padding(entry.nbytes)))
+    requantized = {tensor.type.name for tensor in opened.tensors
+                   if tensor.type.name not in DTYPES and tensor.type != chosen[tensor.name]}
+    return Summary(_totals(entries), size, time.monotonic() - began, opened.left_out, tuple(sorted(requantized)))
+
+
+def mixture_types(shapes: Mapping[str, tuple[int, ...]], mixture: str) -> dict[str, BlockType]:
+    """The type of every tensor (by its GGUF name) of a model in a mixture; ``shapes`` in the order of the layers.
+
+    As llama.cpp has it: vectors and the router stay F32. The embedding, which is the head too, gets the better type,
+    and so do the down projections and the value projections of the first and last eighth and every third between;
+    value projections are counted by themselves, for full layers have none.
+    """
+    kind = MIXTURES[mixture]
+    values = [name for name in shapes if name.endswith(".attn_v.weight")]
+    layers = 1 + max((int(found[1]) for name in shapes if (found := _BLOCK_TENSOR.fullmatch(name))), default=0)
+
+    def chosen(name: str, shape: tuple[int, ...]) -> str:
+        block = _BLOCK_TENSOR.fullmatch(name)
+        if len(shape) < 2 or name.endswith(("_norm.weight", ".ffn_gate_inp.weight")):
+            return "F32"
+        if name == "token_embd.weight":
+            better = True
+        elif name.endswith(".attn_v.weight"):
+            better = _worth_more(values.index(name), len(values))
+        elif block and block[2] in ("ffn_down.weight", "ffn_down_exps.weight"):
+            better = _worth_more(int(block[1]), layers)
+        else:
+            better = False
+        return fitting(kind.better if better else kind.base, shape[-1])
+
+    return {name: BLOCK_TYPES[chosen(name, shape)] for name, shape in shapes.items()}
+
+
+def fitting(type_name: str, width: int) -> str:
+    """The type itself, or the one that takes its place where rows are ``width`` long and no whole number of blocks."""
+    if width % BLOCK_TYPES[type_name].block == 0:
+        return type_name
+    return _NARROW[type_name] if width % 32 == 0 else "F16"
+
+
+def _worth_more(i: int, n: int) -> bool:
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+
+
+def _totals(entries: Sequence[TensorEntry]) -> dict[str, TypeTotal]:
+    """By type, those that take most first."""
+    totals: dict[str, TypeTotal] = {}
+    for entry in entries:
+        before = totals.get(entry.type.name, TypeTotal(0, 0, 0))
+        totals[entry.type.name] = TypeTotal(before.tensors + 1, before.weights + entry.weights,
+                                            before.nbytes + entry.nbytes)
+    return dict(sorted(totals.items(), key=lambda item: -item[1].nbytes))
+
+
+def _check_out(source: Path, out: Path, force: bool) -> None:
+    if out.is_dir():
+        raise DgemmaError(f"{out}: this is a folder; give the name of the file to write, such as {out / 'model.gguf'}")
+    if not out.parent.is_dir():
+        raise DgemmaError(f"{out}: cannot be written: there is no folder {out.parent}")
+    if out.exists():
+        parts = read_gguf(source).files if source.is_file() else source.glob("*")
+        if any(part.exists() and out.samefile(part) for part in parts):
+            raise DgemmaError(f"{out}: this is the checkpoint itself; give another name to write to")
+        if not force:
+            raise DgemmaError(f"{out}: this file exists; --force replaces it")
+
+
+def _check_space(out: Path, size: int) -> None:
+    try:
+        free = shutil.disk_usage(out.parent).free
+    except OSError:
+        return  # writing will tell
+    if free < size:
+        raise DgemmaError(f"{out}: {size / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free on that disk")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the source: ``name`` is its GGUF name; ``values`` if it stands in no file but is made here."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: BlockType
+    file: Path
+    offset: int
+    called: str  # the source's own name for it
+    values: tuple[float, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return TensorEntry(self.name, self.shape, self.type).nbytes
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A source: its tensors in the order to write them in, and the metadata of the file to be."""
+
+    metadata: dict[str, Any]
+    tensors: list[_Stored]
+    left_out: int
+
+
+class _Pieces:
+    """Reads tensors piece by piece, packed as they shall be; tells ``progress``. A context manager."""
+
+    def __init__(self, opened: _Opened, progress: Progress | None):
+        self._progress = progress or (lambda name, done, total: None)
+        self._total = sum(tensor.nbytes for tensor in opened.tensors)
+        self._done = 0
+        self._files: dict[Path, BinaryIO] = {}
+
+    def __enter__(self) -> _Pieces:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def of(self, tensor: _Stored, type: BlockType) -> Iterator[Tensor]:
+        """The tensor's bytes as ``type``, a few rows at a time; raises CheckpointError for NaN and infinite numbers."""
+        self._progress(tensor.name, self._done, self._total)
+        width = tensor.shape[-1]
+        rows = tensor.nbytes // tensor.type.row_bytes(width) if tensor.nbytes else 0
+        step = max(1, _PIECE // width)
+        for start in range(0, rows, step):
+            data = self._read(tensor, start, min(start + step, rows))
+            yield data.view(-1) if type == tensor.type else _packed(data, tensor, type)
+            self._done += data.nbytes
+            self._progress(tensor.name, self._done, self._total)
+
+    def _read(self, tensor: _Stored, start: int, stop: int) -> Tensor:
+        """Rows as they are stored, uint8 [rows, row bytes].
+
+        Plain reads into a buffer of their own: pages of a mapped file would count as memory, too.
+        """
+        row_bytes = tensor.type.row_bytes(tensor.shape[-1])
+        if tensor.values is not None:
+            return torch.tensor(tensor.values).view(torch.uint8).view(-1, row_bytes)[start:stop]
+        buffer = bytearray((stop - start) * row_bytes)
+        view, filled = memoryview(buffer), 0
+        try:
+            if tensor.file not in self._files:
+                self._files[tensor.file] = tensor.file.open("rb", buffering=0)
+            file = self._files[tensor.file]
+            file.seek(tensor.offset + start * row_bytes)
+            while filled < len(view):
+                count = file.readinto(view[filled:])  # type: ignore[attr-defined]
+                if not count:
+                    raise CheckpointError(f"{tensor.file}: the data of {tensor.called} ends early")
+                filled += count
+        except OSError as error:
+            raise CheckpointError(f"{tensor.file}: cannot be read ({error.strerror or error})") from error
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(-1, row_bytes)
+
+
+def _packed(data: Tensor, tensor: _Stored, type: BlockType) -> Tensor:
+    """Rows of the source as ``type``, uint8 [nbytes]."""
+    plain = DTYPES.get(tensor.type.name)
+    numbers = data.view(plain) if plain else dequantize(data, tensor.type)
+    low, high = numbers.aminmax()
+    largest = float(torch.maximum(-low, high))
+    if not largest <= (65504 if type.name == "F16" else 3.4e38):
+        what = f"numbers as large as {largest:g}, which {type.name} cannot hold" if largest < torch.inf else \
+            "numbers that are infinite or no numbers (NaN)"
+        raise CheckpointError(f"{tensor.file}: {tensor.called} holds {what}")
+    return quantize(numbers, type).view(-1)
+
+
+def _open_gguf(path: Path) -> _Opened:
+    """A GGUF source. What it says of itself is kept, but for what is true of its packing only."""
+    model = open_gguf(path)
+    _, problems = match_gguf(model, _shapes(empty_network(model.config)))
+    _refuse(path, problems)
+    dropped = ("split.", "quantize.", "general.alignment")
+    metadata = {key: value for key, value in model.file.metadata.items() if not key.startswith(dropped)}
+    tensors = [_Stored(name, tensor.shape, tensor.type, tensor.file, tensor.offset, name)
+               for name, tensor in model.file.tensors.items() if tensor.type is not None]
+    return _Opened(metadata, tensors, 0)
+
+
+def _open_folder(folder: Path) -> _Opened:
+    """A safetensors source."""
+    config = load_model_config(folder)
+    generation = load_generation_config(folder, config)
+    contents = read_headers(folder)
+    expected = _shapes(empty_network(config))
+    chosen, problems = match(contents, expected)
+    _refuse(folder, problems)
+    tensors = [_Stored(keys.gguf_name(name), stored.shape, BLOCK_TYPES[stored.dtype], stored.file, stored.start,
+                       stored.name) for name, stored in ((name, chosen[name]) for name in expected)]
+    freqs = keys.rope_freqs(config)
+    if freqs:
+        tensors.insert(0, _Stored(keys.ROPE_FREQS, (len(freqs),), BLOCK_TYPES["F32"], folder, 0, keys.ROPE_FREQS,
+                                  tuple(freqs)))
+    metadata = {
+        "general.architecture": keys.ARCHITECTURE,
+        "general.type": "model",
+        "general.name": _folder_name(folder),
+        **keys.config_metadata(config, generation),
+        **tokenizer_metadata(folder, config.vocab_size),
+    }
+    return _Opened(metadata, tensors, sum(is_vision(name) for name in contents.tensors))
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def _refuse(source: Path, problems: Sequence[Problem]) -> None:
+    if problems:
+        raise CheckpointError(f"{source}: this checkpoint cannot be converted\n{describe(problems)}")
+
+
+def _folder_name(folder: Path) -> str:
+    """What a checkpoint's folder is called; in the hub's cache that is a repository's name."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.split("--")[-1]
+    return folder.name

@@ -1,0 +1,138 @@
+"""Fetching one large file over HTTP: going on where an earlier try stopped, and checking what arrived.
+
+Works on addresses and files; knows nothing of models. The hub's own library does not always keep what an interrupted
+download has fetched (its version 2 never does), which nobody wants to hear who has waited for 15 of 17 GB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from dgemma import __version__
+
+TRIES = 5  # in a row without a byte of progress
+_WAIT = 1.0  # seconds before the second try, then twice as long each time
+_LONGEST_WAIT = 30.0
+# The most to ask for at once: content delivery networks refuse answers of more than 50 GB.
+_MOST_AT_ONCE = 40_000_000_000
+_PIECE = 4 << 20  # bytes hashed at a time
+_PASSING = (408, 429, 500, 502, 503, 504)  # what a server answers that may answer better in a moment
+
+
+class Listener:
+    """Who is told how things go; this one keeps silent."""
+
+    def begin(self, what: str, done: int, total: int) -> None:
+        """Something of ``total`` bytes begins; ``done`` of them are there already."""
+
+    def advance(self, done: int) -> None:
+        """So many bytes of it are done now."""
+
+    def note(self, text: str) -> None:
+        """Something to know, in one line."""
+
+
+class TransferError(Exception):
+    """A file that did not arrive, or not as it should be; the message is the cause in a few words."""
+
+
+def download(url: str, target: Path, size: int, listener: Listener) -> None:
+    """Make ``target`` the ``size`` bytes that stand at ``url``; those that it holds already are not fetched again.
+
+    Tries again by itself when the connection breaks; whatever ends it, what has arrived stays in ``target``.
+    Raises TransferError when nothing more arrives, the HTTP client's errors when the server refuses, and OSError when
+    the file cannot be written.
+    """
+    if size_of(target) > size:
+        target.unlink()
+    target.touch()
+    failures = 0
+    while (before := size_of(target)) < size:
+        trouble = _stream(url, target, before, size, listener)
+        if trouble is None:
+            continue
+        failures = 1 if size_of(target) > before else failures + 1
+        if failures >= TRIES:
+            raise TransferError(trouble)
+        listener.note(f"interrupted: {trouble}; trying again")
+        time.sleep(min(_WAIT * 2 ** (failures - 1), _LONGEST_WAIT))
+
+
+def verify(path: Path, sha256: str, listener: Listener) -> None:
+    """Read a file and raise TransferError unless it has this checksum."""
+    digest = hashlib.sha256()
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            done += len(piece)
+            listener.advance(done)
+    if digest.hexdigest() != sha256.lower():
+        raise TransferError(f"its SHA-256 is {digest.hexdigest()[:16]}…, but should be {sha256[:16]}…")
+
+
+def size_of(path: Path) -> int:
+    """The size of a file in bytes; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def is_network_trouble(error: BaseException) -> bool:
+    """Whether an error says that the network failed, rather than that somebody refused.
+
+    By name, because the hub's library has changed its HTTP client before (httpx, httpx2) and their errors are not
+    related to each other.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return getattr(error.response, "status_code", None) in _PASSING
+    return (isinstance(error, ConnectionError | TimeoutError)
+            or any(kind.__name__ == "TransportError" for kind in type(error).__mro__))
+
+
+def _stream(url: str, target: Path, start: int, size: int, listener: Listener) -> str | None:
+    """Append to ``target`` what one request brings; what went wrong with the network, None if nothing did."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers: dict[str, Any] = build_hf_headers(library_name="dgemma", library_version=__version__)
+    headers["Accept-Encoding"] = "identity"  # a range of a compressed file would be of no use
+    end = min(size, start + _MOST_AT_ONCE)
+    if start or end < size:
+        headers["Range"] = f"bytes={start}-{end - 1}"
+    try:
+        with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                                  follow_redirects=True) as response:
+            if response.status_code == 416:  # there is less than we have: not the same file
+                target.unlink()
+                target.touch()
+                return "the server has less of the file than has arrived before"
+            if response.status_code >= 400:
+                response.read()
+            hf_raise_for_status(response)
+            if response.status_code != 206:
+                start, end = 0, size  # it does not do ranges
+            with open(target, "ab" if start else "wb") as file:
+                for chunk in response.iter_bytes():
+                    chunk = chunk[: end - start]
+                    file.write(chunk)
+                    start += len(chunk)
+                    listener.advance(start)
+    except Exception as error:
+        if not is_network_trouble(error):
+            raise
+        return first_line(error)
+    return None if start == end else "the connection was closed early"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line and without the address that everybody knows."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(" for url ")[0]
