@@ -33,11 +33,11 @@ struct Bf16Mixer {
         }
     }
     template <int R>
-    DG_INLINE void rows(const uint32_t* table, int64_t pairs, const uint16_t* p, int64_t width, float* soft, int64_t D, __mmask16 last) {
+    DG_INLINE void rows(const uint32_t* table, int64_t pairs, const uint16_t* p, int64_t width, float* const* to, __mmask16 last) {
         __m512 sums[R][2];
         for (int r = 0; r < R; r++) {
-            sums[r][0] = _mm512_loadu_ps(soft + r * D);
-            sums[r][1] = _mm512_maskz_loadu_ps(last, soft + r * D + 16);
+            sums[r][0] = _mm512_loadu_ps(to[r]);
+            sums[r][1] = _mm512_maskz_loadu_ps(last, to[r] + 16);
         }
         const uint32_t* second = table + pairs * 16;
         for (int64_t v = 0; v < pairs; v++) {
@@ -50,16 +50,23 @@ struct Bf16Mixer {
             }
         }
         for (int r = 0; r < R; r++) {
-            _mm512_storeu_ps(soft + r * D, sums[r][0]);
-            _mm512_mask_storeu_ps(soft + r * D + 16, last, sums[r][1]);
+            _mm512_storeu_ps(to[r], sums[r][0]);
+            _mm512_mask_storeu_ps(to[r] + 16, last, sums[r][1]);
         }
     }
-    static void multiply(const char* room, int64_t i, int64_t stretch, const uint16_t* p, int64_t width, int64_t m0, int64_t m1, float* soft, int64_t D, int64_t columns) {
+    static void multiply(const char* room, int64_t i, int64_t stretch, const uint16_t* p, int64_t width, const int32_t* index, int64_t count, float* soft, int64_t D, int64_t columns) {
         const uint32_t* table = (const uint32_t*)room + i * stretch / 2;
         const __mmask16 last = columns > 16 ? 0xffff : 0;  // rows are multiples of 32 weights, so of 16
-        int64_t m = m0;
-        for (; m + 8 <= m1; m += 8) rows<8>(table, stretch / 2, p + m * width, width, soft + m * D, D, last);
-        for (; m < m1; m++) rows<1>(table, stretch / 2, p + m * width, width, soft + m * D, D, last);
+        float* to[8];
+        int64_t m = 0;
+        for (; m + 8 <= count; m += 8) {
+            for (int r = 0; r < 8; r++) to[r] = soft + index[m + r] * D;
+            rows<8>(table, stretch / 2, p + m * width, width, to, last);
+        }
+        for (; m < count; m++) {
+            to[0] = soft + index[m] * D;
+            rows<1>(table, stretch / 2, p + m * width, width, to, last);
+        }
     }
 };
 #endif
@@ -75,10 +82,11 @@ struct Avx512Words {
         __m512i z[4];
         for (int i = 0; i < 4; i++) {
             const uint8_t* q = p + i * stride;
-            z[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)q));
-            z[i] = _mm512_mask_broadcast_i32x4(z[i], 0x00f0, _mm_loadu_si128((const __m128i*)(q + 4 * stride)));
-            z[i] = _mm512_mask_broadcast_i32x4(z[i], 0x0f00, _mm_loadu_si128((const __m128i*)(q + 8 * stride)));
-            z[i] = _mm512_mask_broadcast_i32x4(z[i], 0xf000, _mm_loadu_si128((const __m128i*)(q + 12 * stride)));
+            auto two = [&](int row) {
+                return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(q + row * stride))),
+                                               _mm_loadu_si128((const __m128i*)(q + (row + 4) * stride)), 1);
+            };
+            z[i] = _mm512_inserti64x4(_mm512_castsi256_si512(two(0)), two(8), 1);
         }
         __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpackhi_epi32(z[0], z[1]);
         __m512i c = _mm512_unpacklo_epi32(z[2], z[3]), d = _mm512_unpackhi_epi32(z[2], z[3]);

@@ -97,13 +97,29 @@ inline void unpack(const uint8_t* weight, int64_t row_bytes, int64_t N, int64_t 
     T::template unpack<Isa>(copy, STRIDE, (weights + 63) / 64 * 64, panel);
 }
 
+// What will be wanted next: up to two stretches of memory. Hardware does not follow 32 rows at once by itself, so their
+// cache lines are asked for, a few at a time: many at once are dropped.
+struct Ahead {
+    const uint8_t *first, *second;
+    int64_t bytes, at = 0, step = 0;
+
+    Ahead(const uint8_t* first, const uint8_t* second, int64_t bytes) : first(first), second(second), bytes(bytes) {}
+    void in_steps(int64_t count) { step = (bytes / count + 64) & ~(int64_t)63; }
+    inline __attribute__((always_inline)) void fetch() {
+        for (const int64_t stop = least(bytes, at + step); at < stop; at += 64) {
+            __builtin_prefetch(first + at, 0, 2);
+            if (second) __builtin_prefetch(second + at, 0, 2);
+        }
+    }
+};
+
 template <class Isa, class T>
 struct Products;
 
 // sums[m][32] += a[row of m] · (two panels' columns) over up to 256 weights from k on, for `count` rows; row m of them
 // is `index[m]`, or `first + m` where there is no index.
 template <class Isa, class T>
-inline void accumulate(const Activations<Isa, T>& a, const int32_t* index, int64_t first, int64_t count, int64_t k, int weights, const Panel* panels, float* sums) {
+inline void accumulate(const Activations<Isa, T>& a, const int32_t* index, int64_t first, int64_t count, int64_t k, int weights, const Panel* panels, Ahead& ahead, float* sums) {
     constexpr int MOST = Products<Isa, T>::ROWS;
     // Row counts per block as equal as possible: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
     const int64_t blocks = (count + MOST - 1) / MOST;
@@ -118,36 +134,24 @@ inline void accumulate(const Activations<Isa, T>& a, const int32_t* index, int64
             sum[r] = a.sums.data + (row * a.width + k) / T::GROUP;
             scale[r] = a.scale.data[row * a.supers + k / SUPER];
         }
+        ahead.fetch();
         Products<Isa, T>::block(here, panels, weights / T::GROUP, q, sum, scale, sums + m * COLUMNS);
         m += here;
     }
 }
 
-// What will be wanted next: up to two stretches of memory. Hardware does not follow 32 rows at once by itself, so they
-// are asked for a little with every 256 weights.
-struct Ahead {
-    const uint8_t *first, *second;
-    int64_t bytes;
-
-    inline void fetch(int64_t step, int64_t steps) const {
-        const int64_t start = bytes * step / steps & ~63, stop = bytes * (step + 1) / steps;
-        for (int64_t i = start; i < stop; i += 64) {
-            __builtin_prefetch(first + i, 0, 2);
-            if (second) __builtin_prefetch(second + i, 0, 2);
-        }
-    }
-};
-
 // sums[m][32] = a · columns n0.. and n1.. of W, 16 of each, over all of K.
 template <class Isa, class T>
-inline void pair_sums(const uint8_t* w0, const uint8_t* w1, int64_t row_bytes, int64_t N, int64_t n0, int64_t n1, const Ahead& ahead, const Activations<Isa, T>& a, const int32_t* index, int64_t first, int64_t count, float* sums) {
+inline void pair_sums(const uint8_t* w0, const uint8_t* w1, int64_t row_bytes, int64_t N, int64_t n0, int64_t n1, Ahead ahead, const Activations<Isa, T>& a, const int32_t* index, int64_t first, int64_t count, float* sums) {
     Panel panels[2];
     memset(sums, 0, count * COLUMNS * sizeof(float));
+    ahead.in_steps(a.supers * (2 + (count + Products<Isa, T>::ROWS - 1) / Products<Isa, T>::ROWS));
     for (int64_t k = 0; k < a.K; k += SUPER) {
-        ahead.fetch(k / SUPER, a.supers);
+        ahead.fetch();
         unpack<Isa, T>(w0, row_bytes, N, a.K, n0, k, panels[0]);
+        ahead.fetch();
         unpack<Isa, T>(w1, row_bytes, N, a.K, n1 < N ? n1 : n0, k, panels[1]);
-        accumulate<Isa, T>(a, index, first, count, k, (int)least(SUPER, a.K - k), panels, sums);
+        accumulate<Isa, T>(a, index, first, count, k, (int)least(SUPER, a.K - k), panels, ahead, sums);
     }
 }
 
@@ -292,10 +296,11 @@ void dequantize(const uint8_t* weight, int64_t row_bytes, int64_t K, const int64
     }
 }
 
-// soft[M, D] = soft · decay + weights[M, n] · (W's first n rows): sums of rows, for weights of a softmax.
+// soft[M, D] = soft · decay + weights[M, n] · (W's first n rows): sums of rows, for weights of a softmax. Rows whose
+// weights are nothing beside 1 (the largest weight that any row has had) are left out, as float32 would.
 //
-// Sixteen rows by 256 columns are unpacked at a time, in pairs of rows as `Isa::Mixer` multiplies them; STRETCH rows are
-// gone through by all of M while they are in cache.
+// Sixteen rows by 256 columns are unpacked at a time, in the form that `Isa::Mixer` multiplies; STRETCH rows are gone
+// through by all of M while they are in cache.
 template <class Isa, class T>
 void mix(const uint8_t* weight, int64_t row_bytes, int64_t n, int64_t D, const float* weights, int64_t M, const float* decay, float* soft, int threads) {
     using Mixer = typename Isa::Mixer;
@@ -304,18 +309,37 @@ void mix(const uint8_t* weight, int64_t row_bytes, int64_t n, int64_t D, const f
     // Whole stretches of columns are the pieces of work; where they are too few, rows are split as well.
     const int64_t splits = supers >= 4 * threads ? 1 : least((M + 15) / 16, (4 * threads + supers - 1) / supers);
     Buffer<typename Mixer::Item> p(M * width);
+    Buffer<int32_t> index(M);
+    int64_t active = 0;
 #pragma omp parallel num_threads(threads)
     {
         Buffer<char> room(Mixer::BYTES * STRETCH * SUPER);
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < M; m++) Mixer::convert(weights + m * n, n, width, p.data + m * width);
+        for (int64_t m = 0; m < M; m++) {
+            f32x16 total{};
+            int64_t v = 0;
+            for (; v + 16 <= n; v += 16) total += load<f32x16>(weights + m * n + v);
+            float sum = 0;
+            for (int i = 0; i < 16; i++) sum += total[i];
+            for (; v < n; v++) sum += weights[m * n + v];
+            index.data[m] = sum > 1e-9f;
+        }
+#pragma omp single
+        for (int64_t m = 0; m < M; m++)
+            if (index.data[m]) index.data[active++] = (int32_t)m;
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < active; m++) Mixer::convert(weights + index.data[m] * n, n, width, p.data + m * width);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t work = 0; work < supers * splits; work++) {
+            const int64_t d0 = work / splits * SUPER, columns = least(SUPER, D - d0), part = work % splits;
+            for (int64_t m = M * part / splits; m < M * (part + 1) / splits; m++)
+                for (int64_t d = d0; d < d0 + columns; d++) soft[m * D + d] *= decay[m];
+        }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t work = 0; work < supers * splits; work++) {
             const int64_t d0 = work / splits * SUPER, columns = least(SUPER, D - d0);
-            const int64_t m0 = M * (work % splits) / splits, m1 = M * (work % splits + 1) / splits;
-            for (int64_t m = m0; m < m1; m++)
-                for (int64_t d = d0; d < d0 + columns; d++) soft[m * D + d] *= decay[m];
-            for (int64_t v0 = 0; v0 < n; v0 += STRETCH) {
+            const int64_t m0 = active * (work % splits) / splits, m1 = active * (work % splits + 1) / splits;
+            for (int64_t v0 = 0; v0 < n && m0 < m1; v0 += STRETCH) {
                 for (int64_t v = 0; v < STRETCH; v += 16) {
                     Panel panel;
                     if (v0 + v < n) unpack<Isa, T>(weight, row_bytes, n, D, v0 + v, d0, panel);
@@ -327,7 +351,7 @@ void mix(const uint8_t* weight, int64_t row_bytes, int64_t n, int64_t D, const f
                     for (int i = 0; i < columns; i += 16) Mixer::template pack<Isa>(number, i, (int)v, STRETCH, room.data);
                 }
                 for (int64_t i = 0; i < columns; i += COLUMNS)
-                    Mixer::multiply(room.data, i, STRETCH, p.data + v0, width, m0, m1, soft + d0 + i, D, least(COLUMNS, columns - i));
+                    Mixer::multiply(room.data, i, STRETCH, p.data + m0 * width + v0, width, index.data + m0, m1 - m0, soft + d0 + i, D, least(COLUMNS, columns - i));
             }
         }
     }
@@ -353,21 +377,14 @@ struct FloatMixer {
             for (int j = 0; j < 4; j++) store(to + (w + j) * 16, out[j]);
         }
     }
-    static void multiply(const char* room, int64_t i, int64_t stretch, const float* p, int64_t width, int64_t m0, int64_t m1, float* soft, int64_t D, int64_t columns) {
+    static void multiply(const char* room, int64_t i, int64_t stretch, const float* p, int64_t width, const int32_t* index, int64_t count, float* soft, int64_t D, int64_t columns) {
         const float* table = (const float*)room + i * stretch;
         for (int64_t h = 0; h < columns; h += 16, table += 16 * stretch)
-            for (int64_t m = m0; m < m1; m += 3) {
-                const int rows = (int)least(3, m1 - m);
-                const float *a = p + m * width, *b = rows > 1 ? a + width : a, *c = rows > 2 ? b + width : a;
-                f32x16 sums[3] = {};
-                for (int64_t v = 0; v < stretch; v++) {
-                    f32x16 row = load<f32x16>(table + 16 * v);
-                    sums[0] += row * a[v], sums[1] += row * b[v], sums[2] += row * c[v];
-                }
-                for (int r = 0; r < rows; r++) {
-                    float* to = soft + (m + r) * D + h;
-                    for (int j = 0; j < 16 && h + j < columns; j++) to[j] += sums[r][j];
-                }
+            for (int64_t m = 0; m < count; m++) {
+                float* to = soft + index[m] * D + h;
+                f32x16 sum = load<f32x16>(to);
+                for (int64_t v = 0; v < stretch; v++) sum += load<f32x16>(table + 16 * v) * p[m * width + v];
+                store(to, sum);
             }
     }
 };

@@ -5,8 +5,41 @@
 
 namespace {
 
+struct Avx2Mixer : FloatMixer {
+    // R rows by 16 columns.
+    template <int R>
+    DG_INLINE void rows(const float* table, int64_t stretch, const float* p, int64_t width, float* const* to) {
+        __m256 sums[R][2];
+        for (int r = 0; r < R; r++) sums[r][0] = _mm256_loadu_ps(to[r]), sums[r][1] = _mm256_loadu_ps(to[r] + 8);
+        for (int64_t v = 0; v < stretch; v++) {
+            const __m256 a = _mm256_load_ps(table + 16 * v), b = _mm256_load_ps(table + 16 * v + 8);
+            for (int r = 0; r < R; r++) {
+                const __m256 x = _mm256_broadcast_ss(p + r * width + v);
+                sums[r][0] = _mm256_fmadd_ps(x, a, sums[r][0]);
+                sums[r][1] = _mm256_fmadd_ps(x, b, sums[r][1]);
+            }
+        }
+        for (int r = 0; r < R; r++) _mm256_storeu_ps(to[r], sums[r][0]), _mm256_storeu_ps(to[r] + 8, sums[r][1]);
+    }
+    static void multiply(const char* room, int64_t i, int64_t stretch, const float* p, int64_t width, const int32_t* index, int64_t count, float* soft, int64_t D, int64_t columns) {
+        const float* table = (const float*)room + i * stretch;
+        for (int64_t h = 0; h < columns; h += 16, table += 16 * stretch) {
+            float* to[6];
+            int64_t m = 0;
+            for (; m + 6 <= count; m += 6) {
+                for (int r = 0; r < 6; r++) to[r] = soft + index[m + r] * D + h;
+                rows<6>(table, stretch, p + m * width, width, to);
+            }
+            for (; m < count; m++) {
+                to[0] = soft + index[m] * D + h;
+                rows<1>(table, stretch, p + m * width, width, to);
+            }
+        }
+    }
+};
+
 struct Avx2 {
-    using Mixer = FloatMixer;
+    using Mixer = Avx2Mixer;
 
     DG_INLINE void transpose4(const uint8_t* p, int64_t stride, u32x16* out) {
         for (int half = 0; half < 2; half++) {
@@ -97,6 +130,8 @@ DG_INLINE void block256(const Panel& panel, int groups, const int8_t* const* a, 
                         __m256i p0 = _mm256_maddubs_epi16(w0, x), p1 = _mm256_maddubs_epi16(w1, x);
                         part[r][0] = j == i ? p0 : _mm256_add_epi16(part[r][0], p0);
                         part[r][1] = j == i ? p1 : _mm256_add_epi16(part[r][1], p1);
+                        // Or the compiler makes all products first and has nowhere to keep them.
+                        asm volatile("" : "+x"(part[r][0]), "+x"(part[r][1]));
                     }
                 }
                 for (int r = 0; r < R; r++)
