@@ -22,6 +22,7 @@ quick version of everything. Nothing else should run on the machine.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from typing import Any
 
 import llamacpp_time
 import random_gguf
+import torch
 from machine import describe, read_bandwidth
 from outside import CannotRun, Watched, cached_part, drop, memory_limit, warm, watch
 
@@ -64,21 +66,19 @@ class Setup:
 
 def int8_ops(threads: int) -> float:
     """Measured peak of int8 products on this processor, operations per second (a multiply-add is two)."""
-    raise NotImplementedError("int8_ops: the native kernels offer no measurement of their int8 peak yet "
-                              "(dgemma.kernels.native)")
+    from dgemma.kernels import native
+
+    return native.peak_operations(threads)
 
 
 def measure(path: Path, *, threads: int, context: int, canvas: int, steps: int) -> dict[str, Any]:
-    """One setting of the engine's own measurement, in this process: `dgemma.bench.measure`.
+    """One setting of the engine's own measurement, in this process: `dgemma.bench.measure` on the file."""
+    import dgemma
+    from dgemma.bench import measure as bench_measure
 
-    Expected back: "seconds_per_step" (median), "parts" (seconds of a step by part: experts, dense, attention, head,
-    soft embedding, sampler), "prefill_tokens_per_second" (None without context).
-    """
-    try:
-        from dgemma.bench import measure as bench_measure
-    except ImportError as error:
-        raise NotImplementedError("measure: dgemma.bench.measure is not there yet") from error
-    return bench_measure(path, threads=threads, context=context, canvas=canvas, steps=steps)
+    torch.set_num_threads(threads)
+    network = dgemma.load(path).network
+    return dataclasses.asdict(bench_measure(network, context=context, canvas=canvas, steps=steps))
 
 
 # The real command.

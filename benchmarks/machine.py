@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from dgemma.bench import describe_machine as describe
+from dgemma.bench import read_bandwidth
 
-def describe(*packages: str) -> str:
-    """One line: processor, cores, memory, Python and the versions of torch and ``packages``."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
-        wanted = ("amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx2")
-        kinds = [name for name in wanted if name in flags.split()]
-        model = f"{lines[0].split(':', 1)[1].strip()} ({', '.join(kinds)})" if lines else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    versions = []
-    for package in ("torch", *packages):
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"{package} absent")
-    return (f"{model}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {memory:.0f} GB; "
-            f"Python {platform.python_version()}, {', '.join(versions)}")
+__all__ = ["bf16_flops", "describe", "median_seconds", "peak_bytes", "read_bandwidth", "reset_peak", "resident_bytes"]
 
 
 def resident_bytes() -> int:
@@ -67,9 +48,3 @@ def bf16_flops() -> float:
     """Measured bf16 matrix-product rate, operations per second (2048³)."""
     a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
     return 2 * 2048**3 / median_seconds(lambda: a @ b.T)
-
-
-def read_bandwidth() -> float:
-    """Measured memory read rate, bytes per second (a sum over 1 GB)."""
-    block = torch.ones(1 << 27, dtype=torch.int64)
-    return block.nbytes / median_seconds(lambda: block.sum())

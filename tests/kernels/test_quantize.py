@@ -127,14 +127,12 @@ def test_scale_does_not_matter(name):
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q5_0", *SEARCHED])
-def test_the_same_whatever_the_chunks_threads_and_shape(name, monkeypatch):
+def test_the_same_whatever_the_chunks_and_shape(name, monkeypatch):
     x = samples(rows=64)["normal"]
     whole = quantize(x, BLOCK_TYPES[name])
     assert torch.equal(quantize(x.view(4, 16, -1), BLOCK_TYPES[name]).view_as(whole), whole)
     assert torch.equal(quantize(x[5:6], BLOCK_TYPES[name]), whole[5:6])
     monkeypatch.setattr(module, "_CHUNK", 512)
-    monkeypatch.setattr(module, "_TASK", 4096)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(quantize(x, BLOCK_TYPES[name]), whole)
 
 

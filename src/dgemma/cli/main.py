@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dgemma import __version__
+from dgemma.cli.bench import bench
 from dgemma.cli.chat import chat
 from dgemma.cli.evaluate import evaluate_app
 from dgemma.cli.inspect import inspect
@@ -23,7 +24,7 @@ from dgemma.errors import DgemmaError
 app = typer.Typer(name="dgemma", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Run, watch and train DiffusionGemma: text by denoising a whole canvas at a time.",
                   context_settings={"help_option_names": ["-h", "--help"]})
-for command in (run, chat, pull, inspect, quantize, replay, train):
+for command in (run, chat, pull, inspect, quantize, bench, replay, train):
     app.command()(command)
 app.add_typer(models_app, name="models")
 app.add_typer(evaluate_app, name="eval")

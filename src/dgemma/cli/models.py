@@ -61,16 +61,18 @@ def remove(
 
 
 def memory_needed(model: LocalModel) -> int | None:
-    """About how many bytes of memory running a model takes; None while nobody knows how large it is.
+    """About how many bytes of memory running a model takes; None while nobody knows how large it is."""
+    return None if model.full_size is None else model.full_size + working_memory(model.full_size, model.kind)
 
-    The weights, 0.4 GB for Python and torch, and a conversation: its cache and the working tensors, which grow with
-    the model but not without end. For the 26B model that makes the 18 GB of a 16.8 GB Q4_K_M file, and in bf16, whose
-    layers are worked on in larger pieces, 1.5 GB more than the weights.
+
+def working_memory(weights: int, kind: str = "GGUF") -> int:
+    """About how many bytes running a model takes beside its weights.
+
+    0.4 GB for Python and torch, and a conversation: its cache and the working tensors, which grow with the model but
+    not without end. For the 26B model that makes the 18 GB of a 16.8 GB Q4_K_M file, and in bf16, whose layers are
+    worked on in larger pieces, 1.5 GB more than the weights.
     """
-    if model.full_size is None:
-        return None
-    most = 800_000_000 if model.kind == "GGUF" else 1_100_000_000
-    return model.full_size + 400_000_000 + min(model.full_size // 20, most)
+    return 400_000_000 + min(weights // 20, 800_000_000 if kind == "GGUF" else 1_100_000_000)
 
 
 def machine_memory() -> tuple[int | None, int | None]:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 BUNDLED = "sudoku"
 PATIENCE = 2.0  # seconds that a second Ctrl-C waits for the model's present step
-HINT = ("Using the bundled Sudoku model. For the 26B model: "
-        "dgemma run -m google/diffusiongemma-26B-A4B-it \"…\" (about 52 GB; needs huggingface_hub)")
+HINT = ("Using the bundled Sudoku model. For the 26B model: dgemma run -m model.gguf \"…\" (18 GB of memory in Q4_K_M), "
+        "or dgemma run -m google/diffusiongemma-26B-A4B-it \"…\" (52 GB)")
 
 
 def load_model(name: str | None, device: str | None = None, dtype: str | None = None, cache_type: str | None = None,
@@ -36,8 +36,27 @@ def load_model(name: str | None, device: str | None = None, dtype: str | None = 
     if name is None and hint:
         Console(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True, markup=False)
     with _LoadingBar() as bar:
-        return dgemma.load(BUNDLED if name is None else name, device=device, dtype=dtype,
-                           cache_type=cache_type, progress=bar.update)
+        model = dgemma.load(BUNDLED if name is None else name, device=device, dtype=dtype,
+                            cache_type=cache_type, progress=bar.update)
+    _say_if_tight(model)
+    return model
+
+
+def _say_if_tight(model: Model) -> None:
+    """Tell on stderr what to expect if packed weights, which stay in their file, are more than memory can hold."""
+    from dgemma.cli.models import machine_memory, working_memory
+    from dgemma.nn.packed import packed_bytes
+    from dgemma.weights.progress import size_text
+
+    weights = packed_bytes(model.network)
+    available, _ = machine_memory()
+    if not weights or available is None or weights + working_memory(weights) <= available:
+        return
+    Console(stderr=True, highlight=False).print(
+        f"Note: this model wants about {size_text(weights + working_memory(weights))} of memory and "
+        f"{size_text(available)} are available. It runs all the same, but what does not fit is read from the disk again "
+        "in every step: expect that to decide the speed. Closing programs or a smaller quantisation helps.",
+        style="yellow", soft_wrap=True, markup=False)
 
 
 class _LoadingBar:

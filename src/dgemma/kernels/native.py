@@ -30,36 +30,51 @@ class _HeadTile(ctypes.Structure):
                                                 "decay", "argmax", "sample")))
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library; None when this installation has none that fits.
+    """The loaded library; None when this installation has none that fits, see `why_absent`.
 
     ``DGEMMA_ISA`` chooses the instruction set by name, ``DGEMMA_ISA=torch`` goes without the library, and
     ``DGEMMA_NATIVE`` names a library file elsewhere. Raises DgemmaError when that cannot be had.
     """
-    wanted = os.environ.get("DGEMMA_ISA", "")
+    found = _find()
+    return None if isinstance(found, str) else found
+
+
+def why_absent() -> str:
+    """Why there is no library, to follow "the CPU kernels are", with what to do about it; empty when there is one."""
+    found = _find()
+    return found if isinstance(found, str) else ""
+
+
+@functools.cache
+def _find() -> ctypes.CDLL | str:
+    """The loaded library, or why there is none."""
+    wanted, elsewhere = os.environ.get("DGEMMA_ISA", ""), os.environ.get("DGEMMA_NATIVE")
     if wanted == "torch":
-        return None
-    elsewhere = os.environ.get("DGEMMA_NATIVE")
-    name = _NAMES.get(sys.platform, _NAMES["linux"])
-    path = Path(elsewhere) if elsewhere else _installed(name)
+        return "switched off by DGEMMA_ISA=torch"
+    found = _open(Path(elsewhere) if elsewhere else _installed(_NAMES.get(sys.platform, _NAMES["linux"])))
+    if isinstance(found, str):
+        if wanted or elsewhere:
+            raise DgemmaError(f"{f'DGEMMA_ISA={wanted}' if wanted else 'DGEMMA_NATIVE'}: the CPU kernels are {found}")
+        return found
+    if wanted and found.dg_use(wanted.encode()):
+        choices = ", ".join([*found.dg_available().decode().split(), "torch"])
+        raise DgemmaError(f"DGEMMA_ISA={wanted}: not an instruction set that this machine and build can run; "
+                          f"there are {choices}")
+    return found
+
+
+def _open(path: Path | None) -> ctypes.CDLL | str:
+    """The library in a file, or what is wrong with it."""
     if path is None:
-        return None
+        return "not built here (install a C++ compiler, then install dgemma again)"
     try:
         loaded = ctypes.CDLL(str(path))
         signatures(loaded)
     except (OSError, AttributeError) as error:
-        if elsewhere or wanted:
-            raise DgemmaError(f"{path}: the CPU kernels cannot be loaded ({error})") from error
-        return None
+        return f"not to be loaded ({error}; install dgemma again)"
     if loaded.dg_abi() != ABI:
-        if elsewhere or wanted:
-            raise DgemmaError(f"{path}: built for another version of dgemma; build it again (pip install dgemma)")
-        return None
-    if wanted and loaded.dg_use(wanted.encode()):
-        choices = ", ".join([*loaded.dg_available().decode().split(), "torch"])
-        raise DgemmaError(f"DGEMMA_ISA={wanted}: not an instruction set that this machine and build can run; "
-                          f"there are {choices}")
+        return f"of another version of dgemma ({path}; install dgemma again)"
     return loaded
 
 
@@ -119,7 +134,7 @@ def peak_operations(threads: int | None = None) -> float:
     """Measured int8 operations per second (two per multiply-add) of the dot instruction, from registers."""
     loaded = library()
     if loaded is None:
-        raise DgemmaError("the CPU kernels are not built here, so their peak cannot be measured")
+        raise DgemmaError(f"the CPU kernels' peak cannot be measured: they are {why_absent()}")
     return 2 * loaded.dg_peak(threads or torch.get_num_threads())
 
 
@@ -131,6 +146,8 @@ def linear(x: Tensor, weight: Tensor, code: int, width: int) -> Tensor:
     """x [M, K] · Wᵀ -> [M, N] float32; ``weight`` uint8 [N, row bytes] holds ``width`` = K weights a row."""
     x = _float_rows(x)
     rows, count = weight.shape[0], x.shape[0]
+    if x.shape[1] != width or weight.stride(-1) != 1:
+        raise ValueError(f"rows of {x.shape[1]} numbers do not fit rows of {width} weights")
     out = torch.empty(count, rows)
     _check(_loaded().dg_linear(code, weight.data_ptr(), weight.stride(0), rows, width, x.data_ptr(), count,
                                out.data_ptr(), torch.get_num_threads()))
@@ -142,6 +159,12 @@ def expert_mlp(x: Tensor, gate_up: Tensor, gate_up_code: int, down: Tensor, down
     """`kernels.expert_mlp` with packed weights: gate_up uint8 [E, 2I, row bytes], down uint8 [E, D, row bytes]."""
     x = _float_rows(x)
     experts, weights = experts.to(torch.int64).contiguous(), _float_rows(weights)
+    gate_up, down = gate_up.contiguous(), down.contiguous()
+    count, doubled = gate_up.shape[:2]
+    if (doubled, *down.shape[:2]) != (2 * inner, count, x.shape[1]) or (len(x), experts.shape) != (
+            len(experts), weights.shape):
+        raise ValueError(f"experts {list(gate_up.shape)} and {list(down.shape)} (bytes), tokens {list(x.shape)}, "
+                         f"choices {list(experts.shape)} and weights {list(weights.shape)} do not fit")
     out = torch.empty_like(x)
     _check(_loaded().dg_expert_mlp(gate_up_code, gate_up.data_ptr(), down_code, down.data_ptr(), gate_up.shape[0],
                                    inner, x.shape[1], x.data_ptr(), x.shape[0], experts.data_ptr(),
@@ -182,7 +205,7 @@ def head_tile(scores: Tensor, start: int, cap: float, inverse_t: Tensor, gumbel:
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
     """(residual +) RMSNorm of x [..., D] float32, times weight [D]."""
     x = x.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    residual = None if residual is None else _float_rows(residual.expand_as(x))
     weight = None if weight is None else _float_rows(weight)
     out = torch.empty_like(x)
     width = x.shape[-1]
@@ -200,4 +223,4 @@ def _loaded() -> ctypes.CDLL:
 
 def _check(result: int) -> None:
     if result:
-        raise ValueError("the CPU kernels do not know this block type, or these shapes do not fit")
+        raise ValueError("the CPU kernels do not know this block type, an index is out of range, or shapes do not fit")

@@ -45,9 +45,9 @@ def embedding(token_ids: Tensor, table: Weight) -> Tensor:
     if plain is not None:
         return F.embedding(token_ids, plain).float()
     flat = token_ids.flatten()
+    if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < table.shape[0]:
+        raise IndexError(f"token ids must be in 0..{table.shape[0] - 1}")
     if on_native(table):
-        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < table.shape[0]:
-            raise IndexError(f"token ids must be in 0..{table.shape[0] - 1}")
         rows = native.dequantize(table.data, table.type.code, table.shape[-1], flat, torch.float32)
     else:
         rows = table[flat].dequantize()
@@ -60,7 +60,7 @@ def mix_rows(soft: Tensor, decay: Tensor, weights: Tensor, table: Weight) -> Non
     The kernels multiply in bfloat16 where the processor has that (sums are float32): weights of a softmax and the
     numbers of a packed table have no more digits to lose than that.
     """
-    if isinstance(table, PackedWeight) and on_native(table):
+    if isinstance(table, PackedWeight) and on_native(table) and soft.is_contiguous():
         native.mix(soft, decay.contiguous(), weights.contiguous(), table.data, table.type.code)
         return
     if isinstance(table, PackedWeight):
@@ -70,7 +70,7 @@ def mix_rows(soft: Tensor, decay: Tensor, weights: Tensor, table: Weight) -> Non
 
 
 def on_native(weight: PackedWeight) -> bool:
-    """Whether the C++ kernels can take this weight; says once if they are not there."""
+    """Whether the C++ kernels can take this weight; says once, and why, if they are not there."""
     if weight.device.type != "cpu" or weight.type.block == 1:
         return False
     if native.available():
@@ -81,8 +81,8 @@ def on_native(weight: PackedWeight) -> bool:
 
 @functools.cache
 def _say_slow() -> None:
-    warnings.warn("dgemma's CPU kernels are not built here, so quantised weights run on plain torch: the same results, "
-                  "many times slower. Install a C++ compiler and install dgemma again.", stacklevel=4)
+    warnings.warn(f"dgemma's CPU kernels are {native.why_absent()}: quantised weights run on plain torch, with the "
+                  "same results but many times slower.", stacklevel=4)
 
 
 def as_int8(x: Tensor) -> Tensor:

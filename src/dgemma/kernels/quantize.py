@@ -7,7 +7,6 @@ of scales and minima; here they are searched for the least squared error. The sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,9 @@ from torch import Tensor
 
 from dgemma.kernels.blocks import BlockType, gather, gather_scales
 
-# Weights packed at a time. Few enough to stay in a core's cache, and fewer than torch splits over threads of its own
-# (32768): on a busy machine those spend longer waiting for each other than working, so the threads are ours.
+# Weights packed at a time: few enough to stay in a core's cache, and fewer than torch splits over its threads (32768).
+# Operations this small gain nothing from threads, torch's or Python's: those would wait for each other all the time.
 _CHUNK = 30 * 1024
-_TASK = 16 * _CHUNK
-_MOST_THREADS = 8
 
 # A block's range is divided by its number of steps plus each of these; Lloyd's iteration starts from the best.
 _AFFINE_TRIALS = (-2.5, -2.1, -1.7, -1.3, -0.9, -0.5, -0.1, 0.3)
@@ -36,32 +33,20 @@ def can_quantize(type: BlockType) -> bool:
 
 
 def quantize(x: Tensor, type: BlockType) -> Tensor:
-    """Pack rows of finite numbers: any float [..., K] -> uint8 [..., row bytes], on as many threads as torch's.
+    """Pack rows of finite numbers: any float [..., K] -> uint8 [..., row bytes].
 
     Raises ValueError when K is no whole number of blocks, and for a type that is only read.
     """
     if not can_quantize(type):
         raise ValueError(f"{type.name} can be read but not written; {', '.join(_ENCODERS)} can be written")
-    encode = _ENCODERS[type.name]
     out = torch.empty(*x.shape[:-1], type.row_bytes(x.shape[-1]), dtype=torch.uint8)
     numbers, blocks = x.detach().reshape(-1, type.block), out.view(-1, type.nbytes)
     step = max(1, _CHUNK // type.block)
-
-    def work(start: int) -> None:
-        for at in range(start, min(start + task, len(blocks)), step):
-            piece = numbers[at : at + step].float()
-            # Whole vectors only: what is left over from one would be rounded a little differently.
-            blocks[at : at + step] = encode(F.pad(piece, (0, 0, 0, -len(piece) % 8)))[: len(piece)]
-
-    task = _TASK // _CHUNK * step
-    starts = range(0, len(blocks), task)
-    threads = min(torch.get_num_threads(), _MOST_THREADS, len(starts))
-    if threads <= 1:
-        for start in starts:
-            work(start)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, starts))
+    for start in range(0, len(blocks), step):
+        piece = numbers[start : start + step].float()
+        # Whole vectors only: what is left over from one would be rounded a little differently.
+        whole = F.pad(piece, (0, 0, 0, -len(piece) % 8))
+        blocks[start : start + step] = _ENCODERS[type.name](whole)[: len(piece)]
     return out
 
 

@@ -31,3 +31,9 @@ def set_weights(network: DiffusionTransformer, weights: Mapping[str, Tensor | Pa
         del module._parameters[attribute]
         setattr(module, attribute, weight)
     network.load_state_dict(plain, assign=True)
+
+
+def packed_bytes(network: DiffusionTransformer) -> int:
+    """The bytes of a network's packed weights: 0 when it has none."""
+    return sum(value.nbytes for module in network.modules() for value in vars(module).values()
+               if isinstance(value, PackedWeight))
