@@ -55,11 +55,16 @@ struct Activations {
                 memcpy(part, from, count * sizeof(float));
                 from = part;
             }
-            f32x16 most{};
-            for (int i = 0; i < SUPER; i += 16)
-                most = max(most, (f32x16)((u32x16)load<f32x16>(from + i) & 0x7fffffffu));
-            float peak = 0;
-            for (int i = 0; i < 16; i++) peak = most[i] > peak ? most[i] : peak;
+            // Sizes compared by their bits, where NaN is the largest: what holds one comes out as NaN.
+            i32x16 most{};
+            for (int i = 0; i < SUPER; i += 16) {
+                const i32x16 size = (i32x16)((u32x16)load<f32x16>(from + i) & 0x7fffffffu);
+                most = size > most ? size : most;
+            }
+            int32_t top = 0;
+            for (int i = 0; i < 16; i++) top = most[i] > top ? most[i] : top;
+            float peak;
+            memcpy(&peak, &top, 4);
             const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
             scale.data[m * supers + s] = peak / 127.0f;
             int8_t* to = q.data + m * width + s * SUPER;
@@ -426,7 +431,7 @@ inline void head_tile(const HeadTile& t, float* scores, int threads) {
         f32x16 sums{}, products{};
         for (int64_t i = 0; i < whole; i += 16) {
             f32x16 x = load<f32x16>(row + i) - now, e = exp(x);
-            e = x > -87.0f ? e : f32x16{};
+            e = x <= -87.0f ? f32x16{} : e;  // NaN stays
             store(row + i, e);
             sums += e, products += e * x;
         }
@@ -434,7 +439,7 @@ inline void head_tile(const HeadTile& t, float* scores, int threads) {
         for (int i = 0; i < 16; i++) mass += sums[i], weighted += products[i];
         for (int64_t i = whole; i < t.n; i++) {
             const float x = row[i] - now;
-            row[i] = x > -87.0f ? exp(splat(x))[0] : 0.0f;
+            row[i] = x <= -87.0f ? 0.0f : exp(splat(x))[0];
             mass += row[i], weighted += row[i] * x;
         }
         t.weighted[m] = t.start ? (t.weighted[m] + t.mass[m] * drop) * decay + (float)weighted : (float)weighted;

@@ -47,9 +47,10 @@ DG_INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
 // Round to nearest even by adding 1.5·2^23; |x| < 2^22.
 DG_INLINE f32x16 round_even(f32x16 x) { return (x + 12582912.0f) - 12582912.0f; }
 
-// e^x, relative error below 2e-7 for -87 <= x <= 88; clamped outside. Polynomial after range reduction by ln 2.
+// e^x, relative error below 2e-7 for -87 <= x <= 88; clamped outside, NaN for NaN. Polynomial after range reduction by
+// ln 2.
 DG_INLINE f32x16 exp(f32x16 x) {
-    x = max(min(x, splat(88.0f)), splat(-87.0f));
+    x = max(splat(-87.0f), min(splat(88.0f), x));
     f32x16 n = round_even(x * 1.44269504088896341f);
     f32x16 r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;

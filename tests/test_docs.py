@@ -24,7 +24,7 @@ def commands():
     for page in PAGES:
         for text in re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL):
             for line in text.splitlines():
-                if line.startswith("$ dgemma") and "26B" not in line and not line.startswith("$ dgemma train"):
+                if line.startswith("$ dgemma") and not any(word in line for word in ("26B", "ORG/", "dgemma train")):
                     yield line[2:].replace("--count 300", "--count 1 --max-denoising-steps 2")
 
 

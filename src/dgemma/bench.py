@@ -32,7 +32,7 @@ PARTS = ("experts", "dense", "attention", "head", "soft embedding", "sampler", "
 
 @dataclass(frozen=True)
 class Work:
-    """What one part of a step has to do at least: bytes of weights and cache to read, operations (2 per multiply-add)."""
+    """What one part of a step has to do: bytes of weights and cache to read, operations (2 per multiply-add)."""
 
     nbytes: float
     operations: float
@@ -111,8 +111,8 @@ def work(network: DiffusionTransformer, canvas: int, context: int = 0) -> dict[s
         parts[part][1] += 2 * rows * count
 
     used = 1 - (1 - config.top_k_experts / config.num_experts) ** canvas  # of the experts, if chosen evenly
-    for block, layer in zip(network.layers, config.layers, strict=True):
-        assert isinstance(block, nn.Module)
+    blocks: list[Any] = list(network.layers)
+    for block, layer in zip(blocks, config.layers, strict=True):
         for projection in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj,
                            block.self_attn.o_proj):
             if projection is not None:
@@ -213,8 +213,9 @@ class _Stopwatch:
         """While this lasts, everything that is run of ``network`` is timed."""
         began: dict[str, float] = {}
         hooks = []
-        modules = [("dense", network.self_conditioning)]
-        for block in network.layers:
+        modules: list[tuple[str, nn.Module]] = [("dense", network.self_conditioning)]
+        blocks: list[Any] = list(network.layers)
+        for block in blocks:
             modules += [("attention", block.self_attn), ("dense", block.mlp), ("experts", block.experts)]
         for part, module in modules:
             def start(*_: Any, part: str = part) -> None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 BUNDLED = "sudoku"
 PATIENCE = 2.0  # seconds that a second Ctrl-C waits for the model's present step
-HINT = ("Using the bundled Sudoku model. For the 26B model: dgemma run -m model.gguf \"…\" (18 GB of memory in Q4_K_M), "
-        "or dgemma run -m google/diffusiongemma-26B-A4B-it \"…\" (52 GB)")
+HINT = ("Using the bundled Sudoku model. For the 26B model: dgemma run -m model.gguf \"…\" (18 GB of memory in "
+        "Q4_K_M), or dgemma run -m google/diffusiongemma-26B-A4B-it \"…\" (52 GB)")
 
 
 def load_model(name: str | None, device: str | None = None, dtype: str | None = None, cache_type: str | None = None,
@@ -54,8 +54,8 @@ def _say_if_tight(model: Model) -> None:
         return
     Console(stderr=True, highlight=False).print(
         f"Note: this model wants about {size_text(weights + working_memory(weights))} of memory and "
-        f"{size_text(available)} are available. It runs all the same, but what does not fit is read from the disk again "
-        "in every step: expect that to decide the speed. Closing programs or a smaller quantisation helps.",
+        f"{size_text(available)} are available. It runs all the same, but what does not fit is read from the disk "
+        "again in every step: expect that to decide the speed. Closing programs or a smaller quantisation helps.",
         style="yellow", soft_wrap=True, markup=False)
 
 

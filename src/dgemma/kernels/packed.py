@@ -49,7 +49,10 @@ class PackedWeight:
     def plain(self) -> Tensor | None:
         """The same memory as a tensor of numbers, for the types that are just that (F32, F16, BF16)."""
         dtype = _PLAIN.get(self.type.name)
-        return None if dtype is None else self.data.view(dtype)
+        if dtype is None:
+            return None
+        aligned = self.data.storage_offset() % dtype.itemsize == 0
+        return self.data.view(dtype) if aligned else self.dequantize(dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers it stands for, bit for bit (before they are rounded to ``dtype``)."""

@@ -1,0 +1,70 @@
+"""The speed measurement: it adds up, and counts the work that a network really has."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dgemma import bench
+from dgemma.kernels.blocks import BLOCK_TYPES
+from dgemma.kernels.packed import PackedWeight
+from dgemma.kernels.quantize import quantize
+from dgemma.nn.packed import packed_bytes, set_weights
+from reference import random_network, tiny_config
+
+
+def test_parts_sum_up_to_the_mean_step(tiny_network):
+    measured = bench.measure(tiny_network, context=5, steps=4)
+    assert sum(measured.parts.values()) == pytest.approx(sum(measured.seconds) / 4, rel=1e-6)
+    assert len(measured.seconds) == 4 and measured.canvas == 8
+    assert all(measured.parts[part] > 0 for part in ("experts", "dense", "attention", "head", "soft embedding"))
+
+
+def test_measuring_leaves_the_network_as_it_was(tiny_network):
+    from dgemma.nn import head
+
+    before = head.mix_rows
+    bench.measure(tiny_network, context=0, canvas=3, steps=1)
+    assert head.mix_rows is before
+    assert not any(module._forward_hooks for module in tiny_network.modules())
+
+
+def test_no_context_means_no_prefill_rate(tiny_network):
+    assert bench.measure(tiny_network, context=0, steps=1).prefill_tokens_per_second is None
+
+
+def test_work_counts_every_weight_once_and_the_table_twice():
+    config = tiny_config(num_experts=2, top_k_experts=2)  # every expert is used
+    network = random_network(config)
+    work = bench.work(network, canvas=8)
+    counted = sum(part.nbytes for part in work.values())
+    table = network.embed_tokens.weight.nbytes
+    norms = sum(p.nbytes for name, p in network.named_parameters() if p.ndim == 1)
+    everything = sum(p.nbytes for p in network.parameters())
+    assert counted == everything - norms + table
+    assert work["head"].operations == 2 * 8 * config.vocab_size * config.hidden_size
+
+
+def test_packed_weights_count_with_their_packed_size():
+    config = tiny_config(hidden_size=32)
+    network = random_network(config)
+    kind = BLOCK_TYPES["Q8_0"]
+    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    weights["embed_tokens.weight"] = PackedWeight(quantize(weights["embed_tokens.weight"], kind), kind)
+    set_weights(network, weights)
+    assert packed_bytes(network) == config.vocab_size * 34
+    assert bench.work(network, canvas=8)["head"].nbytes == config.vocab_size * 34
+
+
+def test_the_floor_of_a_step_is_not_the_sum_of_its_parts():
+    parts = {"a": bench.Work(100, 0), "b": bench.Work(0, 100)}
+    assert bench.floors(parts, 10, 20) == {"a": 10, "b": 5, "step": 10}
+
+
+def test_the_command_prints_a_table_and_json():
+    command = [sys.executable, "-m", "dgemma.cli.main", "bench", "sudoku", "--steps", "1", "--context", "3"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "x floor" in shown and "soft embedding" in shown and "tokens/s" in shown
+    data = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert data["context"] == 3 and data["seconds_per_step"] > 0 and data["floors"]["step"] > 0
