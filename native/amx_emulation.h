@@ -10,6 +10,8 @@
 #undef _tile_stored
 #undef _tile_dpbsud
 
+#define DG_TILE static __attribute__((noinline))  // or every use of every type is compiled again, for minutes
+
 namespace {
 
 struct Tiles {
@@ -26,19 +28,19 @@ inline Tiles& tiles() {
 
 inline void _tile_loadconfig(const void* config) { memcpy(tiles().config, config, 64); }
 inline void _tile_release() {}
-inline void _tile_zero(int t) { memset(tiles().data[t], 0, sizeof tiles().data[t]); }
+DG_TILE void _tile_zero(int t) { memset(tiles().data[t], 0, sizeof tiles().data[t]); }
 
-inline void _tile_loadd(int t, const void* from, int64_t stride) {
+DG_TILE void _tile_loadd(int t, const void* from, int64_t stride) {
     _tile_zero(t);
     for (int r = 0; r < tiles().rows(t); r++) memcpy(tiles().data[t][r], (const char*)from + r * stride, tiles().bytes(t));
 }
 
-inline void _tile_stored(int t, void* to, int64_t stride) {
+DG_TILE void _tile_stored(int t, void* to, int64_t stride) {
     for (int r = 0; r < tiles().rows(t); r++) memcpy((char*)to + r * stride, tiles().data[t][r], tiles().bytes(t));
 }
 
 // to[m][n] += Σ_k Σ_i signed a[m][4k + i] · unsigned b[k][4n + i]
-inline void _tile_dpbsud(int to, int a, int b) {
+DG_TILE void _tile_dpbsud(int to, int a, int b) {
     Tiles& s = tiles();
     for (int m = 0; m < s.rows(to); m++)
         for (int n = 0; n < s.bytes(to) / 4; n++) {

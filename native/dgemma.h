@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define DG_ABI 1
+#define DG_ABI 2
 
 DG_API int dg_abi(void);
 // The instruction sets that this machine and this build can run, best first, separated by spaces.
@@ -60,6 +60,11 @@ DG_API int dg_head_tile(const HeadTile* tile, float* scores, int threads);
 // out = (residual +) x · (mean(x²) + eps)^-½ (· weight) for every row of `width`; weight and residual may be null.
 DG_API int dg_rms_norm(const float* x, int64_t rows, int64_t width, const float* weight, float eps,
                        const float* residual, float* out, int threads);
+
+// Queries or keys x [tokens, heads, dim]: RMSNorm of every head times weight [dim], then rotary embedding with cos and sin
+// [tokens, dim], in the half-split layout (both halves repeated there). `out` may be `x`.
+DG_API int dg_norm_rotate(const float* x, int64_t tokens, int64_t heads, int64_t dim, const float* weight, float eps,
+                          const float* cos, const float* sin, float* out, int threads);
 
 // Multiply-adds per second that the present instruction set's dot instruction reaches from registers, all threads.
 DG_API double dg_peak(int threads);

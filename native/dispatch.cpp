@@ -173,6 +173,13 @@ int dg_rms_norm(const float* x, int64_t rows, int64_t width, const float* weight
     return 0;
 }
 
+int dg_norm_rotate(const float* x, int64_t tokens, int64_t heads, int64_t dim, const float* weight, float eps,
+                   const float* cos, const float* sin, float* out, int threads) {
+    if (tokens < 0 || heads < 0 || dim < 2 || dim % 2 || threads < 1) return -1;
+    table()->norm_rotate(x, tokens, heads, dim, weight, eps, cos, sin, out, threads);
+    return 0;
+}
+
 double dg_peak(int threads) { return table()->peak(threads); }
 
 }

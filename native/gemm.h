@@ -493,6 +493,40 @@ inline void rms_norm(const float* x, int64_t rows, int64_t width, const float* w
     }
 }
 
+// For every token and head: RMSNorm of `dim` numbers, times weight, then rotary embedding in its half-split layout with the
+// token's cos and sin [tokens, dim] (halves repeated). `out` may be `x`.
+inline void norm_rotate(const float* x, int64_t tokens, int64_t heads, int64_t dim, const float* weight, float eps, const float* cos, const float* sin, float* out, int threads) {
+    const int64_t half = dim / 2, whole = half / 16 * 16;
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * dim > 8192)
+    for (int64_t t = 0; t < tokens; t++) {
+        const float *c = cos + t * dim, *s = sin + t * dim;
+        for (int64_t h = 0; h < heads; h++) {
+            const float* from = x + (t * heads + h) * dim;
+            float* to = out + (t * heads + h) * dim;
+            f32x16 squares{};
+            for (int64_t i = 0; i < dim / 16 * 16; i += 16) {
+                f32x16 v = load<f32x16>(from + i);
+                squares += v * v;
+            }
+            double total = 0;
+            for (int i = 0; i < 16; i++) total += squares[i];
+            for (int64_t i = dim / 16 * 16; i < dim; i++) total += from[i] * from[i];
+            const float scale = 1.0f / sqrtf((float)(total / dim) + eps);
+            for (int64_t i = 0; i < whole; i += 16) {
+                f32x16 a = load<f32x16>(from + i) * scale * load<f32x16>(weight + i);
+                f32x16 b = load<f32x16>(from + half + i) * scale * load<f32x16>(weight + half + i);
+                store(to + i, a * load<f32x16>(c + i) - b * load<f32x16>(s + i));
+                store(to + half + i, b * load<f32x16>(c + half + i) + a * load<f32x16>(s + half + i));
+            }
+            for (int64_t i = whole; i < half; i++) {
+                const float a = from[i] * scale * weight[i], b = from[half + i] * scale * weight[half + i];
+                to[i] = a * c[i] - b * s[i];
+                to[half + i] = b * c[half + i] + a * s[half + i];
+            }
+        }
+    }
+}
+
 // The entries of one instruction set, for every block type.
 template <class Isa>
 struct Entries {
@@ -523,7 +557,7 @@ struct Entries {
         return rate;
     }
     static constexpr Table table(const char* name) {
-        return {name, linear_of, gate_up_of, down_of, dequantize_of, mix_of, head_tile, rms_norm, peak_of};
+        return {name, linear_of, gate_up_of, down_of, dequantize_of, mix_of, head_tile, rms_norm, norm_rotate, peak_of};
     }
 };
 

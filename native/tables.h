@@ -27,6 +27,8 @@ struct Table {
     void (*head_tile)(const HeadTile&, float* scores, int threads);
     void (*rms_norm)(const float* x, int64_t rows, int64_t width, const float* weight, float eps,
                      const float* residual, float* out, int threads);
+    void (*norm_rotate)(const float* x, int64_t tokens, int64_t heads, int64_t dim, const float* weight, float eps,
+                        const float* cos, const float* sin, float* out, int threads);
     double (*peak)(int threads);
 };
 

@@ -175,8 +175,8 @@ def test_extreme_activations(isa, name):
     assert torch.equal(ours[3], plain[3] * 2.0**-80)
     assert (ours[4] == 0).all()
     assert ours[5:].isnan().all()
-    x = torch.full((1, 512), 3e38)  # too large for the sum, but not for the activations' scale
-    assert not linear(x, weight).isnan().any()
+    x = torch.full((1, 256), 3e38)  # too large for the sum, but not for the activations' scale
+    assert not linear(x, packed(name, 37, 256)).isnan().any()
 
 
 # Experts
@@ -293,9 +293,9 @@ def check_mix(isa, soft, decay, weights, table):
     native.mix(soft, decay, weights, table.data, table.type.code)
     wanted = start.double() * decay.double().unsqueeze(1) + weights.double() @ exact(table)
     sizes = start.abs().double() * decay.double().unsqueeze(1) + weights.double() @ exact(table).abs()
-    # bfloat16 rounds both factors to 2^-9 of their size; the sums are float32.
-    bound = 2**-8 if isa in BFLOAT16 else 1e-6
-    assert ((soft - wanted).abs() <= bound * sizes + 1e-8 * exact(table).abs().amax()).all()
+    # bfloat16 rounds both factors by up to 2^-8 of their size; the sums are float32.
+    bound = 2**-7 if isa in BFLOAT16 else 1e-5
+    assert ((soft - wanted).abs() <= 1.01 * bound * sizes + 1e-8 * exact(table).abs().amax()).all()
     with threads(2):
         again = start.clone()
         native.mix(again, decay, weights, table.data, table.type.code)
@@ -340,23 +340,32 @@ def test_head_tiles(isa, rows, tiles, size, seed):
     generator = torch.Generator().manual_seed(seed)
     ours, wanted = _Sums(rows, torch.device("cpu")), _Sums(rows, torch.device("cpu"))
     inverse_t = 1 / (0.4 + torch.rand(rows, generator=generator))
-    start = 0
+    logits, targets, start = [], [], 0
     for count in tiles:
         scores = size * torch.randn(rows, count, generator=generator)
         gumbel = -torch.log(-torch.log(torch.rand(rows, generator=generator).clamp(1e-20, 1 - 1e-7)))
         inside = torch.rand(rows, generator=generator)
         theirs = scores.clone()
+        logits.append(30 * torch.tanh(scores.double() / 30) * inverse_t.unsqueeze(1))
+        targets.append(inside)
         ours.add_tile_natively(scores, start, 30.0, inverse_t, gumbel, inside)
         wanted.add_tile(theirs, start, 30.0, inverse_t, gumbel, inside)
         torch.testing.assert_close(scores, theirs, atol=1e-6, rtol=1e-4)
         for name in ("best", "mass", "weighted", "best_key", "decay"):
             torch.testing.assert_close(getattr(ours, name), getattr(wanted, name), atol=2e-5, rtol=2e-5, msg=name)
         start += count
-    # Where two logits are equal but for rounding, at the cap, either is the largest.
-    if size < 100:
-        assert torch.equal(ours.argmax, wanted.argmax)
-        assert torch.equal(ours.sample, wanted.sample)
-    assert ((ours.sample >= 0) & (ours.sample < start)).all()
+    # Logits may be equal but for rounding, which is that of the cap's size; then either is the largest.
+    everything = torch.cat(logits, dim=1)
+    chosen = everything.gather(1, ours.argmax.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(chosen, everything.amax(1), atol=3e-5, rtol=0)
+    # And a draw may fall on the line between two tokens.
+    for row in (ours.sample != wanted.sample).nonzero().flatten().tolist():
+        low, high = sorted([ours.sample[row].item(), wanted.sample[row].item()])
+        tile = next(i for i in range(len(tiles)) if low < sum(tiles[: i + 1]))
+        first = sum(tiles[:tile])
+        assert high < first + tiles[tile]
+        reached = logits[tile][row].softmax(0).cumsum(0)[low - first : high - first]
+        assert ((reached - targets[tile][row]).abs() < 1e-5).all()
 
 
 def test_head_tiles_at_the_noise_s_ends(isa):
@@ -473,7 +482,7 @@ def test_types_that_are_none(isa, code):
     stack = packed("Q8_0", 1, 512, 256).data, 8, packed("Q8_0", 1, 256, 256).data, 8
     for place in (1, 3):
         wrong = [*stack[:place], code, *stack[place + 1 :]]
-        with pytest.raises(ValueError, match="block type"):
+        with pytest.raises(ValueError, match="block type|do not fit"):
             native.expert_mlp(x, *wrong, 256, torch.ones(2, 1), torch.zeros(2, 1))
 
 

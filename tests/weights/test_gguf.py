@@ -137,14 +137,23 @@ def test_packed_weights_are_views_of_the_file(packed, network):
             assert weight.dtype == torch.float32 and torch.equal(weight, network.state_dict()[name])
 
 
-def test_packed_network_computes_what_the_unpacked_one_does(packed, network):
-    pytest.importorskip("dgemma.nn.packed")
+def test_packed_network_computes_what_the_unpacked_one_does(packed, network, monkeypatch):
+    """The kernels against plain torch on the same packed weights, and both against weights without packing.
+
+    The latter differ by activations rounded to int8, 0.6 % of every product: a few percent after three layers.
+    """
     found = load(packed)
     assert found.cache_type == "bf16"
     found.cache_type = None
     unpacked = random_network(network.config, feedback=0.2)
     unpacked.load_state_dict(unpacked_state(packed))
-    torch.testing.assert_close(logits_of(found), logits_of(unpacked), atol=2e-2, rtol=1e-2)
+    quick, wanted = logits_of(found), logits_of(unpacked)
+    monkeypatch.setattr("dgemma.kernels.products.on_native", lambda weight: False)
+    monkeypatch.setattr("dgemma.kernels.experts.on_native", lambda weight: False)
+    plain = logits_of(found)
+    assert (quick - plain).norm() < 1e-3 * plain.norm()
+    assert (quick - wanted).norm() < 0.03 * wanted.norm()
+    assert (plain - wanted).norm() < 0.03 * wanted.norm()
 
 
 def unpacked_state(path):

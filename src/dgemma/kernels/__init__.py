@@ -6,9 +6,9 @@ Plain torch, and C++ beside it for packed weights on a CPU; knows nothing of the
 
 from dgemma.kernels.attention import grouped_attention
 from dgemma.kernels.experts import expert_mlp
-from dgemma.kernels.norm import rms_norm
+from dgemma.kernels.norm import norm_rotate, rms_norm
 from dgemma.kernels.packed import PackedWeight
 from dgemma.kernels.products import Weight, embedding, linear, mix_rows
 
 __all__ = ["PackedWeight", "Weight", "embedding", "expert_mlp", "grouped_attention", "linear", "mix_rows",
-           "rms_norm"]
+           "norm_rotate", "rms_norm"]

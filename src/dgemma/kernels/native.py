@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from dgemma.errors import DgemmaError
+from dgemma.kernels.blocks import BY_CODE
 
-ABI = 1
+ABI = 2
 _NAMES = {"linux": "libdgemma_cpu.so", "darwin": "libdgemma_cpu.dylib", "win32": "dgemma_cpu.dll"}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
@@ -92,6 +93,8 @@ def signatures(loaded: ctypes.CDLL) -> None:
         ("dg_mix", _INT, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT),
         ("dg_head_tile", _INT, ctypes.POINTER(_HeadTile), _POINTER, _INT),
         ("dg_rms_norm", _INT, _POINTER, _LONG, _LONG, _POINTER, ctypes.c_float, _POINTER, _POINTER, _INT),
+        ("dg_norm_rotate", _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, ctypes.c_float, _POINTER, _POINTER, _POINTER,
+         _INT),
         ("dg_dequantize", _INT, _INT, _POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _POINTER, _INT),
     ):
         function = getattr(loaded, name)
@@ -161,8 +164,10 @@ def expert_mlp(x: Tensor, gate_up: Tensor, gate_up_code: int, down: Tensor, down
     experts, weights = experts.to(torch.int64).contiguous(), _float_rows(weights)
     gate_up, down = gate_up.contiguous(), down.contiguous()
     count, doubled = gate_up.shape[:2]
-    if (doubled, *down.shape[:2]) != (2 * inner, count, x.shape[1]) or (len(x), experts.shape) != (
-            len(experts), weights.shape):
+    kind = BY_CODE.get(gate_up_code)
+    width = x.shape[1] if kind is None else kind.row_width(gate_up.shape[2])
+    if (doubled, *down.shape[:2], width) != (2 * inner, count, x.shape[1], x.shape[1]) or (
+            len(experts) != len(x) or experts.shape != weights.shape):
         raise ValueError(f"experts {list(gate_up.shape)} and {list(down.shape)} (bytes), tokens {list(x.shape)}, "
                          f"choices {list(experts.shape)} and weights {list(weights.shape)} do not fit")
     out = torch.empty_like(x)
@@ -212,6 +217,19 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | No
     _check(_loaded().dg_rms_norm(x.data_ptr(), x.numel() // width, width, None if weight is None else weight.data_ptr(),
                                  eps, None if residual is None else residual.data_ptr(), out.data_ptr(),
                                  torch.get_num_threads()))
+    return out
+
+
+def norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """RMSNorm and rotary embedding of x [..., H, d] float32, with cos and sin of as many tokens, [..., d] each."""
+    x, weight, cos, sin = x.contiguous(), _float_rows(weight), _float_rows(cos), _float_rows(sin)
+    heads, dim = x.shape[-2:]
+    tokens = x.numel() // (heads * dim) if x.numel() else 0
+    if cos.numel() != tokens * dim or sin.numel() != tokens * dim or weight.numel() != dim:
+        raise ValueError(f"cos, sin {list(cos.shape)} and weight {list(weight.shape)} do not fit x {list(x.shape)}")
+    out = torch.empty_like(x)
+    _check(_loaded().dg_norm_rotate(x.data_ptr(), tokens, heads, dim, weight.data_ptr(), eps, cos.data_ptr(),
+                                    sin.data_ptr(), out.data_ptr(), torch.get_num_threads()))
     return out
 
 

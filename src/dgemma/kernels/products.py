@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
         out = native.linear(flat, weight.data, weight.type.code, weight.shape[-1])
     else:
         out = _plain_linear(flat, weight)
-    return out.view(*x.shape[:-1], -1).to(x.dtype)
+    return out.view(*x.shape[:-1], weight.shape[-2]).to(x.dtype)
 
 
 def embedding(token_ids: Tensor, table: Weight) -> Tensor:
@@ -51,7 +51,7 @@ def embedding(token_ids: Tensor, table: Weight) -> Tensor:
         rows = native.dequantize(table.data, table.type.code, table.shape[-1], flat, torch.float32)
     else:
         rows = table[flat].dequantize()
-    return rows.view(*token_ids.shape, -1)
+    return rows.view(*token_ids.shape, table.shape[-1])
 
 
 def mix_rows(soft: Tensor, decay: Tensor, weights: Tensor, table: Weight) -> None:

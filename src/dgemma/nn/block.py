@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dgemma.config import LayerConfig, ModelConfig
-from dgemma.kernels import expert_mlp, grouped_attention, rms_norm
+from dgemma.kernels import expert_mlp, grouped_attention, norm_rotate, rms_norm
 from dgemma.kernels.attention import Blocks, Visible
-from dgemma.nn.layers import GatedMLP, Linear, RMSNorm, rotate
+from dgemma.nn.layers import GatedMLP, Linear, RMSNorm
 
 # (key, value) of this pass [B, Hkv, T, d] -> the keys and values to attend to, S + T columns in blocks
 Extend = Callable[[Tensor, Tensor], Blocks]
@@ -33,9 +33,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visible | None, extend: Extend) -> Tensor:
         """x [B, T, D] -> [B, T, D]; ``extend`` adds the cached keys and values, ``visible`` says who sees which."""
         split = (*x.shape[:2], -1, self.head_dim)
-        query = rotate(self.q_norm(self.q_proj(x).view(split)), rope)
+        query = norm_rotate(self.q_proj(x).view(split), self.q_norm.weight, self.eps, rope)
         raw_key = self.k_proj(x).view(split)
-        key = rotate(self.k_norm(raw_key), rope)
+        key = norm_rotate(raw_key, self.k_norm.weight, self.eps, rope)
         # Full layers have no V projection: the value is the key before its norm and rotation.
         raw_value = raw_key if self.v_proj is None else self.v_proj(x).view(split)
         value = rms_norm(raw_value, None, self.eps)

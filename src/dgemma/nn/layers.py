@@ -38,13 +38,6 @@ def rope_tables(positions: Tensor, layer: LayerConfig, dtype: torch.dtype) -> tu
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary embedding to x [B, T, H, head_dim]."""
-    cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
 class Linear(nn.Linear):
     """A matrix product without bias whose weight [N, K] may be packed (`dgemma.nn.packed`)."""
 

@@ -21,8 +21,10 @@ def set_weights(network: DiffusionTransformer, weights: Mapping[str, Tensor | Pa
     """
     expected = network.state_dict()
     plain = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+    if unknown := weights.keys() - plain.keys() - expected.keys():
+        raise RuntimeError(f"there is no {', '.join(sorted(unknown))} in this network, or it is packed already")
     for name, weight in weights.items():
-        if isinstance(weight, Tensor) or name not in expected:
+        if isinstance(weight, Tensor):
             continue
         if weight.shape != expected[name].shape:
             raise ValueError(f"{name}: expected {list(expected[name].shape)}, got packed {list(weight.shape)}")
