@@ -7,7 +7,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 
 demo: .venv/.base
 	@$(BIN)/dgemma run --seed 1 --pace 0.3 \
@@ -19,6 +19,20 @@ test: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# The kernels' tests on a build with address and undefined-behaviour sanitizers, AMX in emulation: a minute and a half to
+# build on two cores, as much to run. Skipped where there is no g++ with its sanitizers.
+ASAN := $(shell g++ -print-file-name=libasan.so 2>/dev/null)
+SANITIZED := build/sanitize/libdgemma_cpu.so
+
+sanitize: .venv/.dev
+	@if [ -f "$(ASAN)" ] && command -v cmake >/dev/null; then \
+	  CXX=g++ cmake -S native -B build/sanitize -DDG_SANITIZE=ON -DDG_EMULATE_AMX=ON >/dev/null && \
+	  { cmake --build build/sanitize --parallel >build/sanitize/log 2>&1 || { cat build/sanitize/log; exit 1; }; } && \
+	  grep -q __asan_init $(SANITIZED) && \
+	  LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DGEMMA_NATIVE=$(SANITIZED) \
+	    DGEMMA_FUZZ=8 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist tests/kernels/test_native.py; \
+	else echo "make sanitize: skipped, for it needs cmake and g++ with libasan"; fi
 
 # An environment that already has a torch (a GPU machine's image, say) is used; otherwise torch is installed: the
 # CPU build without an NVIDIA GPU (from the sources pip is set up with if they have it, else PyTorch's own index).

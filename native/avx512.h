@@ -122,6 +122,128 @@ struct Avx512Words {
     }
 };
 
+#ifdef __AVX512BF16__
+// Softmax attention with scale 1 over bfloat16 keys and values in blocks; see dgemma.h.
+//
+// 64 rows by 64 columns at a time: keys are turned into lanes, values into pairs of rows, as Bf16Mixer multiplies them;
+// scores, their running maximum and sums are float32.
+inline void attend(const Attention& t, float* out, int threads) {
+    constexpr int64_t TILE = 64;
+    const int64_t d = t.dim, pairs = d / 2, chunks = (t.rows + TILE - 1) / TILE;
+#pragma omp parallel num_threads(threads)
+    {
+        Buffer<uint32_t> keys(TILE * pairs), values(TILE / 2 * d);
+        Buffer<float> scores(TILE * TILE), sums(TILE * d);
+        Buffer<uint16_t> weights(TILE * TILE), copy(16 * d);
+        float best[TILE], mass[TILE];
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t work = 0; work < t.heads * chunks; work++) {
+            const int64_t head = work / chunks, r0 = work % chunks * TILE, rows = least(TILE, t.rows - r0);
+            const uint16_t* q = t.query + (head * t.rows + r0) * d;
+            memset(sums.data, 0, TILE * d * sizeof(float));
+            for (int64_t r = 0; r < TILE; r++) best[r] = -INFINITY, mass[r] = 0;
+            // What these rows' tokens see, at most and all of them.
+            const int64_t *first = nullptr, *last = nullptr, *position = nullptr;
+            int64_t all = 0, earliest = 0, latest = 0, common_first = 0, common_last = 0;
+            if (t.positions) {
+                const int64_t batch = head / t.heads_per_batch, tokens = t.rows / t.group;
+                for (int64_t block = 0; block < t.blocks; block++) all += t.columns[block];
+                first = t.first + batch * tokens, last = t.last + batch * tokens, position = t.positions + batch * all;
+                const int64_t start = r0 / t.group, stop = (r0 + rows - 1) / t.group;
+                earliest = common_first = first[start], latest = common_last = last[start];
+                for (int64_t i = start; i <= stop; i++) {
+                    earliest = least(earliest, first[i]), common_first = first[i] > common_first ? first[i] : common_first;
+                    latest = last[i] > latest ? last[i] : latest, common_last = least(common_last, last[i]);
+                }
+            }
+            int64_t before = 0;  // columns of the blocks before
+            for (int64_t block = 0; block < t.blocks; before += t.columns[block++])
+                for (int64_t s0 = 0; s0 < t.columns[block]; s0 += TILE) {
+                    const int64_t columns = least(TILE, t.columns[block] - s0);
+                    const int64_t* at = position ? position + before + s0 : nullptr;
+                    bool masked = false;
+                    if (at) {
+                        int64_t low = at[0], high = at[0];
+                        for (int64_t i = 1; i < columns; i++) low = least(low, at[i]), high = at[i] > high ? at[i] : high;
+                        if (high < earliest || low > latest) continue;
+                        masked = low < common_first || high > common_last;
+                    }
+                    const uint16_t* key = t.keys[block] + (head * t.columns[block] + s0) * d;
+                    const uint16_t* value = t.values[block] + (head * t.columns[block] + s0) * d;
+                    for (int64_t g = 0; g < TILE; g += 16) {
+                        const uint16_t* from = key + g * d;
+                        if (g + 16 > columns) {
+                            memset(copy.data, 0, 16 * d * sizeof(uint16_t));
+                            if (g < columns) memcpy(copy.data, from, (columns - g) * d * sizeof(uint16_t));
+                            from = copy.data;
+                        }
+                        for (int64_t w = 0; w < pairs; w += 4) {
+                            u32x16 lanes[4];
+                            Avx512Words::transpose4((const uint8_t*)(from + 2 * w), d * 2, lanes);
+                            for (int i = 0; i < 4; i++) store(keys.data + (g * pairs + (w + i) * 16), lanes[i]);
+                        }
+                    }
+                    for (int64_t s = 0; s < TILE; s += 2)
+                        for (int64_t i = 0; i < d; i += 16) {
+                            __m512i low{}, high{};
+                            if (s < columns) low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value + s * d + i)));
+                            if (s + 1 < columns) high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value + (s + 1) * d + i)));
+                            _mm512_store_si512(values.data + i * (TILE / 2) + s / 2 * 16, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+                        }
+                    memset(scores.data, 0, TILE * TILE * sizeof(float));
+                    const int64_t eights = rows / 8 * 8;
+                    float* to[8];
+                    for (int64_t c = 0; c < TILE; c += 32)
+                        for (int64_t r = 0; r < rows; r += r < eights ? 8 : 1) {
+                            for (int i = 0; i < 8; i++) to[i] = scores.data + least(r + i, TILE - 1) * TILE + c;
+                            if (r < eights) Bf16Mixer::rows<8>(keys.data + c * pairs, pairs, q + r * d, d, to, 0xffff);
+                            else Bf16Mixer::rows<1>(keys.data + c * pairs, pairs, q + r * d, d, to, 0xffff);
+                        }
+                    for (int64_t r = 0; r < rows; r++) {
+                        f32x16 row[4], most = splat(-INFINITY), total{};
+                        const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                        for (int i = 0; i < 4; i++) {
+                            row[i] = load<f32x16>(scores.data + r * TILE + 16 * i);
+                            if (masked) {
+                                const int64_t token = (r0 + r) / t.group;
+                                for (int64_t c = 16 * i; c < least(16 * i + 16, columns); c++)
+                                    if (at[c] < first[token] || at[c] > last[token]) row[i][c - 16 * i] = -INFINITY;
+                            }
+                            if (16 * (i + 1) > columns) row[i] = lane + 16 * i < (int32_t)columns ? row[i] : splat(-INFINITY);
+                            most = max(most, row[i]);
+                        }
+                        const float top = _mm512_reduce_max_ps((__m512)most), now = top > best[r] ? top : best[r];
+                        if (now == -INFINITY) {  // nothing seen yet
+                            memset(weights.data + r * TILE, 0, TILE * sizeof(uint16_t));
+                            continue;
+                        }
+                        const float decay = best[r] > now - 87.0f ? exp(splat(best[r] - now))[0] : 0.0f;
+                        for (int i = 0; i < 4; i++) {
+                            f32x16 x = row[i] - now, e = exp(x);
+                            e = x > -87.0f ? e : f32x16{};
+                            total += e;
+                            _mm256_store_si256((__m256i*)(weights.data + r * TILE + 16 * i), (__m256i)_mm512_cvtneps_pbh((__m512)e));
+                        }
+                        mass[r] = mass[r] * decay + _mm512_reduce_add_ps((__m512)total);
+                        best[r] = now;
+                        if (decay != 1.0f)
+                            for (int64_t i = 0; i < d; i += 16) store(sums.data + r * d + i, load<f32x16>(sums.data + r * d + i) * decay);
+                    }
+                    for (int64_t i = 0; i < d; i += 32)
+                        for (int64_t r = 0; r < rows; r += r < eights ? 8 : 1) {
+                            for (int j = 0; j < 8; j++) to[j] = sums.data + least(r + j, TILE - 1) * d + i;
+                            if (r < eights) Bf16Mixer::rows<8>(values.data + i * (TILE / 2), TILE / 2, weights.data + r * TILE, TILE, to, 0xffff);
+                            else Bf16Mixer::rows<1>(values.data + i * (TILE / 2), TILE / 2, weights.data + r * TILE, TILE, to, 0xffff);
+                        }
+                }
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = 0; i < d; i += 16)
+                    store(out + (head * t.rows + r0 + r) * d + i, load<f32x16>(sums.data + r * d + i) * (mass[r] > 0 ? 1.0f / mass[r] : 0.0f));
+        }
+    }
+}
+#endif
+
 // Two panels by R rows: 2R integer and 2R float accumulators, two registers of weights and one broadcast activation.
 template <class T, int R>
 DG_INLINE void vnni512(const Panel* panels, int groups, const int8_t* const* a, const int32_t* const* sums, const float* scale, float* out) {

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define DG_ABI 2
+#define DG_ABI 3
 
 DG_API int dg_abi(void);
 // The instruction sets that this machine and this build can run, best first, separated by spaces.
@@ -65,6 +65,21 @@ DG_API int dg_rms_norm(const float* x, int64_t rows, int64_t width, const float*
 // [tokens, dim], in the half-split layout (both halves repeated there). `out` may be `x`.
 DG_API int dg_norm_rotate(const float* x, int64_t tokens, int64_t heads, int64_t dim, const float* weight, float eps,
                           const float* cos, const float* sin, float* out, int threads);
+
+// Softmax attention with scale 1, all in bfloat16: query [heads, rows, dim]; keys and values in `blocks` blocks, number i
+// of them [heads, columns[i], dim]. dim is a multiple of 32. Every row sees every column where `positions` is null; else
+// row r sees the columns whose position [batch, all columns] is between first and last [batch, rows / group] of r / group,
+// batch being heads / heads_per_batch. A row that sees nothing gets zeros.
+typedef struct {
+    int64_t heads, rows, dim, blocks, heads_per_batch, group;
+    const uint16_t* query;
+    const uint16_t* const* keys;
+    const uint16_t* const* values;
+    const int64_t *columns, *positions, *first, *last;
+} Attention;
+
+// out [heads, rows, dim] float32; -1 where the present instruction set has no bfloat16.
+DG_API int dg_attend(const Attention* attention, float* out, int threads);
 
 // Multiply-adds per second that the present instruction set's dot instruction reaches from registers, all threads.
 DG_API double dg_peak(int threads);

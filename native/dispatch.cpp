@@ -180,6 +180,13 @@ int dg_norm_rotate(const float* x, int64_t tokens, int64_t heads, int64_t dim, c
     return 0;
 }
 
+int dg_attend(const Attention* attention, float* out, int threads) {
+    const Table* now = table();
+    if (!now->attend || attention->dim % 32 || attention->rows < 0 || attention->heads < 0 || threads < 1) return -1;
+    now->attend(*attention, out, threads);
+    return 0;
+}
+
 double dg_peak(int threads) { return table()->peak(threads); }
 
 }

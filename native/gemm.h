@@ -556,8 +556,8 @@ struct Entries {
         }
         return rate;
     }
-    static constexpr Table table(const char* name) {
-        return {name, linear_of, gate_up_of, down_of, dequantize_of, mix_of, head_tile, rms_norm, norm_rotate, peak_of};
+    static constexpr Table table(const char* name, void (*attend)(const Attention&, float*, int) = nullptr) {
+        return {name, attend, linear_of, gate_up_of, down_of, dequantize_of, mix_of, head_tile, rms_norm, norm_rotate, peak_of};
     }
 };
 

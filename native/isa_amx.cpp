@@ -85,4 +85,4 @@ struct Products<Amx, T> {
 
 }  // namespace
 
-const Table DG_AMX = Entries<Amx>::table("amx");
+const Table DG_AMX = Entries<Amx>::table("amx", attend);

@@ -23,7 +23,7 @@ struct Products<Avx512, T> {
 }  // namespace
 
 #ifdef __AVX512BF16__
-const Table DG_AVX512BF16 = Entries<Avx512>::table("avx512bf16");
+const Table DG_AVX512BF16 = Entries<Avx512>::table("avx512bf16", attend);
 #else
 const Table DG_AVX512 = Entries<Avx512>::table("avx512");
 #endif

@@ -14,6 +14,7 @@ struct Buckets {
 
 struct Table {
     const char* name;
+    void (*attend)(const Attention&, float* out, int threads);  // null without bfloat16 instructions
     int (*linear)(int type, const uint8_t* weight, int64_t row_bytes, int64_t N, int64_t K, const float* x, int64_t M,
                   float* out, int threads);
     int (*gate_up)(int type, const uint8_t* weight, int64_t I, int64_t D, const float* x, int64_t M, const Buckets&,

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from block_bytes import HALVES
 from dgemma.kernels.blocks import (
     BLOCK_TYPES,
     BY_CODE,
@@ -15,9 +16,6 @@ from dgemma.kernels.blocks import (
     spread_scales,
 )
 
-# Where the half-precision scales of a block lie.
-HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
-          "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0]}
 SPECIAL_HALVES = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF, 0x3C00]
 
 

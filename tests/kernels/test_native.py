@@ -99,8 +99,8 @@ def test_linear_of_any_numbers(isa, name):
     """What int8 activations explain, and nothing else.
 
     Rounding to multiples of s = peak / 127 is an error of s/√12 in the mean square. The largest of 256 normal numbers
-    is about 2.8 of their deviations, so the error is 2.8 / (127 · √12) = 0.64 % of the row, and as much of any product
-    with weights that know nothing of it.
+    is about 3 of their deviations, so the error is 3 / (127 · √12) = 0.68 % of the row, and as much of any product with
+    weights that know nothing of it.
     """
     weight = packed(name, 200, width_of(name, 16 if BLOCK_TYPES[name].block == 32 else 2))
     x = normal(64, weight.shape[1])
@@ -406,6 +406,24 @@ def test_norm(isa, width, weight):
     with threads(2):
         assert torch.equal(native.rms_norm(x.repeat(20, 1, 1), scale, 1e-6, None)[-2:],
                            native.rms_norm(x, scale, 1e-6, None))
+
+
+@pytest.mark.parametrize("dim", [2, 10, 32, 36, 128, 512])
+def test_norm_and_rotation(isa, dim):
+    x, weight, angles = 3 * normal(2, 3, 5, dim), 1 + normal(dim, seed=1), normal(2, 3, 1, dim // 2, seed=2)
+    cos, sin = torch.cat([angles.cos()] * 2, dim=-1), torch.cat([angles.sin()] * 2, dim=-1)
+    wide = x.double()
+    wide = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    first, second = wide.chunk(2, dim=-1)
+    wanted = wide * cos.double() + torch.cat([-second, first], dim=-1) * sin.double()
+    ours = native.norm_rotate(x, weight, 1e-6, cos, sin)
+    assert relative(ours, wanted) < 3e-7
+    turned = x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+    assert torch.equal(native.norm_rotate(turned, weight.bfloat16(), 1e-6, cos, sin),
+                       native.norm_rotate(x, weight.bfloat16().float(), 1e-6, cos, sin))
+    with threads(2):
+        many = native.norm_rotate(x.repeat(20, 1, 1, 1), weight, 1e-6, *(t.repeat(20, 1, 1, 1) for t in (cos, sin)))
+    assert torch.equal(many[-2:], ours)
 
 
 def test_norm_of_extremes(isa):

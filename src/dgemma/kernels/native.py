@@ -18,7 +18,7 @@ from torch import Tensor
 from dgemma.errors import DgemmaError
 from dgemma.kernels.blocks import BY_CODE
 
-ABI = 2
+ABI = 3
 _NAMES = {"linux": "libdgemma_cpu.so", "darwin": "libdgemma_cpu.dylib", "win32": "dgemma_cpu.dll"}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
@@ -29,6 +29,13 @@ class _HeadTile(ctypes.Structure):
     _fields_ = (*((name, _LONG) for name in ("M", "n", "start")), ("cap", ctypes.c_float),
                 *((name, _POINTER) for name in ("inverse_t", "gumbel", "inside", "best", "mass", "weighted", "best_key",
                                                 "decay", "argmax", "sample")))
+
+
+class _Attention(ctypes.Structure):
+    """``Attention`` of native/dgemma.h."""
+
+    _fields_ = (*((name, _LONG) for name in ("heads", "rows", "dim", "blocks", "heads_per_batch", "group")),
+                *((name, _POINTER) for name in ("query", "keys", "values", "columns", "positions", "first", "last")))
 
 
 def library() -> ctypes.CDLL | None:
@@ -95,6 +102,7 @@ def signatures(loaded: ctypes.CDLL) -> None:
         ("dg_rms_norm", _INT, _POINTER, _LONG, _LONG, _POINTER, ctypes.c_float, _POINTER, _POINTER, _INT),
         ("dg_norm_rotate", _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, ctypes.c_float, _POINTER, _POINTER, _POINTER,
          _INT),
+        ("dg_attend", _INT, ctypes.POINTER(_Attention), _POINTER, _INT),
         ("dg_dequantize", _INT, _INT, _POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _POINTER, _INT),
     ):
         function = getattr(loaded, name)
@@ -230,6 +238,46 @@ def norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor)
     out = torch.empty_like(x)
     _check(_loaded().dg_norm_rotate(x.data_ptr(), tokens, heads, dim, weight.data_ptr(), eps, cos.data_ptr(),
                                     sin.data_ptr(), out.data_ptr(), torch.get_num_threads()))
+    return out
+
+
+def can_attend(dim: int) -> bool:
+    """Whether `attend` runs here: it needs bfloat16 instructions and heads of a multiple of 32 numbers."""
+    return dim % 32 == 0 and isa() in ("amx", "avx512bf16")
+
+
+def attend(query: Tensor, blocks: list[tuple[Tensor, Tensor]], group: int = 1,
+           bounds: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+    """Softmax attention with scale 1 of query [B, H, R, d] over the columns of ``blocks``, [B, H, S_i, d] each.
+
+    All bfloat16; scores and sums are float32, as is the result [B, H, R, d]. ``bounds`` None: every row sees every
+    column; else (first, last, positions), [B, R / group] twice and [B, S]: row r sees the columns whose position is
+    between first and last of r // group, both included.
+    """
+    query = query.contiguous()
+    batch, heads, rows, dim = query.shape
+    kept = [(key.contiguous(), value.contiguous()) for key, value in blocks if key.shape[2]]
+    if not kept or any(t.dtype != torch.bfloat16 for t in (query, *(t for pair in kept for t in pair))):
+        raise ValueError("attention here takes bfloat16 queries and at least one column of keys and values")
+    count, width = len(kept), sum(key.shape[2] for key, _ in kept)
+    if any(t.shape != (batch, heads, key.shape[2], dim) for key, value in kept for t in (key, value)):
+        raise ValueError(f"keys and values do not fit queries {list(query.shape)}")
+    limits: list[Tensor] = []
+    if bounds is not None:
+        first, last, positions = bounds
+        if positions.shape != (batch, width) or rows % group:
+            raise ValueError(f"positions {list(positions.shape)} do not fit {width} columns, or {group} not {rows} rows")
+        limits = [t.expand(batch, rows // group).long().contiguous() for t in (first, last)]
+        limits.append(positions.long().contiguous())
+    keys = (ctypes.c_void_p * count)(*(key.data_ptr() for key, _ in kept))
+    values = (ctypes.c_void_p * count)(*(value.data_ptr() for _, value in kept))
+    columns = (_LONG * count)(*(key.shape[2] for key, _ in kept))
+    pointers = dict(zip(("first", "last", "positions"), (t.data_ptr() for t in limits), strict=False))
+    out = torch.empty(batch, heads, rows, dim)
+    task = _Attention(heads=batch * heads, rows=rows, dim=dim, blocks=count, heads_per_batch=heads, group=group,
+                      query=query.data_ptr(), keys=ctypes.addressof(keys), values=ctypes.addressof(values),
+                      columns=ctypes.addressof(columns), **pointers)
+    _check(_loaded().dg_attend(ctypes.byref(task), out.data_ptr(), torch.get_num_threads()))
     return out
 
 

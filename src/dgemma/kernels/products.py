@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dgemma.kernels import native
+from dgemma.kernels.ops import packed_linear
 from dgemma.kernels.packed import PackedWeight
 
 Weight = Tensor | PackedWeight
@@ -31,7 +32,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
         return F.linear(x.to(plain.dtype), plain).to(x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     if on_native(weight):
-        out = native.linear(flat, weight.data, weight.type.code, weight.shape[-1])
+        out = packed_linear(flat, weight.data, weight.type.code, weight.shape[-1])
     else:
         out = _plain_linear(flat, weight)
     return out.view(*x.shape[:-1], weight.shape[-2]).to(x.dtype)
