@@ -31,7 +31,7 @@ sanitize: .venv/.dev
 	  { cmake --build build/sanitize --parallel >build/sanitize/log 2>&1 || { cat build/sanitize/log; exit 1; }; } && \
 	  grep -q __asan_init $(SANITIZED) && \
 	  LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DGEMMA_NATIVE=$(SANITIZED) \
-	    DGEMMA_FUZZ=8 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist tests/kernels/test_native.py; \
+	    DGEMMA_FUZZ=8 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist tests/kernels/test_native.py tests/kernels/test_native_attention.py; \
 	else echo "make sanitize: skipped, for it needs cmake and g++ with libasan"; fi
 
 # An environment that already has a torch (a GPU machine's image, say) is used; otherwise torch is installed: the

@@ -71,7 +71,8 @@ def test_a_rows_result_does_not_depend_on_the_other_rows():
 
 
 def test_large_scores_neither_overflow_nor_lose_the_row():
-    query, blocks = draw(1, 1, 9, 32, scale=30.0), [(draw(1, 1, 130, 32, seed=1, scale=30.0), draw(1, 1, 130, 32, seed=2))]
+    query = draw(1, 1, 9, 32, scale=30.0)
+    blocks = [(draw(1, 1, 130, 32, seed=1, scale=30.0), draw(1, 1, 130, 32, seed=2))]
     ours = native.attend(query, blocks)
     assert ours.isfinite().all() and close(ours, exact(query, blocks))
 

@@ -266,7 +266,7 @@ def attend(query: Tensor, blocks: list[tuple[Tensor, Tensor]], group: int = 1,
     if bounds is not None:
         first, last, positions = bounds
         if positions.shape != (batch, width) or rows % group:
-            raise ValueError(f"positions {list(positions.shape)} do not fit {width} columns, or {group} not {rows} rows")
+            raise ValueError(f"positions {list(positions.shape)} do not fit {width} columns and {rows} rows")
         limits = [t.expand(batch, rows // group).long().contiguous() for t in (first, last)]
         limits.append(positions.long().contiguous())
     keys = (ctypes.c_void_p * count)(*(key.data_ptr() for key, _ in kept))
