@@ -36,7 +36,8 @@ sanitize: .venv/.dev
 
 # An environment that already has a torch (a GPU machine's image, say) is used; otherwise torch is installed: the
 # CPU build without an NVIDIA GPU (from the sources pip is set up with if they have it, else PyTorch's own index).
-.venv/.base: pyproject.toml
+.venv/.base: pyproject.toml $(wildcard native/*)
+	@echo "Making .venv: torch, and the C++ kernels (a few minutes the first time) …"
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
 	  else $(PYTHON) -m venv .venv; fi
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; then true; \
@@ -47,8 +48,12 @@ sanitize: .venv/.dev
 	@$(BIN)/pip install --quiet --editable .
 	@touch $@
 
+# What the extras ask for, without building the package itself again.
 .venv/.dev: .venv/.base
-	@$(BIN)/pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	  print(*(need for extra in ('train', 'dev') for need in extras[extra] if not need.startswith('dgemma')), sep='\n')" \
+	  > .venv/dev.txt
+	@$(BIN)/pip install --quiet --requirement .venv/dev.txt
 	@touch $@
 
 clean:

@@ -205,7 +205,7 @@ def test_inspect(dgemma_command, checkpoint, tmp_path):
     assert outcome.code == 1
     assert "truncated" in outcome.out
     assert "No problems found" not in outcome.out
-    refused(dgemma_command("inspect", tmp_path / "none"), "no such folder")
+    refused(dgemma_command("inspect", tmp_path / "none"), "no such file or folder")
 
 
 # chat
