@@ -9,6 +9,7 @@ import typer
 
 from dgemma.cli.output import print_json
 from dgemma.config import SLIDING
+from dgemma.files import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,16 +78,16 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
     files = list(report.files.items())
     rest = files[_FILES_SHOWN:]
     _print(console, "Files", ["file", ">size"], [
-        *((file, _size(size)) for file, size in files[:_FILES_SHOWN]),
-        *([(f"and {len(rest)} more", _size(sum(size for _, size in rest)))] if rest else []),
-        *((f"stored as {s.dtype}: {s.tensors:,} tensors", _size(s.nbytes)) for s in report.stored)])
+        *((file, size_text(size)) for file, size in files[:_FILES_SHOWN]),
+        *([(f"and {len(rest)} more", size_text(sum(size for _, size in rest)))] if rest else []),
+        *((f"stored as {s.dtype}: {s.tensors:,} tensors", size_text(s.nbytes)) for s in report.stored)])
     if report.parts:
         _print(console, "Types", ["part", "type", ">tensors", ">size"], [
-            (part.part, part.dtype, f"{part.tensors:,}", _size(part.nbytes)) for part in report.parts])
+            (part.part, part.dtype, f"{part.tensors:,}", size_text(part.nbytes)) for part in report.parts])
     _print(console, "Memory to run the text network (one conversation)",
            [">context", "dtype", ">weights", ">KV cache", ">working", ">total"], [
-               (f"{need.context:,}", need.dtype, _size(need.weights), _size(need.kv_cache), _size(need.working),
-                _size(need.total)) for need in sorted(report.memory, key=lambda need: need.context)])
+               (f"{need.context:,}", need.dtype, size_text(need.weights), size_text(need.kv_cache), size_text(need.working),
+                size_text(need.total)) for need in sorted(report.memory, key=lambda need: need.context)])
     if any(need.dtype == "packed" for need in report.memory):
         console.print(Text("packed: on the CPU, weights as they are in the file; bfloat16: on a GPU", "dim"))
     defaults = report.generation
@@ -147,10 +148,3 @@ def _count(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.3g}{letter}"
     return str(number)
-
-
-def _size(nbytes: int) -> str:
-    for unit, letters in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.1f} {letters}"
-    return f"{nbytes} B"

@@ -44,8 +44,8 @@ def remove(
 ) -> None:
     """Delete a model from the Hugging Face cache, also one that has come only partly."""
     from dgemma.errors import DgemmaError
+    from dgemma.files import size_text
     from dgemma.weights.cache import find_local, remove_model
-    from dgemma.weights.progress import size_text
 
     model = find_local(name)
     if not model.bundled and not yes:
@@ -108,8 +108,8 @@ def _show(found: list[LocalModel], available: int | None, total: int | None) -> 
     from rich.table import Table
     from rich.text import Text
 
+    from dgemma.files import size_text
     from dgemma.weights.cache import cache_folder
-    from dgemma.weights.progress import size_text
 
     console = Console(highlight=False)
     rows = []

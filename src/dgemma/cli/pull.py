@@ -54,7 +54,7 @@ def pull(
 
 
 def _show(plan: Plan) -> None:
-    from dgemma.weights.progress import size_text
+    from dgemma.files import size_text
 
     typer.echo(f"{plan.model or plan.repo}, commit {plan.commit[:12]}")
     width = max(len(size_text(file.size)) for file in plan.files)

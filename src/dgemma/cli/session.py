@@ -45,8 +45,8 @@ def load_model(name: str | None, device: str | None = None, dtype: str | None = 
 def _say_if_tight(model: Model) -> None:
     """Tell on stderr what to expect if packed weights, which stay in their file, are more than memory can hold."""
     from dgemma.cli.models import machine_memory, working_memory
+    from dgemma.files import size_text
     from dgemma.nn.packed import packed_bytes
-    from dgemma.weights.progress import size_text
 
     weights = packed_bytes(model.network)
     available, _ = machine_memory()

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.files import size_text
 from dgemma.weights.cache import alone, cache_folder, cached_path, note_finished, note_wanted, partial_of, repo_folder
 from dgemma.weights.locate import SINGLE_FILE, choose_gguf, gguf_models, is_checkpoint, tag_of
-from dgemma.weights.progress import ProgressDisplay, size_text
+from dgemma.weights.progress import ProgressDisplay
 from dgemma.weights.transfer import (
     Listener,
     TransferError,

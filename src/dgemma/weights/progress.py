@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from dgemma.files import size_text
 from dgemma.weights.transfer import Listener
 
 if TYPE_CHECKING:
@@ -100,14 +101,6 @@ class ProgressDisplay(Listener):
             console=self._console, expand=True)
         self._bar.start()
         return self._bar
-
-
-def size_text(nbytes: int) -> str:
-    """A size as people say it: 16.8 GB."""
-    for unit, letters in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.1f} {letters}"
-    return f"{nbytes} B"
 
 
 def _percent(done: int, total: int) -> int:
