@@ -1,8 +1,6 @@
 // What AVX-512 and AMX share.
 #pragma once
-#include <immintrin.h>
-
-#include "gemm.h"
+#include "x86.h"
 
 namespace {
 
@@ -71,7 +69,7 @@ struct Bf16Mixer {
 };
 #endif
 
-struct Avx512Words {
+struct Avx512Words : X86 {
 #ifdef __AVX512BF16__
     using Mixer = Bf16Mixer;
 #else
@@ -98,12 +96,6 @@ struct Avx512Words {
     DG_INLINE u32x16 lookup(u32x16 nibbles) {
         __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)IQ4_VALUES));
         return (u32x16)_mm512_shuffle_epi8(table, (__m512i)nibbles) ^ 0x80808080u;
-    }
-    DG_INLINE int32_t sum_bytes(const int8_t* p, int count) {
-        __m128i total = _mm_setzero_si128();
-        for (int i = 0; i < count; i += 16)  // unsigned sums of x + 128
-            total = _mm_add_epi64(total, _mm_sad_epu8(_mm_xor_si128(_mm_loadu_si128((const __m128i*)(p + i)), _mm_set1_epi8((char)0x80)), _mm_setzero_si128()));
-        return _mm_cvtsi128_si32(total) + _mm_extract_epi32(total, 2) - 128 * count;
     }
     static double peak(int64_t rounds) {
         __m512i s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{}, s8{}, s9{}, a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-5);

@@ -263,6 +263,13 @@ DG_INLINE void scatter(const u32x16* from, uint8_t* to, int64_t stride, int rows
     }
 }
 
+// Number i of a panel's 16 rows.
+template <class T>
+DG_INLINE f32x16 number_of(const Panel& panel, int i) {
+    f32x16 value = (to_float(byte_of(panel.q[i / 4], i % 4)) - (float)T::ZERO) * panel.scale[i / T::GROUP];
+    return T::OFFSET ? value + panel.offset[i / T::GROUP] : value;
+}
+
 // The numbers themselves, of rows by index (or the first `count` ones): float32, or bfloat16 where `half`.
 template <class Isa, class T>
 void dequantize(const uint8_t* weight, int64_t row_bytes, int64_t K, const int64_t* rows, int64_t count, int half, void* out, int threads) {
@@ -285,10 +292,7 @@ void dequantize(const uint8_t* weight, int64_t row_bytes, int64_t K, const int64
             } else {
                 T::template unpack<Isa>(from + r0 * row_bytes, row_bytes, whole, panel);
             }
-            auto number = [&](int i) {
-                f32x16 value = (to_float(byte_of(panel.q[i / 4], i % 4)) - (float)T::ZERO) * panel.scale[i / T::GROUP];
-                return T::OFFSET ? value + panel.offset[i / T::GROUP] : value;
-            };
+            auto number = [&](int i) { return number_of<T>(panel, i); };
             for (int i = 0; i < weights; i += half ? 32 : 16) {  // a word holds one number, or two
                 u32x16 words[16];
                 for (int j = 0; j < 16; j++)
@@ -349,10 +353,7 @@ void mix(const uint8_t* weight, int64_t row_bytes, int64_t n, int64_t D, const f
                     Panel panel;
                     if (v0 + v < n) unpack<Isa, T>(weight, row_bytes, n, D, v0 + v, d0, panel);
                     else memset((void*)&panel, 0, sizeof panel);
-                    auto number = [&](int i) {
-                        f32x16 value = (to_float(byte_of(panel.q[i / 4], i % 4)) - (float)T::ZERO) * panel.scale[i / T::GROUP];
-                        return T::OFFSET ? value + panel.offset[i / T::GROUP] : value;
-                    };
+                    auto number = [&](int i) { return number_of<T>(panel, i); };
                     for (int i = 0; i < columns; i += 16) Mixer::template pack<Isa>(number, i, (int)v, STRETCH, room.data);
                 }
                 for (int64_t i = 0; i < columns; i += COLUMNS)
@@ -376,11 +377,7 @@ struct FloatMixer {
         alignas(64) u32x16 lanes[16];
         for (int j = 0; j < 16; j++) lanes[j] = (u32x16)number(i + j);
         float* to = (float*)room + i * stretch + v * 16;
-        for (int w = 0; w < 16; w += 4) {
-            u32x16 out[4];
-            Isa::transpose4((const uint8_t*)lanes + 4 * w, sizeof(u32x16), out);
-            for (int j = 0; j < 4; j++) store(to + (w + j) * 16, out[j]);
-        }
+        scatter<Isa>(lanes, (uint8_t*)to, sizeof(u32x16), 16);
     }
     static void multiply(const char* room, int64_t i, int64_t stretch, const float* p, int64_t width, const int32_t* index, int64_t count, float* soft, int64_t D, int64_t columns) {
         const float* table = (const float*)room + i * stretch;

@@ -52,7 +52,7 @@ struct Products<Amx, T> {
         Amx::configure<T::GROUP>();
         __m512 total[16][2];
         for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
-        // Two groups are in flight: the second is multiplied while the first is scaled.
+        // Two rooms by turns, so that a group's products need not wait for the one before to be scaled.
         for (int g = 0; g < groups; g++) {
             auto& dot = dots[g % 2];
             _tile_zero(0);

@@ -1,7 +1,5 @@
 // AVX2, compiled twice: plain (bytes are multiplied into 16-bit pairs) and with VNNI's byte dot product.
-#include <immintrin.h>
-
-#include "gemm.h"
+#include "x86.h"
 
 namespace {
 
@@ -38,7 +36,7 @@ struct Avx2Mixer : FloatMixer {
     }
 };
 
-struct Avx2 {
+struct Avx2 : X86 {
     using Mixer = Avx2Mixer;
 
     DG_INLINE void transpose4(const uint8_t* p, int64_t stride, u32x16* out) {
@@ -63,12 +61,6 @@ struct Avx2 {
         for (int half = 0; half < 2; half++)
             store((char*)&out + 32 * half, _mm256_shuffle_epi8(table, load<__m256i>((char*)&nibbles + 32 * half)));
         return out ^ 0x80808080u;
-    }
-    DG_INLINE int32_t sum_bytes(const int8_t* p, int count) {
-        __m128i total = _mm_setzero_si128();
-        for (int i = 0; i < count; i += 16)  // unsigned sums of x + 128
-            total = _mm_add_epi64(total, _mm_sad_epu8(_mm_xor_si128(_mm_loadu_si128((const __m128i*)(p + i)), _mm_set1_epi8((char)0x80)), _mm_setzero_si128()));
-        return _mm_cvtsi128_si32(total) + _mm_extract_epi32(total, 2) - 128 * count;
     }
     DG_INLINE __m256i dot(__m256i sum, __m256i a, __m256i b) {
 #ifdef __AVXVNNI__

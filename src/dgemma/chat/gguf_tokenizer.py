@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from dgemma.chat.tokenizer import Tokenizer, special_roles
 from dgemma.errors import CheckpointError
+from dgemma.weights.tokenizer_keys import TOKENIZER_CONFIG_JSON, TOKENIZER_JSON
 
 if TYPE_CHECKING:
     import tokenizers
-
-# Our own keys: the checkpoint's files as they were, for tokenizers that the keys of ggml cannot describe.
-TOKENIZER_JSON = "dgemma.tokenizer.json"
-TOKENIZER_CONFIG_JSON = "dgemma.tokenizer_config.json"
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # ggml's token types
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "mask": "mask"}  # their name -> ours

@@ -20,15 +20,14 @@ def expert_mlp(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, expert
 
     x [N, D]; gate_up [E, 2I, D] (gate rows first); down [E, D, I]; weights and experts [N, K]. Returns [N, D].
     """
-    packed = [isinstance(weight, PackedWeight) and on_native(weight) for weight in (gate_up, down)]
-    if isinstance(gate_up, PackedWeight) or isinstance(down, PackedWeight):
-        if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight) and all(packed):
-            mixed = packed_experts(x, gate_up.data, gate_up.type.code, down.data, down.type.code, down.shape[-1],
-                                   weights, experts)
-            return mixed.to(x.dtype)
-        return grouped_expert_mlp(x, gate_up, down, weights, experts)
-    if gate_up.shape[0] <= DENSE_EXPERTS:
-        return dense_expert_mlp(x, gate_up, down, weights, experts)
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        if gate_up.shape[0] <= DENSE_EXPERTS:
+            return dense_expert_mlp(x, gate_up, down, weights, experts)
+    elif isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight) and on_native(gate_up) and (
+            on_native(down)):
+        mixed = packed_experts(x, gate_up.data, gate_up.type.code, down.data, down.type.code, down.shape[-1], weights,
+                               experts)
+        return mixed.to(x.dtype)
     return grouped_expert_mlp(x, gate_up, down, weights, experts)
 
 

@@ -28,7 +28,7 @@ from dgemma.weights.gguf_keys import (
     read_model_config,
     rotary_fraction,
 )
-from dgemma.weights.load import DTYPES, Problem, Shape, describe, empty_network
+from dgemma.weights.load import DTYPES, Problem, Shape, describe, empty_network, tensor_shapes
 
 UNPACKED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 16 << 20  # bytes unpacked at a time
@@ -141,7 +141,7 @@ def load_gguf_network(model: GGUFModel, device: torch.device | str = "cpu", dtyp
     device = torch.device(device)
     progress = progress or (lambda done, total: None)
     network = empty_network(model.config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    shapes = tensor_shapes(network)
     chosen, problems = match_gguf(model, shapes)
     if problems:
         raise CheckpointError(f"{model.file.path}: this GGUF file cannot be loaded\n{describe(problems)}")

@@ -31,7 +31,7 @@ from dgemma.nn.head import VOCAB_TILE
 from dgemma.nn.transformer import ENCODE_CHUNK
 from dgemma.weights.gguf_keys import network_name as gguf_network_name
 from dgemma.weights.gguf_model import UNPACKED, match_gguf, open_gguf
-from dgemma.weights.load import Contents, Problem, Shape, _stored_dtype, empty_network, match, read_headers
+from dgemma.weights.load import Contents, Problem, Shape, _stored_dtype, match, network_shapes, read_headers
 from dgemma.weights.locate import is_gguf
 from dgemma.weights.names import is_vision
 
@@ -222,11 +222,6 @@ def _inspect_gguf(path: Path, contexts: Sequence[int] | None) -> CheckpointRepor
         format="gguf",
         parts=parts,
     )
-
-
-def network_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Our name -> shape of every tensor of the text network."""
-    return {name: tuple(tensor.shape) for name, tensor in empty_network(config).state_dict().items()}
 
 
 def count_parameters(shapes: dict[str, Shape]) -> dict[str, int]:

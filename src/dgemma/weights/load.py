@@ -83,7 +83,7 @@ def load_network(folder: Path, config: ModelConfig, device: torch.device | str =
     folder, device = Path(folder), torch.device(device)
     contents = read_headers(folder)
     network = empty_network(config)
-    chosen, problems = match(contents, {name: tuple(t.shape) for name, t in network.state_dict().items()})
+    chosen, problems = match(contents, tensor_shapes(network))
     if problems:
         raise CheckpointError(f"{folder}: this checkpoint cannot be loaded\n{describe(problems)}")
     dtype = dtype or _stored_dtype(folder, config, chosen)
@@ -95,6 +95,16 @@ def empty_network(config: ModelConfig) -> DiffusionTransformer:
     """A network of this shape without any memory behind its tensors (on the ``meta`` device), no gradients."""
     with _OnMeta():
         return DiffusionTransformer(config).requires_grad_(False)
+
+
+def tensor_shapes(network: DiffusionTransformer) -> dict[str, Shape]:
+    """Our name -> shape of every tensor of a network."""
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def network_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Our name -> shape of every tensor of the text network of this shape."""
+    return tensor_shapes(empty_network(config))
 
 
 def read_headers(folder: Path) -> Contents:

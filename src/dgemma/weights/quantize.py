@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgemma.config import load_generation_config, load_model_config
 from dgemma.errors import CheckpointError, DgemmaError
@@ -26,7 +26,7 @@ from dgemma.weights import gguf_keys as keys
 from dgemma.weights.gguf import read_gguf
 from dgemma.weights.gguf_model import match_gguf, open_gguf
 from dgemma.weights.gguf_writer import TensorEntry, header, padding
-from dgemma.weights.load import DTYPES, Problem, describe, empty_network, match, read_headers
+from dgemma.weights.load import DTYPES, Problem, describe, match, network_shapes, read_headers
 from dgemma.weights.locate import is_gguf
 from dgemma.weights.names import is_vision
 from dgemma.weights.tokenizer_keys import tokenizer_metadata
@@ -294,7 +294,7 @@ def _packed(data: Tensor, tensor: _Stored, type: BlockType) -> Tensor:
 def _open_gguf(path: Path) -> _Opened:
     """A GGUF source. What it says of itself is kept, but for what is true of its packing only."""
     model = open_gguf(path)
-    _, problems = match_gguf(model, _shapes(empty_network(model.config)))
+    _, problems = match_gguf(model, network_shapes(model.config))
     _refuse(path, problems)
     dropped = ("split.", "quantize.", "general.alignment")
     metadata = {key: value for key, value in model.file.metadata.items() if not key.startswith(dropped)}
@@ -308,7 +308,7 @@ def _open_folder(folder: Path) -> _Opened:
     config = load_model_config(folder)
     generation = load_generation_config(folder, config)
     contents = read_headers(folder)
-    expected = _shapes(empty_network(config))
+    expected = network_shapes(config)
     chosen, problems = match(contents, expected)
     _refuse(folder, problems)
     tensors = [_Stored(keys.gguf_name(name), stored.shape, BLOCK_TYPES[stored.dtype], stored.file, stored.start,
@@ -325,10 +325,6 @@ def _open_folder(folder: Path) -> _Opened:
         **tokenizer_metadata(folder, config.vocab_size),
     }
     return _Opened(metadata, tensors, sum(is_vision(name) for name in contents.tensors))
-
-
-def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def _refuse(source: Path, problems: Sequence[Problem]) -> None:
