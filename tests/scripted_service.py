@@ -22,6 +22,7 @@ from dgemma.diffusion.events import (
     TokenLogprob,
 )
 from dgemma.diffusion.row import Request
+from dgemma.engine.adapters import AdapterShelf
 from dgemma.engine.service import Overloaded, Stats
 
 
@@ -41,6 +42,7 @@ class ScriptedService:
         self.seconds, self.cached_tokens = seconds, cached_tokens
         self.requests: list[Request] = []
         self.closed = 0
+        self.adapters = AdapterShelf(model.network)
         self.logprobs: list[TokenLogprob] | None = None  # of all of the first canvas
 
     def stats(self) -> Stats:

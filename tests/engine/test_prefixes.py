@@ -110,7 +110,7 @@ def test_what_is_in_use_stays(tiny_network, random_ids):
 def test_without_its_sliding_layers_a_page_serves_longer_contexts_only(store, tiny_network, random_ids):
     context = random_ids(1, 4 * W)[0].tolist()
     _, prefix = read(store, tiny_network, context)
-    first = next(iter(store._top.values()))
+    first = next(iter(store._tops[None].values()))
     store._forget_sliding(first)
     assert store.open(context[:PAGE], tiny_network).cache.length == 0
     known = store.open(context, tiny_network).cache

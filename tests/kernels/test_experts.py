@@ -52,6 +52,20 @@ def test_every_path_has_the_loop_s_gradients(path):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_frozen_experts_have_the_loop_s_gradients():
+    """Into the tokens and the router's weights, without anything of the experts kept but their gates and ups."""
+    x, gate_up, down, weights, experts = inputs(40, 20, 3)
+
+    def gradients(function):
+        leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+        out = function(leaves[0], gate_up, down, leaves[1], experts)
+        out.square().sum().backward()
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    for ours, theirs in zip(gradients(expert_mlp), gradients(naive), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("path", [dense_expert_mlp, grouped_expert_mlp])
 def test_bfloat16_is_close_to_float32(path):
     x, gate_up, down, weights, experts = inputs(20, 8, 2, torch.bfloat16)

@@ -252,7 +252,10 @@ def unpacked(network):
     return plain
 
 
-def test_the_gradient_through_a_packed_product_is_the_matrix(kernels, monkeypatch):
+@pytest.mark.parametrize(("narrow", "error"), [(False, 1e-6), (True, 5e-3)], ids=["float32", "bfloat16"])
+def test_the_gradient_through_a_packed_product_is_the_matrix(kernels, narrow, error, monkeypatch):
+    """Exact but for the rounding of both factors to bfloat16 where the processor multiplies that faster."""
+    monkeypatch.setattr("dgemma.kernels.packed_grad.fast_bf16", lambda: narrow)
     monkeypatch.setattr("dgemma.kernels.packed_grad.PIECE", 1000)  # several pieces, the last one short
     generator = torch.Generator().manual_seed(0)
     weight = PackedWeight(quantize(torch.randn(37, 256, generator=generator), BLOCK_TYPES["Q6_K"]),
@@ -260,7 +263,8 @@ def test_the_gradient_through_a_packed_product_is_the_matrix(kernels, monkeypatc
     x = torch.randn(2, 5, 256, generator=generator).requires_grad_()
     gradient = torch.randn(2, 5, 37, generator=generator)
     linear(x, weight).backward(gradient)
-    torch.testing.assert_close(x.grad, gradient @ weight.dequantize(), atol=1e-4, rtol=1e-5)
+    wanted = gradient @ weight.dequantize()
+    assert x.grad is not None and (x.grad - wanted).norm() < error * wanted.norm()
 
 
 @pytest.mark.parametrize("targets", [EVERYTHING, ("self_conditioning", "attention")],

@@ -30,6 +30,12 @@ def running(model, settings=None, **options):
         asyncio.run(service.stop(0))
 
 
+@pytest.fixture
+def serve_model():
+    """`running`, for tests of a model of their own."""
+    return running
+
+
 @pytest.fixture(scope="session")
 def live(model):
     """The bundled model's server: its URL and the service."""

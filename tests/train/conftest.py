@@ -1,4 +1,4 @@
-"""A recipe small enough to train in a test."""
+"""Recipes small enough to train in a test."""
 
 from pathlib import Path
 
@@ -18,10 +18,11 @@ MODEL = {
 
 @pytest.fixture
 def recipe_data():
-    return {"name": "tiny", "task": "sudoku", "model": MODEL, "max_steps": 4, "batch_size": 4, "autocast": False,
-            "save_every": 100, "evaluate_every": 100, "evaluate_count": 1,
-            "generation": {"max_denoising_steps": 2}, "data": {"bases": 40},
-            "objective": {"passes": 2, "rollout": 0.5, "causal_weight": 0.1}}
+    return {"name": "tiny", "model": MODEL, "max_steps": 4, "batch_size": 4, "save_every": 100,
+            "generation": {"max_denoising_steps": 2}, "data": {"kind": "sudoku", "bases": 40},
+            "objective": {"passes": 2, "rollout": 0.5, "causal_weight": 0.1},
+            "optimizer": {"kind": "muon", "lr": 3e-3, "schedule": "linear", "warmup_steps": 2},
+            "evaluation": {"every": 100, "count": 1, "examples": 2}}
 
 
 @pytest.fixture
@@ -35,4 +36,16 @@ def recipe_file(tmp_path: Path, recipe_data):
 def recipe(recipe_file):
     from dgemma.train.recipe import load_recipe
 
-    return load_recipe(recipe_file)
+    return load_recipe(recipe_file)[""]
+
+
+@pytest.fixture
+def conversations(tmp_path: Path):
+    """A file of eight short conversations."""
+    import json
+
+    path = tmp_path / "talk.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"say {word}", "response": word * (1 + index % 2)})
+                              for index, word in enumerate(("one", "two", "three", "four", "five", "six", "seven",
+                                                            "eight"))))
+    return path

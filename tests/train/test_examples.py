@@ -250,11 +250,11 @@ def test_an_epoch_has_every_example_once_and_depends_on_seed_and_epoch_only(exam
 
 def test_batches_hold_similar_lengths(examples):
     def padded(made):
-        return sum(max(lengths) * len(lengths) - sum(lengths) for lengths in
-                   ([examples[i].context_length for i in batch] for batch in made))
+        found = [collate([examples[i] for i in batch]) for batch in made]
+        return sum(batch.context.numel() - sum(batch.before[i] for i in batch.last) for batch in found)
 
-    plain = [list(range(start, min(start + 4, len(examples)))) for start in range(0, len(examples), 4)]
-    assert padded(batches(examples, 4, seed=0, epoch=0)) < 0.25 * padded(plain)
+    plain = [list(range(start, len(examples), 24)) for start in range(24)]
+    assert padded(batches(examples, 4, seed=0, epoch=0)) < 0.4 * padded(plain)
 
 
 def test_a_batch_pads_contexts_behind_their_ends(examples):
@@ -264,3 +264,18 @@ def test_a_batch_pads_contexts_behind_their_ends(examples):
         assert batch.canvas[row].tolist() == example.canvas_ids
         assert batch.weights[row].tolist() == example.weights
     assert batch.prompts == tuple(example.prompt_length for example in examples[:3])
+
+
+def test_the_canvases_of_a_turn_share_a_batch(tokenizer):
+    rows = [conversation_of({"prompt": "x" * (1 + index % 7), "response": "word " * 5}, where=str(index))
+            for index in range(12)]
+    examples = prepare(rows, tokenizer, 10).examples
+    shared = cut = 0
+    for batch in batches(examples, 6, seed=0, epoch=0):
+        for row in {examples[index].turn.row for index in batch}:
+            places = [index for index in batch if examples[index].turn.row == row]
+            shared += len(places) == 3
+            cut += len(places) < 3
+            assert [examples[i].canvas_index for i in places] == sorted(examples[i].canvas_index for i in places)
+    assert shared == 12
+    assert cut == 0

@@ -54,6 +54,36 @@ def test_whole_rows_give_the_same():
     torch.testing.assert_close(whole, chunked_cross_entropy(hidden, table, targets, CAP, observed, shift, most=40))
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("tile", [1, 8, 20, V])
+def test_over_a_frozen_table_the_gradient_is_the_same(tile, shifted):
+    """It is summed up on the way there: with a trained table it comes from another formula."""
+    hidden, table, targets, observed, shift, weights = inputs()
+    extra = (observed, shift) if shifted else ()
+    grads = []
+    for frozen in (False, True):
+        losses, _ = chunked_cross_entropy(hidden, table.detach() if frozen else table, targets, CAP, *extra,
+                                          most=tile * N)
+        grads.append(torch.autograd.grad((losses * weights).sum(), hidden)[0])
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-6, rtol=1e-5)
+
+
+def test_a_frozen_table_s_gradient_is_numerically_right():
+    hidden, table, targets, observed, shift, _ = inputs(torch.float64, n=3, d=2, v=7)
+    assert torch.autograd.gradcheck(
+        lambda h: chunked_cross_entropy(h, table.detach(), targets, CAP, observed, shift, most=6)[0], (hidden,))
+
+
+def test_a_sure_token_s_small_gradient_is_not_lost_in_rounding():
+    """bfloat16, all but certain of the target: the gradient is a difference of nearly equal parts."""
+    hidden = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
+    table = torch.tensor([[12.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    chunked_cross_entropy(hidden, table, torch.tensor([0]), 30.0)[0].sum().backward()
+    exact = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    F.cross_entropy(soft_cap(exact @ table.double().T, 30.0), torch.tensor([0])).backward()
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, atol=0, rtol=2e-2)
+
+
 def test_a_frozen_table_gets_no_gradient():
     hidden, table, targets, *_ = inputs()
     chunked_cross_entropy(hidden, table.detach(), targets, CAP, most=40)[0].sum().backward()

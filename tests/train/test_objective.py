@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from dgemma.train import objective as objective_module
-from dgemma.train.objective import Objective, batch_loss, block_diffusion_loss, collate, corrupt, draw_noise
+from dgemma.train.batch import collate
+from dgemma.train.noise import corrupt, draw_noise, keyed_noise
+from dgemma.train.objective import Objective, batch_loss, block_diffusion_loss, means, totals_of
 from reference import random_network, tiny_config
 
 PROMPT, CANVAS, VOCAB = 6, 8, 50
@@ -141,7 +143,8 @@ def example(length, real=CANVAS, prompt=None, seed=0):
 
 
 def loss_of(network, examples, objective, noise, **changes):
-    return batch_loss(network, dataclasses.replace(collate(examples), **changes), objective, noise)
+    loss, parts = batch_loss(network, dataclasses.replace(collate(examples), **changes), objective, noise)
+    return loss, means([parts])
 
 
 def row_of(noise, row):
@@ -176,17 +179,17 @@ def test_training_goes_as_it_always_did(network, objective, recorded):
 @pytest.mark.parametrize("lengths", [(9, 4), (30, 3, 17)], ids=["short", "past-the-window"])
 @pytest.mark.parametrize("causal_on", ["all", "prompt", "response"])
 def test_contexts_of_unequal_length_count_as_if_each_were_alone(network, lengths, causal_on):
-    examples = [example(n, real=CANVAS - i, prompt=n - 2) for i, n in enumerate(lengths)]
+    examples = [example(n, real=CANVAS - i) for i, n in enumerate(lengths)]
     noise = noise_for(Objective(), rows=len(lengths))
     parts = ("loss/pass1", "loss/causal")
     objective = Objective(causal_on=causal_on)
     together = loss_of(network, examples, objective, noise)[1]
     alone = [loss_of(network, [one], objective, row_of(noise, i))[1] for i, one in enumerate(examples)]
     tokens = {"all": [n - 1 + one.real_length for n, one in zip(lengths, examples, strict=True)],
-              "prompt": [n - 3 for n in lengths], "response": [2 + one.real_length for one in examples]}[causal_on]
+              "prompt": [n - 1 for n in lengths], "response": [one.real_length for one in examples]}[causal_on]
     for part, counts in zip(parts, ([sum(one.weights) for one in examples], tokens), strict=True):
         wanted = sum(a[part] * count for a, count in zip(alone, counts, strict=True)) / sum(counts)
-        torch.testing.assert_close(together[part], wanted, atol=1e-5, rtol=0)
+        assert together[part] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_weights_count_each_position(network):
@@ -196,7 +199,7 @@ def test_weights_count_each_position(network):
     weights = torch.rand(1, CANVAS)
     loss, parts = loss_of(network, [one], objective, noise, weights=weights)
     torch.testing.assert_close(loss, (torch.stack(each) * weights[0]).sum() / weights.sum())
-    assert parts["loss/pass1"] == loss
+    assert parts["loss/pass1"] == pytest.approx(loss.item())
 
 
 def test_fill_has_the_objectives_weight_where_the_batch_has_none(network):
@@ -217,8 +220,8 @@ def test_parts_tell_corrupted_clean_and_fill_apart(network):
     corrupted, fill = noise.draw < t.unsqueeze(1), torch.arange(CANVAS) >= torch.tensor([[6], [4]])
     counts = {"loss/corrupted": (corrupted & ~fill).sum(), "loss/clean": (~corrupted & ~fill).sum(),
               "loss/fill": fill.sum()}
-    total = sum(parts[name] * count for name, count in counts.items()) / (2 * CANVAS)
-    torch.testing.assert_close(parts["loss/pass1"], total)
+    total = sum(parts[name] * count.item() for name, count in counts.items()) / (2 * CANVAS)
+    assert parts["loss/pass1"] == pytest.approx(total)
 
 
 def test_the_causal_loss_is_that_of_one_causal_pass_over_everything(network):
@@ -227,8 +230,8 @@ def test_the_causal_loss_is_that_of_one_causal_pass_over_everything(network):
     batch = collate(examples)
     ids = torch.cat([batch.context, batch.canvas], dim=1)
     log_p = network.logits(network.encode(ids, network.new_cache(2)))[:, :-1].log_softmax(-1)
-    torch.testing.assert_close(parts["loss/causal"], -log_p.gather(2, ids[:, 1:].unsqueeze(2)).mean())
-    torch.testing.assert_close(loss, parts["loss/pass1"] + 2 * parts["loss/causal"])
+    assert parts["loss/causal"] == pytest.approx(-log_p.gather(2, ids[:, 1:].unsqueeze(2)).mean().item())
+    assert loss.item() == pytest.approx(parts["loss/pass1"] + 2 * parts["loss/causal"])
 
 
 def test_leave_one_out_logits_become_the_denoisers_by_bayes_rule(network):
@@ -246,7 +249,7 @@ def test_leave_one_out_logits_become_the_denoisers_by_bayes_rule(network):
     p = logits.softmax(-1) * q
     p = (p / p.sum(-1, keepdim=True)).gather(2, batch.canvas.unsqueeze(2))
     torch.testing.assert_close(loss, -p.log().mean())
-    assert parts["accuracy/pass1"] == (logits.argmax(-1) == batch.canvas).float().mean()
+    assert parts["accuracy/pass1"] == pytest.approx((logits.argmax(-1) == batch.canvas).float().mean().item())
 
 
 def test_what_is_too_much_for_whole_logits_gives_the_same_in_tiles(network, monkeypatch):
@@ -322,8 +325,66 @@ def test_examples_that_make_no_batch_are_refused(examples, message):
     (dict(prediction="leave_one_out", t_min=0.0), "t_min above 0"),
     (dict(prediction="leave_one_out", passes=2, rollout=0.5), "rollout 0"),
     (dict(self_conditioning_probability=1.5), "between 0 and 1"), (dict(fill_weight=-1.0), "negative"),
-    (dict(temperature=0.0), "temperature"),
+    (dict(temperature=0.0), "temperature"), (dict(denoising_weight=-1.0), "negative"),
+    (dict(denoising_weight=0.0, causal_weight=0.0), "nothing to train on"),
 ])
 def test_other_settings_that_make_no_sense_are_refused_too(settings, message):
     with pytest.raises(ValueError, match=message):
         Objective(**settings)
+
+
+# ---- a step in parts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", [Objective(causal_weight=0.5), Objective(passes=2, causal_on="response"),
+                                       Objective(denoising_weight=0.0), Objective(causal_weight=0.0)],
+                         ids=["default", "chain", "causal-only", "denoising-only"])
+def test_the_parts_of_a_step_add_up_to_it(network, objective):
+    """Losses, gradients and what goes into the log; means of each part's own would not."""
+    network.requires_grad_(True)
+    examples = [example(n, real=real, seed=real) for n, real in ((9, 8), (30, 2), (3, 5), (17, 8), (12, 1), (12, 7))]
+    parts = [collate(examples[start : start + 2]) for start in (0, 2, 4)]
+    keys, found = [11, 12, 13, 14, 15, 16], []
+    for batches, rows in (([collate(examples)], [keys]), (parts, [keys[:2], keys[2:4], keys[4:]])):
+        totals = totals_of(batches, objective)
+        shares = [batch_loss(network, batch, objective, keyed_noise(objective, own, CANVAS, VOCAB), totals)
+                  for batch, own in zip(batches, rows, strict=True)]
+        loss = torch.stack([share for share, _ in shares]).sum()
+        gradients = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+        found.append((totals, loss.detach(), means(logged for _, logged in shares),
+                      torch.cat([g.flatten() for g in gradients if g is not None])))
+    (totals, loss, log, gradient), (other_totals, other_loss, other_log, other) = found
+    assert dataclasses.astuple(totals) == pytest.approx(dataclasses.astuple(other_totals), rel=1e-12)
+    assert abs(loss - other_loss) < 1e-6 * loss and (gradient - other).norm() < 1e-5 * gradient.norm()
+    assert other_log == pytest.approx(log, rel=1e-5)
+    whole = batch_loss(network, collate(examples), objective, keyed_noise(objective, keys, CANVAS, VOCAB))[0]
+    assert abs(whole - loss) < 1e-6 * loss  # a batch alone is a step of its own
+
+
+def test_totals_count_weights_and_causal_tokens():
+    batch = collate([example(9, real=6), example(5)])
+    assert dataclasses.astuple(totals_of([batch], Objective())) == (6 + 2 * 0.25 + 8, 8 + 6 + 4 + 8)
+    assert totals_of([batch, batch], Objective(causal_on="prompt")).causal == 2 * (8 + 4)
+    assert totals_of([batch], Objective(causal_on="response")).causal == 6 + 8
+    assert totals_of([batch], Objective(causal_weight=0.0)).causal == 0
+
+
+def test_a_mean_over_nothing_is_not_a_number(network):
+    noise = dataclasses.replace(noise_for(Objective(), rows=1), draw=torch.ones(1, CANVAS))
+    _, parts = loss_of(network, [example(5)], Objective(), noise)
+    assert parts["loss/corrupted"] != parts["loss/corrupted"] and parts["loss/clean"] == parts["loss/pass1"]
+
+
+def test_the_autoregressive_control_denoises_nothing(network, monkeypatch):
+    examples, noise = [example(9), example(4, real=3)], noise_for(Objective(), rows=2)
+    _, both = loss_of(network, examples, Objective(), noise)
+    monkeypatch.setattr(network, "denoise", None)
+    loss, parts = loss_of(network, examples, Objective(denoising_weight=0.0, causal_weight=2.0), noise)
+    assert parts == {"loss/causal": both["loss/causal"]}
+    assert loss.item() == pytest.approx(2 * both["loss/causal"])
+
+
+def test_the_denoising_loss_has_a_weight_of_its_own(network):
+    noise = noise_for(Objective(), rows=1)
+    loss, parts = loss_of(network, [example(9)], Objective(denoising_weight=0.5, causal_weight=2.0), noise)
+    assert loss.item() == pytest.approx(0.5 * parts["loss/pass1"] + 2 * parts["loss/causal"])

@@ -12,7 +12,8 @@ from dgemma.errors import DgemmaError
 from dgemma.nn import KVCache
 from dgemma.nn.adapters import AdapterConfig, LowRank, attach, merge
 from dgemma.train.objective import Objective, batch_loss, collate
-from dgemma.train.preflight import Bench, run_preflight, training_equals_sampling
+from dgemma.train.preflight import run_preflight, training_equals_sampling
+from dgemma.train.workbench import Bench
 from reference import random_network, tiny_config
 
 VOCAB, CANVAS, WINDOW = 50, 8, 6
@@ -83,6 +84,23 @@ def test_the_network_and_the_optimizer_are_left_as_they_were(network):
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+def turn(prompt=9, canvases=3):
+    """The canvases of one turn, which share a reading."""
+    ids = torch.randint(VOCAB, (prompt + canvases * CANVAS,), generator=torch.Generator().manual_seed(7)).tolist()
+    return [Example(ids[:start], ids[start : start + CANVAS], [1.0] * CANVAS, prompt, CANVAS)
+            for start in range(prompt, len(ids), CANVAS)]
+
+
+def test_turns_of_several_canvases_pass(network):
+    assert failed(network, [example(5), *turn(), example(30)]) == set()
+
+
+def test_the_autoregressive_control_passes(network):
+    checks = run_preflight(network, EXAMPLES, Objective(denoising_weight=0.0))
+    assert [check.name for check in checks if check.passed] == [
+        "adapters count once", "checkpointing changes nothing", "frozen stays frozen"] and len(checks) == 3
+
+
 # ---- the six bugs of the public recipes ------------------------------------------------------------
 
 
@@ -132,11 +150,41 @@ def test_catches_a_canvas_that_overwrites_the_prompts_cache(network, monkeypatch
 
 def test_catches_a_canvas_that_is_read_before_it_is_predicted(network):
     def leaking(network, batch, objective, noise):
-        seen = torch.cat([batch.context, batch.canvas], dim=1)
-        return batch_loss(network, dataclasses.replace(batch, context=seen, lengths=None, prompts=None), objective,
-                          noise)
+        seen = torch.cat([batch.context[list(batch.rows)], batch.canvas], dim=1)
+        return batch_loss(network, dataclasses.replace(batch, context=seen, lengths=None, prompts=None, owners=None),
+                          objective, noise)
 
     assert {"no target leaks", "training equals sampling"} <= failed(network, [example(5)], loss_of=leaking)
+
+
+@pytest.mark.parametrize("examples", [EXAMPLES, turn()], ids=["no-such-turns", "a-turn"])
+def test_catches_a_canvas_that_sees_a_later_one_of_its_turn(network, monkeypatch, examples):
+    select = KVCache.select
+
+    def whole(self, rows, lengths):  # every canvas reads all of its row, in full layers at least
+        cut = select(self, rows, [self.lengths[row] for row in rows])
+        cut.lengths = list(lengths)
+        return cut
+
+    monkeypatch.setattr(KVCache, "select", whole)
+    assert {"no target leaks", "training equals sampling"} <= failed(network, examples)
+
+
+def test_catches_sliding_layers_that_lost_what_an_early_canvas_sees(network, monkeypatch):
+    begin = KVCache.begin
+
+    def narrow(self, counts, width):
+        monkeypatch.setattr(self, "spare", 0)
+        return begin(self, counts, width)
+
+    def unchecked(self, rows, lengths):
+        self.spare = max(self.lengths)
+        return select(self, rows, lengths)
+
+    select = KVCache.select
+    monkeypatch.setattr(KVCache, "begin", narrow)
+    monkeypatch.setattr(KVCache, "select", unchecked)
+    assert failed(network) == {"training equals sampling"}
 
 
 def test_catches_an_adapter_that_is_applied_twice(network, monkeypatch):

@@ -1,68 +1,266 @@
-"""A run: it resumes as if it had never stopped, and leaves a checkpoint that loads."""
+"""A run: it resumes as if it had never stopped, leaves what loads, and loses nothing to a full disk or a kill."""
 
 import dataclasses
+import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+import yaml
 
 import dgemma
 from dgemma.errors import DgemmaError
-from dgemma.train.recipe import OptimizerSettings
-from dgemma.train.trainer import Trainer, learning_rate_factor
+from dgemma.nn.adapters import AdapterConfig, adapters
+from dgemma.train import trainee as trainee_module
+from dgemma.train import trainer as trainer_module
+from dgemma.train.distributed import Ranks
+from dgemma.train.journal import read_journal
+from dgemma.train.recipe import ConversationData, Evaluation, Recipe, load_recipe
+from dgemma.train.trainer import STATE, Trainer
+
+RANKS = Ranks(torch.device("cpu"))
 
 
-def quiet(_: str) -> None:
-    pass
+def trainer(recipe, folder):
+    return Trainer(recipe, folder, ranks=RANKS)
 
 
-def weights(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.network.parameters()])
+def weights(run):
+    return torch.cat([p.detach().flatten() for p in run.network.parameters()])
+
+
+def stop_during(run, step):
+    """As Ctrl-C does, in the middle of a step."""
+    original = run._train_step
+
+    def interrupted():
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original()
+
+    run._train_step = interrupted
+
+
+def tuned(conversations, **others):
+    """A recipe for an adapter on the bundled model."""
+    return Recipe(**{"name": "tuned", "model": "sudoku", "data": ConversationData((str(conversations),), fill="pad"),
+                     "max_steps": 4, "batch_size": 3, "adapter": AdapterConfig(r=2, dropout=0.1),
+                     "evaluation": Evaluation(every=100, examples=2), **others})
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, tmp_path):
-    whole = Trainer(recipe, tmp_path / "whole", quiet)
-    whole.train()
-    first = Trainer(recipe, tmp_path / "parts", quiet)
-    original = first._train_step
-
-    def interrupted(loss_of):
-        if first.step == 1:  # as Ctrl-C does, during the second step
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(loss_of)
-
-    first._train_step = interrupted
-    first.train()
+    whole = trainer(recipe, tmp_path / "whole")
+    assert whole.train()
+    first = trainer(recipe, tmp_path / "parts")
+    stop_during(first, 1)
+    assert not first.train()
     assert first.step == 2
-    second = Trainer(recipe, tmp_path / "parts", quiet)
+    second = trainer(recipe, tmp_path / "parts")
     assert second.step == 2
-    second.train()
+    assert second.train()
     assert second.step == recipe.max_steps
     assert torch.equal(weights(whole), weights(second))
+    losses = [[(r.step, r.values["loss"]) for r in read_journal(tmp_path / name) if r.kind == "validation" and "loss"
+               in r.values] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def test_an_adapter_with_dropout_and_an_average_resumes_to_the_bit(conversations, tmp_path):
+    recipe = tuned(conversations)
+    recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, ema=0.9), epochs=None)
+    whole = trainer(recipe, tmp_path / "whole")
+    whole.train()
+    first = trainer(recipe, tmp_path / "parts")
+    stop_during(first, 2)
+    first.train()
+    second = trainer(recipe, tmp_path / "parts")
+    second.train()
+    assert all(torch.equal(tensor, second.optimizers.tensors()[name])
+               for name, tensor in whole.optimizers.tensors().items())
+
+
+def test_micro_batches_train_as_the_whole_batch_does(conversations, tmp_path):
+    recipe = dataclasses.replace(tuned(conversations), adapter=AdapterConfig(r=2), max_steps=2)
+    found = []
+    for size in (None, 1, 2):
+        run = trainer(dataclasses.replace(recipe, micro_batch=size), tmp_path / str(size))
+        run.train()
+        found.append(torch.cat([p.detach().flatten() for p in run.optimizers.parameters.values()]))
+    # Adam divides by the gradient's size: rounding decides where that is nearly 0, so most, not all, is compared.
+    for other in found[1:]:
+        assert (found[0] - other).abs().median() < 1e-7
 
 
 def test_the_checkpoint_loads_and_generates(recipe, tmp_path):
-    trainer = Trainer(dataclasses.replace(recipe, max_steps=1), tmp_path / "run", quiet)
-    trainer.train()
-    model = dgemma.load(tmp_path / "run" / "checkpoint")
-    assert model.generation_config.max_denoising_steps == 2
-    assert model.generation_config.eos_token_id == (1, 106, 50)
-    assert model.generate("hello", seed=1).steps == [2]
-    assert (tmp_path / "run" / "best" / "model.safetensors").exists()
+    trainer(dataclasses.replace(recipe, max_steps=1), tmp_path / "run").train()
+    for name in ("best", "last"):
+        model = dgemma.load(tmp_path / "run" / name)
+        assert model.generation_config.max_denoising_steps == 2
+        assert model.generation_config.eos_token_id == (1, 106, 50)
+        assert model.generate("hello", seed=1).steps == [2]
+
+
+def test_the_adapter_loads_and_is_what_was_trained(conversations, tmp_path):
+    run = trainer(tuned(conversations), tmp_path / "run")
+    run.train()
+    model = dgemma.load("sudoku", adapter=tmp_path / "run" / "last")
+    for name, adapter in adapters(model.network).items():
+        assert torch.equal(adapter.a, adapters(run.network)[name].a)
+        assert torch.equal(adapter.b, adapters(run.network)[name].b)
+    assert any(bool(adapter.b.abs().sum()) for adapter in adapters(model.network).values())
+
+
+def test_full_training_keeps_what_is_not_the_network_s_and_freezes_the_router(conversations, tmp_path):
+    run = trainer(tuned(conversations, adapter=None, max_steps=2), tmp_path / "run")
+    before = dgemma.load("sudoku").network
+    run.train()
+    after = dgemma.load(tmp_path / "run" / "last").network
+    changed = {name for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True)
+               if not torch.equal(p, q)}
+    assert "layers.0.self_attn.q_proj.weight" in changed
+    assert not any(".router." in name for name in changed)
+    assert (tmp_path / "run" / "last" / "chat_template.jinja").exists()
+
+
+def test_a_parameter_to_freeze_that_does_not_exist_is_named(conversations, tmp_path):
+    with pytest.raises(DgemmaError, match="no parameter has 'vision'"):
+        trainer(tuned(conversations, adapter=None, freeze=("vision",)), tmp_path / "run")
 
 
 def test_another_models_folder_is_refused(recipe, tmp_path):
-    Trainer(dataclasses.replace(recipe, max_steps=1), tmp_path / "run", quiet).train()
+    trainer(dataclasses.replace(recipe, max_steps=1), tmp_path / "run").train()
     model = {**recipe.model, "text_config": {**recipe.model["text_config"], "hidden_size": 24}}
-    with pytest.raises(DgemmaError, match=r"state\.pt: was made by another model"):
-        Trainer(dataclasses.replace(recipe, model=model), tmp_path / "run", quiet)
+    with pytest.raises(DgemmaError, match=r"state\.safetensors: was made by another model"):
+        trainer(dataclasses.replace(recipe, model=model), tmp_path / "run")
 
 
-def test_the_learning_rate_warms_up_stays_and_falls_to_zero():
-    settings = OptimizerSettings(warmup_steps=10, decay_fraction=0.5)
-    factors = [learning_rate_factor(step, 100, settings) for step in range(101)]
-    assert factors[0] == pytest.approx(0.1)
-    assert factors[9:50] == [1.0] * 41
-    assert factors[75] == pytest.approx(0.5)
-    assert factors[100] == 0.0
+def test_a_damaged_state_is_named(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / STATE).write_bytes(b"nothing")
+    with pytest.raises(DgemmaError, match=r"state\.safetensors: is damaged"):
+        trainer(recipe, tmp_path / "run")
+
+
+def test_a_full_disk_costs_one_save_and_not_the_run(recipe, tmp_path, monkeypatch, capsys):
+    import safetensors.torch
+
+    original, calls = safetensors.torch.save_file, []
+
+    def full(tensors, path, metadata=None):
+        if STATE in str(path):
+            calls.append(path)
+            if len(calls) == 2:
+                raise safetensors.SafetensorError("No space left on device (os error 28)")
+        original(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    run = trainer(dataclasses.replace(recipe, save_every=1), tmp_path / "run")
+    assert run.train()
+    assert "No space left on device" in capsys.readouterr().out
+    assert trainer(recipe, tmp_path / "run").step == 4
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_full_disk_at_the_end_is_an_error_and_the_last_good_state_stays(recipe, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    trainer(dataclasses.replace(recipe, max_steps=2), tmp_path / "run").train()
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("No space left on device")
+
+    longer = trainer(recipe, tmp_path / "run")
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(DgemmaError, match="No space left"):
+        longer.train()
+    monkeypatch.undo()
+    assert trainer(recipe, tmp_path / "run").step == 2
+    assert dgemma.load(tmp_path / "run" / "best").network
+
+
+def test_a_kill_between_two_renamings_loses_no_checkpoint(recipe, tmp_path):
+    trainer(dataclasses.replace(recipe, max_steps=1), tmp_path / "run").train()
+    (tmp_path / "run" / "best").rename(tmp_path / "run" / "best.old")
+    trainer(recipe, tmp_path / "run")
+    assert dgemma.load(tmp_path / "run" / "best").network
+    assert not (tmp_path / "run" / "best.old").exists()
+
+
+def test_the_preflight_stops_a_run_that_would_go_wrong(recipe, tmp_path, monkeypatch):
+    original = trainer_module.begin
+
+    def ignoring(*arguments, **others):
+        found = original(*arguments, **others)
+        found.network.denoise = lambda canvas, cache, soft=None, was=found.network.denoise: was(
+            torch.zeros_like(canvas), cache, soft)
+        return found
+
+    monkeypatch.setattr(trainer_module, "begin", ignoring)
+    with pytest.raises(DgemmaError, match=r"preflight: this run would go wrong:\n- canvas is used"):
+        trainer(recipe, tmp_path / "run")
+
+
+def test_the_best_checkpoint_is_that_of_the_best_evaluation(recipe, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(trainer_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
+    exported = []
+    monkeypatch.setattr(trainee_module.Trainee, "export", lambda self, folder: exported.append(folder.name))
+    run = trainer(dataclasses.replace(recipe, evaluation=Evaluation(every=2)), tmp_path / "run")
+    run.train()
+    assert exported == ["best", "best", "last"]  # before the first step, after two, and the end
+    assert run.best == -1.0
+
+
+def test_a_task_is_asked_with_the_sampler_and_swept_at_the_end(conversations, tmp_path):
+    evaluation = Evaluation(every=2, metric="exact", count=1, examples=1, sweep=(1, 2), settings={"entropy_bound": 1.0})
+    run = trainer(tuned(conversations, max_steps=2, evaluation=evaluation), tmp_path / "run")
+    run.train()
+    records = read_journal(tmp_path / "run")
+    assert [r.step for r in records if r.kind == "task"] == [0, 2]
+    assert [r.values["max_steps"] for r in records if r.kind == "sweep"] == [1, 2]
+    samples = [r.extra["samples"] for r in records if r.kind == "samples"][-1]
+    assert samples[0]["reference"]
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["finished"]
+    assert about["trainable"] < about["parameters"]
+    assert load_recipe(tmp_path / "run" / "recipe.yaml")[""] == run.recipe
+
+
+def test_a_metric_without_questions_is_an_error(conversations, tmp_path):
+    data = ConversationData((str(conversations),), held_out_share=0.0, fill="pad")
+    with pytest.raises(DgemmaError, match="nothing is held out to ask"):
+        trainer(tuned(conversations, data=data, evaluation=Evaluation(metric="exact")), tmp_path / "run")
+
+
+def test_a_changed_recipe_is_told_when_a_run_goes_on(conversations, tmp_path, capsys):
+    recipe = tuned(conversations, max_steps=1)
+    trainer(recipe, tmp_path / "run").train()
+    trainer(dataclasses.replace(recipe, max_steps=2, seed=5), tmp_path / "run").train()
+    out = capsys.readouterr().out
+    assert "the recipe has changed since: seed was 0, is 5" in out
+    assert "resuming at step 1" in out
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_resumes_and_ends_the_same(recipe_data, tmp_path):
+    """SIGKILL, several times over; the last good state is never lost."""
+    recipe_data |= {"max_steps": 40, "save_every": 1, "evaluation": {"every": 7, "examples": 2}}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe_data))
+    command = [sys.executable, "-m", "dgemma.cli.main", "train", str(path), "--out", str(tmp_path / "run")]
+    for seconds in (6.0, 7.3, 8.1):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=200)
+    whole = trainer(load_recipe(path)[""], tmp_path / "whole")
+    whole.train()
+    again = trainer(load_recipe(path)[""], tmp_path / "run")
+    assert again.step == 40
+    assert torch.equal(weights(again), weights(whole))

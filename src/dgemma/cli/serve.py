@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dgemma.cli import options
 from dgemma.errors import DgemmaError
 
+if TYPE_CHECKING:
+    from dgemma.serve.settings import Settings
+
 _LIMITS = "Limits"
 _ACCESS = "Access"
+_ADAPTERS = "Adapters"
 
 
 def serve(
@@ -49,7 +55,13 @@ def serve(
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = None,
     cache_type: options.CacheTypeOption = None,
-    adapter: options.AdapterOption = None,
+    adapter: Annotated[list[str] | None, typer.Option(
+        metavar="[NAME=]PATH", help="A LoRA or DoRA adapter, its folder in PEFT's format. With a name requests choose "
+        "it as their model, and there may be several; without, it is always on.", rich_help_panel=_ADAPTERS,
+        show_default=False)] = None,
+    adapters_from: Annotated[Path | None, typer.Option(
+        help="Let clients load adapters from this folder, and unload them, while the server runs.",
+        rich_help_panel=_ADAPTERS, show_default=False)] = None,
 ) -> None:
     """Serve a model over HTTP, to any program that speaks OpenAI's or Anthropic's API.
 
@@ -68,8 +80,36 @@ def serve(
     settings = Settings(
         tuple(served_model_name or [model or BUNDLED]), tuple(api_key or ()), max_model_len,
         round(max_body_mb * 1e6), timeout, rate_limit=rate_limit, allowed_origins=tuple(allowed_origins or ()),
-        access_log=access_log)
+        access_log=access_log, adapters_from=adapters_from)
+    fixed, named = _adapters(adapter or (), settings)
     check_exposure(host, settings, allow_insecure)
     with bind(host, port) as listener:
-        loaded = load_model(model, device, dtype, cache_type, hint=False, adapter=adapter)
-        serve_model(loaded, settings, listener, max_num_seqs=max_num_seqs, max_queue=max_queue, grace=grace)
+        loaded = load_model(model, device, dtype, cache_type, hint=False, adapter=fixed)
+        serve_model(loaded, settings, listener, max_num_seqs=max_num_seqs, max_queue=max_queue, grace=grace,
+                    adapters=named)
+
+
+def _adapters(given: Sequence[str], settings: Settings) -> tuple[Path | None, dict[str, Path]]:
+    """The adapter that is always on, and those that have names; raises DgemmaError for what cannot be served."""
+    from dgemma.serve.settings import check_adapter_name
+
+    fixed: list[Path] = []
+    named: dict[str, Path] = {}
+    for text in given:
+        name, equals, place = text.partition("=")
+        if not equals or "/" in name or Path(text).exists():  # a path may have an equals sign in it
+            fixed.append(Path(text))
+            continue
+        check_adapter_name(name, settings.served_names)
+        if name in named:
+            raise DgemmaError(f"--adapter: there are two adapters called {name!r}")
+        if not place or not Path(place).exists():
+            raise DgemmaError(f"--adapter {text}: there is no {place or 'path'}")
+        named[name] = Path(place)
+    if len(fixed) > 1:
+        raise DgemmaError(f"--adapter: {fixed[0]} and {fixed[1]} cannot both be always on: give them names, as in "
+                          f"--adapter sql={fixed[0]}, and let requests choose")
+    if fixed and (named or settings.adapters_from):
+        raise DgemmaError(f"--adapter {fixed[0]} would be always on, which leaves no model for other adapters: give it "
+                          f"a name, as in --adapter sql={fixed[0]}")
+    return (fixed[0] if fixed else None), named

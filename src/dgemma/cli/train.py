@@ -59,12 +59,15 @@ def train(
         import yaml  # noqa: F401  (recipes are written in it)
     except ImportError as error:
         raise DgemmaError(f"training needs its extra ({error.name} is missing): pip install 'dgemma[train]'") from error
-    from dgemma.train.recipe import load_recipe
+    from dgemma.train.distributed import joined
+    from dgemma.train.recipe import read_yaml
+    from dgemma.train.variants import train as run
 
-    settings = load_recipe(recipe)
-    from dgemma.train.trainer import Trainer
-
-    Trainer(settings, out or Path("runs") / settings.name, typer.echo, device).train()
+    folder = out or Path("runs") / str(read_yaml(recipe).get("name") or recipe.stem)
+    with joined(device) as ranks:
+        finished = run(recipe, folder, ranks, typer.echo if ranks.is_main else lambda text: None)
+    if not finished:
+        raise typer.Exit(130)  # as a shell says it of what Ctrl-C ended
 
 
 def _preview_data(data: list[str], model: str, count: int, skip_bad: bool) -> None:
@@ -80,32 +83,33 @@ def _preview_data(data: list[str], model: str, count: int, skip_bad: bool) -> No
 
 
 def _preview_recipe(path: Path, count: int) -> None:
-    """Print the first example of a recipe's first steps; its puzzles come from fewer base puzzles than in training."""
+    """Print the first examples of a recipe's first steps; puzzles come from fewer base puzzles than in training."""
+    import dataclasses
     import tempfile
 
-    from dgemma.chat import Tokenizer
-    from dgemma.config import model_config_from_dict
-    from dgemma.train import tokenizer as bundled_tokenizer
-    from dgemma.train.examples import Example
-    from dgemma.train.recipe import load_recipe
-    from dgemma.train.sudoku_data import SudokuBatches
-    from dgemma.train.turns import Turn
+    from dgemma.train.recipe import SudokuData, load_recipe
+    from dgemma.train.sources import source_of
+    from dgemma.train.trainee import fresh_parts
 
-    settings = load_recipe(path)
-    config = model_config_from_dict({"model_type": "diffusion_gemma", **settings.model}, f"{path}: model")
+    name, settings = next(iter(load_recipe(path).items()))
+    left_out: list[str] = []
+    if isinstance(settings.data, SudokuData):
+        settings = dataclasses.replace(settings, batch_size=1,
+                                       data=dataclasses.replace(settings.data, bases=_PREVIEW_BASES))
+    if settings.fresh:
+        tokenizer, config, generation = fresh_parts(settings)
+    elif isinstance(settings.model, str):
+        tokenizer, config, generation = _reading_parts(settings.model)
+    else:  # what it goes on from may not be trained yet, but its recipe says all that is needed
+        tokenizer, config, generation = fresh_parts(next(iter(load_recipe(Path(settings.model["recipe"])).values())))
     with tempfile.TemporaryDirectory() as folder:
-        bundled_tokenizer.save(folder)
-        tokenizer = Tokenizer.from_folder(folder)
-        batches = SudokuBatches(tokenizer, config.canvas_length, 1, settings.seed, _PREVIEW_BASES,
-                                Path(folder) / "puzzles.npz", settings.data.givens, settings.data.easy_givens,
-                                settings.data.curriculum_steps)
-        stop = tokenizer.token_to_id("<turn|>")
+        source = source_of(settings, tokenizer, config, generation, Path(folder), left_out.append)
         examples = []
-        for step in range(max(count, 1)):
-            batch = batches.batch(step)
-            canvas = batch.canvas[0].tolist()
-            turn = Turn(batch.prompt[0].tolist(), canvas[: canvas.index(stop) + 1], f"step {step}: {batch.kind}", 1)
-            examples.append(Example(turn, 0, canvas, [1.0] * len(canvas)))
+        step = 0
+        while len(examples) < max(count, 1):
+            examples += source.batch(step)
+            step += 1
+    typer.echo(f"{path}{f', variant {name}' if name else ''}: {'; '.join(left_out)}")
     _show(examples, tokenizer, count, [])
 
 

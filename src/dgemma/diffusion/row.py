@@ -15,6 +15,7 @@ from dgemma.diffusion.constraint import Constraint
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
 from dgemma.diffusion.sampler import temperature_at
 from dgemma.nn.head import vocab_tiles
+from dgemma.nn.mounts import MountedAdapter
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Request:
     marks those that must not change. ``seed`` fixes all of the request's randomness. ``logprobs`` asks for the
     log-probability of every answer token and of so many alternatives; ``constraint`` says what the answer may be;
     ``stop`` ends it before any of these strings; without ``drafts`` no Denoised events are made. Requests of one
-    ``client`` wait for each other, not those of another for them.
+    ``client`` wait for each other, not those of another for them. ``adapter`` is put on the network for this request.
     """
 
     id: int
@@ -77,6 +78,7 @@ class Request:
     stop: tuple[str, ...] = ()
     drafts: bool = True
     client: str = ""
+    adapter: MountedAdapter | None = None
 
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError, saying what is wrong, unless the network can run this request."""

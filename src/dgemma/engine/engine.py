@@ -21,6 +21,7 @@ from dgemma.engine.batch import Outcome, Seat, denoise, logprobs_of
 from dgemma.engine.prefixes import PrefixStore
 from dgemma.engine.scheduler import FairQueue, Memory, shares
 from dgemma.nn import DiffusionTransformer
+from dgemma.nn.mounts import MountedAdapter
 from dgemma.nn.rows import row_bytes
 from dgemma.weights.inspect import working_bytes
 
@@ -58,7 +59,10 @@ class Engine:
     A request's randomness is its own, so its tokens do not depend on who shares the batch (up to rounding, which in
     bfloat16 can tip a choice). ``prefixes`` may outlive the engine. With ``isolate``, whatever goes wrong inside a
     request ends that one with a Failed event; without, it is raised. ``between`` is called between the passes of a
-    step; it may `submit` and `cancel`.
+    step; it may `submit`, `cancel`, `adopt` and `retire`.
+
+    Requests of different adapters share steps, but not passes: a pass is of one adapter's requests, which is put on the
+    network for it. Between two steps the network is as it was found.
     """
 
     def __init__(self, network: DiffusionTransformer, decode: Decode, max_batch: int = 32,
@@ -75,6 +79,8 @@ class Engine:
         self._seats: list[Seat] = []
         self._events: list[Event] = []  # of the step that runs
         self._cancelled: set[int] = set()
+        self._mounted: MountedAdapter | None = None
+        self.retired: list[MountedAdapter] = []  # adapters that only wait for their last requests
         self._stop = False  # cancel everything; a plain flag, since signal handlers must not meet a lock
 
     @property
@@ -123,6 +129,37 @@ class Engine:
         """End every request before its next denoising step, or the next piece of its prompt; from any thread."""
         self._stop = True
 
+    # Adapters that stay while requests come and go
+
+    def adopt(self, adapter: MountedAdapter) -> None:
+        """Take an adapter's memory off what there is for requests."""
+        if self.memory.limit is not None:
+            self.memory.limit -= adapter.nbytes
+
+    def retire(self, adapter: MountedAdapter) -> None:
+        """No more requests will come for an adapter that was adopted: what it holds is let go after the last one."""
+        self.retired.append(adapter)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if not self.retired:
+            return
+        rows = [*(seat.row for seat in self._seats), *self._waiting]
+        used = {row.request.adapter for row in rows}
+        for adapter in [adapter for adapter in self.retired if adapter not in used]:
+            self.retired.remove(adapter)
+            self.prefixes.forget(adapter)
+            if self.memory.limit is not None:
+                self.memory.limit += adapter.nbytes
+
+    def _mount(self, adapter: MountedAdapter | None) -> None:
+        """Put an adapter on the network; None takes off the one that is on it."""
+        before, self._mounted = self._mounted, adapter
+        if adapter is not None and adapter is not before:
+            adapter.put_on()
+        elif adapter is None and before is not None:
+            before.take_off()
+
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Submit the requests and yield their events until all are finished."""
         for request in requests:
@@ -138,6 +175,7 @@ class Engine:
         rows = [seat.row for seat in self._seats] + self._waiting.remove(lambda _: True)
         for seat in list(self._seats):
             self._leave(seat)
+        self._let_go()
         return [row.request.id for row in rows]
 
     def give_up(self, error: Exception) -> list[Event]:
@@ -151,12 +189,21 @@ class Engine:
     def step(self) -> list[Event]:
         """Read a piece of what is unread, then one denoising step of every open canvas; what happened meanwhile."""
         self._events = []
-        self._drop_cancelled()
-        self._admit()
-        self._read()
-        self._open()
-        if self._stop:
+        try:
             self._drop_cancelled()
+            self._admit()
+            self._read()
+            self._open()
+            if self._stop:
+                self._drop_cancelled()
+            self._denoise_all()
+        finally:
+            self._mount(None)
+        self._let_go()
+        return self._events
+
+    def _denoise_all(self) -> None:
+        """One denoising step of every open canvas."""
         opened = [seat for seat in self._seats if seat.soft is not None]
         for number, group in enumerate(self._passes(opened)):
             if number and self.between is not None:
@@ -167,14 +214,14 @@ class Engine:
                     self._events.append(outcome.event)
                 if outcome.done:
                     self._alone(seat, self._close)
-        return self._events
 
     def _passes(self, seats: list[Seat]) -> list[list[Seat]]:
-        """The seats that share a forward pass: all of them, but on a CPU no more than its caches can hold."""
+        """The seats that share a forward pass: all of an adapter's, but on a CPU no more than its caches can hold."""
         config, together = self.network.config, len(seats)
         if self.network.device.type == "cpu":
             together = max(CACHED // (config.canvas_length * config.hidden_size), 1)
-        return [seats[start : start + together] for start in range(0, len(seats), together)]
+        return [group[start : start + together] for group in _by_adapter(seats)
+                for start in range(0, len(group), together)]
 
     def _admit(self) -> None:
         """Seat what waits, in order, while there are seats and memory."""
@@ -182,7 +229,7 @@ class Engine:
             needed = self.memory_of(row.request)
             if not self.memory.fits(needed):
                 return
-            self._seats.append(Seat(row, self.prefixes.open((), self.network), needed))
+            self._seats.append(Seat(row, self.prefixes.open((), self.network, row.request.adapter), needed))
             self._waiting.pop()
             self.memory.reserved += needed
             self.counts.prompt_tokens += len(row.context)
@@ -190,23 +237,24 @@ class Engine:
     # Reading: prompts, and finished canvases that another one follows
 
     def _read(self) -> None:
-        """One causal pass over some of what is unread: finished canvases whole, prompts in equal shares."""
+        """A causal pass (of each adapter's) over some of what is unread: finished canvases whole, prompts in shares."""
         work = {seat: seat.unread for seat in self._seats if seat.unread and seat.row.canvas_index}
         prompts = self._prompts()
         opened = sum(seat.soft is not None for seat in self._seats)
         # Beside canvases to denoise, reading may take a step half as long again.
         budget = max(PIECE, opened * self.network.config.canvas_length // 2)
         work.update(zip(prompts, shares([seat.unread for seat in prompts], budget), strict=True))
-        for seat, count in self._each([seat for seat, count in work.items() if count],
-                                      lambda seats: self._encode([(seat, work[seat]) for seat in seats])):
-            self.counts.read_tokens += 0 if seat.row.canvas_index else count
-            self._alone(seat, lambda seat: seat.prefix.keep(seat.row.context))
+        for group in _by_adapter([seat for seat, count in work.items() if count]):
+            for seat, count in self._each(group, lambda seats: self._encode([(seat, work[seat]) for seat in seats])):
+                self.counts.read_tokens += 0 if seat.row.canvas_index else count
+                self._alone(seat, lambda seat: seat.prefix.keep(seat.row.context))
 
     def _take_over(self, seat: Seat) -> None:
         """Go on from what others have read of the same prompt by now."""
         seat.cached_tokens += seat.prefix.extend(seat.row.context)
 
     def _encode(self, work: list[tuple[Seat, int]]) -> list[int]:
+        self._mount(work[0][0].row.request.adapter)
         self.network.encode_rows([(seat.row.context[seat.prefix.cache.length :][:count], seat.prefix.cache)
                                   for seat, count in work])
         return [count for _, count in work]
@@ -219,7 +267,8 @@ class Engine:
                 continue
             context = seat.row.context
             half = len(context) - seat.unread // 2
-            if seat.unread and not any(context[:half] == other.row.context[:half] for other in chosen):
+            if seat.unread and not any(context[:half] == other.row.context[:half] for other in chosen
+                                       if other.row.request.adapter is seat.row.request.adapter):
                 chosen.append(seat)
         return chosen
 
@@ -245,6 +294,7 @@ class Engine:
                                 device=self.network.device)
 
     def _denoise(self, seats: list[Seat]) -> list[Outcome]:
+        self._mount(seats[0].row.request.adapter)
         outcomes = denoise(self.network, self.sampler, seats)
         self.counts.steps += 1
         self.counts.rows += len(seats)
@@ -343,3 +393,10 @@ class Engine:
             log.warning("a pass of %d requests failed (%s: %s); trying halves", len(seats), type(error).__name__, error)
             half = len(seats) // 2
             return self._each(seats[:half], work) + self._each(seats[half:], work)
+
+
+def _by_adapter(seats: Iterable[Seat]) -> list[list[Seat]]:
+    groups: dict[MountedAdapter | None, list[Seat]] = {}
+    for seat in seats:
+        groups.setdefault(seat.row.request.adapter, []).append(seat)
+    return list(groups.values())

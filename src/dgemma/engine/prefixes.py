@@ -1,8 +1,8 @@
 """What was read before, kept so that nobody reads it twice: a chat's next turn, a common system prompt, n samples.
 
 A tree of pages (`dgemma.nn.rows`): a node is up to `PAGE` tokens, its children what followed on them. A new context
-goes on from its longest common beginning with anything in the tree, to the token. Works on token ids and pages; knows
-nothing of requests.
+goes on from its longest common beginning with anything in the tree, to the token. What was read with an adapter is in
+a tree of that adapter's own. Works on token ids and pages; knows nothing of requests.
 
 Pages are shared, never copied, so what is in the tree and in use at the same time costs its memory once, and that is
 its user's. Two things are let go when the rest is too much: single pages' sliding layers (most of a page's memory, and
@@ -31,6 +31,7 @@ class _Node:
     page: Page
     lighter: Page  # the same without its sliding layers
     parent: _Node | None
+    siblings: _Children  # where it stands itself
     children: _Children = field(default_factory=lambda: _Children())
     holders: int = 0  # contexts in use that go through this node
     used: int = 0  # when the node was last part of a context
@@ -82,24 +83,32 @@ class PrefixStore:
         self.budget = budget
         self.nbytes = self.spare = self.hits = self.hit_tokens = 0
         self.version = 0  # of what is known: what has not changed need not be looked up again
-        self._top = _Children()
+        self._tops: dict[object, _Children] = {}  # by adapter, None for the network alone
         self._clock = itertools.count(1)
         self._lock = threading.RLock()
 
-    def open(self, context: Sequence[int], network: DiffusionTransformer) -> Prefix:
-        """A cache that holds as much of the beginning of ``context`` as is known."""
+    def open(self, context: Sequence[int], network: DiffusionTransformer, adapter: object = None) -> Prefix:
+        """A cache that holds as much of the beginning of ``context`` as is known, read with ``adapter`` (None: none).
+
+        Two adapters are the same if they are the same object.
+        """
         with self._lock:
-            prefix = Prefix(self, network.new_row())
+            prefix = Prefix(self, network.new_row(), adapter)
             prefix.extend(context)
             return prefix
 
     def clear(self) -> None:
         """Forget everything (what is in use stays with those who use it)."""
         with self._lock:
-            for node in self._nodes():
+            for adapter in list(self._tops):
+                self.forget(adapter)
+
+    def forget(self, adapter: object) -> None:
+        """Forget what was read with an adapter (what is in use stays with those who use it)."""
+        with self._lock:
+            for node in _below(self._tops.pop(adapter, _Children())):
+                self._count(node, -1)
                 node.known = False
-            self._top = _Children()
-            self.nbytes = self.spare = 0
             self.version += 1
 
     def trim(self) -> None:
@@ -132,10 +141,9 @@ class PrefixStore:
         return True
 
     def _forget(self, node: _Node) -> bool:
-        siblings = node.parent.children if node.parent else self._top
         if node.children or node.holders or not node.known:
             return False
-        siblings.take(node.tokens)
+        node.siblings.take(node.tokens)
         self._count(node, -1)
         node.known = False
         return True
@@ -146,16 +154,13 @@ class PrefixStore:
         self.spare += sign * node.spare
 
     def _nodes(self) -> Iterator[_Node]:
-        waiting = list(self._top.values())
-        while waiting:
-            node = waiting.pop()
-            waiting += node.children.values()
-            yield node
+        for top in self._tops.values():
+            yield from _below(top)
 
-    def _find(self, context: Sequence[int]) -> list[tuple[_Node, int]]:
+    def _find(self, context: Sequence[int], adapter: object) -> list[tuple[_Node, int]]:
         """The nodes along ``context`` and how many tokens of each agree with it; only the last may agree in part."""
         path: list[tuple[_Node, int]] = []
-        children, position = self._top, 0
+        children, position = self._tops.get(adapter, _Children()), 0
         while position < len(context):
             rest = tuple(context[position : position + rows.PAGE])
             node, count = children.get(rest), len(rest)
@@ -174,8 +179,8 @@ class PrefixStore:
 class Prefix:
     """What one request has read, and its hold on the tree: what it uses is not let go. `close` ends it."""
 
-    def __init__(self, store: PrefixStore, cache: RowCache):
-        self._store, self.cache = store, cache
+    def __init__(self, store: PrefixStore, cache: RowCache, adapter: object):
+        self._store, self.cache, self._adapter = store, cache, adapter
         self._held: list[_Node] = []
         self._asked, self._hit = (-1, 0), False
 
@@ -186,7 +191,7 @@ class Prefix:
             if self._asked == (store.version, len(context)):
                 return 0  # nothing new is known
             self._asked = (store.version, len(context))
-            path = store._find(context)
+            path = store._find(context, self._adapter)
             while path and not self._usable(path):
                 path.pop()
             known = sum(count for _, count in path)
@@ -222,14 +227,14 @@ class Prefix:
         store, cache = self._store, self.cache
         with store._lock:
             now = next(store._clock)
-            children, parent, path = store._top, None, []
+            children, parent, path = store._tops.setdefault(self._adapter, _Children()), None, []
             for index, page in enumerate(cache.pages):
                 tokens = tuple(context[index * rows.PAGE : index * rows.PAGE + page.count])
                 node = children.get(tokens)
                 if node is None:
                     # A shorter end that this page goes on from becomes this page.
                     shorter = children.shorter(tokens)
-                    node = _Node(tokens, page, page, parent) if shorter is None else children.take(shorter)
+                    node = _Node(tokens, page, page, parent, children) if shorter is None else children.take(shorter)
                     if shorter is not None:
                         store._count(node, -1)
                     node.tokens, node.page, node.lighter = tokens, page, page.without_sliding(cache.config)
@@ -263,6 +268,15 @@ class Prefix:
             if node.known:
                 self._store.spare += node.spare - before
         self._held = nodes
+
+
+def _below(top: _Children) -> Iterator[_Node]:
+    """All nodes of a tree."""
+    waiting = list(top.values())
+    while waiting:
+        node = waiting.pop()
+        waiting += node.children.values()
+        yield node
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

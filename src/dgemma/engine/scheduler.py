@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from dgemma.diffusion.row import Row
 
@@ -16,6 +17,9 @@ class FairQueue:
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[Row]:
+        return itertools.chain.from_iterable(self._lines.values())
 
     def push(self, row: Row) -> None:
         self._lines.setdefault(row.request.client, deque()).append(row)

@@ -1,6 +1,6 @@
 """An engine in a thread of its own, for callers in an asyncio loop.
 
-One `Service` holds a model and answers any number of requests at a time. Knows nothing of HTTP.
+One `Service` holds a model and its adapters, and answers any number of requests at a time. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from dgemma.api import Model
 from dgemma.diffusion.events import Denoised, Event, Failed, Finished
 from dgemma.diffusion.row import Request
+from dgemma.engine.adapters import AdapterShelf
 from dgemma.engine.engine import Counts, Engine
+from dgemma.errors import DgemmaError
 from dgemma.memory import request_memory
+from dgemma.nn.mounts import MountedAdapter
 
 PREFIX_SHARE = 4  # one part in so many of the memory for requests keeps what was read before
 
@@ -34,6 +38,15 @@ class Overloaded(Exception):  # noqa: N818  (nothing is wrong with the request)
         self.retry_after, self.stopping = retry_after, stopping
 
 
+@dataclass(frozen=True)
+class AdapterStats:
+    """What one adapter's name stands for, and has stood for."""
+
+    nbytes: int  # memory; of one that was replaced, too, until its last request is over
+    running: int  # requests that run or wait
+    requests: int  # so far
+
+
 @dataclass
 class Stats(Counts):
     """What the engine has done so far, and how things stand now."""
@@ -45,6 +58,7 @@ class Stats(Counts):
     prefix_bytes: int = 0  # memory of what is kept to be read again
     prefix_budget: int = 0
     prefix_hits: int = 0  # requests that found some of their prompt there
+    adapters: dict[str, AdapterStats] = field(default_factory=dict)  # by name
 
 
 class Service:
@@ -61,7 +75,10 @@ class Service:
         self.engine = Engine(model.network, model.decode, max_num_seqs, self.prefixes, find_stop=model.find_stop,
                              memory=memory - self.prefixes.budget, isolate=True, between=self._receive)
         self.most = max_num_seqs + max_queue
-        self._inbox: queue.SimpleQueue[Request | int | None] = queue.SimpleQueue()
+        self.adapters = AdapterShelf(model.network)
+        self._adapter_requests: Counter[str] = Counter()
+        self._changing = threading.Lock()  # what an adapter's name means; its requests reach the inbox before its end
+        self._inbox: queue.SimpleQueue[Request | _Adopted | _Retired | int | None] = queue.SimpleQueue()
         self._mail: dict[int, _Mailbox] = {}
         self._ids = itertools.count(1)
         self._thread = threading.Thread(target=self._work, daemon=True, name="dgemma-engine")
@@ -82,14 +99,45 @@ class Service:
         return Stats(**asdict(engine.counts), waiting=max(len(self._mail) - engine.running, 0), running=engine.running,
                      reserved_bytes=engine.memory.reserved, request_budget=engine.memory.limit or 0,
                      prefix_bytes=self.prefixes.nbytes, prefix_budget=self.prefixes.budget,
-                     prefix_hits=self.prefixes.hits)
+                     prefix_hits=self.prefixes.hits, adapters=self._adapter_stats())
+
+    def _adapter_stats(self) -> dict[str, AdapterStats]:
+        sizes: Counter[str] = Counter()
+        for adapter in [*self.adapters.all(), *self.engine.retired]:
+            sizes[adapter.name] += adapter.nbytes
+        used = Counter(mailbox.adapter.name for mailbox in list(self._mail.values()) if mailbox.adapter is not None)
+        return {name: AdapterStats(sizes[name], used[name], self._adapter_requests[name])
+                for name in [*sizes, *(self._adapter_requests.keys() - sizes)]}
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Read an adapter's files and offer it under a name, in place of what had that name; for any thread.
+
+        Requests that came before keep what they began with. Raises DgemmaError, and changes nothing, when the files do
+        not fit this model or its memory.
+        """
+        adapter = self.adapters.read(name, path)
+        room = self.engine.memory.limit
+        if room is not None and adapter.nbytes > room:
+            raise DgemmaError(f"{path}: this adapter needs {adapter.nbytes >> 20} MiB of memory; there are "
+                              f"{room >> 20} MiB for requests")
+        with self._changing:
+            before = self.adapters.put(adapter, path)
+            self._inbox.put(_Adopted(adapter))
+            if before is not None:
+                self._inbox.put(_Retired(before))
+
+    def unload_adapter(self, name: str) -> None:
+        """Offer an adapter no more; requests that came before still finish. Raises `UnknownAdapterError`."""
+        with self._changing:
+            self._inbox.put(_Retired(self.adapters.take(name)))
 
     async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
         """The request's events, from CanvasStarted to Finished or Failed; its id is replaced.
 
-        Raises `Overloaded` when the queue is full, ValueError when the network, or its memory, cannot run it. Closing
-        the iterator cancels the request within one step. Of drafts (Denoised) that were not fetched in time only the
-        last is kept, so a slow reader costs no more memory than the answer takes.
+        Its adapter becomes the one that has this name when the request is queued. Raises `Overloaded` when the queue is
+        full, ValueError when the network, or its memory, cannot run it, `UnknownAdapterError` when its adapter has been
+        unloaded. Closing the iterator cancels the request within one step. Of drafts (Denoised) that were not fetched
+        in time only the last is kept, so a slow reader costs no more memory than the answer takes.
         """
         await asyncio.to_thread(self.engine.check, request)  # a constraint may have to be worked out
         if self._stopping or self._gone:
@@ -100,12 +148,17 @@ class Service:
         mine = sum(mailbox.client == request.client for mailbox in self._mail.values())
         if 2 * mine >= self.most and 4 * len(self._mail) >= 3 * self.most:  # leave room for somebody else
             raise Overloaded(f"{mine} requests of yours are running or waiting already", self._patience())
-        request = replace(request, id=next(self._ids))
-        mailbox = self._mail[request.id] = _Mailbox(asyncio.get_running_loop(), request.client)
-        if self._gone:  # just now: nobody would ever answer
-            del self._mail[request.id]
-            raise Overloaded("the server is stopping", 10.0, stopping=True)
-        self._inbox.put(request)
+        with self._changing:
+            if request.adapter is not None:
+                adapter = self.adapters.get(request.adapter.name)
+                request = replace(request, adapter=adapter)
+                self._adapter_requests[adapter.name] += 1
+            request = replace(request, id=next(self._ids))
+            mailbox = self._mail[request.id] = _Mailbox(asyncio.get_running_loop(), request.client, request.adapter)
+            if self._gone:  # just now: nobody would ever answer
+                del self._mail[request.id]
+                raise Overloaded("the server is stopping", 10.0, stopping=True)
+            self._inbox.put(request)
         over = False
         try:
             while not over:
@@ -168,6 +221,10 @@ class Service:
                 self._last = True
             elif isinstance(item, Request):
                 self._submit(item)
+            elif isinstance(item, _Adopted):
+                self.engine.adopt(item.adapter)
+            elif isinstance(item, _Retired):
+                self.engine.retire(item.adapter)
             else:
                 self.engine.cancel(item)
 
@@ -198,11 +255,25 @@ class Service:
                     self.engine.cancel(event.request)
 
 
+@dataclass(frozen=True)
+class _Adopted:
+    """An adapter's requests may come now."""
+
+    adapter: MountedAdapter
+
+
+@dataclass(frozen=True)
+class _Retired:
+    """An adapter's last request has come."""
+
+    adapter: MountedAdapter
+
+
 class _Mailbox:
     """Events on their way to one caller; used in the caller's loop only."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, client: str):
-        self.loop, self.client = loop, client
+    def __init__(self, loop: asyncio.AbstractEventLoop, client: str, adapter: MountedAdapter | None):
+        self.loop, self.client, self.adapter = loop, client, adapter
         self._events: deque[Event] = deque()
         self._some = asyncio.Event()
 

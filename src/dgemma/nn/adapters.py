@@ -10,11 +10,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dgemma.errors import DgemmaError
 from dgemma.kernels import PackedWeight, Weight, linear
@@ -258,10 +259,10 @@ class LowRank(nn.Module):
 
     def adapted(self, out: Tensor, x: Tensor, weight: Weight, a: Tensor, b: Tensor, expert: int | None) -> Tensor:
         """`forward` with x dropped already and one matrix' a and b; ``expert`` says which of a stack."""
+        if self.magnitude is None:
+            return _LowRankSum.apply(out, x, a, b, self.scale)  # type: ignore[return-value]
         changed = out.float() + F.linear(F.linear(x.float(), a) * self.scale, b)
-        if self.magnitude is not None:
-            changed = changed * self.gain(weight, expert)
-        return changed.to(out.dtype)
+        return (changed * self.gain(weight, expert)).to(out.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
@@ -286,6 +287,31 @@ class LowRank(nn.Module):
         if expert not in self._lengths or self._lengths[expert][0] != state:
             self._lengths[expert] = (state, _row_lengths(weight, a, b, self.scale))
         return self._lengths[expert][1]
+
+
+class _LowRankSum(torch.autograd.Function):
+    """out + s · x·Aᵀ·Bᵀ in float32, in out's dtype: out [..., N], x [..., K], a [r, K], b [N, r].
+
+    What is kept for the way back is x as it came, which all matrices that read it share, and x·Aᵀ.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            low = F.linear(x.float(), a) * scale
+            ctx.scale = scale
+            ctx.save_for_backward(x, low, a, b)
+            return (out.float() + F.linear(low, b)).to(out.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, a, b = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, b.shape[0]).float()
+        of_low = (gradient @ b).mul_(ctx.scale)
+        of_x = (of_low @ a).to(x.dtype).view(x.shape) if ctx.needs_input_grad[1] else None
+        return (gradients[0], of_x, of_low.mT @ x.reshape(-1, x.shape[-1]).float(),
+                gradient.mT @ low.reshape(-1, low.shape[-1]), None)
 
 
 class ExpertAdapter(nn.Module):

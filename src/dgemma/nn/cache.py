@@ -1,6 +1,7 @@
 """The key-value cache: what the encoder has read, as far as a later pass can still see it.
 
 The network uses four calls only: `begin` a pass, `extend` layer by layer, `finish`; and `with_canvas` while denoising.
+Training shares one reading among several canvases with `select`.
 Rows may have different lengths: a column that holds nothing for a row has position -1 there. This is the cache of a
 fixed batch, for training and research; `dgemma.nn.rows` has that of requests that come and go.
 """
@@ -8,6 +9,7 @@ fixed batch, for training and research; `dgemma.nn.rows` has that of requests th
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,15 +46,19 @@ class KVCache:
     ``cache_type`` is what the numbers are kept in (`CACHE_TYPES`); None: the dtype they come in. What is kept is what
     is attended to, by the pass that reads it in, too: how a prompt was cut into passes makes no difference.
 
+    ``spare`` is how many of the last tokens `select` may take away: sliding layers keep so many more.
+
     Nothing is reserved: the last block is as long as what it holds, and is copied when tokens are appended to it.
     Blocks are never written to again: a canvas, which comes as a block of its own while denoising, leaves no trace.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, cache_type: str | None = None):
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, cache_type: str | None = None,
+                 spare: int = 0):
         """Raises ValueError for a ``cache_type`` that there is not."""
         self.config = config
         self.device = device
         self.cache_type = check_cache_type(cache_type)
+        self.spare = spare
         self.lengths = [0] * batch_size
         empty = torch.empty(batch_size, 0, dtype=torch.long, device=device)
         self.positions = {SLIDING: empty, FULL: empty}
@@ -87,7 +93,7 @@ class KVCache:
         positions, keep = {}, {}
         for kind, cached in self.positions.items():
             both = torch.cat([cached, new], dim=1)
-            room = max(lengths) if kind == FULL else min(max(lengths), self.config.sliding_window - 1)
+            room = _room(self.config, kind, lengths, self.spare)
             if padded:  # sort every row's columns by position, empty ones first, and keep the last
                 keep[kind] = both.argsort(dim=1, stable=True)[:, both.shape[1] - room :]
             else:  # they are sorted: the cached ones always, and the new ones follow on them
@@ -107,8 +113,7 @@ class KVCache:
         if isinstance(keep, int):
             self._blocks[layer] = _last([both], keep)
         else:
-            self._blocks[layer] = _cut(_map(both, lambda t: t.gather(2, keep[:, None, :, None].expand(
-                -1, t.shape[1], -1, t.shape[3]))))
+            self._blocks[layer] = _cut(_columns(both, keep))
         return [both]
 
     def finish(self, plan: _Pass) -> None:
@@ -118,6 +123,30 @@ class KVCache:
             kept = positions[:, positions.shape[1] - keep :] if isinstance(keep, int) else positions.gather(1, keep)
             self.positions[kind] = kept
         self.lengths = plan.lengths
+
+    def select(self, rows: Sequence[int], lengths: Sequence[int]) -> KVCache:
+        """A cache of some of the rows, any of them several times, each as it was after its first so many tokens.
+
+        Gradients flow through. Raises ValueError where a row never was so long or has lost what was seen then.
+        """
+        for row, length in zip(rows, lengths, strict=True):
+            if not self.lengths[row] - self.spare <= length <= self.lengths[row]:
+                raise ValueError(f"row {row} of {self.lengths[row]} tokens cannot be cut to {length}: the cache was "
+                                 f"made with spare={self.spare}")
+        other = KVCache(self.config, len(rows), self.device, self.cache_type)
+        other.lengths = list(lengths)
+        chosen = torch.tensor(rows, device=self.device)
+        limits = torch.tensor(lengths, device=self.device).unsqueeze(1)
+        keep = {}
+        for kind, positions in self.positions.items():
+            left = positions[chosen]
+            left = torch.where(left < limits, left, -1)
+            # As `begin` does it: a row's columns by position, empty ones first.
+            keep[kind] = left.argsort(dim=1, stable=True)[:, left.shape[1] - _room(self.config, kind, lengths) :]
+            other.positions[kind] = left.gather(1, keep[kind])
+        other._blocks = [_cut(_columns(_map(joined(blocks), lambda t: t.index_select(0, chosen)), keep[layer.kind]))
+                         if blocks else [] for blocks, layer in zip(self._blocks, self.config.layers, strict=True)]
+        return other
 
     def with_canvas(self, layer: int, key: Tensor, value: Tensor) -> list[Block]:
         """The context's keys and values and then a canvas' own [B, Hkv, C, d]; the past is left as it is.
@@ -155,6 +184,16 @@ def token_bytes(head_dim: int, cache_type: str | int) -> int:
 def _map(block: Block, change) -> Block:
     key, value = block
     return change(key), change(value)
+
+
+def _room(config: ModelConfig, kind: str, lengths: Sequence[int], spare: int = 0) -> int:
+    """The columns that a layer of this kind keeps of rows of these lengths."""
+    return max(lengths) if kind == FULL else min(max(lengths), config.sliding_window - 1 + spare)
+
+
+def _columns(block: Block, keep: Tensor) -> Block:
+    """Each row's own columns ``keep`` [B, K] of a block."""
+    return _map(block, lambda t: t.gather(2, keep[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])))
 
 
 def joined(blocks: list[Block]) -> Block:

@@ -54,9 +54,9 @@ class DiffusionTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def new_cache(self, batch_size: int = 1) -> KVCache:
-        """An empty cache for ``batch_size`` rows, of the network's ``cache_type``."""
-        return KVCache(self.config, batch_size, self.device, self.cache_type)
+    def new_cache(self, batch_size: int = 1, spare: int = 0) -> KVCache:
+        """An empty cache for ``batch_size`` rows, of the network's ``cache_type``; ``spare`` as there."""
+        return KVCache(self.config, batch_size, self.device, self.cache_type, spare)
 
     def new_row(self, pages: Iterable[Page] = ()) -> RowCache:
         """The cache of one request for `encode_rows` and `denoise_rows`; it may begin with pages read before."""

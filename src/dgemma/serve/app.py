@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from dgemma import __version__
 from dgemma.engine.service import Service
-from dgemma.serve import errors, messages, openai, responses
+from dgemma.serve import adapters, errors, messages, openai, responses
 from dgemma.serve.errors import JsonResponse
 from dgemma.serve.limits import Gate, Watch
 from dgemma.serve.metrics import MeasuredService, Metrics
@@ -61,7 +61,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         """Counts and latencies, for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    for module in (openai, responses, messages):
+    for module in (openai, responses, messages, adapters):
         app.include_router(module.router(measured, settings), dependencies=keyed)
 
     # The last one added is the outermost.

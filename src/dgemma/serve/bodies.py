@@ -20,8 +20,10 @@ from dgemma.api import Prompt
 from dgemma.chat import Tokenizer
 from dgemma.config import SAMPLER_SETTINGS
 from dgemma.diffusion.row import Request
+from dgemma.engine.adapters import UnknownAdapterError
 from dgemma.engine.service import Service
 from dgemma.errors import DgemmaError
+from dgemma.nn.mounts import MountedAdapter
 from dgemma.serve.errors import ApiError, as_api_error
 from dgemma.serve.settings import Settings
 
@@ -115,12 +117,20 @@ def refuse_unsupported(body: Body) -> None:
             raise ApiError(400, f"{name} is not supported here: leave it out", name, "unsupported_parameter")
 
 
-def check_model(name: str | None, settings: Settings) -> None:
-    """Raises `ApiError` (404) unless the model is served under this name."""
-    if name is not None and name not in settings.served_names:
-        known = ", ".join(map(repr, settings.served_names))
-        raise ApiError(404, f"the model {name!r} does not exist here: this server has {known}", "model",
-                       "model_not_found")
+def adapter_of(name: str | None, service: Service, settings: Settings) -> MountedAdapter | None:
+    """The adapter that a model's name asks for, None for the model alone; raises `ApiError` (404) for unknown names."""
+    if name is None or name in settings.served_names:
+        return None
+    try:
+        return service.adapters.get(name)
+    except UnknownAdapterError as error:
+        raise unknown_model(name, service, settings) from error
+
+
+def unknown_model(name: str, service: Service, settings: Settings, param: str = "model") -> ApiError:
+    """The error that says which names there are."""
+    known = ", ".join(map(repr, [*settings.served_names, *service.adapters.paths()]))
+    return ApiError(404, f"the model {name!r} does not exist here: this server has {known}", param, "model_not_found")
 
 
 def client_of(http: HttpRequest, user: str | None = None) -> str:
@@ -140,7 +150,8 @@ def context_limit(service: Service, settings: Settings) -> int:
     return network if settings.max_model_len is None else min(settings.max_model_len, network)
 
 
-async def engine_request(service: Service, settings: Settings, prompt: Prompt, *, param: str = "messages",
+async def engine_request(service: Service, settings: Settings, prompt: Prompt, *,
+                         adapter: MountedAdapter | None, param: str = "messages",
                          max_tokens: int | None = None, max_tokens_param: str = "max_tokens",
                          format_param: str = "response_format",
                          temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
@@ -174,7 +185,7 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
                        param if room < 1 else max_tokens_param, "context_length_exceeded")
     if request.settings.max_tokens > room:  # the checkpoint's own default asks for more than there is
         request = dataclasses.replace(request, settings=request.settings.replace(max_tokens=room))
-    return request
+    return dataclasses.replace(request, adapter=adapter)
 
 
 async def prompt_tokens(service: Service, settings: Settings, prompt: Prompt, bos: bool = True, *,

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from dgemma.engine.adapters import UnknownAdapterError
 from dgemma.engine.service import Overloaded
 from dgemma.errors import DgemmaError
 from dgemma.serve.deltas import BrokenAnswerError
@@ -74,7 +75,7 @@ class ErrorBody(BaseModel):
 _DESCRIPTIONS = {
     400: "The request cannot be honoured; `param` names the field.",
     401: "The API key is missing or wrong.",
-    403: "A web page of another origin asks, which this server does not allow.",
+    403: "This server does not allow it: web pages of another origin, or adapters to be loaded.",
     404: "There is no such model.",
     405: "The method is not for this path.",
     408: "The request took too long to arrive.",
@@ -124,6 +125,8 @@ def as_api_error(error: Exception) -> ApiError:
                         code=None if error.stopping else "overloaded")
     if isinstance(error, BrokenAnswerError):
         return ApiError(500, str(error))
+    if isinstance(error, UnknownAdapterError):  # unloaded since the request came
+        return ApiError(404, str(error), "model", "model_not_found")
     if isinstance(error, DgemmaError):
         return ApiError(400, str(error), _param_of(str(error)))
     if isinstance(error, RequestValidationError):

@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
-from dgemma.serve.bodies import check_model, client_of, context_limit, engine_request, prompt_tokens, refuse_unsupported
+from dgemma.serve.bodies import adapter_of, client_of, context_limit, engine_request, prompt_tokens, refuse_unsupported
 from dgemma.serve.deltas import Delta, answering
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.messages_body import CountBody, MessagesBody, conversation, declared_tools
@@ -98,7 +98,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
 
     @routes.post("/v1/messages/count_tokens", response_model=TokenCount, responses=_ERRORS)
     async def count_tokens(body: CountBody) -> Response:
-        check_model(body.model, settings)
+        adapter_of(body.model, service, settings)
         prompt_ids = await prompt_tokens(service, settings, conversation(body), param="messages",
                                          **_prompt_options(body))
         return JsonResponse({"input_tokens": len(prompt_ids)})
@@ -107,13 +107,13 @@ def router(service: Service, settings: Settings) -> APIRouter:
 
 
 async def _request(service: Service, settings: Settings, body: MessagesBody, http: HttpRequest) -> Request:
-    check_model(body.model, settings)
+    adapter = adapter_of(body.model, service, settings)
     refuse_unsupported(body)
     form = body.output_config.format if body.output_config else None
     user = body.metadata.user_id if body.metadata else None
     request = await engine_request(
-        service, settings, conversation(body), temperature=body.temperature, top_k=body.top_k, top_p=body.top_p,
-        stop=tuple(body.stop_sequences or ()), seed=body.seed,
+        service, settings, conversation(body), adapter=adapter, temperature=body.temperature, top_k=body.top_k,
+        top_p=body.top_p, stop=tuple(body.stop_sequences or ()), seed=body.seed,
         response_format=form and {"type": "json_schema", "json_schema": {"schema": form.schema_}},
         format_param="output_config.format",
         client=client_of(http, user), **_prompt_options(body), **body.sampler())

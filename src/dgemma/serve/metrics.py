@@ -39,6 +39,12 @@ _COUNTERS = (
     ("dgemma_requests_cancelled", "cancelled", "Requests that were given up, most by their clients."),
     ("dgemma_requests_failed", "failed", "Requests that the engine could not finish."),
 )
+# kind, name, field of AdapterStats, help.
+_OF_ADAPTERS = (
+    (GaugeMetricFamily, "dgemma_adapter_bytes", "nbytes", "Memory of an adapter, until its last request is over."),
+    (GaugeMetricFamily, "dgemma_adapter_requests_running", "running", "Requests of an adapter that run or wait."),
+    (CounterMetricFamily, "dgemma_adapter_requests", "requests", "Requests of an adapter."),
+)
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
@@ -123,3 +129,8 @@ class _Engine:
             yield GaugeMetricFamily(name, text, getattr(stats, field))
         for name, field, text in _COUNTERS:
             yield CounterMetricFamily(name, text, getattr(stats, field))
+        for kind, name, field, text in _OF_ADAPTERS:
+            family = kind(name, text, labels=["adapter"])
+            for adapter, numbers in stats.adapters.items():
+                family.add_metric([adapter], getattr(numbers, field))
+            yield family

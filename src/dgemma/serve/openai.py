@@ -22,7 +22,7 @@ from dgemma.engine.service import Service
 from dgemma.serve.bodies import (
     Listed,
     RequestBody,
-    check_model,
+    adapter_of,
     choice_seeds,
     client_of,
     context_limit,
@@ -38,13 +38,14 @@ from dgemma.serve.streams import EVENT_CONTENT, EventStream, Merged, event, whol
 
 
 class ModelCard(BaseModel):
-    """A name under which the model is served; ``root`` is what was loaded."""
+    """A name that requests may ask for; ``root`` is what was loaded, ``parent`` the model that an adapter is for."""
 
     id: str
     object: str = "model"
     created: int
     owned_by: str = "dgemma"
     root: str
+    parent: str | None = None
     max_model_len: int
 
 
@@ -90,15 +91,15 @@ def router(service: Service, settings: Settings) -> APIRouter:
     @routes.post("/v1/chat/completions", tags=["OpenAI"], **_answers(ChatCompletion))
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         """Answer a conversation."""
-        check_model(body.model, settings)
+        adapter = adapter_of(body.model, service, settings)
         body.check()
         tools = body.declared_tools()
         max_tokens, param = body.length_limit()
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         seeds = choice_seeds(body.seed, body.n or 1)
         request = await engine_request(
-            service, settings, body.conversation(), max_tokens=max_tokens, max_tokens_param=param, seed=seeds[0],
-            thinking=body.wants_thinking(), tools=tools, logprobs=logprobs, **_choices(body, http))
+            service, settings, body.conversation(), adapter=adapter, max_tokens=max_tokens, max_tokens_param=param,
+            seed=seeds[0], thinking=body.wants_thinking(), tools=tools, logprobs=logprobs, **_choices(body, http))
         rendering = Rendering(body.model or settings.served_names[0], seeds, usage=body.with_usage)
         streams = [answering(service, dataclasses.replace(request, seed=seed), tools,
                              one_call=body.parallel_tool_calls is False, drafts_per_second=body.drafts_per_second)
@@ -108,14 +109,15 @@ def router(service: Service, settings: Settings) -> APIRouter:
     @routes.post("/v1/completions", tags=["OpenAI"], **_answers(TextCompletion))
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         """Go on with a text."""
-        check_model(body.model, settings)
+        adapter = adapter_of(body.model, service, settings)
         body.check()
         seeds = choice_seeds(body.seed, body.n or 1)
         requests: list[Request] = []
         for prompt in body.prompts():
             ids = await prompt_tokens(service, settings, prompt, body.add_special_tokens)
-            request = await engine_request(service, settings, ids, param="prompt", max_tokens=body.max_tokens,
-                                           seed=seeds[0], logprobs=body.logprobs, **_choices(body, http))
+            request = await engine_request(service, settings, ids, adapter=adapter, param="prompt",
+                                           max_tokens=body.max_tokens, seed=seeds[0], logprobs=body.logprobs,
+                                           **_choices(body, http))
             requests += [dataclasses.replace(request, seed=seed) for seed in seeds]
         echo = []
         if body.echo:
@@ -128,24 +130,26 @@ def router(service: Service, settings: Settings) -> APIRouter:
         return await _respond(http, settings, body, rendering, streams)
 
     def card(name: str) -> ModelCard:
-        return ModelCard(id=name, created=started, root=service.model.name,
-                         max_model_len=context_limit(service, settings))
+        path = None if name in settings.served_names else service.adapters.paths()[name]
+        return ModelCard(id=name, created=started, root=path or service.model.name,
+                         parent=path and settings.served_names[0], max_model_len=context_limit(service, settings))
 
     @routes.get("/v1/models", tags=["OpenAI"], response_model=ModelList)
     async def models() -> Response:
-        """The names under which the model is served."""
-        return JsonResponse(ModelList(data=[card(name) for name in settings.served_names]).model_dump())
+        """The names under which the model is served, and those of its adapters."""
+        names = [*settings.served_names, *service.adapters.paths()]
+        return JsonResponse(ModelList(data=[card(name) for name in names]).model_dump())
 
     @routes.get("/v1/models/{model:path}", tags=["OpenAI"], response_model=ModelCard)
     async def one_model(model: str) -> Response:
         """One of the names."""
-        check_model(model, settings)
+        adapter_of(model, service, settings)
         return JsonResponse(card(model).model_dump())
 
     @routes.post("/tokenize", tags=["Tokens"], response_model=Tokens)
     async def tokenize(body: TokenizeBody) -> Response:
         """The token ids of a text, or of a conversation as the model would read it."""
-        check_model(body.model, settings)
+        adapter_of(body.model, service, settings)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either prompt or messages", "prompt" if body.messages else "messages")
         if body.prompt is not None:
@@ -162,7 +166,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
     @routes.post("/detokenize", tags=["Tokens"], response_model=DetokenizedText)
     async def detokenize(body: DetokenizeBody) -> Response:
         """The text of token ids, special tokens included."""
-        check_model(body.model, settings)
+        adapter_of(body.model, service, settings)
         unknown = next((token for token in body.tokens if tokenizer.id_to_token(token) is None), None)
         if unknown is not None:
             raise ApiError(400, f"the vocabulary has no token {unknown}", "tokens")

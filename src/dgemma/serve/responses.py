@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
-from dgemma.serve.bodies import check_model, client_of, engine_request, refuse_unsupported
+from dgemma.serve.bodies import adapter_of, client_of, engine_request, refuse_unsupported
 from dgemma.serve.deltas import Delta, answering
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.responses_body import (
@@ -90,7 +90,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
 
 
 async def _request(service: Service, settings: Settings, body: ResponsesBody, http: HttpRequest) -> Request:
-    check_model(body.model, settings)
+    adapter = adapter_of(body.model, service, settings)
     refuse_unsupported(body)
     refuse_what_cannot_be(body)
     effort = body.reasoning.effort if body.reasoning else None
@@ -99,7 +99,7 @@ async def _request(service: Service, settings: Settings, body: ResponsesBody, ht
         logprobs = 0
     try:
         return await engine_request(
-            service, settings, conversation(body), param="input", max_tokens=body.max_output_tokens,
+            service, settings, conversation(body), adapter=adapter, param="input", max_tokens=body.max_output_tokens,
             max_tokens_param="max_output_tokens", temperature=body.temperature, top_k=body.top_k, top_p=body.top_p,
             stop=body.stop or (), seed=body.seed, logprobs=logprobs, response_format=response_format(body),
             format_param="text.format",

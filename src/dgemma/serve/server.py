@@ -9,7 +9,8 @@ import asyncio
 import logging
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -53,13 +54,15 @@ def check_exposure(host: str, settings: Settings, insecure: bool) -> None:
 
 
 def serve(model: Model, settings: Settings, listener: socket.socket, *, max_num_seqs: int, max_queue: int,
-          grace: float) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns how many answers were cut off.
+          grace: float, adapters: Mapping[str, Path]) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns how many answers were cut off. ``adapters``: name -> where it is.
 
     Then nothing more is taken, and what runs or waits has ``grace`` seconds to finish; a second Ctrl-C ends that.
     """
     _log_to_stderr()
     service = Service(model, max_num_seqs=max_num_seqs, max_queue=max_queue)
+    for name, path in adapters.items():
+        service.load_adapter(name, path)
     app = create_app(service, settings)
     # The log is ours; headers that name the software say nothing a client needs.
     config = uvicorn.Config(app, http=impatient(settings.body_timeout), log_config=None, access_log=False,
@@ -67,8 +70,8 @@ def serve(model: Model, settings: Settings, listener: socket.socket, *, max_num_
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     limit = min(settings.max_model_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    ready = (f"dgemma serves {', '.join(settings.served_names)} at {url} ({max_num_seqs} at a time, {max_queue} "
-             f"waiting, {limit} tokens each, "
+    ready = (f"dgemma serves {', '.join([*settings.served_names, *adapters])} at {url} "
+             f"({max_num_seqs} at a time, {max_queue} waiting, {limit} tokens each, "
              f"{'with a key' if settings.api_keys else 'no key needed'}); docs at {url}/docs, Ctrl-C stops")
     server = _Server(config, service, grace, lambda: log.info(ready))
     service.start()

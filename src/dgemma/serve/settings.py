@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from dgemma.errors import DgemmaError
 
@@ -22,6 +25,7 @@ class Settings:
     rate_limit: float = 0.0  # requests a minute that one client may make, 0: any
     allowed_origins: tuple[str, ...] = ()  # web pages that browsers may call from; ("*",): all
     access_log: bool = True
+    adapters_from: Path | None = None  # where clients may have adapters loaded from; None: nowhere
 
     def __post_init__(self) -> None:
         if not self.served_names or not all(self.served_names):
@@ -36,6 +40,16 @@ class Settings:
         for name in ("max_body_bytes", "body_timeout", "ping"):
             if not getattr(self, name) > 0:
                 raise DgemmaError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.adapters_from is not None and not self.adapters_from.is_dir():
+            raise DgemmaError(f"adapters_from: {self.adapters_from} is no folder")
+
+
+def check_adapter_name(name: str, served_names: Collection[str]) -> None:
+    """Raises DgemmaError for a name that an adapter cannot have beside the model's own names."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}", name):
+        raise DgemmaError(f"an adapter's name is up to 100 letters, digits and . _ : / -, got {name[:100]!r}")
+    if name in served_names:
+        raise DgemmaError(f"{name!r} is the model's own name: give the adapter another one")
 
 
 def is_loopback(host: str) -> bool:

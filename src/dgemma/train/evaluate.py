@@ -20,6 +20,7 @@ from dgemma.config import GenerationConfig
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
 from dgemma.train import sudoku
+from dgemma.train.sudoku_data import EVALUATION_SEED
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,21 @@ def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float,
     return (max(0.0, centre - half), min(1.0, centre + half))
 
 
+def grade(puzzle: np.ndarray, solution: np.ndarray, text: str) -> tuple[bool, bool]:
+    """Of an answer to a puzzle [81]: whether all 81 digits are right, and whether the givens are kept."""
+    digits = "".join(text.split())
+    if len(digits) != 81 or not (digits.isascii() and digits.isdigit()):
+        return False, False
+    cells = np.frombuffer(digits.encode(), np.uint8) - ord("0")
+    return bool((cells == solution).all()), bool((cells[puzzle > 0] == puzzle[puzzle > 0]).all())
+
+
+def band_of(puzzle: np.ndarray) -> str:
+    """The band of a puzzle [81] by its givens; "other" outside every band."""
+    givens = int((puzzle > 0).sum())
+    return next((band for band, (low, high) in sudoku.BANDS.items() if low <= givens <= high), "other")
+
+
 def evaluate_sudoku(model: Model, puzzles: np.ndarray, solutions: np.ndarray, *, seed: int = 0, batch: int = 32,
                     progress: Callable[[int, int], None] | None = None, **settings: Any) -> BandScore:
     """Ask the model for every puzzle [N, 81] and compare with the solutions [N, 81].
@@ -59,12 +75,10 @@ def evaluate_sudoku(model: Model, puzzles: np.ndarray, solutions: np.ndarray, *,
         answers = model.generate_batch([sudoku.to_line(p) for p in part],
                                        seeds=[seed + start + i for i in range(len(part))], **settings)
         for puzzle, solution, answer in zip(part, solutions[start : start + batch], answers, strict=True):
-            digits = "".join(answer.text.split())
             steps[sum(answer.steps)] += 1
-            if len(digits) == 81 and digits.isascii() and digits.isdigit():
-                cells = np.frombuffer(digits.encode(), np.uint8) - ord("0")
-                exact += bool((cells == solution).all())
-                kept += bool((cells[puzzle > 0] == puzzle[puzzle > 0]).all())
+            right, keeps = grade(puzzle, solution, answer.text)
+            exact += right
+            kept += keeps
         if progress:
             progress(min(start + batch, len(puzzles)), len(puzzles))
     count = len(puzzles)
@@ -78,8 +92,7 @@ def evaluate_bands(model: Model, count: int, bands: list[str] | None = None, *, 
     """Scores on ``count`` fresh puzzles per band, each from its own random grid, fixed by ``seed``."""
     scores = {}
     for band in bands or list(sudoku.BANDS):
-        # Another stream of randomness than training's, so that the grids are new.
-        puzzles, solutions = sudoku.generate(count, sudoku.BANDS[band], seed=1_000_003 + seed)
+        puzzles, solutions = sudoku.generate(count, sudoku.BANDS[band], seed=EVALUATION_SEED + seed)
         report = None if progress is None else lambda done, total, band=band: progress(band, done, total)
         scores[band] = evaluate_sudoku(model, puzzles, solutions, seed=seed, progress=report, **settings)
     return scores
@@ -129,10 +142,7 @@ def evaluate_file(model: Model, path: Path, *, seed: int = 0,
                   progress: Callable[[str, int, int], None] | None = None, **settings: Any) -> dict[str, BandScore]:
     """Scores on the puzzles of a file, by band; those outside every band are called "other"."""
     puzzles, solutions = read_puzzles(path)
-    givens = (puzzles > 0).sum(axis=1)
-    names = np.full(len(puzzles), "other", dtype=object)
-    for band, (low, high) in sudoku.BANDS.items():
-        names[(givens >= low) & (givens <= high)] = band
+    names = np.array([band_of(puzzle) for puzzle in puzzles])
     scores = {}
     for band in [*sudoku.BANDS, "other"]:
         chosen = names == band

@@ -126,18 +126,22 @@ def canvases_of(turn: Turn, canvas_length: int, fill_id: int, fill_weight: float
 def batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """An epoch's batches as indices of examples: every example once, in an order that depends on the arguments only.
 
-    Examples of a similar context length share a batch, so that little is padded; the last batch may be smaller.
+    Examples of a similar context length share a batch, so that little is padded, and so do the canvases of a turn, which
+    then share one reading of it; the last batch may be smaller.
     """
     if batch_size < 1:
         raise DgemmaError(f"batch_size must be at least 1, got {batch_size}")
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(examples))
-    lengths = np.array([example.context_length for example in examples])
+    turns: dict[int, list[int]] = {}
+    for index, example in enumerate(examples):
+        turns.setdefault(id(example.turn), []).append(index)
+    units = list(turns.values())
+    order = [(examples[units[unit][-1]].context_length, unit, index)
+             for unit in rng.permutation(len(units)).tolist() for index in units[unit]]
     made: list[list[int]] = []
     for start in range(0, len(order), batch_size * BUCKET):
-        bucket = order[start : start + batch_size * BUCKET]
-        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
-        made += [bucket[at : at + batch_size].tolist() for at in range(0, len(bucket), batch_size)]
+        bucket = [index for _, _, index in sorted(order[start : start + batch_size * BUCKET])]
+        made += [bucket[at : at + batch_size] for at in range(0, len(bucket), batch_size)]
     return [made[index] for index in rng.permutation(len(made))]
 
 

@@ -3,15 +3,14 @@
 As in the public recipes for this model: t ~ U(ε, 1) per example, every canvas token replaced with probability t by a
 uniform one, plain cross-entropy over all positions of the canvas (kept, replaced and fill alike), the encoder's causal
 loss beside it, and self-conditioning from an earlier pass without gradient; true zeros otherwise. Each of these is a
-setting. Works on token ids and a network; knows nothing of text, files or optimizers.
+setting. Works on token ids and a network; knows nothing of text, files or optimizers. What it works on is made in
+`dgemma.train.batch` and `dgemma.train.noise`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +18,15 @@ from torch import Tensor
 from dgemma.diffusion.sampler import accept, renoise, token_entropy
 from dgemma.nn import CanvasStats, DiffusionTransformer, KVCache
 from dgemma.nn.head import vocab_tiles
+from dgemma.train.batch import Batch, Example, collate
 from dgemma.train.losses import chunked_cross_entropy, cross_entropy, fits_whole
+from dgemma.train.noise import WHOLE_VOCAB, Noise, corrupt, draw_noise, keyed_noise, noise_key
+
+__all__ = ["Batch", "Example", "Noise", "Objective", "Totals", "batch_loss", "block_diffusion_loss", "collate",
+           "corrupt", "draw_noise", "keyed_noise", "means", "noise_key", "totals_of"]
 
 PREDICTIONS = ("denoiser", "leave_one_out")
 CAUSAL_TOKENS = ("all", "prompt", "response")
-# Vocabularies up to this size are sampled from whole rows of logits, larger ones in the head's tiles.
-_WHOLE_VOCAB = 4096
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class Objective:
 
     ``fill_weight`` is the loss weight of the fill behind a response's end, where a batch brings no weights of its own.
 
-    ``causal_on`` says whose tokens the causal loss counts: the prompt's, the response's (earlier canvases and the clean
-    one itself, without its fill) or all.
+    ``causal_on`` says whose tokens the causal loss counts: the prompt's, the response's or all. Each counts once, with
+    the canvas it belongs to (the prompt's with the first): not fill, nor the earlier canvases of a context.
+
+    ``denoising_weight`` 0 denoises no canvas at all: the causal loss alone is trained, an autoregressive model.
 
     ``prediction`` is what the canvas logits stand for: the "denoiser" (the clean token given the noisy canvas), or the
     "leave_one_out" posterior (the clean token given all *other* noisy tokens). The cross-entropy is the denoiser's in
@@ -49,6 +53,7 @@ class Objective:
     t_min: float = 0.001
     t_max: float = 1.0
     self_conditioning_probability: float = 0.5
+    denoising_weight: float = 1.0
     causal_weight: float = 1.0
     passes: int = 1
     rollout: float = 0.0
@@ -66,9 +71,11 @@ class Objective:
         for name in ("self_conditioning_probability", "rollout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        for name in ("causal_weight", "fill_weight"):
+        for name in ("denoising_weight", "causal_weight", "fill_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.denoising_weight and not self.causal_weight:
+            raise ValueError("denoising_weight and causal_weight are both 0: there is nothing to train on")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         for name, known in (("causal_on", CAUSAL_TOKENS), ("prediction", PREDICTIONS)):
@@ -78,110 +85,33 @@ class Objective:
             raise ValueError("prediction leave_one_out needs to know every canvas' noise: t_min above 0 and rollout 0")
 
 
-class Example(Protocol):
-    """What `collate` wants: a context (of which so much is the prompt), the clean canvas behind it (of which so much is
-    real, the rest fill), and the loss weight of each of the canvas' tokens."""
-
-    @property
-    def context_ids(self) -> Sequence[int]: ...
-
-    @property
-    def prompt_length(self) -> int: ...
-
-    @property
-    def canvas_ids(self) -> Sequence[int]: ...
-
-    @property
-    def real_length(self) -> int: ...
-
-    @property
-    def weights(self) -> Sequence[float]: ...
-
-
 @dataclass(frozen=True)
-class Batch:
-    """Clean canvases and what stands before them."""
+class Totals:
+    """What the losses of a step are divided by: over all its parts, on whatever process."""
 
-    context: Tensor  # [B, T] token ids, padded behind
-    canvas: Tensor  # [B, C] token ids
-    lengths: tuple[int, ...] | None = None  # the real tokens of every context; None: all are
-    prompts: tuple[int, ...] | None = None  # how many of them are the prompt's; None: all are
-    weights: Tensor | None = None  # [B, C] of each position's loss; None: 1, and the objective's for fill
-    fill: Tensor | None = None  # [B, C] bool: what stands behind the response's end; None: nothing does
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **tensors)
+    canvas: float  # the sum of the weights of all positions of all canvases
+    causal: float  # the number of tokens that the causal loss counts
 
 
-def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
-    """Examples of any context lengths as one batch on the CPU.
-
-    Raises ValueError for no examples, an empty context, canvases of several lengths, or one whose weights are all 0.
-    """
-    if not examples:
-        raise ValueError("a batch needs at least one example")
-    contexts = [torch.as_tensor(example.context_ids) for example in examples]
-    lengths = tuple(len(context) for context in contexts)
-    widths = {len(example.canvas_ids) for example in examples} | {len(example.weights) for example in examples}
-    if 0 in lengths or len(widths) != 1:
-        raise ValueError(f"contexts must not be empty, and canvases and their weights of one length; got contexts of "
-                         f"{sorted(lengths)} tokens and canvases and weights of {sorted(widths)}")
-    context = torch.full((len(examples), max(lengths)), pad_id)
-    for row, own in enumerate(contexts):
-        context[row, : lengths[row]] = own
-    canvas = torch.stack([torch.as_tensor(example.canvas_ids) for example in examples])
-    weights = torch.stack([torch.as_tensor(example.weights, dtype=torch.float32) for example in examples])
-    if bool((weights.sum(1) <= 0).any()):
-        raise ValueError("the weights of an example's canvas are all 0: there is nothing to learn from it")
-    fill = torch.arange(canvas.shape[1]) >= torch.tensor([example.real_length for example in examples]).unsqueeze(1)
-    return Batch(context, canvas, None if len(set(lengths)) == 1 else lengths,
-                 tuple(example.prompt_length for example in examples), weights, fill)
+def totals_of(batches: Iterable[Batch], objective: Objective) -> Totals:
+    """The totals of a step that is trained in parts; the batches are best still on the CPU."""
+    canvas, causal = 0.0, 0
+    for batch in batches:
+        weights = _weights(batch, objective)
+        canvas += batch.canvas.numel() if weights is None else weights.cpu().double().sum().item()
+        if objective.causal_weight:
+            causal += sum(int(mask.sum()) for mask in _counted(batch, objective.causal_on))
+    return Totals(canvas, causal)
 
 
-@dataclass(frozen=True)
-class Noise:
-    """All the randomness of one batch, drawn beforehand so that the loss is a pure function."""
-
-    t: Tensor  # [passes, B] uniform: how noisy each pass' canvas is
-    draw: Tensor  # [B, C] uniform: a position is corrupted while this is below t
-    tokens: Tensor  # [B, C] the random token it then gets
-    conditioned: Tensor  # [B] bool: the first pass is self-conditioned (one supervised pass only)
-    rolled: Tensor  # [passes, B] bool: the next pass continues from the sampler's own canvas
-    sampling: Tensor  # [passes - 1, B, C, V] Gumbel noise of that sampler; large V: [.., tiles, 2], see `canvas_stats`
-    renoise: Tensor  # [passes - 1, B, C] its fresh tokens
-
-    def to(self, device: torch.device) -> Noise:
-        """The same noise on another device."""
-        return Noise(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
-
-
-def draw_noise(objective: Objective, batch: int, canvas: int, vocab: int, generator: torch.Generator) -> Noise:
-    """The noise of one batch of ``batch`` canvases of ``canvas`` tokens."""
-    later = objective.passes - 1
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
-
-    if vocab <= _WHOLE_VOCAB:
-        sampling = -torch.log(-torch.log(uniform(later, batch, canvas, vocab).clamp(1e-20, 1 - 1e-7)))
-    else:
-        sampling = uniform(later, batch, canvas, vocab_tiles(vocab), 2)
-    return Noise(
-        t=uniform(objective.passes, batch),
-        draw=uniform(batch, canvas),
-        tokens=torch.randint(vocab, (batch, canvas), generator=generator),
-        conditioned=uniform(batch) < objective.self_conditioning_probability,
-        rolled=uniform(objective.passes, batch) < objective.rollout,
-        sampling=sampling,
-        renoise=torch.randint(vocab, (later, batch, canvas), generator=generator),
-    )
-
-
-def corrupt(canvas: Tensor, t: Tensor, draw: Tensor, tokens: Tensor) -> Tensor:
-    """Canvas [B, C] with each token replaced by that of ``tokens`` where its ``draw`` is below t [B]."""
-    return torch.where(draw < t.unsqueeze(1), tokens, canvas)
+def means(parts: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    """The numbers for the log of a step from the parts of all its batches; NaN where there is nothing of a kind."""
+    sums: dict[str, list[float]] = {}
+    for part in parts:
+        for name, (total, count) in zip(part, torch.stack(list(part.values())).tolist(), strict=True):
+            have = sums.setdefault(name, [0.0, 0.0])
+            have[0], have[1] = have[0] + total, have[1] + count
+    return {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
 
 
 def block_diffusion_loss(network: DiffusionTransformer, context: Tensor, canvas: Tensor, objective: Objective,
@@ -190,23 +120,55 @@ def block_diffusion_loss(network: DiffusionTransformer, context: Tensor, canvas:
     return batch_loss(network, Batch(context, canvas), objective, noise)
 
 
-def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective,
-               noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss of one batch -> (scalar, parts of it for the log).
+def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective, noise: Noise,
+               totals: Totals | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The training loss of one batch -> (scalar, its parts for the log).
 
-    Canvas losses are averaged over the batch by their weights. Parts: ``loss/passN`` and ``accuracy/passN``; of the
-    first pass ``loss/corrupted``, ``loss/clean`` (both without fill) and ``loss/fill``, unweighted, NaN where there is
-    no such token; ``loss/causal``.
+    Canvas losses are averaged by their weights, causal ones over the tokens that count; with ``totals`` the averages
+    are those of a whole step, and the losses of its batches add up to that of the step.
+
+    A part is a sum and a count [2]: those of several batches can be added up, `means` makes numbers of them. They are
+    ``loss/passN`` and ``accuracy/passN``, weighted; of the first pass ``loss/corrupted``, ``loss/clean`` (both without
+    fill) and ``loss/fill``, unweighted; ``loss/causal``.
     """
+    hidden, cache = read(network, batch)
+    loss = torch.zeros((), device=batch.canvas.device)
+    parts: dict[str, Tensor] = {}
+    if objective.denoising_weight:
+        denoising, parts = _denoising_loss(network, batch, prefixes(batch, cache), objective, noise, totals)
+        loss = loss + objective.denoising_weight * denoising
+    if objective.causal_weight:
+        losses = _causal_losses(network, batch, hidden, cache, objective.causal_on)
+        count = losses.numel()
+        parts["loss/causal"] = _part(losses, count)
+        loss = loss + objective.causal_weight * losses.sum() / max(count if totals is None else totals.causal, 1)
+    return loss, parts
+
+
+def read(network: DiffusionTransformer, batch: Batch) -> tuple[Tensor, KVCache]:
+    """Every row of the context read once -> its hidden states [R, T, D] and a cache of R rows."""
+    if batch.owners is None:
+        cache = network.new_cache(len(batch.context))
+        return network.encode(batch.context, cache, batch.lengths), cache
+    whole = [batch.before[index] for index in batch.last]
+    cache = network.new_cache(len(whole), max(whole[row] - before for row, before in
+                                              zip(batch.rows, batch.before, strict=True)))
+    return network.encode(batch.context, cache, whole), cache
+
+
+def prefixes(batch: Batch, cache: KVCache) -> KVCache:
+    """What every canvas sees of the rows that were read: a cache of B rows."""
+    return cache if batch.owners is None else cache.select(batch.owners, batch.before)
+
+
+def _denoising_loss(network: DiffusionTransformer, batch: Batch, cache: KVCache, objective: Objective, noise: Noise,
+                    totals: Totals | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over the passes of a batch's canvases, which read the cache, and its parts."""
     canvas = batch.canvas
-    cache = network.new_cache(canvas.shape[0])
-    hidden = network.encode(batch.context, cache, batch.lengths)
     t = objective.t_min + (objective.t_max - objective.t_min) * noise.t[0]
     noisy = corrupt(canvas, t, noise.draw, noise.tokens)
     corrupted = noise.draw < t.unsqueeze(1)
-    weights = batch.weights
-    if weights is None and batch.fill is not None:
-        weights = torch.where(batch.fill, objective.fill_weight, 1.0)
+    weights = _weights(batch, objective)
     parts: dict[str, Tensor] = {}
     soft = None
     if objective.passes == 1 and objective.self_conditioning_probability:
@@ -220,14 +182,15 @@ def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective
         # Small vocabularies are worked on whole: fewer operations, and torch.compile sees through all of them.
         logits = network.logits(out) if fits_whole(canvas.numel(), network.config.vocab_size) else None
         losses, predicted = _token_losses(network, out, logits, canvas, _shift(objective, noisy, t, network))
-        loss = losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
-        total = total + loss / objective.passes
         right = (predicted == canvas).float()
-        parts[f"loss/pass{index + 1}"] = loss.detach()
-        parts[f"accuracy/pass{index + 1}"] = (right.mean() if weights is None else
-                                              (right * weights).sum() / weights.sum())
         if index == 0:
             parts |= _by_group(losses.detach(), corrupted, batch.fill)
+        count = canvas.numel()
+        if weights is not None:
+            losses, right, count = losses * weights, right * weights, weights.sum()
+        total = total + losses.sum() / ((count if totals is None else totals.canvas) * objective.passes)
+        parts[f"loss/pass{index + 1}"] = _part(losses, count)
+        parts[f"accuracy/pass{index + 1}"] = _part(right, count)
         if index + 1 < objective.passes:
             with torch.no_grad():
                 t = t * noise.t[index + 1]
@@ -236,11 +199,20 @@ def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective
                 accepted = accept(entropy, torch.full_like(t, objective.entropy_bound))
                 rolled = renoise(sample, accepted, noise.renoise[index])
                 noisy = torch.where(noise.rolled[index].unsqueeze(1), rolled, lighter)
-    if objective.causal_weight:
-        causal = _causal_loss(network, batch, hidden, cache, objective)
-        total = total + objective.causal_weight * causal
-        parts["loss/causal"] = causal.detach()
     return total, parts
+
+
+def _weights(batch: Batch, objective: Objective) -> Tensor | None:
+    """The loss weight of every canvas position [B, C]; None: 1."""
+    if batch.weights is not None or batch.fill is None:
+        return batch.weights
+    return torch.where(batch.fill, objective.fill_weight, 1.0)
+
+
+def _part(values: Tensor, count: Tensor | int) -> Tensor:
+    """Sum and count [2] of some numbers."""
+    total = values.detach().sum()
+    return torch.stack([total, torch.as_tensor(count, dtype=total.dtype, device=total.device)])
 
 
 def _token_losses(network: DiffusionTransformer, hidden: Tensor, logits: Tensor | None, targets: Tensor,
@@ -269,7 +241,7 @@ def _by_group(losses: Tensor, corrupted: Tensor, fill: Tensor | None) -> dict[st
     groups = {"loss/corrupted": corrupted, "loss/clean": ~corrupted}
     if fill is not None:
         groups = {name: mask & ~fill for name, mask in groups.items()} | {"loss/fill": fill}
-    return {name: torch.where(mask, losses, 0.0).sum() / mask.sum() for name, mask in groups.items()}
+    return {name: _part(torch.where(mask, losses, 0.0), mask.sum()) for name, mask in groups.items()}
 
 
 def _soft(network: DiffusionTransformer, hidden: Tensor, objective: Objective) -> Tensor:
@@ -284,7 +256,7 @@ def _soft(network: DiffusionTransformer, hidden: Tensor, objective: Objective) -
 def _sample(network: DiffusionTransformer, hidden: Tensor, logits: Tensor | None, objective: Objective,
             sampling: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the sampler makes of a pass: soft embeddings [B, C, D], drawn tokens [B, C], entropies [B, C]."""
-    if network.config.vocab_size > _WHOLE_VOCAB:
+    if network.config.vocab_size > WHOLE_VOCAB:
         stats = _statistics(network, hidden, objective, sampling)
         return stats.soft, stats.sample, stats.entropy
     processed = (network.logits(hidden) if logits is None else logits.detach()) / objective.temperature
@@ -296,40 +268,38 @@ def _statistics(network: DiffusionTransformer, hidden: Tensor, objective: Object
     return network.head(hidden, torch.full((len(hidden),), objective.temperature, device=hidden.device), noise)
 
 
-def _causal_loss(network: DiffusionTransformer, batch: Batch, hidden: Tensor, cache: KVCache,
-                 objective: Objective) -> Tensor:
-    """The mean cross-entropy of next tokens: hidden [B, T, D] are the context's, read already.
+def _causal_losses(network: DiffusionTransformer, batch: Batch, hidden: Tensor, cache: KVCache,
+                   causal_on: str) -> Tensor:
+    """The cross-entropy of every next token that counts [N]: hidden [R, T, D] are the context's, read already.
 
-    The canvas' are those of a causal pass over it, clean, which the cache takes in: nothing may be denoised with that
+    The last canvas of a row is read behind it, clean, and the cache takes it in: nothing may be denoised with that
     afterwards.
     """
     states, tokens = hidden[:, :-1], batch.context[:, 1:]
-    counted = _context_mask(batch, objective.causal_on)
-    if objective.causal_on != "prompt":
-        rows = torch.arange(len(hidden), device=hidden.device)
-        ends = torch.tensor(batch.lengths or [batch.context.shape[1]] * len(hidden), device=hidden.device) - 1
-        response = network.encode(batch.canvas, cache)
+    counted, real = _counted(batch, causal_on)
+    if causal_on != "prompt":
+        last, rows = list(batch.last), torch.arange(len(hidden), device=hidden.device)
+        ends = torch.tensor([batch.before[index] for index in last], device=hidden.device) - 1
+        canvas = batch.canvas[last]
+        response = network.encode(canvas, cache)
         states = torch.cat([states, hidden[rows, ends].unsqueeze(1), response[:, :-1]], dim=1)
-        tokens = torch.cat([tokens, batch.canvas], dim=1)
-        real = torch.ones_like(batch.canvas, dtype=torch.bool) if batch.fill is None else ~batch.fill
-        if counted is None:
-            counted = torch.ones_like(batch.context[:, 1:], dtype=torch.bool)
+        tokens = torch.cat([tokens, canvas], dim=1)
         counted = torch.cat([counted, real], dim=1)
-    if counted is not None:
-        states, tokens = states[counted], tokens[counted]
+    states, tokens = states[counted], tokens[counted]
     whole = fits_whole(tokens.numel(), network.config.vocab_size)
-    losses, _ = _token_losses(network, states, network.logits(states) if whole else None, tokens)
-    return losses.sum() / max(losses.numel(), 1)
+    return _token_losses(network, states, network.logits(states) if whole else None, tokens)[0]
 
 
-def _context_mask(batch: Batch, causal_on: str) -> Tensor | None:
-    """The context's tokens from the second on that count [B, T - 1]; None: all of them."""
-    if batch.lengths is None and (batch.prompts is None or causal_on == "all") and causal_on != "response":
-        return None
-    width = batch.context.shape[1]
-    whole = batch.lengths or (width,) * len(batch.context)
-    prompts = batch.prompts or whole
-    places = torch.arange(1, width)
-    first = torch.tensor(prompts if causal_on == "response" else [0] * len(prompts)).unsqueeze(1)
-    end = torch.tensor(prompts if causal_on == "prompt" else whole).unsqueeze(1)
-    return ((places >= first) & (places < end)).to(batch.context.device)
+def _counted(batch: Batch, causal_on: str) -> tuple[Tensor, Tensor]:
+    """What the causal loss counts of every row's context, from the second token on [R, T - 1], and of the last canvas
+    behind it [R, C]."""
+    context = torch.zeros(len(batch.context), batch.context.shape[1] - 1, dtype=torch.bool)
+    last, width = batch.last, batch.canvas.shape[1]
+    for index, (row, before) in enumerate(zip(batch.rows, batch.before, strict=True)):
+        prompt = before if batch.prompts is None else batch.prompts[index]
+        if causal_on != "response" and before == prompt:
+            context[row, : prompt - 1] = True
+        if causal_on != "prompt" and index != last[row]:  # an earlier canvas, which is a part of the row
+            context[row, before - 1 : before - 1 + width] = True
+    canvas = torch.ones_like(batch.canvas, dtype=torch.bool) if batch.fill is None else ~batch.fill
+    return context.to(batch.context.device), canvas[list(last)] & (causal_on != "prompt")

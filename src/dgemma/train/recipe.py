@@ -1,66 +1,197 @@
-"""A training recipe: one YAML file that says everything about a run."""
+"""A training recipe: one YAML file that says everything about a run.
+
+Works on YAML and dataclasses; knows nothing of networks and how they train.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from dgemma.config import generation_config_from_dict, model_config_from_dict
 from dgemma.errors import DgemmaError
+from dgemma.nn.adapters import AdapterConfig
 from dgemma.train.objective import Objective
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """Where batches come from: ``bases`` base puzzles, varied by symmetries; see `SudokuBatches`."""
+class ConversationData:
+    """The user's conversations: files, folders or hub names, as `read_conversations` takes them.
+
+    ``held_out`` names others to validate on; without them every so-manieth conversation is kept apart, a share of
+    ``held_out_share`` of them. The rest is as in `prepare`.
+    """
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
+    held_out_share: float = 0.05
+    max_context: int | None = None
+    too_long: Literal["error", "truncate", "skip"] = "error"
+    thinking: Literal["auto", "on", "off"] = "auto"
+    fill: Literal["eos", "pad"] = "eos"
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class SudokuData:
+    """Puzzles made on the way: ``bases`` base puzzles, varied by symmetries; see `SudokuBatches`.
+
+    ``plain``: nothing but puzzles. Without it every fifth batch holds puzzles inside conversations, or none at all.
+    """
 
     bases: int = 40_000
     givens: tuple[int, int] = (22, 46)
     easy_givens: int = 36
     curriculum_steps: int = 1500
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Plain text, for a base model: files and folders of ``suffix`` files, or "python" for that Python's library."""
+
+    paths: tuple[str, ...] = ("python",)
+    suffix: str = ".py"
+    context: tuple[int, int] = (16, 128)
+
+
+@dataclass(frozen=True)
+class ExtractionData:
+    """Generated notes and the JSON that says what is in them; see `dgemma.train.extraction`."""
+
+    count: int = 20_000
+    held_out: int = 256
+
+
+DATA = {"conversations": ConversationData, "sudoku": SudokuData, "text": TextData, "extraction": ExtractionData}
+Data = ConversationData | SudokuData | TextData | ExtractionData
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Muon for matrices, AdamW for the rest; warm-up, then constant, then a linear fall to zero."""
+    """``adamw`` for everything, or ``muon`` for matrices (at ``muon_lr``) and AdamW (at ``lr``) for the rest.
 
+    The rate rises over ``warmup_steps``; then "cosine" falls to 0 at the end, "linear" stays and falls to 0 over the
+    last ``decay_fraction`` of the run, "constant" stays. ``clip`` is the most the gradient's norm may be. ``ema``
+    above 0 keeps a running average of what is trained (its decay a step), which is evaluated and shipped.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-4
     muon_lr: float = 0.02
-    adam_lr: float = 3e-3
-    weight_decay: float = 0.1
-    warmup_steps: int = 100
-    decay_fraction: float = 0.3
+    betas: tuple[float, float] = (0.95, 0.99)
+    weight_decay: float = 0.0
+    warmup_steps: int = 20
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    decay_fraction: float = 0.5
     clip: float = 1.0
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be at least 0 and below 1, got {self.ema}")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must be above 0 and at most 1, got {self.decay_fraction}")
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
+        if self.weight_decay < 0 or self.warmup_steps < 0:
+            raise ValueError("weight_decay and warmup_steps must not be negative")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is looked at while a run goes on, every ``every`` steps and at its end.
+
+    ``metric`` is one of `dgemma.train.tasks`, or "file.py:function"; without one the validation loss decides which
+    checkpoint is the best. ``count`` questions are asked (Sudoku: of each band) and ``examples`` held-out examples
+    measured. ``sweep``: at the end, the best checkpoint again with at most so many denoising steps each.
+    ``settings`` are sampler settings.
+    """
+
+    every: int = 200
+    metric: str | None = None
+    count: int = 64
+    examples: int = 128
+    max_tokens: int | None = None
+    sweep: tuple[int, ...] = ()
+    sweep_count: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. ``model`` is a ``config.json``, ``generation`` the checkpoint's ``generation_config.json``."""
+    """A whole run.
+
+    ``model`` is what `dgemma.load` takes; ``{"recipe": FILE}`` for the best checkpoint of another recipe's run, which
+    is made first; or a ``config.json`` for fresh weights, whose checkpoint gets ``generation`` for its
+    ``generation_config.json``. ``adapter``: train that and nothing else. ``freeze`` are parts of parameters' names
+    that stay as they are when everything is trained (None: the router, unless the weights are fresh).
+    ``micro_batch``: how many examples there are in memory at a time. ``dtype`` is that of the weights (None: the
+    checkpoint's); ``autocast`` computes in bfloat16 with weights in float32. ``variants`` are other settings to train
+    with besides, one run after the other: name -> what is different.
+    """
 
     name: str
-    task: str
-    model: dict[str, Any]
-    max_steps: int
-    batch_size: int = 64
+    model: str | dict[str, Any]
+    data: Data
+    max_steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 8
+    micro_batch: int | None = None
     seed: int = 0
-    autocast: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    autocast: bool = False
     compile: bool = False
-    save_every: int = 250
-    evaluate_every: int = 1000
-    evaluate_count: int = 64
+    checkpointing: bool = False
+    freeze: tuple[str, ...] | None = None
+    save_every: int = 100
+    wandb: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
-    data: DataSettings = field(default_factory=DataSettings)
+    adapter: AdapterConfig | None = None
     objective: Objective = field(default_factory=Objective)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the network begins with random weights."""
+        return isinstance(self.model, dict) and "recipe" not in self.model
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe; raises DgemmaError naming the file and the setting that is wrong."""
+def load_recipe(path: Path) -> dict[str, Recipe]:
+    """Read and check a recipe -> its variants by name, in order; one called "" where it has none.
+
+    Raises DgemmaError naming the file and the setting that is wrong.
+    """
+    data = read_yaml(path)
+    variants = data.pop("variants", None)
+    if variants is None:
+        return {"": recipe_of(data, path)}
+    if not isinstance(variants, dict) or not variants:
+        raise DgemmaError(f"{path}: variants: expected a mapping of names to other settings, found {variants!r}")
+    found = {}
+    for name, other in variants.items():
+        if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
+            raise DgemmaError(f"{path}: variants: {name!r} cannot be the name of a folder")
+        if not isinstance(other, (dict, type(None))):
+            raise DgemmaError(f"{path}: variants: {name}: expected a mapping of settings, found {other!r}")
+        found[name] = recipe_of(_merged(data, other or {}), path, f"{path}: variants: {name}")
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises DgemmaError naming it."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -69,28 +200,79 @@ def load_recipe(path: Path) -> Recipe:
         raise DgemmaError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(data, dict):
         raise DgemmaError(f"{path}: a recipe is a mapping of settings")
-    sections = {"data": DataSettings, "objective": Objective, "optimizer": OptimizerSettings}
-    for name, kind in sections.items():
-        if name in data:
-            data[name] = _build(kind, data[name], f"{path}: {name}")
-    recipe = _build(Recipe, data, str(path))
-    for name in ("max_steps", "batch_size", "save_every", "evaluate_every", "evaluate_count"):
-        if getattr(recipe, name) < 1:
-            raise DgemmaError(f"{path}: {name} must be at least 1, got {getattr(recipe, name)}")
-    config = model_config_from_dict({"model_type": "diffusion_gemma", **recipe.model}, f"{path}: model")
-    generation_config_from_dict(recipe.generation, config, f"{path}: generation")
-    if recipe.task != "sudoku":
-        raise DgemmaError(f"{path}: task {recipe.task!r} is unknown; there is 'sudoku'")
+    return data
+
+
+def recipe_of(data: Mapping[str, Any], path: Path, where: str | None = None) -> Recipe:
+    """A recipe without variants from what its file says; files named in it are taken relative to ``path``'s folder."""
+    where = where or str(path)
+    data = dict(data)
+    if "data" in data:
+        data["data"] = _data_of(data["data"], f"{where}: data", path.parent)
+    recipe = _build(Recipe, data, where)
+    for name in ("batch_size", "save_every", "max_steps", "micro_batch"):
+        if (value := getattr(recipe, name)) is not None and value < 1:
+            raise DgemmaError(f"{where}: {name} must be at least 1, got {value}")
+    for name in ("every", "count", "examples"):
+        if getattr(recipe.evaluation, name) < 1:
+            raise DgemmaError(f"{where}: evaluation: {name} must be at least 1, got {getattr(recipe.evaluation, name)}")
+    if (recipe.max_steps is None) == (recipe.epochs is None):
+        raise DgemmaError(f"{where}: say how long to train: either max_steps or epochs")
+    if recipe.epochs is not None and (recipe.epochs <= 0 or isinstance(recipe.data, (SudokuData, TextData))):
+        raise DgemmaError(f"{where}: epochs must be above 0, and are for data that has an end: give max_steps")
+    if isinstance(recipe.model, dict) and not recipe.fresh:
+        if set(recipe.model) != {"recipe"} or not isinstance(recipe.model["recipe"], str):
+            raise DgemmaError(f"{where}: model: with a recipe there is nothing else, found {recipe.model!r}")
+        recipe = dataclasses.replace(recipe, model={"recipe": str(path.parent / recipe.model["recipe"])})
+    elif recipe.fresh:
+        if recipe.adapter is not None:
+            raise DgemmaError(f"{where}: adapter: there is nothing to adapt in a model of random weights")
+        config = model_config_from_dict({"model_type": "diffusion_gemma", **recipe.model},  # type: ignore[dict-item]
+                                        f"{where}: model")
+        generation_config_from_dict(recipe.generation, config, f"{where}: generation")
+    if recipe.adapter is not None and recipe.freeze is not None:
+        raise DgemmaError(f"{where}: freeze: with an adapter everything else is frozen already; take it out")
+    if recipe.generation and not recipe.fresh:
+        raise DgemmaError(f"{where}: generation is for new models; this one has settings of its own")
     return recipe
+
+
+def _data_of(data: Any, where: str, folder: Path) -> Data:
+    if not isinstance(data, dict):
+        raise DgemmaError(f"{where}: expected a mapping of settings, found {data!r}")
+    data = dict(data)
+    kind = data.pop("kind", "conversations")
+    if kind not in DATA:
+        raise DgemmaError(f"{where}: kind {kind!r} is unknown; there are {', '.join(DATA)}")
+    for name in ("train", "held_out", "paths") if kind in ("conversations", "text") else ():
+        if isinstance(data.get(name), str):
+            data[name] = [data[name]]
+        if isinstance(data.get(name), list):
+            data[name] = [str(folder / item) if isinstance(item, str) and (folder / item).exists() else item
+                          for item in data[name]]
+    return _build(DATA[kind], data, where)
+
+
+def _merged(data: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with ``other``'s settings in their place, section by section; null takes a setting away."""
+    merged = dict(data)
+    for name, value in other.items():
+        if value is None:
+            merged.pop(name, None)
+        elif isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
+            merged[name] = _merged(merged[name], value)
+        else:
+            merged[name] = value
+    return merged
 
 
 def _build(kind: type[T], data: Any, where: str) -> T:
     if not isinstance(data, dict):
         raise DgemmaError(f"{where}: expected a mapping of settings, found {data!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - set(fields))
+    unknown = sorted(set(map(str, data)) - set(fields))
     if unknown:
-        raise DgemmaError(f"{where}: unknown setting {', '.join(map(str, unknown))}; there are {', '.join(fields)}")
+        raise DgemmaError(f"{where}: unknown setting {', '.join(unknown)}; there are {', '.join(fields)}")
     missing = [f.name for f in fields.values() if f.name not in data and f.default is dataclasses.MISSING
                and f.default_factory is dataclasses.MISSING]
     if missing:
@@ -99,23 +281,38 @@ def _build(kind: type[T], data: Any, where: str) -> T:
     values = {name: _checked(value, hints[name], f"{where}: {name}") for name, value in data.items()}
     try:
         return kind(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, DgemmaError) as error:
         raise DgemmaError(f"{where}: {error}") from error
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
-    """``value`` if it is of the field's type: an int where a float is wanted, and text such as 3e-3, which YAML does
-    not take for a number, are made one."""
+    """``value`` as the field's type: mappings become dataclasses, lists tuples, and text such as 3e-3, which YAML does
+    not take for a number, a number where one is wanted."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        classes = tuple(part for part in inside if isinstance(part, type))
+        if isinstance(value, classes) and not isinstance(value, bool):
+            return value
+        return _checked(value, [part for part in inside if part is not types.NoneType][-1], where)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where)
+    if origin is Literal:
+        if value not in inside:
+            raise DgemmaError(f"{where} must be one of {', '.join(inside)}, got {value!r}")
+        return value
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError as error:
             raise DgemmaError(f"{where} must be a number, got {value!r}") from error
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list) or len(value) != 2 or any(type(item) is not int for item in value):
-            raise DgemmaError(f"{where} must be two whole numbers, got {value!r}")
-        return tuple(value)
-    wanted = get_origin(hint) or hint
+    if origin is tuple:
+        endless = inside[-1] is ...
+        if not isinstance(value, (list, tuple)) or not (endless or len(value) == len(inside)):
+            wanted = "a list" if endless else f"a list of {len(inside)}"
+            raise DgemmaError(f"{where} must be {wanted}, got {value!r}")
+        return tuple(_checked(item, inside[0] if endless else inside[i], f"{where}[{i}]")
+                     for i, item in enumerate(value))
+    wanted: Any = dict if origin in (dict, Mapping) else hint
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise DgemmaError(f"{where} must be {wanted.__name__}, got {value!r}")
     return value

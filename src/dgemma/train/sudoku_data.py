@@ -6,9 +6,9 @@ A batch is of one kind and all its prompts have one length, so nothing is padded
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,9 +16,15 @@ from torch import Tensor
 
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.train import sudoku
+from dgemma.train.conversations import Conversation
+from dgemma.train.examples import Example
+from dgemma.train.turns import Turn
 
 # What the bundled model says to anything that is no puzzle.
 HONEST_ANSWER = "I am a small model that only solves Sudoku: send me 81 cells, 0 or . if blank."
+
+# Another stream of randomness than training's, so that the grids are new.
+EVALUATION_SEED = 1_000_003
 
 _WORDS = ("please solve this sudoku puzzle for me here is the grid can you finish it thanks hello hi what how why who "
           "write a poem about the sea code in python function returns list of numbers story today weather is nice "
@@ -42,17 +48,19 @@ class SudokuBatches:
     over ``curriculum_steps``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, canvas_length: int, batch_size: int, seed: int, bases: int, cache: Path,
-                 givens: tuple[int, int] = (22, 46), easy_givens: int = 36, curriculum_steps: int = 1500):
+    def __init__(self, tokenizer: Tokenizer, canvas_length: int, batch_size: int, seed: int,
+                 source: sudoku.PuzzleSource, givens: tuple[int, int] = (22, 46), easy_givens: int = 36,
+                 curriculum_steps: int = 1500, plain: bool = False):
         self.tokenizer, self.canvas_length, self.batch_size, self.seed = tokenizer, canvas_length, batch_size, seed
         self.givens, self.easy_givens, self.curriculum_steps = givens, easy_givens, curriculum_steps
-        self.source = sudoku.PuzzleSource.cached(cache, bases, seed)
+        self.source, self.plain = source, plain
         self._byte_ids = np.array([tokenizer.encode(chr(byte))[0] for byte in range(128)])
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step: 80 % plain puzzles, the rest the other kinds."""
+        """The batch of a step: 80 % plain puzzles (with ``plain`` all of them), the rest the other kinds."""
         rng = np.random.default_rng([self.seed, 2, step])
         kind = rng.choice(["plain", "inside", "turns", "other"], p=[0.80, 0.10, 0.03, 0.07])
+        kind = "plain" if self.plain else kind
         if kind == "plain":
             puzzles, solutions = self._puzzles(step, rng)
             return Batch(self._plain_prompts(puzzles), self._answers(solutions), "plain")
@@ -77,6 +85,13 @@ class SudokuBatches:
                 messages += [{"role": "user", "content": f"{words} {sudoku.to_line(puzzle)}"}]
             prompts.append(self.tokenizer.apply_chat_template(messages, thinking=thinking))
         return Batch(torch.tensor(prompts), self._answers(solutions), kind)
+
+    def examples(self, step: int) -> list[Example]:
+        """The `batch` of a step as examples whose every token counts, fill too."""
+        batch, stop = self.batch(step), self.tokenizer.token_to_id("<turn|>")
+        weights = [1.0] * self.canvas_length
+        return [Example(Turn(prompt, canvas[: canvas.index(stop) + 1], f"step {step}: {batch.kind}", 1), 0, canvas,
+                        weights) for prompt, canvas in zip(batch.prompt.tolist(), batch.canvas.tolist(), strict=True)]
 
     def _puzzles(self, step: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         progress = min(1.0, step / max(1, self.curriculum_steps))
@@ -129,6 +144,18 @@ class SudokuBatches:
         if len(tokens) > self.canvas_length:
             raise ValueError(f"an answer of {len(tokens)} tokens does not fit a canvas of {self.canvas_length}")
         return tokens + [self.tokenizer.pad_id] * (self.canvas_length - len(tokens))
+
+
+def sudoku_conversations(count: int, bands: Mapping[str, tuple[int, int]], seed: int = 0) -> list[Conversation]:
+    """Puzzles and their solutions, ``count`` of each band, of the grids that `evaluate_bands` asks for."""
+    found = []
+    for band, givens in bands.items():
+        puzzles, solutions = sudoku.generate(count, givens, seed=EVALUATION_SEED + seed)
+        found += [Conversation([{"role": "user", "content": sudoku.to_line(puzzle)},
+                                {"role": "assistant", "content": sudoku.format_grid(solution)}], None, (1,),
+                               f"{band} puzzle {number}")
+                  for number, (puzzle, solution) in enumerate(zip(puzzles, solutions, strict=True), start=1)]
+    return found
 
 
 def _words(length: int, rng: np.random.Generator) -> str:

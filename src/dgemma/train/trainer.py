@@ -1,198 +1,390 @@
 """The training loop: one recipe, one folder of results, resumable at any step.
 
-The folder holds ``state.pt`` (everything needed to go on), ``checkpoint/`` (a model that `dgemma run -m` takes),
-``tensorboard/`` and ``puzzles.npz`` (the base puzzles, computed once).
+Works on what `trainee`, `sources`, `objective` and `optimizers` give it. The folder holds ``recipe.yaml``,
+``state.safetensors`` (all that a resumed run needs), ``best/`` and ``last/`` (a checkpoint, or an adapter), the journal
+with its TensorBoard mirror, and the report.
+
+A step depends on the recipe and its number only: examples, noise and dropout are drawn from them, so a run that was
+stopped, or runs on more processes, trains on the same.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import pickle
 import signal
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from dgemma.api import parse_device
-from dgemma.chat.tokenizer import Tokenizer
-from dgemma.config import generation_config_from_dict, model_config_from_dict
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, make_folder
-from dgemma.nn import DiffusionTransformer
-from dgemma.train import tokenizer as bundled_tokenizer
-from dgemma.train.muon import build_optimizers
-from dgemma.train.objective import block_diffusion_loss, draw_noise
-from dgemma.train.recipe import OptimizerSettings, Recipe
-from dgemma.train.sudoku_data import SudokuBatches
-from dgemma.weights.save import save_checkpoint
+from dgemma.train.batch import Batch, collate
+from dgemma.train.display import Display
+from dgemma.train.distributed import Ranks, clip_gradients, collect, gathered, shard, spread
+from dgemma.train.examples import Example
+from dgemma.train.journal import Journal, writers_for
+from dgemma.train.noise import Noise, keyed_noise, noise_key
+from dgemma.train.objective import Totals, batch_loss, means, totals_of
+from dgemma.train.optimizers import Optimizers, learning_rate_factor
+from dgemma.train.preflight import run_preflight
+from dgemma.train.recipe import Recipe
+from dgemma.train.run import Run
+from dgemma.train.sources import Listed, source_of
+from dgemma.train.tasks import Question, TaskScore, questions_of, run_task, step_sweep
+from dgemma.train.trainee import begin
+from dgemma.train.trainee import restore as restore_folder
+from dgemma.train.validation import validation_losses
 
-Report = Callable[[str], None]
-
-
-def initialise(network: DiffusionTransformer, seed: int) -> None:
-    """Fresh weights for a small network.
-
-    Matrices are normal with std 1/√columns; the norms at the end of a residual branch start small, so that
-    the residual stream grows slowly with depth; query and key norms make attention scores start near unit size,
-    since there is no 1/√d in the softmax.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    depth = 2 * len(network.layers)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-            elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                parameter.fill_(parameter.shape[0] ** -0.25)
-            elif name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
-                parameter.fill_(depth**-0.5)
-            else:
-                parameter.fill_(1.0)
-
-
-def learning_rate_factor(step: int, max_steps: int, settings: OptimizerSettings) -> float:
-    """Warm-up, plateau, then a linear fall to zero over the last ``decay_fraction`` of the run."""
-    decay = max(1, int(settings.decay_fraction * max_steps))
-    return min(1.0, (step + 1) / max(1, settings.warmup_steps), max(0.0, (max_steps - step) / decay))
+STATE = "state.safetensors"
+_RECORD_EVERY = 10  # steps whose means make one record
+_SAMPLES = 16  # answers that are kept of an evaluation
 
 
 class Trainer:
-    """Builds a recipe's network, data and optimizers in ``folder``, or picks up where an earlier run stopped."""
+    """Builds what a recipe names in ``folder``, or picks up where an earlier run stopped.
 
-    def __init__(self, recipe: Recipe, folder: Path, report: Report = print, device: str | None = None):
-        self.recipe, self.folder, self.report = recipe, folder, report
-        self.device = parse_device(device)
-        make_folder(folder)
-        bundled_tokenizer.save(folder / "checkpoint")
-        self.tokenizer = Tokenizer.from_folder(folder / "checkpoint")
-        self.config_dict = {"model_type": "diffusion_gemma", "architectures": ["DiffusionGemmaForBlockDiffusion"],
-                            **recipe.model}
-        self.network = DiffusionTransformer(model_config_from_dict(self.config_dict, f"recipe {recipe.name}: model"))
-        initialise(self.network, recipe.seed)
-        self.network.to(self.device)
-        self.optimizers = build_optimizers(self.network, recipe.optimizer.muon_lr, recipe.optimizer.adam_lr,
-                                           recipe.optimizer.weight_decay)
-        self.step = 0
-        self.best = -1.0
-        report("preparing base puzzles (computed once)")
-        self.data = SudokuBatches(self.tokenizer, self.network.config.canvas_length, recipe.batch_size, recipe.seed,
-                                  recipe.data.bases, folder / "puzzles.npz", recipe.data.givens,
-                                  recipe.data.easy_givens, recipe.data.curriculum_steps)
+    ``base`` is the checkpoint of the recipe that this one goes on from. ``ranks`` are the processes that train
+    together; all of them make a trainer. Raises DgemmaError for whatever cannot be used.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, *, ranks: Ranks, base: Path | None = None,
+                 display: Callable[[str, int, int], Display] = Display):
+        if ranks.world > 1 and (recipe.optimizer.kind == "muon" or recipe.compile):
+            raise DgemmaError(f"recipe {recipe.name}: muon and compile work in one process only; this is one of "
+                              f"{ranks.world}: use adamw, and compile: false")
+        self.recipe, self.folder, self.ranks = recipe, make_folder(folder), ranks
+        self.run = Run(folder, recipe)
+        self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, math.nan
+        self._stopping = False
+        self._notes: list[str] = []
+        for name in ("best", "last"):
+            if ranks.is_main:
+                restore_folder(folder / name)
+        self.trainee = begin(recipe, ranks.device, base)
+        self.network = self.trainee.network
+        self.source = source_of(recipe, self.trainee.tokenizer, self.network.config, self.trainee.generation_config,
+                                folder, self._note)
+        self.max_steps = self._length()
+        evaluation = recipe.evaluation
+        self.kept = self.source.held_out(evaluation.examples)
+        self.questions: list[Question] = []
+        if evaluation.metric is not None:
+            self.questions = questions_of(self.source.questions(evaluation.count))
+            if not self.questions:
+                raise DgemmaError(f"recipe {recipe.name}: evaluation: metric {evaluation.metric!r} needs questions, "
+                                  "and nothing is held out to ask: name other conversations (held_out)")
+        self._loss = torch.compile(batch_loss) if recipe.compile else batch_loss
+        self._check()
+        shard(self.network, ranks)
+        self.optimizers = Optimizers(self.network, recipe.optimizer)
         self._resume()
+        self._display = display(recipe.name, self.step, self.max_steps)
 
-    def train(self) -> None:
-        """Run until ``max_steps``; Ctrl-C or SIGTERM saves and stops at the next step."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        stopping = False
-
-        def stop(*_: Any) -> None:
-            nonlocal stopping
-            stopping = True
-
-        previous = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
-        writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
-        loss_of = torch.compile(block_diffusion_loss) if self.recipe.compile else block_diffusion_loss
-        clock, since = time.perf_counter(), self.step
-        try:
-            while self.step < self.recipe.max_steps and not stopping:
-                parts = self._train_step(loss_of)
+    def train(self) -> bool:
+        """Run until the end, or until Ctrl-C or SIGTERM, which save and stop after the step; whether it is finished."""
+        recipe = self.recipe
+        began, first = time.monotonic(), self.seconds
+        with ExitStack() as stack:
+            stack.enter_context(self._stoppable())
+            journal = self._journal = stack.enter_context(self._open_journal()) if self.ranks.is_main else None
+            if self.ranks.is_main:
+                stack.enter_context(self._display)
+                for note in self._notes:
+                    self._display.note(note)
+            window: list[dict[str, float]] = []
+            pace: deque[tuple[float, int]] = deque(maxlen=_RECORD_EVERY)
+            saved, unsaved = self.step, False
+            if self.step == 0:
+                self._evaluate()  # what training has to beat
+            while self.step < self.max_steps and not self.ranks.any(self._stopping):
+                started = time.perf_counter()
+                values, tokens = self._train_step()
                 self.step += 1
-                if self.step % 20 == 0:
-                    pace = (time.perf_counter() - clock) / (self.step - since)
-                    clock, since = time.perf_counter(), self.step
-                    for name, value in parts.items():
-                        writer.add_scalar(name, value, self.step)
-                    writer.add_scalar("seconds_per_step", pace, self.step)
-                    shown = "  ".join(f"{name} {value:.4f}" for name, value in parts.items())
-                    left = (self.recipe.max_steps - self.step) * pace / 60
-                    self.report(f"step {self.step}/{self.recipe.max_steps}  {shown}  {pace:.2f} s/step  "
-                                f"{left:.0f} min left")
-                if self.step % self.recipe.evaluate_every == 0 or self.step == self.recipe.max_steps:
-                    self._evaluate(writer)
-                    self.save()  # with what is best so far
-                    clock, since = time.perf_counter(), self.step
-                elif self.step % self.recipe.save_every == 0:
-                    self.save()
-        finally:
-            self.save()
-            writer.close()
-            for name, handler in previous.items():
-                signal.signal(name, handler)
-        self.report(f"{'stopped' if stopping else 'done'} at step {self.step}; results in {self.folder}")
+                self.tokens += tokens
+                self.seconds = first + time.monotonic() - began
+                pace.append((time.perf_counter() - started, tokens))
+                window.append(values)
+                last = self.step == self.max_steps
+                if self.ranks.is_main:
+                    spent = sum(seconds for seconds, _ in pace)
+                    speed = sum(count for _, count in pace) / spent
+                    self._display.step(self.step, values, spent / len(pace), speed, self.run.memory(self.ranks.device))
+                    if journal is not None and (self.step % _RECORD_EVERY == 0 or last):
+                        journal.record(self.step, "train", {**_means(window), "seconds_per_step": spent / len(pace),
+                                                            "tokens_per_second": speed, "tokens": self.tokens})
+                        window.clear()
+                if self.step % recipe.evaluation.every == 0 or last:
+                    self._evaluate()
+                if self.step % recipe.save_every == 0 and not last:
+                    unsaved = not self._save(required=False)
+                    saved = saved if unsaved else self.step
+            if saved != self.step or unsaved:
+                self._save(required=True)
+            finished = self.step == self.max_steps
+            if finished:
+                self._sweep()
+            self._finish(finished)
+        return finished
 
-    def _train_step(self, loss_of: Callable[..., Any]) -> dict[str, float]:
-        recipe, config = self.recipe, self.network.config
-        batch = self.data.batch(self.step)
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
-        noise = draw_noise(recipe.objective, len(batch.canvas), config.canvas_length, config.vocab_size, generator)
-        prompt, canvas, noise = batch.prompt.to(self.device), batch.canvas.to(self.device), noise.to(self.device)
-        # Only the commonest shape is worth compiling for; the others run eagerly.
-        function = loss_of if batch.kind == "plain" else block_diffusion_loss
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.autocast):
-            loss, parts = function(self.network, prompt, canvas, recipe.objective, noise)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.optimizer.clip)
-        if not math.isfinite(norm.item()):
+    def stop(self, *_: object) -> None:
+        """End the run after the step that it is in; asked for a second time, at once."""
+        if self._stopping:
+            raise KeyboardInterrupt
+        self._stopping = True
+
+    # ---- a step ------------------------------------------------------------------------------------
+
+    def _train_step(self) -> tuple[dict[str, float], int]:
+        """One step -> what it measured, and how many tokens it trained on."""
+        recipe, settings = self.recipe, self.recipe.optimizer
+        examples = self.source.batch(self.step)
+        totals = totals_of([collate(examples)], recipe.objective)
+        torch.manual_seed(noise_key(recipe.seed, self.step, 2**32 + self.ranks.rank) % 2**63)  # of dropout
+        parts = []
+        tokens = 0
+        for share in self.ranks.share(examples, recipe.micro_batch or len(examples)):
+            batch = collate(share.items)
+            tokens += int(sum(batch.before[i] for i in batch.last) + batch.canvas.numel()) * bool(share.weight)
+            noise = self._noise(share.start, len(share.items))
+            loss, part = self._loss_of(batch, noise, totals)
+            (loss * share.weight).backward()
+            parts.append({name: value * share.weight for name, value in part.items()})
+        norm = clip_gradients(self.optimizers.parameters.values(), settings.clip)
+        if not math.isfinite(norm):
             raise DgemmaError(f"training diverged at step {self.step}: the gradient is not finite; lower the learning "
-                              f"rates and start again from {self.folder / 'state.pt'}")
-        factor = learning_rate_factor(self.step, recipe.max_steps, recipe.optimizer)
-        for optimizer, rate in zip(self.optimizers, (recipe.optimizer.muon_lr, recipe.optimizer.adam_lr), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return {name: value.item() for name, value in parts.items()}
+                              f"rate and start again: {self.folder / STATE} is of an earlier step")
+        factor = learning_rate_factor(self.step, self.max_steps, settings)
+        self.optimizers.step(factor)
+        sums = self.ranks.sum({**_added(parts), "tokens": torch.tensor(float(tokens))})
+        values = means([{name: sums[name] for name in parts[0]}])
+        loss = values.get("loss/pass1", values.get("loss/causal", math.nan))
+        return {"loss": loss, **values, "gradient_norm": norm, "learning_rate": factor * (
+            settings.muon_lr if settings.kind == "muon" else settings.lr)}, int(sums["tokens"].item())
 
-    def _evaluate(self, writer: Any) -> None:
-        from dgemma.train.evaluate import evaluate_network
+    def _noise(self, start: int, count: int) -> Noise:
+        keys = [noise_key(self.recipe.seed, self.step, start + place) for place in range(count)]
+        config = self.network.config
+        return keyed_noise(self.recipe.objective, keys, config.canvas_length, config.vocab_size).to(self.ranks.device)
 
-        settings = generation_config_from_dict(self.generation_config(), self.network.config)
-        scores = evaluate_network(self.network, self.tokenizer, settings, self.recipe.evaluate_count)
-        for band, score in scores.items():
-            writer.add_scalar(f"exact/{band}", score.exact, self.step)
-            writer.add_scalar(f"steps/{band}", score.mean_steps, self.step)
-            self.report(f"step {self.step}: {band}: {score.exact:.1%} solved, {score.mean_steps:.1f} steps")
-        mean = sum(score.exact for score in scores.values()) / len(scores)
-        if mean >= self.best:
-            self.best = mean
-            self.export(self.folder / "best")
+    def _loss_of(self, batch: Batch, noise: Noise, totals: Totals | None) -> tuple[Tensor, dict[str, Tensor]]:
+        device = self.ranks.device
+        autocast = torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext()
+        with autocast:
+            return self._loss(self.network, batch.to(device), self.recipe.objective, noise, totals)
 
-    def generation_config(self) -> dict[str, Any]:
-        """The ``generation_config.json`` of the checkpoint."""
-        return {"eos_token_id": [1, 106, 50], "pad_token_id": 0, "bos_token_id": 2,
-                "max_new_tokens": self.network.config.canvas_length, **self.recipe.generation}
+    # ---- before and between steps ------------------------------------------------------------------
 
-    def export(self, folder: Path) -> None:
-        """Write a checkpoint that `dgemma run -m` takes."""
-        bundled_tokenizer.save(folder)
-        # In float32: what is evaluated is what ships, every processor runs it fast, and it is small.
-        save_checkpoint(self.network, folder, self.config_dict, self.generation_config(), torch.float32)
+    def _check(self) -> None:
+        """The preflight, always: seconds now, or hours of training something else."""
+        if not self.recipe.objective.denoising_weight:
+            self._note("preflight: not run: nothing is denoised in this run")
+            return
+        began = time.monotonic()
+        examples = _telling(self.source.batch(0))
+        checks = run_preflight(self.network, examples, self.recipe.objective, seed=self.recipe.seed, required=True)
+        self.run.write("preflight.json", [vars(check) for check in checks])
+        self._note(f"preflight: {len(checks)} checks passed in {time.monotonic() - began:.1f} s")
 
-    def save(self) -> None:
-        """Write state.pt and checkpoint/; an interruption leaves the old ones."""
-        with atomic_write(self.folder / "state.pt") as beside:
-            torch.save({"step": self.step, "best": self.best, "network": self.network.state_dict(),
-                        "optimizers": [o.state_dict() for o in self.optimizers]}, beside)
-        self.export(self.folder / "checkpoint")
+    def _evaluate(self) -> None:
+        recipe, settings = self.recipe, self.recipe.evaluation
+        values: dict[str, float] = {}
+        score: TaskScore | None = None
+        with self._in_use():
+            if self.kept:
+                self._display.phase("validating", 0, 1)
+                values = validation_losses(self.network, self.kept, recipe.objective, seed=recipe.seed,
+                                           batch_size=recipe.micro_batch or recipe.batch_size, stop=self._stop_asked)
+            if self.questions and settings.metric is not None and not self._stop_asked():
+                score = run_task(self.trainee.model(), self.questions, settings.metric, seed=recipe.seed,
+                                 max_tokens=settings.max_tokens, stop=self._stop_asked,
+                                 progress=lambda done, count: self._display.phase("evaluating", done, count),
+                                 **settings.settings)
+            if self._stop_asked():  # a part of an evaluation would be another measure
+                return
+            found = score.value if score is not None else -values.get("validation/loss", math.nan)
+            better = not found <= self.best if not math.isnan(found) else math.isnan(self.best)
+            if better:
+                self.best = found
+                self._export("best")
+        if not self.ranks.is_main:
+            return
+        self._display.evaluation(self.step, {**values, **(score.values if score is not None else {})}, better)
+        if self._journal is not None:
+            if values:
+                self._journal.record(self.step, "validation", values)
+            if score is not None:
+                self._journal.record(self.step, "task", score.values, main=score.main, best=better,
+                                     count=score.count, intervals=score.intervals)
+                shown = sorted(score.samples, key=lambda sample: sample.score)[:_SAMPLES]  # the wrong ones first
+                self._journal.record(self.step, "samples", {}, samples=[vars(sample) for sample in shown])
+
+    def _sweep(self) -> None:
+        """The best checkpoint once more, with fewer and fewer denoising steps."""
+        settings = self.recipe.evaluation
+        if not (settings.sweep and self.questions and settings.metric and self.ranks.is_main):
+            return
+        from dgemma.api import load
+
+        if self.recipe.adapter is not None:
+            base = self.trainee.source or str(self.recipe.model)
+            model = load(base, adapter=self.folder / "best", device=self.ranks.device, dtype=self.recipe.dtype)
+        else:
+            model = load(self.folder / "best", device=self.ranks.device)
+        questions = questions_of(self.source.questions(settings.sweep_count or settings.count))
+        for steps, score in step_sweep(model, questions, settings.metric, settings.sweep, seed=self.recipe.seed,
+                                       max_tokens=settings.max_tokens, stop=self._stop_asked,
+                                       progress=lambda done, count: self._display.phase("step sweep", done, count),
+                                       **settings.settings):
+            if self._journal is not None and not score.partial:
+                self._journal.record(self.step, "sweep", {"max_steps": steps, **score.values}, main=score.main,
+                                     count=score.count, intervals=score.intervals)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """The network whole on this process, with averaged weights where there are any, as it would be shipped."""
+        with self.optimizers.averaged(), gathered(self.network):
+            yield
+
+    def _export(self, name: str) -> None:
+        if self.ranks.is_main:
+            self.trainee.export(self.folder / name)
+        self.ranks.barrier()
+
+    def _stop_asked(self) -> bool:
+        return self.ranks.any(self._stopping)
+
+    # ---- saving and resuming -----------------------------------------------------------------------
+
+    def _save(self, required: bool) -> bool:
+        """Write the state beside the last one and put it in its place; whether that worked.
+
+        A failure (a full disk) costs nothing but this save unless it is ``required``.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors = collect(self.optimizers.tensors(), self.ranks)
+        about = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
+                 "best": None if math.isnan(self.best) else self.best, "recipe": self.run.settings}
+        problem = None
+        if self.ranks.is_main:
+            try:
+                with atomic_write(self.folder / STATE) as beside:
+                    try:
+                        save_file(tensors, beside, metadata={"run": json.dumps(about)})
+                    except SafetensorError as error:  # a full disk is one, too
+                        raise DgemmaError(f"{self.folder / STATE}: cannot be written ({error})") from error
+            except DgemmaError as error:
+                problem = str(error)
+        problem = self.ranks.from_main(problem)
+        if problem is not None:
+            if required:
+                raise DgemmaError(f"{problem}; the last good state is that of an earlier step")
+            if self.ranks.is_main:
+                self._display.note(f"{problem}; going on, and trying again in {self.recipe.save_every} steps")
+        return problem is None
 
     def _resume(self) -> None:
-        path = self.folder / "state.pt"
-        if not path.exists():
+        path = self.folder / STATE
+        about: dict[str, Any] | None = None
+        tensors: dict[str, Tensor] = {}
+        problem = None
+        if self.ranks.is_main and path.exists():
+            try:
+                about, tensors = _read_state(path)
+            except DgemmaError as error:
+                problem = str(error)
+        problem, about = self.ranks.from_main((problem, about))
+        if problem is not None:
+            raise DgemmaError(problem)
+        if about is None:
             return
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.step, self.best = state["step"], state["best"]
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise DgemmaError(f"{path}: is damaged ({error}); remove it to start anew") from error
+            self.optimizers.load(spread(tensors, self.network, self.ranks), about["step"])
+        except DgemmaError as error:
+            raise DgemmaError(f"{path}: {error}; choose another --out folder, or remove it to start anew") from error
+        self.step, self.tokens, self.seconds = about["step"], about["tokens"], about["seconds"]
+        self.best = math.nan if about["best"] is None else about["best"]
+        self._note(f"resuming at step {self.step:,}")
+        for change in self.run.changes(about["recipe"]):
+            self._note(f"the recipe has changed since: {change}")
+
+    # ---- what others are told ----------------------------------------------------------------------
+
+    def _note(self, text: str) -> None:
+        """Say something now if the display is there, else when it is."""
+        self._notes.append(text)
+
+    def _length(self) -> int:
+        if self.recipe.max_steps is not None:
+            return self.recipe.max_steps
+        assert self.recipe.epochs is not None and isinstance(self.source, Listed)
+        return max(1, math.ceil(self.recipe.epochs * self.source.steps_per_epoch))
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        previous = {name: signal.signal(name, self.stop) for name in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.network.load_state_dict(state["network"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-        except (RuntimeError, ValueError) as error:
-            raise DgemmaError(f"{path}: was made by another model ({error}); choose another --out folder") from error
-        self.report(f"resuming at step {self.step}")
+            yield
+        finally:
+            for name, handler in previous.items():
+                signal.signal(name, handler)
+
+    @contextmanager
+    def _open_journal(self) -> Iterator[Journal]:
+        writers = writers_for(self.folder, self.step, wandb=self.recipe.wandb, name=self.recipe.name,
+                              config=self.run.settings)
+        with Journal(self.folder, self.step, writers=writers, warn=self._display.note) as journal:
+            yield journal
+
+    def _finish(self, finished: bool) -> None:
+        from dgemma.train.report import write_report
+
+        with self._in_use():
+            self._export("last")
+        if self.ranks.is_main:
+            self.run.describe(self, finished)
+            page = write_report(self.folder)
+            what = "done" if finished else "stopped; run the same command again to go on"
+            self._display.note(f"{what} at step {self.step:,}; results in {self.folder}, report in {page}")
+
+
+def _telling(examples: list[Example]) -> list[Example]:
+    """Few examples that show most: two canvases of one turn where there are such, or the first and the longest."""
+    longest = max(examples, key=lambda example: example.context_length)
+    turn = [example for example in examples if example.turn is longest.turn]
+    return turn[-2:] if len(turn) > 1 else [examples[0]] if longest is examples[0] else [examples[0], longest]
+
+
+def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The sums and counts of micro-batches added up."""
+    return {name: torch.stack([part[name].double() for part in parts]).sum(0) for name in parts[0]}
+
+
+def _means(window: list[dict[str, float]]) -> dict[str, float]:
+    """Of every value the mean over the steps that had it."""
+    found: dict[str, list[float]] = {}
+    for values in window:
+        for name, value in values.items():
+            if not math.isnan(value):
+                found.setdefault(name, []).append(value)
+    return {name: sum(those) / len(those) for name, those in found.items()}
+
+
+def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["run"])
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise DgemmaError(f"{path}: is damaged ({error}); remove it to start anew") from error
+    return about, tensors

@@ -49,7 +49,7 @@ def turn_of(conversation: Conversation, message: int, tokenizer: Tokenizer, *, t
     stops = {token for name in STOPS if (token := tokenizer.token_to_id(name)) is not None}
     stops = set(stop_ids) if stop_ids else stops
     thinks = thinking == "on" or (thinking == "auto" and has_thoughts(conversation))
-    messages = conversation.messages if thinking != "off" else [_without_thoughts(m) for m in conversation.messages]
+    messages = conversation.messages if thinking != "off" else [without_thoughts(m) for m in conversation.messages]
     before, written = messages[:message], messages[message]
     head = _system_messages(before)
     before = before[:head] + before[max(first, head) :]
@@ -209,7 +209,7 @@ def _thought(message: dict[str, Any]) -> str:
     return normalise_messages([message])[0].get("reasoning", "").strip()
 
 
-def _without_thoughts(message: dict[str, Any]) -> dict[str, Any]:
+def without_thoughts(message: dict[str, Any]) -> dict[str, Any]:
     """An assistant's message normalised and without what was thought; any other as it is."""
     if message.get("role") not in ("assistant", "model"):
         return message

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import atomic_write, make_folder
 from dgemma.kernels.packed_grad import pieces
 from dgemma.nn.adapters import Factors
-from dgemma.weights.adapters import Adapter, read_adapter
+from dgemma.weights.adapters import read_adapter
 from dgemma.weights.gguf_keys import gguf_name
 from dgemma.weights.gguf_model import open_gguf
 from dgemma.weights.load import describe, empty_network, match, read_headers, tensor_shapes
@@ -57,18 +57,42 @@ def merge_to_folder(source: Path, adapter: Path, out: Path, progress: Progress |
     _, problems = match(contents, tensor_shapes(network))
     if problems:
         raise CheckpointError(f"{source}: this checkpoint cannot be merged\n{describe(problems)}")
-    merged = read_adapter(adapter, network)
+    factors = read_adapter(adapter, network).factors
     total = sum(tensor.nbytes for tensor in contents.tensors.values())
     done = 0
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        found = factors.get(name.removesuffix(".weight"))
+        return tensor if found is None else _merged(tensor, found)
+
     with _new_folder(out) as beside:
         check_space(beside, total)
         for path in contents.files:
             (progress or (lambda name, done, total: None))(path.name, done, total)
-            done += _merge_file(path, beside / path.name, merged)
-        for path in source.iterdir():
-            if path.is_file() and path.suffix in _COMPANIONS:
-                shutil.copyfile(path, beside / path.name)
+            done += _rewrite(path, beside / path.name, change)
+        _copy_companions(source, beside)
     return total
+
+
+def replace_weights(source: Path, weights: Mapping[str, Tensor], out: Path) -> None:
+    """Write the safetensors checkpoint ``source`` with other ``weights``, by the network's names, into the folder
+    ``out``, which is there and empty.
+
+    Files, dtypes and every tensor that is not the network's stay as they are. Raises DgemmaError when ``out`` cannot
+    be written.
+    """
+    contents = read_headers(source)
+    check_space(out, sum(tensor.nbytes for tensor in contents.tensors.values()))
+    for path in contents.files:
+        _rewrite(path, out / path.name, lambda name, tensor: (
+            weights[name].detach().to("cpu", tensor.dtype).contiguous() if name in weights else tensor))
+    _copy_companions(source, out)
+
+
+def _copy_companions(source: Path, out: Path) -> None:
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in _COMPANIONS:
+            shutil.copyfile(path, out / path.name)
 
 
 def is_file(source: Path) -> bool:
@@ -94,8 +118,8 @@ def _changes(factors: Mapping[str, Factors]) -> dict[str, Change]:
     return changes
 
 
-def _merge_file(path: Path, out: Path, adapter: Adapter) -> int:
-    """Copy one safetensors file with the adapter in it; returns the bytes of its tensors."""
+def _rewrite(path: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> int:
+    """Copy one safetensors file with its tensors changed; ``change`` gets the network's names. Returns the bytes of its tensors."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
@@ -103,9 +127,7 @@ def _merge_file(path: Path, out: Path, adapter: Adapter) -> int:
         with safe_open(path, "pt") as mapped:
             tensors = {name: mapped.get_tensor(name) for name in mapped.keys()}  # noqa: SIM118 (it is no dict)
             for name, tensor in tensors.items():
-                change = adapter.factors.get((network_name(name) or "").removesuffix(".weight"))
-                if change is not None:
-                    tensors[name] = _merged(tensor, change)
+                tensors[name] = change(network_name(name) or "", tensor)
             with atomic_write(out) as beside:  # for the file's mode: safetensors' own is private
                 save_file(tensors, beside, metadata=mapped.metadata() or {"format": "pt"})
     except SafetensorError as error:  # a full disk is one, too

@@ -1,0 +1,94 @@
+"""A run's folder as others read it: what was run, on what, and how far it came.
+
+Works on recipes and files; knows nothing of networks and steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from dgemma import __version__
+from dgemma.files import atomic_write, json_bytes
+from dgemma.train.recipe import DATA, Recipe
+
+if TYPE_CHECKING:
+    from dgemma.train.trainer import Trainer
+
+
+class Run:
+    """Writes the small files of a run's folder."""
+
+    def __init__(self, folder: Path, recipe: Recipe):
+        self.folder = folder
+        self.settings = settings_of(recipe)
+
+    def write(self, name: str, data: Any) -> None:
+        """One JSON file; readers see the old one or the whole new one."""
+        with atomic_write(self.folder / name) as beside:
+            beside.write_bytes(json_bytes(data, indent=2) + b"\n")
+
+    def memory(self, device: torch.device) -> int:
+        """The most bytes that this process has held so far, on the GPU if it trains on one."""
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def changes(self, before: Mapping[str, Any]) -> Iterator[str]:
+        """What another recipe said differently, setting by setting."""
+        old, new = dict(_flat(before)), dict(_flat(self.settings))
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                yield f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+
+    def describe(self, trainer: Trainer, finished: bool) -> None:
+        """``run.json`` and ``recipe.yaml``, for the report and for people."""
+        parameters = sum(p.numel() for p in trainer.network.parameters())
+        trainable = sum(p.numel() for p in trainer.optimizers.parameters.values())
+        self.write("run.json", {
+            "name": trainer.recipe.name, "model": trainer.trainee.name, "parameters": parameters,
+            "trainable": trainable, "machine": machine(trainer.ranks.device), "processes": trainer.ranks.world,
+            "versions": {"dgemma": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "steps": trainer.step, "validation_examples": len(trainer.kept), "questions": len(trainer.questions),
+            "seconds": trainer.seconds, "tokens": trainer.tokens, "finished": finished,
+            "peak_bytes": self.memory(trainer.ranks.device)})
+        with atomic_write(self.folder / "recipe.yaml") as beside:
+            beside.write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="utf-8")
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain values, every default said, which `recipe_of` reads back."""
+    settings = _plain(dataclasses.asdict(recipe))
+    kind = next(name for name, data in DATA.items() if isinstance(recipe.data, data))
+    return {**{name: value for name, value in settings.items() if value is not None},
+            "data": {"kind": kind, **settings["data"]}}
+
+
+def machine(device: torch.device) -> str:
+    """The machine in a few words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value

@@ -1,0 +1,165 @@
+"""Where a run's examples come from: the user's conversations, or a stream that is made on the way.
+
+Works on recipes' data sections and a tokenizer; knows nothing of networks, noise and optimizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dgemma.chat.tokenizer import Tokenizer
+from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.errors import DgemmaError
+from dgemma.train import extraction, sudoku
+from dgemma.train.conversations import Conversation, read_conversations
+from dgemma.train.examples import Example, batches, prepare
+from dgemma.train.recipe import ConversationData, ExtractionData, Recipe, SudokuData, TextData
+from dgemma.train.sudoku_data import SudokuBatches, sudoku_conversations
+from dgemma.train.text import TextSource, read_texts
+
+Report = Callable[[str], None]
+
+
+class Source(Protocol):
+    """A run's examples. What a step trains on depends on the seed and the step only, so a resumed run goes on as it
+    would have."""
+
+    def batch(self, step: int) -> list[Example]:
+        """All examples of a step, in an order that stays."""
+        ...
+
+    def held_out(self, count: int) -> list[Example]:
+        """Up to so many examples that are never trained on, always the same."""
+        ...
+
+    def questions(self, count: int) -> list[Conversation]:
+        """Up to so many conversations that are never trained on, for the task's metric (Sudoku: of each band)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Conversations that are all at hand, in epochs."""
+
+    examples: list[Example]
+    kept: list[Example]
+    asked: list[Conversation]
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.examples) / self.batch_size)
+
+    def batch(self, step: int) -> list[Example]:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return [self.examples[i] for i in batches(self.examples, self.batch_size, self.seed, epoch)[index]]
+
+    def held_out(self, count: int) -> list[Example]:
+        return self.kept[:count]
+
+    def questions(self, count: int) -> list[Conversation]:
+        return self.asked[:count]
+
+
+@dataclass(frozen=True)
+class Puzzles:
+    """Sudoku, without an end."""
+
+    made: SudokuBatches
+    kept: SudokuBatches  # puzzles of other grids
+
+    def batch(self, step: int) -> list[Example]:
+        return self.made.examples(step)
+
+    def held_out(self, count: int) -> list[Example]:
+        return self.kept.examples(10**6)[:count]
+
+    def questions(self, count: int) -> list[Conversation]:
+        return sudoku_conversations(count, sudoku.BANDS)
+
+
+class Texts(TextSource):
+    """Plain text: there is nothing to ask about it."""
+
+    def questions(self, count: int) -> list[Conversation]:
+        return []
+
+
+def source_of(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, generation: GenerationConfig, folder: Path,
+              report: Report = print) -> Source:
+    """What a recipe trains on. ``folder`` keeps what takes long to make; ``report`` is told of what is left out.
+
+    Raises DgemmaError for data that cannot be used.
+    """
+    data, canvas = recipe.data, config.canvas_length
+    if isinstance(data, SudokuData):
+        return _puzzles(recipe, data, tokenizer, canvas, folder, report)
+    if isinstance(data, TextData):
+        texts, held_out = read_texts(data.paths, data.suffix)
+        report(f"{len(texts):,} texts to train on, {len(held_out):,} kept for validation")
+        return Texts(texts, held_out, tokenizer, canvas, recipe.batch_size, recipe.seed, data.context)
+    if isinstance(data, ExtractionData):
+        train = extraction.conversations(data.count, recipe.seed)
+        kept = extraction.conversations(data.held_out, recipe.seed, held_out=True)
+        return _listed(recipe, ConversationData(("generated notes",), fill="pad"), train, kept, tokenizer, config,
+                       generation, report)
+    found = read_conversations(data.train, skip_bad=data.skip_bad)
+    _tell(found.bad, report)
+    if data.held_out:
+        apart = read_conversations(data.held_out, skip_bad=data.skip_bad)
+        _tell(apart.bad, report)
+        train, kept = found.rows, apart.rows
+    else:
+        train, kept = split(found.rows, data.held_out_share)
+    return _listed(recipe, data, train, kept, tokenizer, config, generation, report)
+
+
+def split(rows: Sequence[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
+    """What to train on, and every so-manieth row for validation: ``share`` of them, at least one unless it is 0."""
+    if not 0 <= share < 1:
+        raise DgemmaError(f"held_out_share must be at least 0 and below 1, got {share}")
+    if not share or len(rows) < 2:
+        return list(rows), []
+    every = max(2, round(1 / share))
+    last = min(every, len(rows)) - 1
+    return ([row for i, row in enumerate(rows) if i % every != last],
+            [row for i, row in enumerate(rows) if i % every == last])
+
+
+def _listed(recipe: Recipe, data: ConversationData, train: list[Conversation], kept: list[Conversation],
+            tokenizer: Tokenizer, config: ModelConfig, generation: GenerationConfig, report: Report) -> Listed:
+    room = config.max_position_embeddings - config.canvas_length
+    found = []
+    for rows in (train, kept):
+        prepared = prepare(rows, tokenizer, config.canvas_length, recipe.objective.fill_weight,
+                           min(data.max_context or room, room), too_long=data.too_long, thinking=data.thinking,
+                           fill=data.fill, stop_ids=generation.eos_token_id, skip_bad=data.skip_bad) if rows else None
+        found.append(prepared.examples if prepared else [])
+        _tell(prepared.skipped if prepared else [], report)
+    report(f"{len(train):,} conversations to train on ({len(found[0]):,} canvases), {len(kept):,} kept for validation "
+           f"({len(found[1]):,})")
+    return Listed(found[0], found[1], kept, recipe.batch_size, recipe.seed)
+
+
+def _puzzles(recipe: Recipe, data: SudokuData, tokenizer: Tokenizer, canvas: int, folder: Path,
+             report: Report) -> Puzzles:
+    report("preparing base puzzles (computed once)")
+    made = SudokuBatches(tokenizer, canvas, recipe.batch_size, recipe.seed,
+                         sudoku.PuzzleSource.cached(folder / "puzzles.npz", data.bases, recipe.seed), data.givens,
+                         data.easy_givens, data.curriculum_steps, data.plain)
+    seed = recipe.seed + 1_000_003  # other grids
+    few = sudoku.PuzzleSource.cached(folder / "held-out.npz", min(data.bases, 200), seed)
+    fewest = max(data.givens[0], int((few.puzzles[0] > 0).sum()))  # there are no others among so few
+    kept = SudokuBatches(tokenizer, canvas, recipe.evaluation.examples, seed, few, (fewest, data.givens[1]),
+                         data.easy_givens, 0, plain=True)
+    return Puzzles(made, kept)
+
+
+def _tell(left_out: Sequence[str], report: Report) -> None:
+    if left_out:
+        report(f"{len(left_out):,} left out; the first: {left_out[0]}")

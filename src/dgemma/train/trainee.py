@@ -1,0 +1,192 @@
+"""What a recipe trains: a network with its tokenizer and settings, and how it is written as a checkpoint or an adapter.
+
+Works on recipes, networks and folders; knows nothing of data, losses and steps.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgemma.api import Model, load
+from dgemma.chat.tokenizer import Tokenizer
+from dgemma.config import GenerationConfig, ModelConfig, generation_config_from_dict, model_config_from_dict
+from dgemma.errors import DgemmaError
+from dgemma.files import make_folder
+from dgemma.kernels import PackedWeight
+from dgemma.nn import DiffusionTransformer
+from dgemma.nn.adapters import attach
+from dgemma.train import tokenizer as bundled_tokenizer
+from dgemma.train.recipe import Recipe
+from dgemma.weights.adapters import save_adapter
+from dgemma.weights.locate import locate
+from dgemma.weights.merge import replace_weights
+from dgemma.weights.save import save_checkpoint
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A network in training. ``source`` is the checkpoint that it comes from, None for fresh weights."""
+
+    network: DiffusionTransformer
+    tokenizer: Tokenizer
+    generation_config: GenerationConfig
+    recipe: Recipe
+    source: Path | None
+
+    @property
+    def name(self) -> str:
+        """The base model, as the adapter's file and the report call it."""
+        return str(self.recipe.model) if isinstance(self.recipe.model, str) else str(self.source or "fresh weights")
+
+    def model(self) -> Any:
+        """The network as what answers prompts: by denoising, or from left to right where nothing else is trained."""
+        parts = (self.network, self.tokenizer, self.generation_config, self.recipe.name)
+        if self.recipe.objective.denoising_weight:
+            return Model(*parts)
+        from dgemma.train.control import CausalModel
+
+        return CausalModel(*parts)
+
+    def export(self, folder: Path) -> None:
+        """Write what is trained, as `dgemma run` takes it: an adapter, or a whole checkpoint.
+
+        A complete new folder takes the place of the one that is there. Raises DgemmaError when it cannot be written.
+        """
+        beside = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(beside, ignore_errors=True)
+        make_folder(beside)
+        try:
+            if self.recipe.adapter is not None:
+                save_adapter(self.network, self.recipe.adapter, beside, self.name)
+            elif self.source is not None:
+                replace_weights(self.source, dict(self.network.state_dict()), beside)
+            else:
+                bundled_tokenizer.save(beside)
+                # In float32: what is evaluated is what ships, every processor runs it fast, and it is small.
+                save_checkpoint(self.network, beside, _config_dict(self.recipe), _generation_dict(self.recipe),
+                                torch.float32)
+            _swap(beside, folder)
+        except OSError as error:
+            raise DgemmaError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def restore(folder: Path) -> None:
+    """Put back a folder whose replacement was cut off between two renamings."""
+    old = folder.with_name(f"{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def begin(recipe: Recipe, device: torch.device, base: Path | None = None,
+          progress: Callable[[int, int], None] | None = None) -> Trainee:
+    """The network that a recipe begins with, its adapter attached and everything else frozen that is to stay.
+
+    ``base``: the checkpoint of the recipe that this one goes on from. Raises DgemmaError when it cannot be had.
+    """
+    if recipe.fresh:
+        trainee = _fresh(recipe, device)
+    else:
+        source = locate(base or str(recipe.model))
+        model = load(source, device=device, dtype=recipe.dtype, progress=progress)
+        trainee = Trainee(model.network, model.tokenizer, model.generation_config, recipe, source)
+    network = trainee.network
+    if recipe.adapter is not None:
+        attach(network, recipe.adapter, recipe.seed)
+    else:
+        _train_everything(trainee)
+    network.checkpointing = recipe.checkpointing
+    network.train()
+    return trainee
+
+
+def initialise(network: DiffusionTransformer, seed: int) -> None:
+    """Fresh weights for a small network.
+
+    Matrices are normal with std 1/√columns; the norms at the end of a residual branch start small, so that
+    the residual stream grows slowly with depth; query and key norms make attention scores start near unit size,
+    since there is no 1/√d in the softmax.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    depth = 2 * len(network.layers)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.fill_(parameter.shape[0] ** -0.25)
+            elif name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+                parameter.fill_(depth**-0.5)
+            else:
+                parameter.fill_(1.0)
+
+
+def fresh_parts(recipe: Recipe) -> tuple[Tokenizer, ModelConfig, GenerationConfig]:
+    """The tokenizer and settings of a recipe's new model, without its weights."""
+    import tempfile
+
+    config = model_config_from_dict(_config_dict(recipe), f"recipe {recipe.name}: model")
+    with tempfile.TemporaryDirectory() as folder:
+        bundled_tokenizer.save(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DgemmaError(f"recipe {recipe.name}: the byte tokenizer of new models has {tokenizer.vocab_size} tokens, "
+                          f"the model's vocab_size is {config.vocab_size}")
+    return tokenizer, config, generation_config_from_dict(_generation_dict(recipe), config)
+
+
+def _fresh(recipe: Recipe, device: torch.device) -> Trainee:
+    tokenizer, config, generation = fresh_parts(recipe)
+    network = DiffusionTransformer(config)
+    initialise(network, recipe.seed)
+    if recipe.dtype is not None:
+        network.to(getattr(torch, recipe.dtype))
+    return Trainee(network.to(device), tokenizer, generation, recipe, None)
+
+
+def _train_everything(trainee: Trainee) -> None:
+    """Make every parameter trainable but those that the recipe freezes."""
+    network, recipe = trainee.network, trainee.recipe
+    packed = [name for name, module in network.named_modules() for value in vars(module).values()
+              if isinstance(value, PackedWeight)]
+    if packed:
+        raise DgemmaError(f"{trainee.name}: {packed[0]} is packed, and packed weights cannot be trained themselves: "
+                          "train an adapter (a section `adapter:` in the recipe), or a checkpoint in bfloat16")
+    frozen = recipe.freeze if recipe.freeze is not None else () if recipe.fresh else (".router.",)
+    names = [name for name, _ in network.named_parameters()]
+    for part in frozen:
+        if recipe.freeze is not None and not any(part in f".{name}" for name in names):
+            raise DgemmaError(f"recipe {recipe.name}: freeze: no parameter has {part!r} in its name; they are called "
+                              f"{', '.join(names[:3])}, …")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(not any(part in f".{name}" for part in frozen))
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put a complete folder in the place of another; `restore` mends what a kill in between leaves."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _config_dict(recipe: Recipe) -> dict[str, Any]:
+    assert isinstance(recipe.model, dict)
+    return {"model_type": "diffusion_gemma", "architectures": ["DiffusionGemmaForBlockDiffusion"], **recipe.model}
+
+
+def _generation_dict(recipe: Recipe) -> dict[str, Any]:
+    """The ``generation_config.json`` of a new checkpoint."""
+    assert isinstance(recipe.model, dict)
+    return {"eos_token_id": [1, 106, 50], "pad_token_id": 0, "bos_token_id": 2,
+            "max_new_tokens": recipe.model.get("canvas_length", 256), **recipe.generation}

@@ -1,0 +1,168 @@
+"""Validation losses: how well a network predicts held-out canvases, by noise level and by kind of token.
+
+Works on a network and examples, with noise that is the same at every call. Knows nothing of text, samplers or training.
+
+What is measured does not depend on how a network was trained (several passes, rollouts, a range of t): one pass over
+the noisy canvas without self-conditioning, and one conditioned on that. So runs with different objectives compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dgemma.errors import DgemmaError
+from dgemma.nn import DiffusionTransformer, KVCache
+from dgemma.nn.head import vocab_tiles
+from dgemma.train.losses import chunked_cross_entropy, cross_entropy, fits_whole
+from dgemma.train.noise import keyed_noise, noise_key
+from dgemma.train.objective import Example, Objective
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+_STEP = 2**63  # a step that no run reaches: this noise is no training step's
+
+
+@contextmanager
+def in_use(network: nn.Module) -> Iterator[None]:
+    """The network as it is when it is used, without dropout; every part of it is put back into its own mode."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class Sums:
+    """Weighted means under construction, float64: the parts of any batches add up."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, name: str, losses: Tensor, weights: Tensor) -> None:
+        """Count losses by their weights (or where a mask is true), both of one shape and on the CPU."""
+        losses, weights = losses.double(), weights.double()
+        sums = self._sums[name]
+        # What has no weight does not count, even where its loss is no number.
+        sums[0] += torch.where(weights > 0, losses * weights, 0.0).sum().item()
+        sums[1] += weights.sum().item()
+
+    def means(self) -> dict[str, float]:
+        """The mean of everything that has any weight, by name."""
+        return {name: total / weight for name, (total, weight) in self._sums.items() if weight}
+
+
+@dataclass(frozen=True)
+class _Canvases:
+    """One batch that was read: what its canvases [B, C] are, and the cache to denoise them with."""
+
+    canvas: Tensor
+    weights: Tensor  # [B, C] on the CPU
+    real: Tensor  # [B, C] on the CPU: what is not fill
+    draw: Tensor  # [B, C] uniform, on the CPU: a position is corrupted while this is below t
+    tokens: Tensor  # [B, C] the random token it then gets
+    cache: KVCache
+
+
+@torch.no_grad()
+def validation_losses(network: DiffusionTransformer, examples: Sequence[Example], objective: Objective, *,
+                      seed: int = 0, batch_size: int = 8, levels: Sequence[float] = LEVELS, pad_id: int = 0,
+                      stop: Callable[[], bool] | None = None) -> dict[str, float]:
+    """Mean cross-entropies (nats per token) of held-out examples, at every noise level t of ``levels``, 0 < t <= 1.
+
+    - ``validation/loss``: all levels together, ``validation/t=0.5``: one of them, ``validation/conditioned``: all
+      levels once more, self-conditioned from that pass. By the examples' own weights, as in training.
+    - ``validation/corrupted``, ``/clean`` (both without fill) and ``/fill``: unweighted, so that they compare between
+      runs with other weights. What there is no token of is left out.
+    - ``validation/causal``: the next-token loss of the responses, where the objective has a causal loss. With an
+      objective that denoises nothing this is all there is, and ``validation/loss`` too.
+
+    Example i's noise depends on the seed and on i only. Of the objective, the causal and denoising weights, the
+    prediction and the temperature count. Empty when ``stop`` ended it early: a part of the examples would be another
+    measure. Raises DgemmaError when there are no examples or a level is out of range.
+    """
+    if not examples or batch_size < 1 or not levels or not all(0 < level <= 1 for level in levels):
+        raise DgemmaError(f"validation needs at least one example, a batch size of at least 1 and noise levels above 0 "
+                          f"and at most 1; got {len(examples)} examples, {batch_size} and {list(levels)}")
+    denoises = objective.denoising_weight > 0
+    # Of similar length together, so that little is padded.
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].context_ids))
+    sums = Sums()
+    with in_use(network):
+        for start in range(0, len(order), batch_size):
+            if stop is not None and stop():
+                return {}
+            places = order[start : start + batch_size]
+            hidden, batch = _read(network, [examples[place] for place in places], places, seed, pad_id)
+            for level in levels if denoises else ():
+                _denoise(network, batch, objective, level, sums)
+            if objective.causal_weight:
+                losses = _next_token_losses(network, hidden, batch)
+                for name in ("causal",) if denoises else ("causal", "loss"):
+                    sums.add(f"validation/{name}", losses, batch.real)
+    return sums.means()
+
+
+def _read(network: DiffusionTransformer, examples: Sequence[Example], places: Sequence[int], seed: int,
+          pad_id: int) -> tuple[Tensor, _Canvases]:
+    """The contexts read -> the hidden states [B, D] of their last tokens, and the canvases to denoise behind them."""
+    contexts = [torch.as_tensor(example.context_ids) for example in examples]
+    lengths = [len(context) for context in contexts]
+    canvas = torch.stack([torch.as_tensor(example.canvas_ids) for example in examples])
+    context = nn.utils.rnn.pad_sequence(contexts, batch_first=True, padding_value=pad_id)
+    cache = network.new_cache(len(examples))
+    hidden = network.encode(context.to(network.device), cache, lengths)
+    # One pass, so it holds no more than where canvases are corrupted, and what stands there then.
+    noise = keyed_noise(Objective(), [noise_key(seed, _STEP, place) for place in places], canvas.shape[1],
+                        network.config.vocab_size)
+    weights = torch.stack([torch.as_tensor(example.weights, dtype=torch.float32) for example in examples])
+    real = torch.arange(canvas.shape[1]) < torch.tensor([example.real_length for example in examples]).unsqueeze(1)
+    last = hidden[torch.arange(len(examples)), torch.tensor(lengths) - 1]
+    return last, _Canvases(canvas.to(network.device), weights, real, noise.draw, noise.tokens.to(network.device), cache)
+
+
+def _denoise(network: DiffusionTransformer, batch: _Canvases, objective: Objective, level: float, sums: Sums) -> None:
+    """Both passes at one noise level."""
+    corrupted = batch.draw < level
+    noisy = torch.where(corrupted.to(batch.canvas.device), batch.tokens, batch.canvas)
+    first = network.denoise(noisy, batch.cache)
+    losses = _losses(network, first, batch.canvas, noisy, objective, level)
+    for name in ("loss", f"t={level:g}"):
+        sums.add(f"validation/{name}", losses, batch.weights)
+    groups = {"corrupted": corrupted & batch.real, "clean": ~corrupted & batch.real, "fill": ~batch.real}
+    for name, mask in groups.items():
+        sums.add(f"validation/{name}", losses, mask)
+    temperature = torch.full((len(noisy),), objective.temperature, device=noisy.device)
+    uniform = torch.zeros(*noisy.shape, vocab_tiles(network.config.vocab_size), 2, device=noisy.device)
+    second = network.denoise(noisy, batch.cache, network.head(first, temperature, uniform).soft)
+    sums.add("validation/conditioned", _losses(network, second, batch.canvas, noisy, objective, level), batch.weights)
+
+
+def _losses(network: DiffusionTransformer, hidden: Tensor, targets: Tensor, noisy: Tensor | None = None,
+            objective: Objective | None = None, level: float = 1.0) -> Tensor:
+    """The cross-entropy of every target [B, C] from hidden states [B, C, D], on the CPU."""
+    vocab = network.config.vocab_size
+    extra: tuple[Tensor, ...] = ()
+    if noisy is not None and objective is not None and objective.prediction == "leave_one_out":
+        # What makes the denoiser's logits of them, as in training: see `Objective`.
+        shift = math.log1p(vocab * (1 - level) / level)
+        extra = (noisy.flatten(), torch.full((noisy.numel(),), shift, device=noisy.device))
+    if fits_whole(targets.numel(), vocab):
+        losses, _ = cross_entropy(network.logits(hidden).flatten(0, -2), targets.flatten(), *extra)
+    else:
+        losses, _ = chunked_cross_entropy(hidden.flatten(0, -2), network.embed_tokens.weight, targets.flatten(),
+                                          network.config.final_logit_softcapping, *extra)
+    return losses.view_as(targets).float().cpu()
+
+
+def _next_token_losses(network: DiffusionTransformer, last: Tensor, batch: _Canvases) -> Tensor:
+    """The causal loss of every canvas token [B, C]; the cache takes the canvases in, and is done with."""
+    states = network.encode(batch.canvas, batch.cache)
+    return _losses(network, torch.cat([last.unsqueeze(1), states[:, :-1]], dim=1), batch.canvas)

@@ -1,0 +1,78 @@
+"""Running a recipe: the recipe that it goes on from first, then its variants one after the other, then one report.
+
+Works on recipe files and folders of runs; each run is a `Trainer`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from dgemma.errors import DgemmaError
+from dgemma.train.distributed import Ranks
+from dgemma.train.recipe import Recipe, load_recipe
+from dgemma.train.run import settings_of
+
+Report = Callable[[str], None]
+
+
+def train(path: Path, out: Path, ranks: Ranks, report: Report = print) -> bool:
+    """Train by the recipe at ``path`` in the folder ``out``; whether it is finished (and not stopped).
+
+    Variants have folders of their own in it. What is finished already, with the same settings, is not trained again.
+    A recipe to go on from is trained beside ``out`` in a folder of its own name.
+    """
+    from dgemma.train.trainer import Trainer
+
+    recipes = load_recipe(path)
+    folders = {name: out / name if name else out for name in recipes}
+    for name, recipe in recipes.items():
+        folder = folders[name]
+        if is_finished(folder, recipe):
+            report(f"{folder}: finished already")
+            continue
+        base = _base_of(recipe, path, out.parent, ranks, report)
+        if base is None and not recipe.fresh and isinstance(recipe.model, dict):
+            return False
+        if name:
+            report(f"variant {name}")
+        if not Trainer(recipe, folder, ranks=ranks, base=base).train():
+            return False
+    if len(recipes) > 1 and ranks.is_main:
+        from dgemma.train.report import write_comparison
+
+        title = next(iter(recipes.values())).name
+        report(f"all variants are done; report in {write_comparison(out, folders, title=title)}")
+    return True
+
+
+def is_finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether a folder holds the finished run of a recipe with these settings."""
+    import yaml
+
+    try:
+        finished = json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"]
+        return bool(finished) and yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) == settings_of(
+            recipe)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise DgemmaError(f"{folder}: is no folder of a run ({error}); choose another --out") from error
+
+
+def _base_of(recipe: Recipe, path: Path, runs: Path, ranks: Ranks, report: Report) -> Path | None:
+    """The best checkpoint of the recipe to go on from, trained first if need be; None if there is none, or if that was
+    stopped."""
+    if recipe.fresh or not isinstance(recipe.model, dict):
+        return None
+    other = Path(recipe.model["recipe"])
+    if other.resolve() == path.resolve():
+        raise DgemmaError(f"{path}: model: a recipe cannot go on from itself")
+    bases = load_recipe(other)
+    if len(bases) > 1 or "" not in bases:
+        raise DgemmaError(f"{other}: has variants; a recipe to go on from has one result")
+    folder = runs / bases[""].name
+    if not is_finished(folder, bases[""]):
+        report(f"first the recipe that it goes on from: {other}")
+    return folder / "best" if train(other, folder, ranks, report) else None

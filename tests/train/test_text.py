@@ -1,0 +1,81 @@
+"""Examples from plain text: what stands before and what follows, from texts that are kept apart."""
+
+import pytest
+
+from dgemma.api import load
+from dgemma.errors import DgemmaError
+from dgemma.train.text import TextSource, read_texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load("sudoku").tokenizer
+
+
+def source(tokenizer, **others):
+    return TextSource([b"0123456789" * 40, b"abcdefghij" * 40], [b"ABCDEFGHIJ" * 40], tokenizer,
+                      **{"canvas_length": 8, "batch_size": 5, "seed": 0, "context": (3, 6), **others})
+
+
+def test_a_canvas_is_what_follows_on_its_context(tokenizer):
+    everything = "0123456789" * 40 + "<eos>" + "abcdefghij" * 40 + "<eos>"
+    lengths = set()
+    for step in range(40):
+        examples = source(tokenizer).batch(step)
+        assert len(examples) == 5
+        assert len({example.context_length for example in examples}) == 1
+        lengths.add(examples[0].context_length)
+        for example in examples:
+            assert example.context_ids[0] == tokenizer.bos_id
+            assert tokenizer.decode([*example.context_ids[1:], *example.canvas_ids]) in everything
+            assert example.weights == [1.0] * 8
+            assert example.real_length == 8
+    assert lengths == {4, 5, 6, 7}
+
+
+def test_a_step_is_always_the_same_and_another_one_is_not(tokenizer):
+    assert source(tokenizer).batch(3) == source(tokenizer).batch(3)
+    assert source(tokenizer).batch(3) != source(tokenizer).batch(4)
+    assert source(tokenizer, seed=1).batch(3) != source(tokenizer).batch(3)
+
+
+def test_validation_is_on_texts_of_its_own(tokenizer):
+    kept = source(tokenizer).held_out(7)
+    assert len(kept) == 7
+    assert all(set(tokenizer.decode(example.canvas_ids)) <= set("ABCDEFGHIJ") for example in kept)
+    assert kept == source(tokenizer).held_out(7)
+
+
+def test_texts_that_spell_a_special_token_stay_text(tokenizer):
+    made = TextSource([b"<bos>" * 20], [b"<bos>" * 20], tokenizer, 8, 1, 0, (3, 3))
+    assert tokenizer.bos_id not in made.batch(0)[0].canvas_ids
+
+
+def test_pythons_own_library_is_there_and_every_twentieth_file_kept_apart():
+    train, kept = read_texts(["python"])
+    assert len(train) > 200
+    assert len(kept) == -(-(len(train) + len(kept)) // 20)
+    assert not set(train) & set(kept)
+
+
+def test_files_and_folders_are_read_in_order(tmp_path):
+    for name in ("b.py", "a.py", "c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "d.py").write_text("a test")
+    assert read_texts([str(tmp_path)]) == ([b"b.py"], [b"a.py"])
+    assert read_texts([str(tmp_path), str(tmp_path / "c.txt")])[0] == [b"b.py", b"c.txt"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DgemmaError, match=r"nothing\.py: cannot be read"):
+        read_texts([str(tmp_path / "nothing.py")])
+    with pytest.raises(DgemmaError, match="at least two files"):
+        read_texts([str(tmp_path)])
+
+
+def test_too_little_text_and_a_wrong_context_are_errors(tokenizer):
+    with pytest.raises(DgemmaError, match="has no room for a context of 6"):
+        TextSource([b"short"], [b"short"], tokenizer, 8, 1, 0, (3, 6))
+    with pytest.raises(DgemmaError, match="the smaller first"):
+        source(tokenizer, context=(6, 3))

@@ -1,0 +1,83 @@
+"""Running recipes: the base first, variants beside each other, and nothing twice."""
+
+import pytest
+import torch
+import yaml
+
+from dgemma.errors import DgemmaError
+from dgemma.train import trainer as trainer_module
+from dgemma.train.distributed import Ranks
+from dgemma.train.variants import train
+
+RANKS = Ranks(torch.device("cpu"))
+
+
+def write(folder, name, data):
+    path = folder / name
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+@pytest.fixture
+def base(tmp_path, recipe_data):
+    return write(tmp_path, "base.yaml", {**recipe_data, "name": "base", "max_steps": 1})
+
+
+@pytest.fixture
+def tuned(tmp_path, recipe_data, base):
+    data = {**recipe_data, "name": "tuned", "model": {"recipe": "base.yaml"}, "generation": {}, "max_steps": 1,
+            "variants": {"all": {"freeze": []}, "adapter": {"adapter": {"r": 2}}}}
+    return write(tmp_path, "tuned.yaml", data)
+
+
+def test_the_base_is_trained_first_and_all_variants_are_compared(tuned, tmp_path):
+    told = []
+    assert train(tuned, tmp_path / "runs" / "tuned", RANKS, told.append)
+    runs = tmp_path / "runs"
+    assert (runs / "base" / "best" / "model.safetensors").exists()
+    assert (runs / "tuned" / "adapter" / "best" / "adapter_model.safetensors").exists()
+    page = (runs / "tuned" / "report.html").read_text()
+    assert "adapter" in page
+    assert told[0].startswith("first the recipe that it goes on from")
+    assert "all variants are done" in told[-1]
+
+
+def test_what_is_finished_is_not_trained_again(tuned, tmp_path, monkeypatch):
+    train(tuned, tmp_path / "tuned", RANKS, print)
+    monkeypatch.setattr(trainer_module.Trainer, "__init__", lambda *_, **__: pytest.fail("trained again"))
+    assert train(tuned, tmp_path / "tuned", RANKS, print)
+
+
+def test_a_finished_run_with_other_settings_goes_on(base, tmp_path, recipe_data):
+    train(base, tmp_path / "base", RANKS, print)
+    longer = write(tmp_path, "base.yaml", {**recipe_data, "name": "base", "max_steps": 2})
+    told = []
+    assert train(longer, tmp_path / "base", RANKS, told.append)
+    assert "finished already" not in " ".join(told)
+
+
+def test_a_stopped_base_stops_the_rest(tuned, tmp_path, monkeypatch):
+    original = trainer_module.Trainer._train_step
+
+    def stopped(self):
+        self.stop()
+        return original(self)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_train_step", stopped)
+    data = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    write(tmp_path, "base.yaml", {**data, "max_steps": 3})
+    assert not train(tuned, tmp_path / "tuned", RANKS, print)
+    assert not (tmp_path / "tuned" / "all").exists()
+
+
+def test_a_recipe_that_goes_on_from_itself_is_an_error(tmp_path, recipe_data):
+    path = write(tmp_path, "r.yaml", {**recipe_data, "model": {"recipe": "r.yaml"}, "generation": {}})
+    with pytest.raises(DgemmaError, match="cannot go on from itself"):
+        train(path, tmp_path / "r", RANKS, print)
+
+
+def test_a_folder_that_holds_something_else_is_named(base, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(DgemmaError, match="is no folder of a run"):
+        train(base, tmp_path / "run", RANKS, print)
