@@ -74,19 +74,9 @@ def plain_network(config: ModelConfig, dtype: torch.dtype, device: str) -> Diffu
 
 def packed_network(path: Path, device: str) -> DiffusionTransformer:
     """The network of a file as inference holds it, but on any device."""
-    from dgemma.kernels import PackedWeight
-    from dgemma.nn.packed import set_weights
-    from dgemma.weights.gguf_model import match_gguf, open_gguf, packed_weights
-    from dgemma.weights.load import empty_network, tensor_shapes
+    from dgemma.weights.gguf_model import load_gguf_network, open_gguf
 
-    model = open_gguf(path)
-    network = empty_network(model.config)
-    shapes = tensor_shapes(network)
-    weights = packed_weights(model, match_gguf(model, shapes)[0], shapes, lambda done, total: None)
-    set_weights(network, {name: PackedWeight(weight.data.to(device), weight.type) if isinstance(weight, PackedWeight)
-                          else weight.to(device) for name, weight in weights.items()})
-    network.cache_type = "bf16"
-    return network.eval()
+    return load_gguf_network(open_gguf(path), device, keep_packed=True)
 
 
 def measure(setting: dict[str, Any]) -> dict[str, float]:

@@ -142,8 +142,14 @@ def our_network(layers: int) -> DiffusionTransformer:
     with torch.device("meta"):
         network = DiffusionTransformer(config)
     network = network.to(torch.bfloat16).to_empty(device="cpu").train().requires_grad_(False)
-    fill(network)
+    same_weights(network)
     return network
+
+
+def same_weights(module: nn.Module) -> None:
+    """The same random weights on both sides, whatever building the module has drawn before."""
+    torch.manual_seed(0)
+    fill(module)
 
 
 def packed_network(path: Path) -> DiffusionTransformer:
@@ -164,6 +170,7 @@ def prepared(side: str, setup: Setup, folder: Path) -> tuple[Loss, dict[str, nn.
     base, _, checkpointing = side.partition("-")
     if base == "transformers":
         model = transformers_model(setup.layers).train()
+        same_weights(model)
         parameters = peft_adapters(model)
         if checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -204,7 +211,6 @@ def train(loss_of: Loss, parameters: Iterable[nn.Parameter], batches: Iterable[t
 
 def measure(side: str, setup: Setup, folder: Path) -> dict:
     """One side in this process."""
-    torch.manual_seed(0)
     loss_of, parameters = prepared(side, setup, folder)
     loaded = resident_bytes()
     reset_peak()

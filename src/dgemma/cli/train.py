@@ -13,11 +13,9 @@ from dgemma.errors import DgemmaError
 
 if TYPE_CHECKING:
     from dgemma.chat import Tokenizer
-    from dgemma.config import GenerationConfig, ModelConfig
     from dgemma.train.examples import Example
 
 _PREVIEW = "Preview"
-_PREVIEW_BASES = 64  # base puzzles: a second's work
 _LEFT_OUT_SHOWN = 10
 
 
@@ -37,6 +35,8 @@ def train(
     model: Annotated[str | None, typer.Option(
         "--model", "-m", rich_help_panel=_PREVIEW, show_default=False,
         help="The model that --data is meant for: its tokenizer, template and canvas. Default: sudoku.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Train nothing: say how much memory the recipe will take, and "
+                                       "what to change where that is too much.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", rich_help_panel=_PREVIEW,
                                            help="Count rows that cannot be used instead of stopping there.")] = False,
 ) -> None:
@@ -54,6 +54,9 @@ def train(
         return
     if recipe is None or data:
         raise DgemmaError("give a recipe to train by, such as recipes/sudoku.yaml, or --preview with --data")
+    if plan:
+        _show_plan(recipe, device)
+        return
     try:
         import tensorboard  # noqa: F401  (the trainer logs to it)
         import yaml  # noqa: F401  (recipes are written in it)
@@ -70,47 +73,56 @@ def train(
         raise typer.Exit(130)  # as a shell says it of what Ctrl-C ended
 
 
+def _show_plan(recipe: Path, device: str | None) -> None:
+    from dgemma.train.distributed import joined
+    from dgemma.train.plan import available_memory
+    from dgemma.train.variants import plans
+
+    with joined(device) as ranks:
+        for name, plan in plans(recipe, ranks).items():
+            if ranks.is_main:
+                typer.echo(f"{name}\n" if name else "", nl=False)
+                typer.echo(plan.text(available_memory(ranks.device)))
+
+
 def _preview_data(data: list[str], model: str, count: int, skip_bad: bool) -> None:
     """Print the first turns of conversations, with what each token counts, and the whole data in numbers."""
     from dgemma.train.conversations import read_conversations
     from dgemma.train.examples import prepare
+    from dgemma.train.trainee import stored_parts
 
-    tokenizer, config, generation = _reading_parts(model)
+    parts = stored_parts(model)
+    canvas = parts.config.canvas_length
     found = read_conversations(data, skip_bad=skip_bad)
-    prepared = prepare(found.rows, tokenizer, config.canvas_length, stop_ids=generation.eos_token_id,
-                       max_context=config.max_position_embeddings - config.canvas_length, skip_bad=skip_bad)
-    _show(prepared.examples, tokenizer, count, found.bad + prepared.skipped)
+    prepared = prepare(found.rows, parts.tokenizer, canvas, stop_ids=parts.generation_config.eos_token_id,
+                       max_context=parts.config.max_position_embeddings - canvas, skip_bad=skip_bad)
+    _show(prepared.examples, parts.tokenizer, count, found.bad + prepared.skipped)
 
 
 def _preview_recipe(path: Path, count: int) -> None:
     """Print the first examples of a recipe's first steps; puzzles come from fewer base puzzles than in training."""
-    import dataclasses
     import tempfile
 
-    from dgemma.train.recipe import SudokuData, load_recipe
-    from dgemma.train.sources import source_of
-    from dgemma.train.trainee import fresh_parts
+    from dgemma.train.recipe import load_recipe
+    from dgemma.train.sources import few, source_of
+    from dgemma.train.trainee import parts_of
 
     name, settings = next(iter(load_recipe(path).items()))
     left_out: list[str] = []
-    if isinstance(settings.data, SudokuData):
-        settings = dataclasses.replace(settings, batch_size=1,
-                                       data=dataclasses.replace(settings.data, bases=_PREVIEW_BASES))
-    if settings.fresh:
-        tokenizer, config, generation = fresh_parts(settings)
-    elif isinstance(settings.model, str):
-        tokenizer, config, generation = _reading_parts(settings.model)
-    else:  # what it goes on from may not be trained yet, but its recipe says all that is needed
-        tokenizer, config, generation = fresh_parts(next(iter(load_recipe(Path(settings.model["recipe"])).values())))
+    # What it goes on from may not be trained yet, but its recipe says all that is needed.
+    like = settings if settings.fresh or isinstance(settings.model, str) else next(
+        iter(load_recipe(Path(settings.model["recipe"])).values()))
+    parts = parts_of(like)
     with tempfile.TemporaryDirectory() as folder:
-        source = source_of(settings, tokenizer, config, generation, Path(folder), left_out.append)
+        source = source_of(few(settings), parts.tokenizer, parts.config, parts.generation_config, Path(folder),
+                           left_out.append)
         examples = []
         step = 0
         while len(examples) < max(count, 1):
             examples += source.batch(step)
             step += 1
     typer.echo(f"{path}{f', variant {name}' if name else ''}: {'; '.join(left_out)}")
-    _show(examples, tokenizer, count, [])
+    _show(examples, parts.tokenizer, count, [])
 
 
 def _show(examples: Sequence[Example], tokenizer: Tokenizer, count: int, left_out: list[str]) -> None:
@@ -128,20 +140,3 @@ def _show(examples: Sequence[Example], tokenizer: Tokenizer, count: int, left_ou
         console.print(Text(f"{'left out':<20}{len(left_out):,}", "red"))
         for line in left_out[:_LEFT_OUT_SHOWN]:
             console.print(Text(f"  {line}", "red"))
-
-
-def _reading_parts(model: str) -> tuple[Tokenizer, ModelConfig, GenerationConfig]:
-    """What a checkpoint says about tokens and canvases; its weights are not read."""
-    from dgemma.chat import Tokenizer
-    from dgemma.config import load_generation_config, load_model_config
-    from dgemma.weights.locate import locate
-
-    place = locate(model)
-    if place.is_file():
-        from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
-        from dgemma.weights.gguf_model import open_gguf
-
-        gguf = open_gguf(place)
-        return tokenizer_from_gguf(gguf.file.metadata, str(place)), gguf.config, gguf.generation
-    config = load_model_config(place)
-    return Tokenizer.from_folder(place), config, load_generation_config(place, config)

@@ -153,12 +153,12 @@ def head_working(step: Step) -> int:
     most = 0
     for tokens in (step.batch * canvas, step.batch * (step.context - 1 + canvas * step.causal_canvas)):
         width = min(config.vocab_size, max(_LEAST_TILE, LOGITS // max(tokens, 1)))
-        if fits_whole(tokens, config.vocab_size):
+        whole = fits_whole(tokens, config.vocab_size)
+        if whole:
             width = config.vocab_size
         table = width * config.hidden_size
         trained = step.ranks is None
         tile = 5 * WIDE * tokens * width if trained else 2 * step.product * tokens * width
-        whole = fits_whole(tokens, config.vocab_size)
         if whole:
             tile = 6 * WIDE * tokens * width
         if step.packed:  # whole logits expand the whole table for the soft embeddings, a GPU every tile

@@ -18,8 +18,11 @@ from dgemma.errors import DgemmaError
 from dgemma.train.activations import Step, widest
 
 if TYPE_CHECKING:
+    import torch
+
     from dgemma.nn.adapters import AdapterConfig
     from dgemma.train.objective import Objective
+    from dgemma.train.recipe import Recipe
 
 OPTIMIZERS = ("adamw", "muon")
 _PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
@@ -30,7 +33,7 @@ _SLACK = 0.05  # of what comes and goes: what the allocator holds beyond what it
 
 
 @dataclass(frozen=True)
-class Run:
+class Setting:
     """What a plan is made for. ``weights`` are ggml's or safetensors' types by our names of the tensors.
 
     ``adapter`` None trains everything. ``context`` and ``micro_batch`` are those of the largest micro-batch,
@@ -78,7 +81,7 @@ class Advice:
 class Plan:
     """The memory of one process (of ``run.ranks``) of a training run, at its widest moment."""
 
-    run: Run
+    run: Setting
     lines: tuple[Line, ...]
 
     @property
@@ -151,9 +154,34 @@ def memory_plan(config: ModelConfig, *, weights: str | Mapping[str, str] = "BF16
     objective = objective or Objective()
     types = mixture(config, weights) if isinstance(weights, str) else dict(weights)
     passes = objective.passes if objective.denoising_weight else 0
-    return plan_of(Run(config, types, adapter, context, micro_batch, accumulation, checkpointing, passes,
+    return plan_of(Setting(config, types, adapter, context, micro_batch, accumulation, checkpointing, passes,
                        bool(objective.causal_weight) and objective.causal_on != "prompt", optimizer, ema, autocast,
                        device, ranks))
+
+
+def recipe_plan(recipe: Recipe, config: ModelConfig, source: Path | None, context: int, device: torch.device,
+                ranks: int = 1) -> Plan:
+    """The plan of a recipe's run on a checkpoint (None: fresh weights) with contexts of up to so many tokens."""
+    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+    weights: str | Mapping[str, str] = names[recipe.dtype or "float32"]
+    if source is not None and (recipe.dtype is None or source.is_file()):
+        weights = stored_types(source)
+    micro = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size)
+    return memory_plan(config, weights=weights, adapter=recipe.adapter, context=context, micro_batch=micro,
+                       accumulation=max(1, recipe.batch_size // (micro * ranks)), checkpointing=recipe.checkpointing,
+                       objective=recipe.objective, optimizer=recipe.optimizer.kind, ema=recipe.optimizer.ema > 0,
+                       autocast=recipe.autocast, device=device.type, ranks=ranks)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """The bytes that a run may take on a device; None where nobody knows."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    from dgemma.memory import machine_memory
+
+    return machine_memory()[0]
 
 
 def mixture(config: ModelConfig, name: str) -> dict[str, str]:
@@ -198,7 +226,7 @@ def stored_types(path: Path) -> dict[str, str]:
     return types
 
 
-def plan_of(run: Run) -> Plan:
+def plan_of(run: Setting) -> Plan:
     """The plan of a run that has been checked."""
     from dgemma.kernels.attention import fast_bf16
     from dgemma.weights.load import empty_network
@@ -263,7 +291,7 @@ def plan_of(run: Run) -> Plan:
     return Plan(run, tuple(lines))
 
 
-def _step(run: Run, low_rank: Mapping[str, tuple[int, ...]], fast_bf16: bool) -> Step:
+def _step(run: Setting, low_rank: Mapping[str, tuple[int, ...]], fast_bf16: bool) -> Step:
     wide = run.packed or run.weights["embed_tokens.weight"] == "F32"
     stream = 4 if wide else 2
     product = 2 if run.autocast else stream
@@ -319,13 +347,13 @@ def _kind(device: str) -> str:
     return "cpu" if device.startswith("cpu") else "cuda"
 
 
-def _weights_reason(run: Run, packed: int) -> str:
+def _weights_reason(run: Setting, packed: int) -> str:
     types = sorted(set(run.weights.values()))
     held = f"{', '.join(types)}" if len(types) > 1 else f"all {types[0]}"
     return held + ("; packed ones whole on every device" if run.ranks > 1 and packed else "")
 
 
-def _halved_batches(run: Run) -> list[Run]:
+def _halved_batches(run: Setting) -> list[Setting]:
     runs, size = [], run.micro_batch
     while size > 1:
         size = -(-size // 2)
@@ -334,7 +362,7 @@ def _halved_batches(run: Run) -> list[Run]:
     return runs
 
 
-def _halved_ranks(run: Run) -> list[Run]:
+def _halved_ranks(run: Setting) -> list[Setting]:
     runs, adapter = [], run.adapter
     while adapter is not None and adapter.r > 4:
         adapter = dataclasses.replace(adapter, r=adapter.r // 2, alpha=adapter.alpha / 2)
@@ -342,7 +370,7 @@ def _halved_ranks(run: Run) -> list[Run]:
     return runs
 
 
-def _fewer_targets(run: Run) -> list[Run]:
+def _fewer_targets(run: Setting) -> list[Setting]:
     runs, adapter = [], run.adapter
     for dropped in ("experts", "mlp"):
         if adapter is not None and dropped in adapter.targets and len(adapter.targets) > 1:
@@ -351,7 +379,7 @@ def _fewer_targets(run: Run) -> list[Run]:
     return runs
 
 
-def _packed_base(run: Run) -> list[Run]:
+def _packed_base(run: Setting) -> list[Setting]:
     if run.packed or run.adapter is None:
         return []
     return [dataclasses.replace(run, weights=mixture(run.config, "Q4_K_M"))]

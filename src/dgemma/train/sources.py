@@ -5,6 +5,7 @@ Works on recipes' data sections and a tokenizer; knows nothing of networks, nois
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,22 @@ def source_of(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, generat
     else:
         train, kept = split(found.rows, data.held_out_share)
     return _listed(recipe, data, train, kept, tokenizer, config, generation, report)
+
+
+def few(recipe: Recipe) -> Recipe:
+    """The recipe with only as much of the data that is made on the way as is needed to look at it."""
+    data = recipe.data
+    if isinstance(data, SudokuData):
+        data = dataclasses.replace(data, bases=min(data.bases, 64))
+    elif isinstance(data, ExtractionData):
+        data = dataclasses.replace(data, count=min(data.count, 64), held_out=min(data.held_out, 16))
+    return dataclasses.replace(recipe, data=data)
+
+
+def longest_context(source: Source) -> int:
+    """The most tokens before a canvas: of all examples where they are at hand, or of the first steps of a stream."""
+    examples = source.examples if isinstance(source, Listed) else [e for step in range(20) for e in source.batch(step)]
+    return max(example.context_length for example in examples)
 
 
 def split(rows: Sequence[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:

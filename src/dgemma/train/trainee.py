@@ -6,6 +6,7 @@ Works on recipes, networks and folders; knows nothing of data, losses and steps.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,14 @@ import torch
 
 from dgemma.api import Model, load
 from dgemma.chat.tokenizer import Tokenizer
-from dgemma.config import GenerationConfig, ModelConfig, generation_config_from_dict, model_config_from_dict
+from dgemma.config import (
+    GenerationConfig,
+    ModelConfig,
+    generation_config_from_dict,
+    load_generation_config,
+    load_model_config,
+    model_config_from_dict,
+)
 from dgemma.errors import DgemmaError
 from dgemma.files import make_folder
 from dgemma.kernels import PackedWeight
@@ -86,19 +94,54 @@ def restore(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def begin(recipe: Recipe, device: torch.device, base: Path | None = None,
+@dataclass(frozen=True)
+class Parts:
+    """What is known of a model without its weights. ``source`` is its checkpoint; None: it will be made."""
+
+    tokenizer: Tokenizer
+    config: ModelConfig
+    generation_config: GenerationConfig
+    source: Path | None
+
+
+def parts_of(recipe: Recipe, base: Path | None = None) -> Parts:
+    """The parts of the model that a recipe begins with; ``base`` is the checkpoint of the recipe that it goes on from.
+
+    Raises DgemmaError when they cannot be had.
+    """
+    return _fresh_parts(recipe) if recipe.fresh else stored_parts(base or str(recipe.model))
+
+
+def stored_parts(model: str | Path) -> Parts:
+    """The parts of a bundled name, a checkpoint folder, a GGUF file or a hub id."""
+    place = locate(model)
+    if place.is_file():
+        from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
+        from dgemma.weights.gguf_model import open_gguf
+
+        gguf = open_gguf(place)
+        return Parts(tokenizer_from_gguf(gguf.file.metadata, str(place)), gguf.config, gguf.generation, place)
+    config = load_model_config(place)
+    return Parts(Tokenizer.from_folder(place), config, load_generation_config(place, config), place)
+
+
+def begin(recipe: Recipe, parts: Parts, device: torch.device,
           progress: Callable[[int, int], None] | None = None) -> Trainee:
     """The network that a recipe begins with, its adapter attached and everything else frozen that is to stay.
 
-    ``base``: the checkpoint of the recipe that this one goes on from. Raises DgemmaError when it cannot be had.
+    Raises DgemmaError when it cannot be had.
     """
-    if recipe.fresh:
-        trainee = _fresh(recipe, device)
+    if parts.source is None:
+        network = DiffusionTransformer(parts.config)
+        initialise(network, recipe.seed)
+        network.to(device, None if recipe.dtype is None else getattr(torch, recipe.dtype))
+    elif parts.source.is_file() and recipe.adapter is not None:
+        from dgemma.weights.gguf_model import load_gguf_network, open_gguf
+
+        network = load_gguf_network(open_gguf(parts.source), device, progress=progress, keep_packed=True)
     else:
-        source = locate(base or str(recipe.model))
-        model = load(source, device=device, dtype=recipe.dtype, progress=progress)
-        trainee = Trainee(model.network, model.tokenizer, model.generation_config, recipe, source)
-    network = trainee.network
+        network = load(parts.source, device=device, dtype=recipe.dtype, progress=progress).network
+    trainee = Trainee(network, parts.tokenizer, parts.generation_config, recipe, parts.source)
     if recipe.adapter is not None:
         attach(network, recipe.adapter, recipe.seed)
     else:
@@ -129,10 +172,7 @@ def initialise(network: DiffusionTransformer, seed: int) -> None:
                 parameter.fill_(1.0)
 
 
-def fresh_parts(recipe: Recipe) -> tuple[Tokenizer, ModelConfig, GenerationConfig]:
-    """The tokenizer and settings of a recipe's new model, without its weights."""
-    import tempfile
-
+def _fresh_parts(recipe: Recipe) -> Parts:
     config = model_config_from_dict(_config_dict(recipe), f"recipe {recipe.name}: model")
     with tempfile.TemporaryDirectory() as folder:
         bundled_tokenizer.save(folder)
@@ -140,16 +180,7 @@ def fresh_parts(recipe: Recipe) -> tuple[Tokenizer, ModelConfig, GenerationConfi
     if tokenizer.vocab_size > config.vocab_size:
         raise DgemmaError(f"recipe {recipe.name}: the byte tokenizer of new models has {tokenizer.vocab_size} tokens, "
                           f"the model's vocab_size is {config.vocab_size}")
-    return tokenizer, config, generation_config_from_dict(_generation_dict(recipe), config)
-
-
-def _fresh(recipe: Recipe, device: torch.device) -> Trainee:
-    tokenizer, config, generation = fresh_parts(recipe)
-    network = DiffusionTransformer(config)
-    initialise(network, recipe.seed)
-    if recipe.dtype is not None:
-        network.to(getattr(torch, recipe.dtype))
-    return Trainee(network.to(device), tokenizer, generation, recipe, None)
+    return Parts(tokenizer, config, generation_config_from_dict(_generation_dict(recipe), config), None)
 
 
 def _train_everything(trainee: Trainee) -> None:

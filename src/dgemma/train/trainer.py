@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dgemma.errors import DgemmaError
-from dgemma.files import atomic_write, make_folder
+from dgemma.files import atomic_write, make_folder, size_text
 from dgemma.train.batch import Batch, collate
 from dgemma.train.display import Display
 from dgemma.train.distributed import Ranks, clip_gradients, collect, gathered, shard, spread
@@ -33,12 +33,13 @@ from dgemma.train.journal import Journal, writers_for
 from dgemma.train.noise import Noise, keyed_noise, noise_key
 from dgemma.train.objective import Totals, batch_loss, means, totals_of
 from dgemma.train.optimizers import Optimizers, learning_rate_factor
+from dgemma.train.plan import available_memory, recipe_plan
 from dgemma.train.preflight import run_preflight
 from dgemma.train.recipe import Recipe
 from dgemma.train.run import Run
-from dgemma.train.sources import Listed, source_of
+from dgemma.train.sources import Listed, longest_context, source_of
 from dgemma.train.tasks import Question, TaskScore, questions_of, run_task, step_sweep
-from dgemma.train.trainee import begin
+from dgemma.train.trainee import Parts, begin, parts_of
 from dgemma.train.trainee import restore as restore_folder
 from dgemma.train.validation import validation_losses
 
@@ -67,10 +68,8 @@ class Trainer:
         for name in ("best", "last"):
             if ranks.is_main:
                 restore_folder(folder / name)
-        self.trainee = begin(recipe, ranks.device, base)
-        self.network = self.trainee.network
-        self.source = source_of(recipe, self.trainee.tokenizer, self.network.config, self.trainee.generation_config,
-                                folder, self._note)
+        parts = parts_of(recipe, base)
+        self.source = source_of(recipe, parts.tokenizer, parts.config, parts.generation_config, folder, self._note)
         self.max_steps = self._length()
         evaluation = recipe.evaluation
         self.kept = self.source.held_out(evaluation.examples)
@@ -80,6 +79,9 @@ class Trainer:
             if not self.questions:
                 raise DgemmaError(f"recipe {recipe.name}: evaluation: metric {evaluation.metric!r} needs questions, "
                                   "and nothing is held out to ask: name other conversations (held_out)")
+        self._plan(parts)
+        self.trainee = begin(recipe, parts, ranks.device)
+        self.network = self.trainee.network
         self._loss = torch.compile(batch_loss) if recipe.compile else batch_loss
         self._check()
         shard(self.network, ranks)
@@ -191,6 +193,21 @@ class Trainer:
         checks = run_preflight(self.network, examples, self.recipe.objective, seed=self.recipe.seed, required=True)
         self.run.write("preflight.json", [vars(check) for check in checks])
         self._note(f"preflight: {len(checks)} checks passed in {time.monotonic() - began:.1f} s")
+
+    def _plan(self, parts: Parts) -> None:
+        """Say how much memory will be needed, before anything takes it."""
+        ranks = self.ranks
+        plan = recipe_plan(self.recipe, parts.config, parts.source, longest_context(self.source), ranks.device,
+                           ranks.world)
+        available = available_memory(ranks.device)
+        if ranks.is_main:
+            self.run.write("plan.json", plan.as_dict())
+        text = f"memory: about {size_text(plan.total)} will be needed"
+        if available is not None:
+            text += f", {size_text(available)} are available"
+            if plan.total > available:
+                text += ": it may not fit; `dgemma train --plan` says what to change"
+        self._note(text)
 
     def _evaluate(self) -> None:
         recipe, settings = self.recipe, self.recipe.evaluation

@@ -6,13 +6,17 @@ Works on recipe files and folders of runs; each run is a `Trainer`'s.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from dgemma.errors import DgemmaError
 from dgemma.train.distributed import Ranks
+from dgemma.train.plan import Plan, recipe_plan
 from dgemma.train.recipe import Recipe, load_recipe
 from dgemma.train.run import settings_of
+from dgemma.train.sources import few, longest_context, source_of
+from dgemma.train.trainee import parts_of
 
 Report = Callable[[str], None]
 
@@ -45,6 +49,22 @@ def train(path: Path, out: Path, ranks: Ranks, report: Report = print) -> bool:
         title = next(iter(recipes.values())).name
         report(f"all variants are done; report in {write_comparison(out, folders, title=title)}")
     return True
+
+
+def plans(path: Path, ranks: Ranks) -> dict[str, Plan]:
+    """How much memory every variant of a recipe will take, by name; the data is read, weights are not."""
+    found = {}
+    for name, recipe in load_recipe(path).items():
+        like = recipe
+        while not like.fresh and isinstance(like.model, dict):  # its base may not be trained yet: it says enough
+            like = next(iter(load_recipe(Path(like.model["recipe"])).values()))
+        parts = parts_of(like)
+        with tempfile.TemporaryDirectory() as folder:
+            source = source_of(few(recipe), parts.tokenizer, parts.config, parts.generation_config, Path(folder),
+                               lambda text: None)
+            found[name] = recipe_plan(recipe, parts.config, parts.source, longest_context(source), ranks.device,
+                                      ranks.world)
+    return found
 
 
 def is_finished(folder: Path, recipe: Recipe) -> bool:

@@ -126,15 +126,17 @@ def _wrong_shape(tensor: GGUFTensor, expected: Shape) -> str:
 
 
 def load_gguf_network(model: GGUFModel, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-                      progress: Callable[[int, int], None] | None = None) -> DiffusionTransformer:
+                      progress: Callable[[int, int], None] | None = None, *,
+                      keep_packed: bool = False) -> DiffusionTransformer:
     """The text network of a GGUF file, in eval mode, without gradients.
 
     On the CPU, packed matrices stay as they are in the memory-mapped file and are computed with as they are:
     activations are float32 then, and so is everything that is not a matrix. ``dtype`` means nothing there: it is for
     files without packed matrices, where None is the embedding's, and for other devices, where everything is unpacked
-    into it, tensor by tensor (None is bfloat16 if anything was packed). ``progress(done, total)`` counts bytes of
-    the file. Raises CheckpointError with everything that is wrong, ValueError for a ``dtype`` other than float32,
-    bfloat16 and float16.
+    into it, tensor by tensor (None is bfloat16 if anything was packed); unless they are to ``keep_packed``, for
+    training an adapter, where memory counts more than speed. ``progress(done, total)`` counts bytes of the file.
+    Raises CheckpointError with everything that is wrong, ValueError for a ``dtype`` other than float32, bfloat16 and
+    float16.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}")
@@ -147,10 +149,14 @@ def load_gguf_network(model: GGUFModel, device: torch.device | str = "cpu", dtyp
         raise CheckpointError(f"{model.file.path}: this GGUF file cannot be loaded\n{describe(problems)}")
     types = {name: parts[0].type for name, parts in chosen.items() if is_matrix(name, shapes[name])}
     packed = any(kind is not None and kind.name not in UNPACKED for kind in types.values())
-    if packed and device.type == "cpu":
+    if packed and (device.type == "cpu" or keep_packed):
         from dgemma.nn.packed import set_weights
 
-        set_weights(network, packed_weights(model, chosen, shapes, progress))
+        weights = packed_weights(model, chosen, shapes, progress)
+        if device.type != "cpu":
+            weights = {name: PackedWeight(weight.data.to(device), weight.type) if isinstance(weight, PackedWeight)
+                       else weight.to(device) for name, weight in weights.items()}
+        set_weights(network, weights)
         network.cache_type = "bf16"
     else:
         embedding = types["embed_tokens.weight"]

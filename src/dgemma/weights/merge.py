@@ -119,7 +119,9 @@ def _changes(factors: Mapping[str, Factors]) -> dict[str, Change]:
 
 
 def _rewrite(path: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> int:
-    """Copy one safetensors file with its tensors changed; ``change`` gets the network's names. Returns the bytes of its tensors."""
+    """Copy one safetensors file with its tensors changed; returns the bytes of its tensors.
+
+    ``change`` gets the network's names."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
