@@ -11,8 +11,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HERE = [page for page in PAGES if page.name != "serving.md"]  # that needs a server: test_serving_docs.py
-SKIPPED = ("26B", "ORG/", "dgemma train", "dgemma serve", "--url")  # a download, hours, a server
+SKIPPED = ("26B", "ORG/", "recipes/", "dgemma serve", "--url")  # a download, hours, a server
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+
+RECIPE = """
+name: mails
+model: sudoku
+data: {train: mails.jsonl, held_out_share: 0.25, fill: pad}
+max_steps: 1
+batch_size: 2
+adapter: {r: 2}
+evaluation: {examples: 1}
+"""
 
 
 def blocks(language):
@@ -35,12 +45,17 @@ def test_a_python_example_runs(code):
     exec(compile(code, "example", "exec"), {})
 
 
-def test_the_commands_run_in_order(tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_run_in_order(tmp_path):
     (tmp_path / "puzzle.txt").write_text(PUZZLE)
+    for name in ("mails", "conversations"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "Is it open?", "response": "Yes."}\n' * 4)
+    (tmp_path / "mails.yaml").write_text(RECIPE)
     lines = list(commands())
     assert len(lines) >= 5
     for line in lines:
-        words = shlex.split(line)
+        words = shlex.split(line.split(" | ")[0], comments=True)
         stdin = tmp_path / words.pop() if "<" in words else None
         words = [word for word in words if word != "<"]
         done = subprocess.run([sys.executable, "-m", "dgemma.cli.main", *words[1:]], cwd=tmp_path, text=True,

@@ -127,10 +127,11 @@ def test_a_replaced_adapter_serves_those_who_began_with_it(network, engine_of, a
 
 def test_a_retired_adapter_goes_with_its_last_request(network, engine_of, ask):
     adapter, store = made(network, "sql"), PrefixStore()
-    engine = engine_of(network, prefixes=store, memory=1 << 24)
+    engine = engine_of(network, max_batch=1, prefixes=store, memory=1 << 24)
     engine.adopt(adapter)
     assert engine.memory.limit == (1 << 24) - adapter.nbytes
-    engine.submit(ask(PROMPT, adapter=adapter))
+    for i in range(2):  # one runs, one waits
+        engine.submit(ask(PROMPT, id=i, adapter=adapter))
     engine.step()
     engine.retire(adapter)
     assert engine.retired == [adapter] and store.nbytes
@@ -141,6 +142,20 @@ def test_a_retired_adapter_goes_with_its_last_request(network, engine_of, ask):
     del adapter
     gc.collect()
     assert gone() is None
+
+
+def test_an_adapter_adopted_twice_takes_its_memory_once_until_it_has_retired_twice(network, engine_of, ask):
+    adapter, store = made(network, "sql"), PrefixStore()
+    engine = engine_of(network, prefixes=store, memory=1 << 24)
+    for _ in range(2):
+        engine.adopt(adapter)
+    assert engine.memory.limit == (1 << 24) - adapter.nbytes
+    list(engine.run([ask(PROMPT, adapter=adapter)]))
+    engine.retire(adapter)
+    assert not engine.retired and engine.adopted and store.nbytes
+    assert engine.memory.limit == (1 << 24) - adapter.nbytes
+    engine.retire(adapter)
+    assert not engine.adopted and not store.nbytes and engine.memory.limit == 1 << 24
 
 
 def test_an_idle_adapter_goes_at_once(network, engine_of):

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +17,9 @@ from dgemma.cli.main import app
 from dgemma.engine.service import Service
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, attach
+from dgemma.nn.mounts import mounted_bytes
 from dgemma.serve.settings import Settings
-from dgemma.weights.adapters import load_adapter, save_adapter
+from dgemma.weights.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
 from server_process import serving
 
 PROMPT = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
@@ -157,6 +159,16 @@ def test_only_the_folder_is_read(server, folder, tmp_path):
     (folder / "link").unlink()
     assert {answer.status_code for answer in answers} == {400}
     assert len({answer.text for answer in answers}) == 1 and answers[0].json()["error"]["param"] == "lora_path"
+    linked = folder / "linked"  # a folder that lies inside, with a file that does not
+    shutil.copytree(folder / "sql", linked)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (linked / name).rename(tmp_path / name)
+        (linked / name).symlink_to(tmp_path / name)
+        assert load(http, "sql", "linked").text == answers[0].text
+        (linked / name).unlink()
+        (linked / name).symlink_to(folder / "sql" / name)
+    assert load(http, "sql", "linked").status_code == 200
+    shutil.rmtree(linked)
     assert load(http, "sql", str(folder / "sql")).status_code == 200
 
 
@@ -170,7 +182,7 @@ def test_what_does_not_fit_changes_nothing(server, folder, texts):
     http, _ = server
     load(http, "sql")
     (folder / "empty").mkdir(exist_ok=True)
-    for path in ("empty", "nowhere"):
+    for path in ("empty", "nowhere", "x" * 300, "."):
         answer = load(http, "sql", path)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora_path"
     assert chat(http, "sql") == texts("sql")
@@ -213,6 +225,37 @@ def test_running_requests_finish_on_what_they_began_with(server, own, monkeypatc
     assert service.engine.memory.limit == before
 
 
+def test_a_request_keeps_the_adapter_that_was_there_when_it_came(server, monkeypatch, texts):
+    """Until it is queued its prompt is rendered, and all its choices are queued one by one."""
+    http, service = server
+    before, check, checked = service.engine.memory.limit, service.engine.check, []
+
+    def unloads_before_the_second(request):
+        check(request)
+        checked.append(request)
+        if len(checked) == 2:
+            unload(http, "sql")
+
+    monkeypatch.setattr(service.engine, "check", unloads_before_the_second)
+    load(http, "sql")
+    answer = http.post("/v1/chat/completions", json={"model": "sql", "seed": 1, "max_denoising_steps": STEPS, "n": 2,
+                                                     "messages": [{"role": "user", "content": PROMPT}]})
+    assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == texts("sql")
+    checked.clear()
+    load(http, "sql")
+    load(http, "mails")
+    monkeypatch.setattr(service.engine, "check", lambda request: (check(request), load(http, "sql", "newer")))
+    assert chat(http, "sql") == texts("sql")
+    monkeypatch.undo()
+    assert chat(http, "sql") == texts("newer")
+    assert metric(http, "dgemma_adapter_bytes", "sql") == service.adapters.get("sql").nbytes
+    for name in ("sql", "mails"):
+        unload(http, name)
+    while service.engine.adopted:
+        pass
+    assert service.engine.memory.limit == before
+
+
 def test_a_model_with_an_adapter_that_is_always_on_takes_no_others(own, folder):
     network = copy.deepcopy(own.network)
     load_adapter(network, folder / "sql")
@@ -221,10 +264,17 @@ def test_a_model_with_an_adapter_that_is_always_on_takes_no_others(own, folder):
         service.load_adapter("mails", folder / "mails")
 
 
-def test_an_adapter_larger_than_the_memory_is_refused(own, folder):
-    service = Service(own, memory=1000)
-    with pytest.raises(DgemmaError, match="this adapter needs"):
-        service.load_adapter("sql", folder / "sql")
+def test_adapters_leave_memory_for_requests(own, folder):
+    size = mounted_bytes(read_adapter(folder / "sql", own.network).factors)
+    large = Service(own, memory=1 << 32).engine
+    least = (large.memory.limit or 0) - (large.room or 0)  # what one request needs
+    service = Service(own, memory=(least + size * 5 // 2) * 4 // 3)
+    for name in ("one", "two"):  # it does not work yet
+        service.load_adapter(name, folder / "sql")
+    with pytest.raises(DgemmaError, match="this adapter needs .* beside what requests need"):
+        service.load_adapter("three", folder / "sql")
+    assert list(service.adapters.paths()) == ["one", "two"]
+    assert service.engine.room
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -232,6 +282,7 @@ def test_an_adapter_larger_than_the_memory_is_refused(own, folder):
     (["--adapter", "sudoku=FOLDER/sql"], "the model's own name"),
     (["--adapter", "sql=FOLDER/nowhere"], "there is no .*nowhere"),
     (["--adapter", "sql="], "there is no path"),
+    (["--adapter", "our/sql=FOLDER/sql", "--adapter", "our/sql=FOLDER/sql"], "two adapters called 'our/sql'"),
     (["--adapter", "FOLDER/sql", "--adapter", "FOLDER/mails"], "cannot both be always on"),
     (["--adapter", "FOLDER/sql", "--adapter", "m=FOLDER/mails"], "always on"),
     (["--adapter", "FOLDER/sql", "--adapters-from", "FOLDER"], "always on"),

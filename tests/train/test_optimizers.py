@@ -22,6 +22,17 @@ def trained(net, optimizers, steps, factor=1.0):
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
+def test_another_optimizer_s_memory_is_refused_and_nothing_changes():
+    net = network()
+    first = Optimizers(net, OptimizerSettings(kind="adamw"))
+    trained(net, first, 2)
+    other = network()
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    with pytest.raises(DgemmaError, match="holds another optimizer's memory than that of muon"):
+        Optimizers(other, OptimizerSettings(kind="muon")).load(first.tensors(), 2)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+
+
 def test_the_linear_schedule_warms_up_stays_and_falls_to_zero():
     settings = OptimizerSettings(warmup_steps=10, schedule="linear", decay_fraction=0.5)
     factors = [learning_rate_factor(step, 100, settings) for step in range(101)]
@@ -124,3 +135,16 @@ def test_a_memory_of_other_parameters_is_refused():
         other.load(optimizers.tensors(), 1)
     with pytest.raises(DgemmaError, match="average"):
         Optimizers(network(), OptimizerSettings(ema=0.5)).load(optimizers.tensors(), 1)
+
+
+def test_gradients_of_bfloat16_weights_are_summed_in_float32():
+    net = network(torch.bfloat16)
+    optimizers = Optimizers(net, OptimizerSettings())
+    wanted = torch.zeros(8, 6)
+    for part in range(20):
+        x = torch.linspace(-1, 1, 12).view(2, 6).to(torch.bfloat16) * (1 + part)
+        net(x).float().square().sum().backward()
+        wanted += net[0].weight.grad.float()
+        optimizers.gather()
+        assert net[0].weight.grad is None
+    assert torch.equal(optimizers.masters["0.weight"].grad, wanted)

@@ -95,6 +95,10 @@ def test_turns_of_several_canvases_pass(network):
     assert failed(network, [example(5), *turn(), example(30)]) == set()
 
 
+def test_a_canvas_of_which_only_the_last_token_counts_passes(network):
+    assert failed(network, [dataclasses.replace(example(5), weights=[0.0] * (CANVAS - 1) + [1.0])]) == set()
+
+
 def test_the_autoregressive_control_passes(network):
     checks = run_preflight(network, EXAMPLES, Objective(denoising_weight=0.0))
     assert [check.name for check in checks if check.passed] == [

@@ -7,7 +7,7 @@ import yaml
 
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig
-from dgemma.train.recipe import ConversationData, SudokuData, load_recipe, recipe_of
+from dgemma.train.recipe import ConversationData, SudokuData, beginning, load_recipe, recipe_of
 from dgemma.train.run import settings_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -88,6 +88,17 @@ def test_the_base_recipe_is_found_beside_this_one(tmp_path):
     ({"optimizer": {"lr": 0}}, "optimizer: lr must be above 0"),
     ({"optimizer": {"ema": 1.0}}, "ema must be"),
     ({"evaluation": {"every": 0}}, "evaluation: every must be at least 1"),
+    ({"evaluation": {"sweep": [4, 0], "metric": "sudoku"}}, "numbers of denoising steps are at least 1"),
+    ({"evaluation": {"sweep": [4]}}, "name a metric"),
+    ({"evaluation": {"max_tokens": 0}}, "max_tokens must be at least 1"),
+    ({"optimizer": {"lr": float("nan")}}, "lr must be a number"),
+    ({"seed": -1}, "seed must be at least 0"),
+    ({"name": "../x"}, "cannot be the name of a folder"),
+    ({"data": {"kind": "sudoku", "givens": [40, 30]}}, "givens must be two numbers"),
+    ({"data": {"train": "talk.jsonl", "held_out_share": 1.0}}, "held_out_share must be"),
+    ({"data": {"train": "talk.jsonl", "max_context": 0}}, "max_context must be"),
+    ({"data": {"kind": "extraction", "count": 0}}, "count must be at least 1"),
+    ({"max_steps": None, "epochs": float("inf"), "data": {"train": "talk.jsonl"}}, "epochs must be above 0"),
     ({"variants": {"a/b": {}}}, "cannot be the name of a folder"),
     ({"variants": {"a": {"max_steps": -1}}}, "variants: a: max_steps must be at least 1"),
     ({"variants": []}, "variants: expected a mapping"),
@@ -95,6 +106,29 @@ def test_the_base_recipe_is_found_beside_this_one(tmp_path):
 def test_a_mistake_is_named_with_its_file_and_section(tmp_path, recipe_data, change, message):
     with pytest.raises(DgemmaError, match=message):
         load(tmp_path, {**recipe_data, **change})
+
+
+def test_a_model_and_a_metric_are_found_beside_the_recipe(tmp_path):
+    for name in ("base.gguf", "metric.py"):
+        (tmp_path / name).touch()
+    recipe = load(tmp_path, talk(model="base.gguf", evaluation={"metric": "metric.py:score"}))[""]
+    assert recipe.model == str(tmp_path / "base.gguf")
+    assert recipe.evaluation.metric == f"{tmp_path / 'metric.py'}:score"
+
+
+def test_yaml_s_on_and_off_are_words(tmp_path):
+    recipe = load(tmp_path, "{name: talk, model: sudoku, max_steps: 3, data: {train: talk.jsonl, thinking: off}}")[""]
+    assert recipe.data == ConversationData(("talk.jsonl",), thinking="off")
+
+
+@pytest.mark.parametrize(("base", "message"), [
+    (talk(model={"recipe": "r.yaml"}), "cannot go on from itself"), (talk(adapter={"r": 2}), "trains an adapter"),
+    (talk(variants={"a": {}}), "has variants")])
+def test_a_base_that_is_none_is_named(tmp_path, base, message):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    recipe = load(tmp_path, talk(model={"recipe": "base.yaml"}))[""]
+    with pytest.raises(DgemmaError, match=message):
+        beginning(recipe)
 
 
 def test_what_is_missing_is_named(tmp_path, recipe_data):

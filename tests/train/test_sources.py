@@ -53,11 +53,6 @@ def test_a_share_is_held_out_evenly(count, share, kept):
     assert sorted(row.where for row in train + apart) == sorted(row.where for row in rows)
 
 
-def test_an_impossible_share_is_an_error():
-    with pytest.raises(DgemmaError, match="held_out_share"):
-        split([], 1.0)
-
-
 def test_what_is_left_out_is_told(model, conversations, tmp_path):
     with conversations.open("a") as file:
         file.write('\n{"prompt": "no answer"}')

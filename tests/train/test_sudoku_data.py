@@ -12,7 +12,7 @@ from dgemma.train.sudoku_data import HONEST_ANSWER, SudokuBatches
 def batches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(folder)
-    return SudokuBatches(Tokenizer.from_folder(folder), 90, 4, seed=0, bases=60, cache=folder / "p.npz",
+    return SudokuBatches(Tokenizer.from_folder(folder), 90, 4, seed=0, source=sudoku.PuzzleSource(60, 0),
                          givens=(24, 40))
 
 
@@ -54,6 +54,17 @@ def test_what_is_no_puzzle_is_answered_honestly(batches, kinds):
 
 def test_a_batch_depends_on_seed_and_step_only(batches, tmp_path):
     batches.source.save(tmp_path / "p.npz")
-    again = SudokuBatches(batches.tokenizer, 90, 4, seed=0, bases=60, cache=tmp_path / "p.npz", givens=(24, 40))
+    source = sudoku.PuzzleSource.cached(tmp_path / "p.npz", 60, 0)
+    again = SudokuBatches(batches.tokenizer, 90, 4, seed=0, source=source, givens=(24, 40))
     for step in (0, 7, 3):
         assert torch.equal(batches.batch(step).prompt, again.batch(step).prompt)
+
+
+def test_plain_batches_are_all_plain_and_their_examples_count_everywhere(batches, tmp_path):
+    plain = SudokuBatches(batches.tokenizer, 90, 3, seed=0, source=batches.source, givens=(24, 40), plain=True)
+    assert {plain.batch(step).kind for step in range(40)} == {"plain"}
+    batch, examples = plain.batch(5), plain.examples(5)
+    assert [example.canvas_ids for example in examples] == batch.canvas.tolist()
+    assert [example.context_ids for example in examples] == batch.prompt.tolist()
+    assert examples[0].weights == [1.0] * 90
+    assert examples[0].real_length == 90  # nine lines and the end of the turn

@@ -246,6 +246,180 @@ def test_a_changed_recipe_is_told_when_a_run_goes_on(conversations, tmp_path, ca
     assert "resuming at step 1" in out
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """No preflight: seconds that say nothing here."""
+    monkeypatch.setattr(trainer_module, "run_preflight", lambda *_, **__: [])
+
+
+def interrupting(monkeypatch, name, at):
+    """Ctrl-C at the beginning of the ``at``-th call (from 0) of one of the trainer's functions."""
+    original, calls = getattr(trainer_module, name), []
+
+    def called(*arguments, **others):
+        calls.append(name)
+        if len(calls) - 1 == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments, **others)
+
+    monkeypatch.setattr(trainer_module, name, called)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_evaluation_that_was_cut_off_is_made_up_for(recipe, tmp_path, monkeypatch, at):
+    recipe = dataclasses.replace(recipe, evaluation=Evaluation(every=2, examples=2))
+    with monkeypatch.context() as patched:
+        interrupting(patched, "validation_losses", at)
+        assert not trainer(recipe, tmp_path / "run").train()
+    again = trainer(recipe, tmp_path / "run")
+    assert again.step == 2 * at
+    assert again.train()
+    records = [record.step for record in read_journal(tmp_path / "run") if record.kind == "validation"]
+    assert records == [0, 2, 4]
+    assert trainer(recipe, tmp_path / "run").evaluated == 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_sweep_that_was_cut_off_is_made_up_for(conversations, tmp_path, monkeypatch):
+    evaluation = Evaluation(every=9, metric="exact", count=1, examples=1, sweep=(1, 2),
+                            settings={"max_denoising_steps": 3})
+    recipe = tuned(conversations, max_steps=1, evaluation=evaluation)
+    with monkeypatch.context() as patched:
+        interrupting(patched, "step_sweep", 1)
+        run = trainer(recipe, tmp_path / "run")
+        assert not run.train()
+    assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+    trained = weights(run)
+    again = trainer(recipe, tmp_path / "run")
+    assert again.train()
+    sweeps = [record.values["max_steps"] for record in read_journal(tmp_path / "run") if record.kind == "sweep"]
+    assert sweeps == [1, 1, 2]
+    assert torch.equal(weights(again), trained)  # the best was in its place only for so long
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("adapter", [None, AdapterConfig(r=2)], ids=["all", "adapter"])
+def test_an_exported_checkpoint_stands_in_for_the_network(conversations, tmp_path, adapter):
+    run = trainer(tuned(conversations, max_steps=2, adapter=adapter), tmp_path / "run")
+    began = weights(run)
+    run.trainee.export(tmp_path / "begin")
+    run.train()
+    with run.trainee.exported(tmp_path / "begin"):
+        assert torch.equal(weights(run), began)
+    assert not torch.equal(weights(run), began)
+
+
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_before_the_first_step_is_no_error(recipe, tmp_path, monkeypatch, capsys):
+    interrupting(monkeypatch, "validation_losses", 0)
+    assert not trainer(recipe, tmp_path / "run").train()
+    assert "holds no records yet" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_was_measured_before_a_stop_is_recorded(recipe, tmp_path):
+    run = trainer(recipe, tmp_path / "run")
+    stop_during(run, 1)
+    run.train()
+    assert [record.step for record in read_journal(tmp_path / "run") if record.kind == "train"] == [2]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_is_longer_than_it_has_to_be_is_finished(recipe, tmp_path):
+    trainer(dataclasses.replace(recipe, max_steps=2), tmp_path / "run").train()
+    assert trainer(dataclasses.replace(recipe, max_steps=1), tmp_path / "run").train()
+
+
+@pytest.mark.parametrize(("evaluation", "message"), [
+    ({"metric": "exakt"}, "there is no metric 'exakt'"), ({"metric": "json"}, "needs a reference answer that is JSON"),
+    ({"metric": "exact", "settings": {"entropy_bond": 1.0}}, "unknown setting entropy_bond"),
+    ({"metric": "exact", "settings": {"entropy_bound": -1.0}}, "evaluation: settings: entropy_bound"),
+])
+def test_a_metric_that_cannot_work_is_told_before_weights_are_read(conversations, tmp_path, monkeypatch, evaluation,
+                                                                   message):
+    monkeypatch.setattr(trainer_module, "begin", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(DgemmaError, match=message):
+        trainer(tuned(conversations, evaluation=Evaluation(**evaluation)), tmp_path / "run")
+
+
+def test_the_memory_is_told_before_weights_are_read(conversations, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise DgemmaError("out of memory")
+
+    monkeypatch.setattr(trainer_module, "begin", full)
+    with pytest.raises(DgemmaError, match="out of memory"):
+        trainer(tuned(conversations), tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "memory: about" in out
+    assert "it never gets to its full height" in out
+
+
+def test_a_gguf_file_is_trained_by_an_adapter_only(conversations, tmp_path):
+    (tmp_path / "base.gguf").touch()
+    parts = dataclasses.replace(trainee_module.stored_parts("sudoku"), source=tmp_path / "base.gguf")
+    with pytest.raises(DgemmaError, match="by an adapter only"):
+        trainee_module.begin(tuned(conversations, adapter=None), parts, RANKS.device)
+
+
+@pytest.mark.usefixtures("quick")
+def test_questions_think_as_the_recipe_says(conversations, tmp_path):
+    data = ConversationData((str(conversations),), fill="pad", thinking="on")
+    run = trainer(tuned(conversations, data=data, evaluation=Evaluation(metric="exact")), tmp_path / "run")
+    assert all(question.thinking for question in run.questions)
+
+
+@pytest.mark.usefixtures("quick")
+def test_of_equal_checkpoints_the_one_with_the_lower_loss_is_the_best(conversations, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(trainer_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
+    recipe = tuned(conversations, evaluation=Evaluation(every=2, metric="exact", count=1))
+    trainer(recipe, tmp_path / "run").train()
+    records = [(r.step, r.extra["best"]) for r in read_journal(tmp_path / "run") if r.kind == "task"]
+    assert records == [(0, True), (2, True), (4, False)]
+
+
+@pytest.mark.usefixtures("quick")
+def test_with_another_metric_or_other_data_the_best_is_chosen_anew(conversations, tmp_path, capsys):
+    recipe = tuned(conversations, max_steps=1)
+    trainer(recipe, tmp_path / "run").train()
+    same = trainer(recipe, tmp_path / "run")
+    assert same.best < 0
+    asked = dataclasses.replace(recipe, evaluation=Evaluation(metric="exact", count=1, examples=2))
+    other = trainer(asked, tmp_path / "run")
+    assert (other.best != other.best, other.evaluated) == (True, -1)
+    assert "the conversations to train on have changed" not in capsys.readouterr().out
+    conversations.write_text(conversations.read_text().replace("one", "won"))
+    trainer(recipe, tmp_path / "run")
+    assert "the conversations to train on have changed" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_best_checkpoint_that_cannot_be_written_costs_no_run(recipe, tmp_path, monkeypatch, capsys):
+    original, calls = trainee_module.Trainee.export, []
+
+    def full(self, folder):
+        calls.append(folder.name)
+        if calls == ["best", "best"]:
+            raise DgemmaError("No space left on device")
+        original(self, folder)
+
+    monkeypatch.setattr(trainee_module.Trainee, "export", full)
+    losses = iter([3.0, 2.0, 1.0])
+    monkeypatch.setattr(trainer_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
+    run = trainer(dataclasses.replace(recipe, evaluation=Evaluation(every=2)), tmp_path / "run")
+    assert run.train()
+    assert calls == ["best", "best", "best", "last"]
+    assert "going on without this checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_two_processes_do_not_train_in_one_folder(recipe, tmp_path):
+    run = trainer(recipe, tmp_path / "run")
+    with run.run.alone(), pytest.raises(DgemmaError, match="another process is training in this folder"):
+        trainer(recipe, tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_and_ends_the_same(recipe_data, tmp_path):
     """SIGKILL, several times over; the last good state is never lost."""

@@ -7,7 +7,7 @@ import yaml
 from dgemma.errors import DgemmaError
 from dgemma.train import trainer as trainer_module
 from dgemma.train.distributed import Ranks
-from dgemma.train.variants import train
+from dgemma.train.variants import plans, train
 
 RANKS = Ranks(torch.device("cpu"))
 
@@ -74,6 +74,31 @@ def test_a_recipe_that_goes_on_from_itself_is_an_error(tmp_path, recipe_data):
     path = write(tmp_path, "r.yaml", {**recipe_data, "model": {"recipe": "r.yaml"}, "generation": {}})
     with pytest.raises(DgemmaError, match="cannot go on from itself"):
         train(path, tmp_path / "r", RANKS, print)
+
+
+def test_two_recipes_of_one_name_do_not_share_a_folder(tmp_path, recipe_data, base):
+    data = {**recipe_data, "name": "base", "model": {"recipe": "base.yaml"}, "generation": {}}
+    path = write(tmp_path, "r.yaml", data)
+    with pytest.raises(DgemmaError, match="give it another name"):
+        train(path, tmp_path / "base", RANKS, print)
+
+
+def test_the_plan_of_recipes_in_a_circle_is_an_error(tmp_path, recipe_data):
+    for name, other in (("a", "b"), ("b", "a")):
+        write(tmp_path, f"{name}.yaml", {**recipe_data, "model": {"recipe": f"{other}.yaml"}, "generation": {}})
+    with pytest.raises(DgemmaError, match="cannot go on from itself"):
+        plans(tmp_path / "a.yaml", RANKS)
+
+
+def test_what_no_run_has_written_is_not_replaced(base, tmp_path, recipe_data):
+    (tmp_path / "best").mkdir()
+    with pytest.raises(DgemmaError, match="best: exists, and is no run's"):
+        train(base, tmp_path, RANKS, print)
+    recipe = write(tmp_path, "recipe.yaml", recipe_data)
+    (tmp_path / "best").rmdir()
+    with pytest.raises(DgemmaError, match="would write its own recipe in this one's place"):
+        train(recipe, tmp_path, RANKS, print)
+    assert yaml.safe_load(recipe.read_text()) == recipe_data
 
 
 def test_a_folder_that_holds_something_else_is_named(base, tmp_path):

@@ -215,6 +215,9 @@ E = "base_model.model.model.encoder.language_model.layers.0.self_attn.q_proj."
     (set_to(init_lora_weights="pissa"), "init_lora_weights 'pissa' is not supported"),
     (set_to(modules_to_save=["lm_head"]), "modules_to_save .* is not supported"),
     (set_to(target_modules="("), "unterminated subpattern"),
+    (set_to(target_modules=7), "target_modules must be a list of names, got 7"),
+    (set_to(target_parameters="experts"), "target_parameters must be a list of names, got 'experts'"),
+    (lambda f: (f / CONFIG_FILE).write_text("[" * 100_000), "not valid JSON"),
     (set_to(alpha_pattern={"decoder.layers.0.self_attn.q_proj": 1}), "differs between the encoder and the decoder"),
     (set_to(r=4), r"expected \[4, 24\], found \[3, 24\]"),
     (set_to(use_dora=True), "missing keys .*\n.*lora_magnitude_vector of model.decoder"),
@@ -236,6 +239,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tiny, saved, change, m
     with pytest.raises(CheckpointError, match=message):
         load_adapter(network, saved)
     assert not adapters(network)
+
+
+def test_a_path_longer_than_any_is_no_adapter(tiny, tmp_path):
+    with pytest.raises(CheckpointError, match="no such adapter"):
+        load_adapter(tiny, tmp_path / ("x" * 300))
 
 
 def test_an_adapter_for_another_model_says_whose_it_is(saved):
@@ -380,7 +388,7 @@ def test_where_a_merge_cannot_go(model_and_adapter, tmp_path, monkeypatch):
     for place in (folder, folder / "config.json"):
         with pytest.raises(DgemmaError, match="this exists already"):
             merge_to_folder(folder, adapter, place)
-    monkeypatch.setattr("dgemma.weights.merge._merge_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+    monkeypatch.setattr("dgemma.weights.merge._rewrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
     with pytest.raises(DgemmaError, match=r"out: cannot be written \(No space\)"):
         merge_to_folder(folder, adapter, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter"}

@@ -111,6 +111,25 @@ def test_stored_dtype(kind, dtype, network, tmp_path):
     assert torch.equal(logits_of(load(path, dtype=torch.float32)), logits_of(exact))
 
 
+def test_packed_weights_stay_packed_on_another_device_if_they_are_to(packed):
+    """For training an adapter: matrices in their blocks, everything else in float32, all of it there."""
+    found, here = load(packed, device="meta", keep_packed=True), load(packed)
+    count = 0
+    for (name, module), (_, own) in zip(found.named_modules(), here.named_modules(), strict=True):
+        for key, weight in vars(own).items():
+            if isinstance(weight, PackedWeight):
+                other = getattr(module, key)
+                assert isinstance(other, PackedWeight), f"{name}.{key}"
+                assert (other.device.type, other.type, other.data.shape) == ("meta", weight.type, weight.data.shape)
+                count += 1
+    assert count > 10
+    assert {tensor.device.type for tensor in found.state_dict().values()} == {"meta"}
+    assert {tensor.dtype for tensor in found.state_dict().values()} == {torch.float32}
+    assert found.cache_type == here.cache_type == "bf16"
+    assert not any(isinstance(value, PackedWeight) for module in load(packed, device="meta").modules()
+                   for value in vars(module).values())
+
+
 def test_packed_weights_are_views_of_the_file(packed, network):
     model = open_gguf(packed)
     shapes = network_shapes(model.config)

@@ -97,7 +97,8 @@ def _adapters(given: Sequence[str], settings: Settings) -> tuple[Path | None, di
     named: dict[str, Path] = {}
     for text in given:
         name, equals, place = text.partition("=")
-        if not equals or "/" in name or Path(text).exists():  # a path may have an equals sign in it
+        # A path may have an equals sign in it, and a name slashes.
+        if not equals or Path(text).exists() or ("/" in name and not Path(place).exists()):
             fixed.append(Path(text))
             continue
         check_adapter_name(name, settings.served_names)

@@ -42,8 +42,11 @@ def train(
 ) -> None:
     """Train a model by a recipe; run it again to go on where it stopped (Ctrl-C saves first).
 
-    The result is a checkpoint folder for `dgemma run -m`: OUT/best by evaluation, OUT/checkpoint the latest.
+    The result is OUT/best by evaluation and OUT/last, the latest: a checkpoint for `dgemma run -m`, or an adapter for
+    `dgemma run --adapter`. OUT/report.html shows the run.
     """
+    if recipe is not None:
+        _needs_extra()
     if preview:
         if (recipe is None) == (not data):
             raise DgemmaError("--preview shows what a recipe trains on, or conversations: give a recipe or --data")
@@ -57,11 +60,6 @@ def train(
     if plan:
         _show_plan(recipe, device)
         return
-    try:
-        import tensorboard  # noqa: F401  (the trainer logs to it)
-        import yaml  # noqa: F401  (recipes are written in it)
-    except ImportError as error:
-        raise DgemmaError(f"training needs its extra ({error.name} is missing): pip install 'dgemma[train]'") from error
     from dgemma.train.distributed import joined
     from dgemma.train.recipe import read_yaml
     from dgemma.train.variants import train as run
@@ -71,6 +69,15 @@ def train(
         finished = run(recipe, folder, ranks, typer.echo if ranks.is_main else lambda text: None)
     if not finished:
         raise typer.Exit(130)  # as a shell says it of what Ctrl-C ended
+
+
+def _needs_extra() -> None:
+    try:
+        import matplotlib  # noqa: F401  (the report's plots)
+        import tensorboard  # noqa: F401  (the trainer logs to it)
+        import yaml  # noqa: F401  (recipes are written in it)
+    except ImportError as error:
+        raise DgemmaError(f"training needs its extra ({error.name} is missing): pip install 'dgemma[train]'") from error
 
 
 def _show_plan(recipe: Path, device: str | None) -> None:
@@ -103,16 +110,13 @@ def _preview_recipe(path: Path, count: int) -> None:
     """Print the first examples of a recipe's first steps; puzzles come from fewer base puzzles than in training."""
     import tempfile
 
-    from dgemma.train.recipe import load_recipe
+    from dgemma.train.recipe import beginning, load_recipe
     from dgemma.train.sources import few, source_of
     from dgemma.train.trainee import parts_of
 
     name, settings = next(iter(load_recipe(path).items()))
     left_out: list[str] = []
-    # What it goes on from may not be trained yet, but its recipe says all that is needed.
-    like = settings if settings.fresh or isinstance(settings.model, str) else next(
-        iter(load_recipe(Path(settings.model["recipe"])).values()))
-    parts = parts_of(like)
+    parts = parts_of(beginning(settings))  # what it goes on from may not be trained yet
     with tempfile.TemporaryDirectory() as folder:
         source = source_of(few(settings), parts.tokenizer, parts.config, parts.generation_config, Path(folder),
                            left_out.append)

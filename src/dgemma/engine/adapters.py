@@ -6,11 +6,15 @@ Works on adapters' files and a network's modules; knows nothing of requests.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import adaptable, adapters
 from dgemma.nn.mounts import MountedAdapter, mountable
+
+if TYPE_CHECKING:
+    from dgemma.weights.adapters import Adapter
 
 
 class UnknownAdapterError(DgemmaError):
@@ -26,9 +30,6 @@ class AdapterShelf:
         self._config = network.config
         self._known: dict[str, tuple[MountedAdapter, str]] = {}  # and where it was read
 
-    def all(self) -> list[MountedAdapter]:
-        return [adapter for adapter, _ in list(self._known.values())]
-
     def paths(self) -> dict[str, str]:
         """Where each adapter was read."""
         return {name: path for name, (_, path) in list(self._known.items())}
@@ -39,8 +40,12 @@ class AdapterShelf:
             raise UnknownAdapterError(f"there is no adapter {name!r}")
         return self._known[name][0]
 
-    def read(self, name: str, path: str | Path) -> MountedAdapter:
-        """An adapter for this network from its files; nobody knows it yet. Raises DgemmaError."""
+    def offers(self, adapter: MountedAdapter) -> bool:
+        """Whether it has its name now."""
+        return self._known.get(adapter.name, (None, ""))[0] is adapter
+
+    def read(self, name: str, path: str | Path) -> Adapter:
+        """An adapter for this network from its files. Raises DgemmaError."""
         from dgemma.weights.adapters import read_adapter
         from dgemma.weights.load import empty_network
 
@@ -48,7 +53,10 @@ class AdapterShelf:
             raise DgemmaError(f"adapter {name!r} cannot be added: this model was loaded with an adapter that is always "
                               "on; load the model without it, and give that one a name, too")
         # The names and shapes are those of a network of this shape: this one's modules may be changing just now.
-        adapter = read_adapter(path, empty_network(self._config))
+        return read_adapter(path, empty_network(self._config))
+
+    def mountable(self, name: str, adapter: Adapter) -> MountedAdapter:
+        """The adapter where the network is; nobody knows it yet."""
         return mountable(name, self._places, adapter.config, adapter.factors)
 
     def put(self, adapter: MountedAdapter, path: str | Path) -> MountedAdapter | None:

@@ -8,6 +8,8 @@ for two functions that turn an answer's tokens into it.
 from __future__ import annotations
 
 import logging
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -59,7 +61,7 @@ class Engine:
     A request's randomness is its own, so its tokens do not depend on who shares the batch (up to rounding, which in
     bfloat16 can tip a choice). ``prefixes`` may outlive the engine. With ``isolate``, whatever goes wrong inside a
     request ends that one with a Failed event; without, it is raised. ``between`` is called between the passes of a
-    step; it may `submit`, `cancel`, `adopt` and `retire`.
+    step; it may `submit`, `cancel` and `retire`.
 
     Requests of different adapters share steps, but not passes: a pass is of one adapter's requests, which is put on the
     network for it. Between two steps the network is as it was found.
@@ -80,7 +82,9 @@ class Engine:
         self._events: list[Event] = []  # of the step that runs
         self._cancelled: set[int] = set()
         self._mounted: MountedAdapter | None = None
+        self.adopted: Counter[MountedAdapter] = Counter()  # how often each was, less how often let go
         self.retired: list[MountedAdapter] = []  # adapters that only wait for their last requests
+        self._adopting = threading.Lock()
         self._stop = False  # cancel everything; a plain flag, since signal handlers must not meet a lock
 
     @property
@@ -115,9 +119,13 @@ class Engine:
 
     def memory_of(self, request: Request) -> int:
         """The most memory that a request can come to need, bytes: keys and values, and its part of a pass."""
-        config, item = self.network.config, self.network.dtype.itemsize
+        config = self.network.config
         canvases = -(-request.settings.max_tokens // config.canvas_length)
-        tokens = min(len(request.prompt_ids) + (canvases - 1) * config.canvas_length, config.max_position_embeddings)
+        tokens = len(request.prompt_ids) + (canvases - 1) * config.canvas_length
+        return self._memory_for(min(tokens, config.max_position_embeddings))
+
+    def _memory_for(self, tokens: int) -> int:
+        config, item = self.network.config, self.network.dtype.itemsize
         return (row_bytes(config, tokens, self.network.cache_type or item)
                 + working_bytes(config, config.canvas_length, item))
 
@@ -131,13 +139,20 @@ class Engine:
 
     # Adapters that stay while requests come and go
 
+    @property
+    def room(self) -> int | None:
+        """Memory that further adapters may have, bytes: all but what the shortest request needs."""
+        return None if self.memory.limit is None else max(self.memory.limit - self._memory_for(1), 0)
+
     def adopt(self, adapter: MountedAdapter) -> None:
-        """Take an adapter's memory off what there is for requests."""
-        if self.memory.limit is not None:
-            self.memory.limit -= adapter.nbytes
+        """Take an adapter's memory off what there is for requests, once however often; from any thread."""
+        with self._adopting:
+            self.adopted[adapter] += 1
+            if self.memory.limit is not None and self.adopted[adapter] == 1:
+                self.memory.limit -= adapter.nbytes
 
     def retire(self, adapter: MountedAdapter) -> None:
-        """No more requests will come for an adapter that was adopted: what it holds is let go after the last one."""
+        """Undo an `adopt`: no more requests come because of it. What the adapter holds is let go after the last one."""
         self.retired.append(adapter)
         self._let_go()
 
@@ -148,9 +163,14 @@ class Engine:
         used = {row.request.adapter for row in rows}
         for adapter in [adapter for adapter in self.retired if adapter not in used]:
             self.retired.remove(adapter)
+            with self._adopting:
+                self.adopted[adapter] -= 1
+                if self.adopted[adapter]:
+                    continue  # adopted again: another request comes
+                del self.adopted[adapter]
+                if self.memory.limit is not None:
+                    self.memory.limit += adapter.nbytes
             self.prefixes.forget(adapter)
-            if self.memory.limit is not None:
-                self.memory.limit += adapter.nbytes
 
     def _mount(self, adapter: MountedAdapter | None) -> None:
         """Put an adapter on the network; None takes off the one that is on it."""

@@ -30,7 +30,6 @@ class _Node:
     tokens: tuple[int, ...]
     page: Page
     lighter: Page  # the same without its sliding layers
-    parent: _Node | None
     siblings: _Children  # where it stands itself
     children: _Children = field(default_factory=lambda: _Children())
     holders: int = 0  # contexts in use that go through this node
@@ -227,14 +226,14 @@ class Prefix:
         store, cache = self._store, self.cache
         with store._lock:
             now = next(store._clock)
-            children, parent, path = store._tops.setdefault(self._adapter, _Children()), None, []
+            children, path = store._tops.setdefault(self._adapter, _Children()), []
             for index, page in enumerate(cache.pages):
                 tokens = tuple(context[index * rows.PAGE : index * rows.PAGE + page.count])
                 node = children.get(tokens)
                 if node is None:
                     # A shorter end that this page goes on from becomes this page.
                     shorter = children.shorter(tokens)
-                    node = _Node(tokens, page, page, parent, children) if shorter is None else children.take(shorter)
+                    node = _Node(tokens, page, page, children) if shorter is None else children.take(shorter)
                     if shorter is not None:
                         store._count(node, -1)
                     node.tokens, node.page, node.lighter = tokens, page, page.without_sliding(cache.config)
@@ -251,7 +250,7 @@ class Prefix:
                     node.seen = now
                 node.used = now
                 path.append(node)
-                children, parent = node.children, node
+                children = node.children
             self._hold(path)
             store.trim()
 

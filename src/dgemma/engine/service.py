@@ -23,7 +23,7 @@ from dgemma.engine.adapters import AdapterShelf
 from dgemma.engine.engine import Counts, Engine
 from dgemma.errors import DgemmaError
 from dgemma.memory import request_memory
-from dgemma.nn.mounts import MountedAdapter
+from dgemma.nn.mounts import MountedAdapter, mounted_bytes
 
 PREFIX_SHARE = 4  # one part in so many of the memory for requests keeps what was read before
 
@@ -78,7 +78,7 @@ class Service:
         self.adapters = AdapterShelf(model.network)
         self._adapter_requests: Counter[str] = Counter()
         self._changing = threading.Lock()  # what an adapter's name means; its requests reach the inbox before its end
-        self._inbox: queue.SimpleQueue[Request | _Adopted | _Retired | int | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | _Retired | int | None] = queue.SimpleQueue()
         self._mail: dict[int, _Mailbox] = {}
         self._ids = itertools.count(1)
         self._thread = threading.Thread(target=self._work, daemon=True, name="dgemma-engine")
@@ -103,28 +103,34 @@ class Service:
 
     def _adapter_stats(self) -> dict[str, AdapterStats]:
         sizes: Counter[str] = Counter()
-        for adapter in [*self.adapters.all(), *self.engine.retired]:
+        for adapter in list(self.engine.adopted):
             sizes[adapter.name] += adapter.nbytes
         used = Counter(mailbox.adapter.name for mailbox in list(self._mail.values()) if mailbox.adapter is not None)
         return {name: AdapterStats(sizes[name], used[name], self._adapter_requests[name])
                 for name in [*sizes, *(self._adapter_requests.keys() - sizes)]}
 
-    def load_adapter(self, name: str, path: str | Path) -> None:
-        """Read an adapter's files and offer it under a name, in place of what had that name; for any thread.
+    def load_adapter(self, name: str, path: str | Path) -> bool:
+        """Read an adapter's files and offer it under a name; whether in place of another one. For any thread.
 
         Requests that came before keep what they began with. Raises DgemmaError, and changes nothing, when the files do
         not fit this model or its memory.
         """
-        adapter = self.adapters.read(name, path)
-        room = self.engine.memory.limit
-        if room is not None and adapter.nbytes > room:
-            raise DgemmaError(f"{path}: this adapter needs {adapter.nbytes >> 20} MiB of memory; there are "
-                              f"{room >> 20} MiB for requests")
+        files = self.adapters.read(name, path)
+        self._check_room(path, mounted_bytes(files.factors))
+        adapter = self.adapters.mountable(name, files)
         with self._changing:
+            self._check_room(path, adapter.nbytes)  # others may have come meanwhile
+            self.engine.adopt(adapter)
             before = self.adapters.put(adapter, path)
-            self._inbox.put(_Adopted(adapter))
             if before is not None:
                 self._inbox.put(_Retired(before))
+        return before is not None
+
+    def _check_room(self, path: str | Path, nbytes: int) -> None:
+        room = self.engine.room
+        if room is not None and nbytes > room:
+            raise DgemmaError(f"{path}: this adapter needs {nbytes / 2**20:.1f} MiB of memory; there are "
+                              f"{room / 2**20:.1f} MiB beside what requests need at least")
 
     def unload_adapter(self, name: str) -> None:
         """Offer an adapter no more; requests that came before still finish. Raises `UnknownAdapterError`."""
@@ -134,10 +140,10 @@ class Service:
     async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
         """The request's events, from CanvasStarted to Finished or Failed; its id is replaced.
 
-        Its adapter becomes the one that has this name when the request is queued. Raises `Overloaded` when the queue is
-        full, ValueError when the network, or its memory, cannot run it, `UnknownAdapterError` when its adapter has been
-        unloaded. Closing the iterator cancels the request within one step. Of drafts (Denoised) that were not fetched
-        in time only the last is kept, so a slow reader costs no more memory than the answer takes.
+        Its adapter stays its own even if that is not offered any more. Raises `Overloaded` when the queue is full,
+        ValueError when the network, or its memory, cannot run it. Closing the iterator cancels the request within one
+        step. Of drafts (Denoised) that were not fetched in time only the last is kept, so a slow reader costs no more
+        memory than the answer takes.
         """
         await asyncio.to_thread(self.engine.check, request)  # a constraint may have to be worked out
         if self._stopping or self._gone:
@@ -149,16 +155,17 @@ class Service:
         if 2 * mine >= self.most and 4 * len(self._mail) >= 3 * self.most:  # leave room for somebody else
             raise Overloaded(f"{mine} requests of yours are running or waiting already", self._patience())
         with self._changing:
-            if request.adapter is not None:
-                adapter = self.adapters.get(request.adapter.name)
-                request = replace(request, adapter=adapter)
-                self._adapter_requests[adapter.name] += 1
             request = replace(request, id=next(self._ids))
             mailbox = self._mail[request.id] = _Mailbox(asyncio.get_running_loop(), request.client, request.adapter)
             if self._gone:  # just now: nobody would ever answer
                 del self._mail[request.id]
                 raise Overloaded("the server is stopping", 10.0, stopping=True)
             self._inbox.put(request)
+            if (adapter := request.adapter) is not None:
+                self._adapter_requests[adapter.name] += 1
+                if not self.adapters.offers(adapter):  # not any more, since the request came
+                    self.engine.adopt(adapter)
+                    self._inbox.put(_Retired(adapter))
         over = False
         try:
             while not over:
@@ -221,8 +228,6 @@ class Service:
                 self._last = True
             elif isinstance(item, Request):
                 self._submit(item)
-            elif isinstance(item, _Adopted):
-                self.engine.adopt(item.adapter)
             elif isinstance(item, _Retired):
                 self.engine.retire(item.adapter)
             else:
@@ -253,13 +258,6 @@ class Service:
                 for _, event in letters:
                     self._mail.pop(event.request, None)
                     self.engine.cancel(event.request)
-
-
-@dataclass(frozen=True)
-class _Adopted:
-    """An adapter's requests may come now."""
-
-    adapter: MountedAdapter
 
 
 @dataclass(frozen=True)

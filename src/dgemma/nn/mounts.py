@@ -43,7 +43,6 @@ def mountable(name: str, places: Places, config: AdapterConfig, factors: Mapping
     parts: dict[nn.Module, nn.Module | None] = {module: None for module, _ in places.values()}
     plain = replace(config, dora=False)  # the magnitudes are known: no lengths of rows are needed
     generator = torch.Generator().manual_seed(0)
-    nbytes = 0
     # In inference mode nobody counts a tensor's versions, which DoRA's lengths are kept by.
     with torch.inference_mode(False), torch.no_grad():
         for place, known in factors.items():
@@ -54,8 +53,6 @@ def mountable(name: str, places: Places, config: AdapterConfig, factors: Mapping
             adapter.b.copy_(known.b)
             if known.magnitude is not None:
                 adapter.magnitude = nn.Parameter(known.magnitude.to(adapter.b.device, copy=True))
-                nbytes += adapter.magnitude.nbytes  # of the lengths, which the first pass works out
-            nbytes += sum(parameter.nbytes for parameter in adapter.parameters())
             if isinstance(module, Experts):
                 both = parts[module] = parts[module] or ExpertAdapter()
                 setattr(both, attribute, adapter)
@@ -63,4 +60,10 @@ def mountable(name: str, places: Places, config: AdapterConfig, factors: Mapping
                 parts[module] = adapter
     for part in filter(None, parts.values()):
         part.requires_grad_(False).eval()
-    return MountedAdapter(name, parts, nbytes)
+    return MountedAdapter(name, parts, mounted_bytes(factors))
+
+
+def mounted_bytes(factors: Mapping[str, Factors]) -> int:
+    """The memory of a mounted adapter: its numbers in float32, and DoRA's lengths, which the first pass works out."""
+    return 4 * sum(known.a.numel() + known.b.numel() + (0 if known.magnitude is None else 2 * known.magnitude.numel())
+                   for known in factors.values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,11 +15,13 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
+from dgemma.engine.adapters import UnknownAdapterError
 from dgemma.engine.service import Service
 from dgemma.errors import DgemmaError
 from dgemma.serve.bodies import RequestBody, unknown_model
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.settings import Settings, check_adapter_name
+from dgemma.weights.adapters import CONFIG_FILE, WEIGHTS_FILE
 
 log = logging.getLogger("dgemma.serve")
 
@@ -68,9 +71,8 @@ def router(service: Service, settings: Settings) -> APIRouter:
             raise ApiError(400, str(error), "lora_name") from error
         path = _inside(folder, body.lora_path)
         async with one_at_a_time:
-            replaced = body.lora_name in service.adapters.paths()
             try:
-                await asyncio.to_thread(service.load_adapter, body.lora_name, path)
+                replaced = await asyncio.to_thread(service.load_adapter, body.lora_name, path)
             except DgemmaError as error:
                 raise ApiError(400, str(error), "lora_path") from error
         log.info("adapter %r is served from %s now%s", body.lora_name, path, ", in place of another" * replaced)
@@ -80,9 +82,10 @@ def router(service: Service, settings: Settings) -> APIRouter:
     async def unload_lora_adapter(body: UnloadAdapterBody) -> Response:
         """Offer an adapter no more."""
         _allowed(settings)
-        if body.lora_name not in service.adapters.paths():
-            raise unknown_model(body.lora_name, service, settings, "lora_name")
-        service.unload_adapter(body.lora_name)
+        try:
+            service.unload_adapter(body.lora_name)
+        except UnknownAdapterError as error:
+            raise unknown_model(body.lora_name, service, settings, "lora_name") from error
         log.info("adapter %r is served no more", body.lora_name)
         return _answer(id=body.lora_name, object="model", deleted=True)
 
@@ -97,13 +100,18 @@ def _allowed(settings: Settings) -> Path:
 
 
 def _inside(folder: Path, path: str) -> Path:
-    """The path with its links followed; what lies outside is refused in one way, whether it is there or not."""
+    """The path with its links followed; what lies outside is refused in one way, whether it is there or not.
+
+    The adapter's files may be links, too.
+    """
     folder = folder.resolve()
     try:
         place = (folder / path).resolve()
+        home = place if os.path.isdir(place) else place.parent
+        files = [(home / name).resolve() for name in (CONFIG_FILE, WEIGHTS_FILE)]
     except (OSError, RuntimeError, ValueError):  # a loop of links, a zero byte
-        place = None
-    if place is None or not place.is_relative_to(folder):
+        place, files = folder.parent, []
+    if not all(file.is_relative_to(folder) for file in (place, *files)):
         raise ApiError(400, "lora_path must be inside the folder that this server was started with (--adapters-from)",
                        "lora_path")
     return place

@@ -18,7 +18,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from dgemma.engine.adapters import UnknownAdapterError
 from dgemma.engine.service import Overloaded
 from dgemma.errors import DgemmaError
 from dgemma.serve.deltas import BrokenAnswerError
@@ -125,8 +124,6 @@ def as_api_error(error: Exception) -> ApiError:
                         code=None if error.stopping else "overloaded")
     if isinstance(error, BrokenAnswerError):
         return ApiError(500, str(error))
-    if isinstance(error, UnknownAdapterError):  # unloaded since the request came
-        return ApiError(404, str(error), "model", "model_not_found")
     if isinstance(error, DgemmaError):
         return ApiError(400, str(error), _param_of(str(error)))
     if isinstance(error, RequestValidationError):

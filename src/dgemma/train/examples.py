@@ -126,7 +126,7 @@ def canvases_of(turn: Turn, canvas_length: int, fill_id: int, fill_weight: float
 def batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """An epoch's batches as indices of examples: every example once, in an order that depends on the arguments only.
 
-    Examples of a similar context length share a batch, so that little is padded, and so do the canvases of a turn, which
+    Examples of a similar context length share a batch, so that little is padded; so do the canvases of a turn, which
     then share one reading of it; the last batch may be smaller.
     """
     if batch_size < 1:

@@ -2,9 +2,10 @@
 
 As in the public recipes for this model: t ~ U(ε, 1) per example, every canvas token replaced with probability t by a
 uniform one, plain cross-entropy over all positions of the canvas (kept, replaced and fill alike), the encoder's causal
-loss beside it, and self-conditioning from an earlier pass without gradient; true zeros otherwise. Each of these is a
-setting. Works on token ids and a network; knows nothing of text, files or optimizers. What it works on is made in
-`dgemma.train.batch` and `dgemma.train.noise`.
+loss beside it, and self-conditioning from an earlier pass without gradient (nor one for the table that its soft
+embeddings are averages of: they are an input); true zeros otherwise. Each of these is a setting. Works on token ids
+and a network; knows nothing of text, files or optimizers. What it works on is made in `dgemma.train.batch` and
+`dgemma.train.noise`.
 """
 
 from __future__ import annotations

@@ -63,11 +63,17 @@ class Optimizers:
         self._rates.append(rate)
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One step with the rates times ``factor``; the gradients are gone afterwards."""
+    def gather(self) -> None:
+        """Take a micro-batch's gradients over from narrower parameters: the step's sum is float32, in the masters."""
         for name, parameter in self.parameters.items():
             if (master := self.masters[name]) is not parameter and parameter.grad is not None:
-                master.grad, parameter.grad = parameter.grad.float(), None
+                new, parameter.grad = parameter.grad.float(), None
+                master.grad = new if master.grad is None else master.grad.add_(new)
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """One step of the masters' gradients with the rates times ``factor``; they are gone afterwards."""
+        self.gather()
         for optimizer, rate in zip(self.all, self._rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
@@ -118,16 +124,17 @@ class Optimizers:
         if wrong:
             raise DgemmaError("was made by another model, or with other parameters to train: "
                               f"{min(wrong)} and {len(wrong) - 1} more differ")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
         owners = {id(p): optimizer for optimizer in self.all for group in optimizer.param_groups
                   for p in group["params"]}
-        for name, tensor in tensors.items():
-            if name.startswith("memory/"):
-                _, key, of = name.split("/", 2)
-                parameter = self.masters[of]
-                # AdamW counts its steps in a number on the CPU.
-                owners[id(parameter)].state[parameter][key] = (
-                    tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True))
+        memory = [(name.split("/", 2)[1:], tensor) for name, tensor in tensors.items() if name.startswith("memory/")]
+        if any((key == "momentum") != isinstance(owners[id(self.masters[of])], Muon) for (key, of), _ in memory):
+            raise DgemmaError(f"holds another optimizer's memory than that of {self.settings.kind}")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        for (key, of), tensor in memory:
+            parameter = self.masters[of]
+            # AdamW counts its steps in a number on the CPU.
+            owners[id(parameter)].state[parameter][key] = (
+                tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True))
         self.steps = steps
         self._load({name: p.detach() for name, p in self.masters.items()})

@@ -57,7 +57,7 @@ def canvas_is_used(bench: Bench) -> Check:
     given = batch.canvas
     wrong = sum(int((seen.canvas != given).sum()) for seen in bench.passes(batch, clean))
     # A position without loss, changed: what its target is does not count, so the loss moves only through the input.
-    weights = torch.ones_like(given, dtype=torch.float32) if batch.weights is None else batch.weights.clone()
+    weights = torch.ones_like(given, dtype=torch.float32)  # not the example's own, of which nothing might be left
     weights[:, -1] = 0.0
     without = dataclasses.replace(batch, weights=weights)
     alone = dataclasses.replace(bench, objective=dataclasses.replace(bench.objective, causal_weight=0.0))

@@ -6,6 +6,7 @@ Works on YAML and dataclasses; knows nothing of networks and how they train.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from dgemma.config import generation_config_from_dict, model_config_from_dict
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig
 from dgemma.train.objective import Objective
+from dgemma.weights.locate import bundled_models
 
 T = TypeVar("T")
 
@@ -39,6 +41,12 @@ class ConversationData:
     fill: Literal["eos", "pad"] = "eos"
     skip_bad: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out_share < 1:
+            raise ValueError(f"held_out_share must be at least 0 and below 1, got {self.held_out_share}")
+        if self.max_context is not None and self.max_context < 1:
+            raise ValueError(f"max_context must be at least 1, got {self.max_context}")
+
 
 @dataclass(frozen=True)
 class SudokuData:
@@ -52,6 +60,12 @@ class SudokuData:
     easy_givens: int = 36
     curriculum_steps: int = 1500
     plain: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bases < 1 or self.curriculum_steps < 0:
+            raise ValueError("bases must be at least 1 and curriculum_steps at least 0")
+        if not 17 <= self.givens[0] <= self.givens[1] <= 80:
+            raise ValueError(f"givens must be two numbers from 17 to 80, the smaller first, got {list(self.givens)}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,10 @@ class ExtractionData:
 
     count: int = 20_000
     held_out: int = 256
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.held_out < 0:
+            raise ValueError("count must be at least 1 and held_out at least 0")
 
 
 DATA = {"conversations": ConversationData, "sudoku": SudokuData, "text": TextData, "extraction": ExtractionData}
@@ -128,6 +146,15 @@ class Evaluation:
     sweep_count: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("every", "count", "examples", "max_tokens", "sweep_count"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if any(steps < 1 for steps in self.sweep):
+            raise ValueError(f"sweep: numbers of denoising steps are at least 1, got {list(self.sweep)}")
+        if self.sweep and self.metric is None:
+            raise ValueError("a sweep asks the metric's questions again: name a metric, or take the sweep out")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -168,6 +195,11 @@ class Recipe:
         """Whether the network begins with random weights."""
         return isinstance(self.model, dict) and "recipe" not in self.model
 
+    @property
+    def base(self) -> Path | None:
+        """The recipe file that this one goes on from."""
+        return Path(self.model["recipe"]) if isinstance(self.model, dict) and not self.fresh else None
+
 
 def load_recipe(path: Path) -> dict[str, Recipe]:
     """Read and check a recipe -> its variants by name, in order; one called "" where it has none.
@@ -190,6 +222,31 @@ def load_recipe(path: Path) -> dict[str, Recipe]:
     return found
 
 
+def base_recipe(path: Path) -> Recipe:
+    """A recipe that others go on from: without variants, and with a whole checkpoint for its result."""
+    found = load_recipe(path)
+    if "" not in found:
+        raise DgemmaError(f"{path}: has variants; a recipe to go on from has one result")
+    if found[""].adapter is not None:
+        raise DgemmaError(f"{path}: trains an adapter; a recipe to go on from makes a whole checkpoint: merge the "
+                          "adapter (dgemma merge), and give the merged folder as the model")
+    return found[""]
+
+
+def beginning(recipe: Recipe) -> Recipe:
+    """The recipe at the end of those that this one goes on from, which may be itself: what its network looks like.
+
+    Raises DgemmaError for one that cannot be gone on from.
+    """
+    seen: set[Path] = set()
+    while recipe.base is not None:
+        if recipe.base.resolve() in seen:
+            raise DgemmaError(f"{recipe.base}: model: a recipe cannot go on from itself")
+        seen.add(recipe.base.resolve())
+        recipe = base_recipe(recipe.base)
+    return recipe
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises DgemmaError naming it."""
     try:
@@ -210,15 +267,17 @@ def recipe_of(data: Mapping[str, Any], path: Path, where: str | None = None) -> 
     if "data" in data:
         data["data"] = _data_of(data["data"], f"{where}: data", path.parent)
     recipe = _build(Recipe, data, where)
+    if Path(recipe.name).name != recipe.name or recipe.name.startswith("."):
+        raise DgemmaError(f"{where}: name: {recipe.name!r} cannot be the name of a folder")
     for name in ("batch_size", "save_every", "max_steps", "micro_batch"):
         if (value := getattr(recipe, name)) is not None and value < 1:
             raise DgemmaError(f"{where}: {name} must be at least 1, got {value}")
-    for name in ("every", "count", "examples"):
-        if getattr(recipe.evaluation, name) < 1:
-            raise DgemmaError(f"{where}: evaluation: {name} must be at least 1, got {getattr(recipe.evaluation, name)}")
+    if recipe.seed < 0:
+        raise DgemmaError(f"{where}: seed must be at least 0, got {recipe.seed}")
     if (recipe.max_steps is None) == (recipe.epochs is None):
         raise DgemmaError(f"{where}: say how long to train: either max_steps or epochs")
-    if recipe.epochs is not None and (recipe.epochs <= 0 or isinstance(recipe.data, (SudokuData, TextData))):
+    endless = isinstance(recipe.data, (SudokuData, TextData))
+    if recipe.epochs is not None and (not 0 < recipe.epochs < math.inf or endless):
         raise DgemmaError(f"{where}: epochs must be above 0, and are for data that has an end: give max_steps")
     if isinstance(recipe.model, dict) and not recipe.fresh:
         if set(recipe.model) != {"recipe"} or not isinstance(recipe.model["recipe"], str):
@@ -234,6 +293,12 @@ def recipe_of(data: Mapping[str, Any], path: Path, where: str | None = None) -> 
         raise DgemmaError(f"{where}: freeze: with an adapter everything else is frozen already; take it out")
     if recipe.generation and not recipe.fresh:
         raise DgemmaError(f"{where}: generation is for new models; this one has settings of its own")
+    if isinstance(recipe.model, str) and recipe.model not in bundled_models():
+        recipe = dataclasses.replace(recipe, model=_beside(recipe.model, path.parent))
+    file, colon, function = (recipe.evaluation.metric or "").rpartition(":")
+    if colon:
+        metric = f"{_beside(file, path.parent)}:{function}"
+        recipe = dataclasses.replace(recipe, evaluation=dataclasses.replace(recipe.evaluation, metric=metric))
     return recipe
 
 
@@ -248,9 +313,16 @@ def _data_of(data: Any, where: str, folder: Path) -> Data:
         if isinstance(data.get(name), str):
             data[name] = [data[name]]
         if isinstance(data.get(name), list):
-            data[name] = [str(folder / item) if isinstance(item, str) and (folder / item).exists() else item
-                          for item in data[name]]
+            data[name] = [_beside(item, folder) if isinstance(item, str) else item for item in data[name]]
     return _build(DATA[kind], data, where)
+
+
+def _beside(name: str, folder: Path) -> str:
+    """A file's or folder's name as it is found in ``folder``; what is not there may be another kind of name."""
+    try:
+        return str(folder / name) if name and (folder / name).exists() else name
+    except OSError:  # too long for a path
+        return name
 
 
 def _merged(data: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,14 +369,19 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _build(hint, value, where)
     if origin is Literal:
+        if isinstance(value, bool):  # YAML's reading of on and off
+            value = "on" if value else "off"
         if value not in inside:
             raise DgemmaError(f"{where} must be one of {', '.join(inside)}, got {value!r}")
         return value
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except ValueError as error:
             raise DgemmaError(f"{where} must be a number, got {value!r}") from error
+        if math.isnan(number):
+            raise DgemmaError(f"{where} must be a number, got {value!r}")
+        return number
     if origin is tuple:
         endless = inside[-1] is ...
         if not isinstance(value, (list, tuple)) or not (endless or len(value) == len(inside)):

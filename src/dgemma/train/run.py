@@ -6,9 +6,11 @@ Works on recipes and files; knows nothing of networks and steps.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,15 @@ import torch
 import yaml
 
 from dgemma import __version__
+from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, json_bytes
 from dgemma.train.recipe import DATA, Recipe
+from dgemma.train.sources import Listed
 
 if TYPE_CHECKING:
     from dgemma.train.trainer import Trainer
+
+RECIPE = "recipe.yaml"
 
 
 class Run:
@@ -34,6 +40,23 @@ class Run:
         """One JSON file; readers see the old one or the whole new one."""
         with atomic_write(self.folder / name) as beside:
             beside.write_bytes(json_bytes(data, indent=2) + b"\n")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; raises DgemmaError where one does."""
+        path = self.folder / ".lock"
+        try:
+            file = path.open("a")
+        except OSError as error:
+            raise DgemmaError(f"{path}: cannot be written ({error.strerror or error})") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DgemmaError(f"{self.folder}: another process is training in this folder") from error
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     def memory(self, device: torch.device) -> int:
         """The most bytes that this process has held so far, on the GPU if it trains on one."""
@@ -52,6 +75,7 @@ class Run:
 
     def describe(self, trainer: Trainer, finished: bool) -> None:
         """``run.json`` and ``recipe.yaml``, for the report and for people."""
+        examples = {"examples": len(trainer.source.examples)} if isinstance(trainer.source, Listed) else {}
         parameters = sum(p.numel() for p in trainer.network.parameters())
         trainable = sum(p.numel() for p in trainer.optimizers.parameters.values())
         self.write("run.json", {
@@ -59,9 +83,10 @@ class Run:
             "trainable": trainable, "machine": machine(trainer.ranks.device), "processes": trainer.ranks.world,
             "versions": {"dgemma": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "steps": trainer.step, "validation_examples": len(trainer.kept), "questions": len(trainer.questions),
+            **examples,
             "seconds": trainer.seconds, "tokens": trainer.tokens, "finished": finished,
             "peak_bytes": self.memory(trainer.ranks.device)})
-        with atomic_write(self.folder / "recipe.yaml") as beside:
+        with atomic_write(self.folder / RECIPE) as beside:
             beside.write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="utf-8")
 
 

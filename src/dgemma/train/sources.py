@@ -6,6 +6,7 @@ Works on recipes' data sections and a tokenizer; knows nothing of networks, nois
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Protocol
 
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, ModelConfig
-from dgemma.errors import DgemmaError
 from dgemma.train import extraction, sudoku
 from dgemma.train.conversations import Conversation, read_conversations
 from dgemma.train.examples import Example, batches, prepare
@@ -136,10 +136,16 @@ def longest_context(source: Source) -> int:
     return max(example.context_length for example in examples)
 
 
+def fingerprint(examples: Sequence[Example]) -> str:
+    """The same for the same tokens, in the same order, that count as much."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(repr((example.context_ids, example.canvas_ids, example.weights)).encode())
+    return found.hexdigest()
+
+
 def split(rows: Sequence[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
     """What to train on, and every so-manieth row for validation: ``share`` of them, at least one unless it is 0."""
-    if not 0 <= share < 1:
-        raise DgemmaError(f"held_out_share must be at least 0 and below 1, got {share}")
     if not share or len(rows) < 2:
         return list(rows), []
     every = max(2, round(1 / share))

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from dgemma.api import Model, load
 from dgemma.chat.tokenizer import Tokenizer
@@ -26,14 +29,14 @@ from dgemma.config import (
 )
 from dgemma.errors import DgemmaError
 from dgemma.files import make_folder
-from dgemma.kernels import PackedWeight
 from dgemma.nn import DiffusionTransformer
-from dgemma.nn.adapters import attach
+from dgemma.nn.adapters import attach, install
 from dgemma.train import tokenizer as bundled_tokenizer
 from dgemma.train.recipe import Recipe
-from dgemma.weights.adapters import save_adapter
-from dgemma.weights.locate import locate
+from dgemma.weights.adapters import read_adapter, save_adapter
+from dgemma.weights.locate import locate, weight_files
 from dgemma.weights.merge import replace_weights
+from dgemma.weights.names import network_name
 from dgemma.weights.save import save_checkpoint
 
 
@@ -85,6 +88,23 @@ class Trainee:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
+    @contextmanager
+    def exported(self, folder: Path) -> Iterator[None]:
+        """Within it the network is what `export` wrote to a folder; what it was waits in main memory."""
+        trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+        try:
+            if self.recipe.adapter is not None:
+                adapter = read_adapter(folder, self.network)
+                install(self.network, adapter.config, adapter.factors)
+            else:
+                _read_weights(folder, trained)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in kept.items():
+                    trained[name].copy_(tensor)
+
 
 def restore(folder: Path) -> None:
     """Put back a folder whose replacement was cut off between two renamings."""
@@ -131,11 +151,14 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device,
 
     Raises DgemmaError when it cannot be had.
     """
+    if parts.source is not None and parts.source.is_file() and recipe.adapter is None:
+        raise DgemmaError(f"{parts.source}: a GGUF file is trained by an adapter only (a section `adapter:` in the "
+                          "recipe); to train everything take the checkpoint that it was made of")
     if parts.source is None:
         network = DiffusionTransformer(parts.config)
         initialise(network, recipe.seed)
         network.to(device, None if recipe.dtype is None else getattr(torch, recipe.dtype))
-    elif parts.source.is_file() and recipe.adapter is not None:
+    elif parts.source.is_file():
         from dgemma.weights.gguf_model import load_gguf_network, open_gguf
 
         network = load_gguf_network(open_gguf(parts.source), device, progress=progress, keep_packed=True)
@@ -186,11 +209,6 @@ def _fresh_parts(recipe: Recipe) -> Parts:
 def _train_everything(trainee: Trainee) -> None:
     """Make every parameter trainable but those that the recipe freezes."""
     network, recipe = trainee.network, trainee.recipe
-    packed = [name for name, module in network.named_modules() for value in vars(module).values()
-              if isinstance(value, PackedWeight)]
-    if packed:
-        raise DgemmaError(f"{trainee.name}: {packed[0]} is packed, and packed weights cannot be trained themselves: "
-                          "train an adapter (a section `adapter:` in the recipe), or a checkpoint in bfloat16")
     frozen = recipe.freeze if recipe.freeze is not None else () if recipe.fresh else (".router.",)
     names = [name for name, _ in network.named_parameters()]
     for part in frozen:
@@ -199,6 +217,17 @@ def _train_everything(trainee: Trainee) -> None:
                               f"{', '.join(names[:3])}, …")
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(not any(part in f".{name}" for part in frozen))
+
+
+@torch.no_grad()
+def _read_weights(folder: Path, parameters: Mapping[str, Tensor]) -> None:
+    """Give parameters the numbers that a checkpoint has for them."""
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            for stored in file.keys():  # noqa: SIM118 (it is no dict)
+                name = network_name(stored)
+                if name is not None and name in parameters:
+                    parameters[name].copy_(file.get_tensor(stored))
 
 
 def _swap(new: Path, folder: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from dgemma.errors import DgemmaError
 from dgemma.train.distributed import Ranks
 from dgemma.train.plan import Plan, recipe_plan
-from dgemma.train.recipe import Recipe, load_recipe
-from dgemma.train.run import settings_of
+from dgemma.train.recipe import Recipe, base_recipe, beginning, load_recipe
+from dgemma.train.run import RECIPE, settings_of
 from dgemma.train.sources import few, longest_context, source_of
 from dgemma.train.trainee import parts_of
 
@@ -30,14 +30,17 @@ def train(path: Path, out: Path, ranks: Ranks, report: Report = print) -> bool:
     from dgemma.train.trainer import Trainer
 
     recipes = load_recipe(path)
+    for recipe in recipes.values():
+        beginning(recipe)  # all that is wrong with it is told before hours of training it
     folders = {name: out / name if name else out for name in recipes}
     for name, recipe in recipes.items():
         folder = folders[name]
         if is_finished(folder, recipe):
-            report(f"{folder}: finished already")
+            report(f"{folder}: finished already; to go on raise max_steps, to begin anew choose another --out folder")
             continue
-        base = _base_of(recipe, path, out.parent, ranks, report)
-        if base is None and not recipe.fresh and isinstance(recipe.model, dict):
+        _not_in_the_way(path, folder, recipe)
+        base = _base_of(recipe, out, ranks, report)
+        if base is None and recipe.base is not None:
             return False
         if name:
             report(f"variant {name}")
@@ -55,10 +58,7 @@ def plans(path: Path, ranks: Ranks) -> dict[str, Plan]:
     """How much memory every variant of a recipe will take, by name; the data is read, weights are not."""
     found = {}
     for name, recipe in load_recipe(path).items():
-        like = recipe
-        while not like.fresh and isinstance(like.model, dict):  # its base may not be trained yet: it says enough
-            like = next(iter(load_recipe(Path(like.model["recipe"])).values()))
-        parts = parts_of(like)
+        parts = parts_of(beginning(recipe))  # its base may not be trained yet
         with tempfile.TemporaryDirectory() as folder:
             source = source_of(few(recipe), parts.tokenizer, parts.config, parts.generation_config, Path(folder),
                                lambda text: None)
@@ -73,7 +73,7 @@ def is_finished(folder: Path, recipe: Recipe) -> bool:
 
     try:
         finished = json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"]
-        return bool(finished) and yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) == settings_of(
+        return bool(finished) and yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")) == settings_of(
             recipe)
     except FileNotFoundError:
         return False
@@ -81,18 +81,28 @@ def is_finished(folder: Path, recipe: Recipe) -> bool:
         raise DgemmaError(f"{folder}: is no folder of a run ({error}); choose another --out") from error
 
 
-def _base_of(recipe: Recipe, path: Path, runs: Path, ranks: Ranks, report: Report) -> Path | None:
+def _base_of(recipe: Recipe, out: Path, ranks: Ranks, report: Report) -> Path | None:
     """The best checkpoint of the recipe to go on from, trained first if need be; None if there is none, or if that was
     stopped."""
-    if recipe.fresh or not isinstance(recipe.model, dict):
+    if recipe.base is None:
         return None
-    other = Path(recipe.model["recipe"])
-    if other.resolve() == path.resolve():
-        raise DgemmaError(f"{path}: model: a recipe cannot go on from itself")
-    bases = load_recipe(other)
-    if len(bases) > 1 or "" not in bases:
-        raise DgemmaError(f"{other}: has variants; a recipe to go on from has one result")
-    folder = runs / bases[""].name
-    if not is_finished(folder, bases[""]):
-        report(f"first the recipe that it goes on from: {other}")
-    return folder / "best" if train(other, folder, ranks, report) else None
+    base = base_recipe(recipe.base)
+    folder = out.parent / base.name
+    if folder.resolve() == out.resolve():
+        raise DgemmaError(f"{recipe.base}: its run would be in {out}, too: give it another name")
+    if not is_finished(folder, base):
+        report(f"first the recipe that it goes on from: {recipe.base}")
+    return folder / "best" if train(recipe.base, folder, ranks, report) else None
+
+
+def _not_in_the_way(path: Path, folder: Path, recipe: Recipe) -> None:
+    """Raises DgemmaError where a run in ``folder`` would replace what no run has written."""
+    import yaml
+
+    if (folder / RECIPE).exists() and (folder / RECIPE).samefile(path) and yaml.safe_load(
+            path.read_text(encoding="utf-8")) != settings_of(recipe):
+        raise DgemmaError(f"{path}: a run in {folder} would write its own recipe in this one's place: choose another "
+                          "--out folder")
+    ours = any((folder / name).exists() for name in ("plan.json", "run.json", "metrics.jsonl", "state.safetensors"))
+    if found := [name for name in ("best", "last") if (folder / name).exists() and not ours]:
+        raise DgemmaError(f"{folder / found[0]}: exists, and is no run's: choose another --out folder")

@@ -13,6 +13,7 @@ both, else under ``experts``. PEFT has no DoRA there: the magnitude [E, N] has t
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ _PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "ort
           **dict.fromkeys(("modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication", "use_qalora",
                            "trainable_token_indices", "use_bdlora", "kasa_config", "velora_config", "arrow_config",
                            "monteclora_config", "alora_invocation_tokens"), ())}
+
+_TARGETS = {"target_modules": (list, str), "target_parameters": (list,)}  # a string is a regular expression
 
 
 @dataclass(frozen=True)
@@ -135,18 +138,19 @@ def read_adapter(path: str | Path, network: DiffusionTransformer) -> Adapter:
 
 def _open(path: Path) -> tuple[Path, dict[str, Any]]:
     """The weights' file and what adapter_config.json says."""
-    file = path / WEIGHTS_FILE if path.is_dir() else path
-    if not file.is_file():
-        pickled = path.is_dir() and (path / "adapter_model.bin").exists()
+    is_folder = os.path.isdir(path)  # of the two ways to ask, the one that takes any path
+    file = path / WEIGHTS_FILE if is_folder else path
+    if not os.path.isfile(file):
+        pickled = is_folder and (path / "adapter_model.bin").exists()
         raise CheckpointError(f"{path}: there is no {WEIGHTS_FILE} in this folder" + (
             "; adapter_model.bin is a pickle, which is not read here: save it as safetensors" if pickled else "")
-            if path.is_dir() else f"{path}: no such adapter (a folder with {CONFIG_FILE} and {WEIGHTS_FILE})")
+            if is_folder else f"{path}: no such adapter (a folder with {CONFIG_FILE} and {WEIGHTS_FILE})")
     config = file.parent / CONFIG_FILE
     try:
         settings = json.loads(config.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{config}: cannot be read ({error.strerror}); an adapter needs it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{config}: not valid JSON ({error})") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else settings
@@ -159,6 +163,9 @@ def _settings(file: Path, settings: Mapping[str, Any]) -> AdapterConfig:
         value = settings.get(key)
         if value not in (None, False, [], {}) and value not in allowed:
             raise CheckpointError(f"{file}: {key} {value!r} is not supported")
+    for key, kinds in _TARGETS.items():
+        if settings.get(key) and not isinstance(settings[key], kinds):
+            raise CheckpointError(f"{file}: {key} must be a list of names, got {settings[key]!r}")
     try:
         if isinstance(expression := settings.get("target_modules"), str):
             re.compile(expression)
