@@ -158,6 +158,17 @@ def test_an_adapter_adopted_twice_takes_its_memory_once_until_it_has_retired_twi
     assert not engine.adopted and not store.nbytes and engine.memory.limit == 1 << 24
 
 
+def test_a_retired_adapter_goes_when_all_requests_are_dropped(network, engine_of, ask):
+    adapter = made(network, "sql")
+    engine = engine_of(network, memory=1 << 24)
+    engine.adopt(adapter)
+    engine.submit(ask(PROMPT, adapter=adapter))
+    engine.step()
+    engine.retire(adapter)
+    engine.clear()
+    assert not engine.retired and not engine.adopted and engine.memory.limit == 1 << 24
+
+
 def test_an_idle_adapter_goes_at_once(network, engine_of):
     adapter = made(network, "sql")
     engine = engine_of(network, memory=1 << 24)

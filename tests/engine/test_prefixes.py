@@ -169,3 +169,11 @@ def test_any_order_of_reading_closing_and_forgetting_keeps_the_books_right(tiny_
     assert not any(node.holders for node in store._nodes())
     store.shrink(0)
     assert store.nbytes == 0
+
+
+@torch.inference_mode()
+def test_what_is_forgotten_while_it_is_used_counts_no_more(store, tiny_network, random_ids):
+    _, prefix = read(store, tiny_network, random_ids(3 * PAGE).tolist())
+    store.clear()
+    prefix.close()
+    assert store.nbytes == store.spare == 0

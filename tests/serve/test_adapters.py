@@ -274,7 +274,21 @@ def test_adapters_leave_memory_for_requests(own, folder):
     with pytest.raises(DgemmaError, match="this adapter needs .* beside what requests need"):
         service.load_adapter("three", folder / "sql")
     assert list(service.adapters.paths()) == ["one", "two"]
-    assert service.engine.room
+    assert service.engine.room and least
+
+
+def test_of_two_that_come_at_once_the_one_that_does_not_fit_any_more_is_refused(own, folder, monkeypatch):
+    service = Service(own, memory=1 << 32)
+    mountable = service.adapters.mountable
+
+    def another_comes(name, files):
+        service.engine.memory.limit = 1000
+        return mountable(name, files)
+
+    monkeypatch.setattr(service.adapters, "mountable", another_comes)
+    with pytest.raises(DgemmaError, match="this adapter needs"):
+        service.load_adapter("sql", folder / "sql")
+    assert not service.adapters.paths() and not service.engine.adopted
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
