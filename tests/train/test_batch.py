@@ -1,7 +1,6 @@
 """Canvases of one turn share one reading of their context, and nothing about what is learnt changes by that."""
 
 import dataclasses
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,17 +10,9 @@ from dgemma.train.batch import collate
 from dgemma.train.noise import keyed_noise
 from dgemma.train.objective import Objective, batch_loss, means, prefixes, read
 from reference import random_network, tiny_config
+from token_examples import Example
 
 VOCAB, CANVAS, WINDOW = 50, 8, 6
-
-
-@dataclass
-class Example:
-    context_ids: list[int]
-    canvas_ids: list[int]
-    weights: list[float]
-    prompt_length: int
-    real_length: int
 
 
 def turn(prompt, response, seed=0):

@@ -1,7 +1,6 @@
 """The objective trains what the sampler will run: the canvas, the context, the conditioning."""
 
 import dataclasses
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from dgemma.train.batch import collate
 from dgemma.train.noise import corrupt, draw_noise, keyed_noise
 from dgemma.train.objective import Objective, batch_loss, block_diffusion_loss, means, totals_of
 from reference import random_network, tiny_config
+from token_examples import random_example
 
 PROMPT, CANVAS, VOCAB = 6, 8, 50
 
@@ -126,20 +126,8 @@ def test_settings_that_make_no_sense_are_refused():
 # ---- each part a setting ---------------------------------------------------------------------------
 
 
-@dataclass
-class Example:
-    context_ids: list[int]
-    canvas_ids: list[int]
-    weights: list[float]
-    prompt_length: int
-    real_length: int
-
-
 def example(length, real=CANVAS, prompt=None, seed=0):
-    generator = torch.Generator().manual_seed(100 * length + seed)
-    return Example(torch.randint(VOCAB, (length,), generator=generator).tolist(),
-                   torch.randint(VOCAB, (CANVAS,), generator=generator).tolist(),
-                   [1.0] * real + [0.25] * (CANVAS - real), length if prompt is None else prompt, real)
+    return random_example(length, CANVAS, VOCAB, real, length if prompt is None else prompt, 0.25, seed)
 
 
 def loss_of(network, examples, objective, noise, **changes):

@@ -4,7 +4,6 @@ There every canvas is denoised by itself and every token of a turn read anew: no
 """
 
 import dataclasses
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,15 +14,7 @@ from dgemma.train.noise import keyed_noise
 from dgemma.train.objective import Objective, batch_loss, totals_of
 from dgemma.weights.names import network_name
 from reference import SHAPES, RoutingMargin, network_like, reference_model
-
-
-@dataclass
-class Example:
-    context_ids: list[int]
-    canvas_ids: list[int]
-    weights: list[float]
-    prompt_length: int
-    real_length: int
+from token_examples import Example
 
 
 def turn(prompt, response, canvas, vocab, seed):

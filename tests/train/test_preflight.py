@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,24 +14,13 @@ from dgemma.train.objective import Objective, batch_loss, collate
 from dgemma.train.preflight import run_preflight, training_equals_sampling
 from dgemma.train.workbench import Bench
 from reference import random_network, tiny_config
+from token_examples import Example, random_example
 
 VOCAB, CANVAS, WINDOW = 50, 8, 6
 
 
-@dataclass
-class Example:
-    context_ids: list[int]
-    canvas_ids: list[int]
-    weights: list[float]
-    prompt_length: int
-    real_length: int
-
-
 def example(length, real=CANVAS, seed=0):
-    generator = torch.Generator().manual_seed(100 * length + seed)
-    return Example(torch.randint(VOCAB, (length,), generator=generator).tolist(),
-                   torch.randint(VOCAB, (CANVAS,), generator=generator).tolist(),
-                   [1.0] * real + [0.5] * (CANVAS - real), length - 1, real)
+    return random_example(length, CANVAS, VOCAB, real, length - 1, 0.5, seed)
 
 
 EXAMPLES = [example(4), example(5, real=3), example(3)]  # all within the window: the checks go past it themselves

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,25 +13,14 @@ from dgemma.train import validation
 from dgemma.train.objective import Objective, batch_loss, collate, draw_noise
 from dgemma.train.validation import validation_losses
 from reference import SHAPES, network_like, random_network, reference_model, tiny_config
+from token_examples import random_example
 
 VOCAB, CANVAS = 50, 8
 PLAIN = Objective(causal_weight=0.0)
 
 
-@dataclass
-class Example:
-    context_ids: list[int]
-    canvas_ids: list[int]
-    weights: list[float]
-    prompt_length: int
-    real_length: int
-
-
 def example(length, real=CANVAS, seed=0, canvas=CANVAS, vocab=VOCAB):
-    generator = torch.Generator().manual_seed(100 * length + seed)
-    return Example(torch.randint(vocab, (length,), generator=generator).tolist(),
-                   torch.randint(vocab, (canvas,), generator=generator).tolist(),
-                   [1.0] * real + [0.5] * (canvas - real), length - 1, real)
+    return random_example(length, canvas, vocab, real, length - 1, 0.5, seed)
 
 
 EXAMPLES = [example(4), example(15, real=3), example(3, real=6), example(9), example(5, real=1)]  # the window is 6
