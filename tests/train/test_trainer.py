@@ -438,3 +438,20 @@ def test_a_run_killed_at_any_moment_resumes_and_ends_the_same(recipe_data, tmp_p
     again = trainer(load_recipe(path)[""], tmp_path / "run")
     assert again.step == 40
     assert torch.equal(weights(again), weights(whole))
+
+
+def test_ctrl_c_in_an_evaluation_stops_the_answers_too(conversations, tmp_path, monkeypatch):
+    cancelled = []
+    monkeypatch.setattr(dgemma.Model, "cancel", lambda self: cancelled.append(self))
+    run = trainer(tuned(conversations, evaluation=Evaluation(every=9, metric="exact", count=1, examples=1)),
+                  tmp_path / "run")
+    original = trainer_module.run_task
+
+    def interrupted(model, *arguments, **others):
+        run.stop()
+        assert cancelled == [model]
+        return original(model, *arguments, **others)
+
+    monkeypatch.setattr(trainer_module, "run_task", interrupted)
+    assert not run.train()
+    assert run.step == 0

@@ -33,6 +33,7 @@ from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import attach, install
 from dgemma.train import tokenizer as bundled_tokenizer
 from dgemma.train.recipe import Recipe
+from dgemma.train.tasks import Answering
 from dgemma.weights.adapters import read_adapter, save_adapter
 from dgemma.weights.locate import locate, weight_files
 from dgemma.weights.merge import replace_weights
@@ -55,7 +56,7 @@ class Trainee:
         """The base model, as the adapter's file and the report call it."""
         return str(self.recipe.model) if isinstance(self.recipe.model, str) else str(self.source or "fresh weights")
 
-    def model(self) -> Any:
+    def model(self) -> Answering:
         """The network as what answers prompts: by denoising, or from left to right where nothing else is trained."""
         parts = (self.network, self.tokenizer, self.generation_config, self.recipe.name)
         if self.recipe.objective.denoising_weight:

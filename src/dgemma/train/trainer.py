@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from dgemma.api import Model
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, make_folder, size_text
@@ -42,7 +43,7 @@ from dgemma.train.preflight import run_preflight
 from dgemma.train.recipe import ConversationData, Recipe
 from dgemma.train.run import Run
 from dgemma.train.sources import Listed, fingerprint, longest_context, source_of
-from dgemma.train.tasks import TaskScore, questions_of, run_task, step_sweep
+from dgemma.train.tasks import Answering, TaskScore, questions_of, run_task, step_sweep
 from dgemma.train.trainee import Parts, begin, parts_of
 from dgemma.train.trainee import restore as restore_folder
 from dgemma.train.validation import validation_losses
@@ -71,6 +72,7 @@ class Trainer:
         self.best = self._best_loss = math.nan
         self.evaluated = -1  # the step of the last evaluation that was not cut off
         self._stopping = False
+        self._asking: Model | None = None  # what answers questions just now
         with self.run.alone() if ranks.is_main else nullcontext():
             pass  # rather now than after reading all weights
         for name in ("best", "last"):
@@ -148,6 +150,8 @@ class Trainer:
         if self._stopping:
             raise KeyboardInterrupt
         self._stopping = True
+        if self._asking is not None:
+            self._asking.cancel()
 
     # ---- a step ------------------------------------------------------------------------------------
 
@@ -254,10 +258,11 @@ class Trainer:
                 values = validation_losses(self.network, self.kept, recipe.objective, seed=recipe.seed,
                                            batch_size=recipe.micro_batch or recipe.batch_size, stop=self._stop_asked)
             if self.questions and self.metric is not None and not self._stop_asked():
-                score = run_task(self.trainee.model(), self.questions, self.metric, seed=recipe.seed,
-                                 max_tokens=settings.max_tokens, stop=self._stop_asked,
-                                 progress=lambda done, count: self._display.phase("evaluating", done, count),
-                                 **settings.settings)
+                with self._answering() as model:
+                    score = run_task(model, self.questions, self.metric, seed=recipe.seed,
+                                     max_tokens=settings.max_tokens, stop=self._stop_asked,
+                                     progress=lambda done, count: self._display.phase("evaluating", done, count),
+                                     **settings.settings)
             if self._stop_asked():  # a part of an evaluation would be another measure
                 return
             loss = values.get("validation/loss", math.nan)
@@ -288,15 +293,16 @@ class Trainer:
             return True
         options = {name: value for name, value in settings.settings.items() if name != "max_denoising_steps"}
         # In the network that is there: a second one might not fit beside it.
-        with self._in_use(), self.trainee.exported(self.folder / "best") if self.ranks.is_main else nullcontext():
+        exported = self.trainee.exported(self.folder / "best") if self.ranks.is_main else nullcontext()
+        with self._in_use(), exported, self._answering() as model:
             questions = self._asked(self.metric, settings.sweep_count or settings.count) if self.ranks.is_main else []
             for index, limit in enumerate(settings.sweep):
                 if self.ranks.is_main:
                     def report(done: int, count: int, index: int = index) -> None:
                         self._display.phase("step sweep", index * count + done, len(settings.sweep) * count)
 
-                    for steps, score in step_sweep(self.trainee.model(), questions, self.metric, (limit,),
-                                                   seed=self.recipe.seed, max_tokens=settings.max_tokens,
+                    for steps, score in step_sweep(model, questions, self.metric, (limit,), seed=self.recipe.seed,
+                                                   max_tokens=settings.max_tokens,
                                                    stop=lambda: self._stopping, progress=report, **options):
                         if self._journal is not None:
                             self._journal.record(self.step, "sweep", {"max_steps": steps, **score.values},
@@ -304,6 +310,16 @@ class Trainer:
                 if self._stop_asked():  # the others wait here
                     return False
         return True
+
+    @contextmanager
+    def _answering(self) -> Iterator[Answering]:
+        """The network as what answers questions, for as long as it may be stopped in doing so."""
+        model = self.trainee.model()
+        self._asking = model if isinstance(model, Model) else None  # the control looks up between its batches only
+        try:
+            yield model
+        finally:
+            self._asking = None
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
