@@ -2,7 +2,9 @@
 
 import torch
 
-from dgemma.train.muon import Muon, build_optimizers, orthogonalise
+from dgemma.train.muon import Muon, orthogonalise
+from dgemma.train.optimizers import Optimizers
+from dgemma.train.recipe import OptimizerSettings
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
@@ -30,7 +32,7 @@ def test_matrices_go_to_muon_and_everything_else_to_adamw():
     from reference import random_network, tiny_config
 
     network = random_network(tiny_config()).requires_grad_(True)
-    muon, adam = build_optimizers(network, 0.02, 0.003, 0.1)
+    muon, adam = Optimizers(network, OptimizerSettings(kind="muon")).all
     counts = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in (muon, adam)]
     assert sum(counts) == len(list(network.parameters()))
     assert all(p.ndim >= 2 for group in muon.param_groups for p in group["params"])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig, attach
+from dgemma.train import objective as objective_module
 from dgemma.train import validation
 from dgemma.train.objective import Objective, batch_loss, collate, draw_noise
 from dgemma.train.validation import validation_losses
@@ -143,7 +144,7 @@ def test_the_causal_loss_is_that_of_the_responses(network):
 
 def test_large_vocabularies_give_the_same_losses_in_tiles(network, monkeypatch):
     whole = validation_losses(network, EXAMPLES, Objective())
-    monkeypatch.setattr(validation, "fits_whole", lambda tokens, vocab: False)
+    monkeypatch.setattr(objective_module, "fits_whole", lambda tokens, vocab: False)
     assert validation_losses(network, EXAMPLES, Objective()) == pytest.approx(whole, rel=1e-5)
 
 

@@ -15,10 +15,7 @@ from typing import Any
 import numpy as np
 
 from dgemma.api import Model
-from dgemma.chat.tokenizer import Tokenizer
-from dgemma.config import GenerationConfig
 from dgemma.errors import DgemmaError
-from dgemma.nn import DiffusionTransformer
 from dgemma.train import sudoku
 from dgemma.train.sudoku_data import EVALUATION_SEED
 
@@ -96,17 +93,6 @@ def evaluate_bands(model: Model, count: int, bands: list[str] | None = None, *, 
         report = None if progress is None else lambda done, total, band=band: progress(band, done, total)
         scores[band] = evaluate_sudoku(model, puzzles, solutions, seed=seed, progress=report, **settings)
     return scores
-
-
-def evaluate_network(network: DiffusionTransformer, tokenizer: Tokenizer, generation: GenerationConfig,
-                     count: int) -> dict[str, BandScore]:
-    """`evaluate_bands` for a network in training."""
-    was_training = network.training
-    network.eval()
-    try:
-        return evaluate_bands(Model(network, tokenizer, generation, "training"), count)
-    finally:
-        network.train(was_training)
 
 
 def read_puzzles(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ what makes it cheap for a small model on a CPU.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +65,6 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(direction, alpha=-group["lr"] * scale)
 
 
-def build_optimizers(network: nn.Module, muon_lr: float, adam_lr: float, weight_decay: float,
-                     ) -> list[torch.optim.Optimizer]:
-    """Muon over the blocks' matrices, AdamW(0.9, 0.99) over embeddings, norms and scales."""
-    matrices, others = [], []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            (matrices if parameter.ndim >= 2 and "embed_tokens" not in name else others).append(parameter)
-    return [Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
-            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0)]
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is one for Muon: a matrix, or a stack of them, but not the embedding table."""
+    return len(shape) >= 2 and "embed_tokens" not in name

@@ -181,8 +181,8 @@ def _denoising_loss(network: DiffusionTransformer, batch: Batch, cache: KVCache,
     for index in range(objective.passes):
         out = network.denoise(noisy, cache, soft)
         # Small vocabularies are worked on whole: fewer operations, and torch.compile sees through all of them.
-        logits = network.logits(out) if fits_whole(canvas.numel(), network.config.vocab_size) else None
-        losses, predicted = _token_losses(network, out, logits, canvas, _shift(objective, noisy, t, network))
+        logits = whole_logits(network, out)
+        losses, predicted = token_losses(network, out, logits, canvas, observed_shift(objective, noisy, t, network))
         right = (predicted == canvas).float()
         if index == 0:
             parts |= _by_group(losses.detach(), corrupted, batch.fill)
@@ -216,9 +216,16 @@ def _part(values: Tensor, count: Tensor | int) -> Tensor:
     return torch.stack([total, torch.as_tensor(count, dtype=total.dtype, device=total.device)])
 
 
-def _token_losses(network: DiffusionTransformer, hidden: Tensor, logits: Tensor | None, targets: Tensor,
-                  shift: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Losses and most probable tokens, both of the targets' shape, from hidden states [.., D] or their logits."""
+def whole_logits(network: DiffusionTransformer, hidden: Tensor) -> Tensor | None:
+    """The logits of hidden states [.., D] where they are few enough to be held at once."""
+    tokens = hidden.numel() // hidden.shape[-1]
+    return network.logits(hidden) if fits_whole(tokens, network.config.vocab_size) else None
+
+
+def token_losses(network: DiffusionTransformer, hidden: Tensor, logits: Tensor | None, targets: Tensor,
+                 shift: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Losses and most probable tokens, both of the targets' shape, from hidden states [.., D], or from their logits
+    (`whole_logits`)."""
     flat = targets.flatten()
     extra = () if shift is None else shift
     if logits is not None:
@@ -229,8 +236,8 @@ def _token_losses(network: DiffusionTransformer, hidden: Tensor, logits: Tensor 
     return losses.view_as(targets), predicted.view_as(targets)
 
 
-def _shift(objective: Objective, noisy: Tensor, t: Tensor,
-           network: DiffusionTransformer) -> tuple[Tensor, Tensor] | None:
+def observed_shift(objective: Objective, noisy: Tensor, t: Tensor,
+                   network: DiffusionTransformer) -> tuple[Tensor, Tensor] | None:
     """Observed tokens [N] and what makes leave-one-out logits of them those of the denoiser [N]."""
     if objective.prediction != "leave_one_out":
         return None
@@ -287,8 +294,7 @@ def _causal_losses(network: DiffusionTransformer, batch: Batch, hidden: Tensor, 
         tokens = torch.cat([tokens, canvas], dim=1)
         counted = torch.cat([counted, real], dim=1)
     states, tokens = states[counted], tokens[counted]
-    whole = fits_whole(tokens.numel(), network.config.vocab_size)
-    return _token_losses(network, states, network.logits(states) if whole else None, tokens)[0]
+    return token_losses(network, states, whole_logits(network, states), tokens)[0]
 
 
 def _counted(batch: Batch, causal_on: str) -> tuple[Tensor, Tensor]:

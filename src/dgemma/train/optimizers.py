@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dgemma.errors import DgemmaError
-from dgemma.train.muon import Muon
+from dgemma.train.muon import Muon, is_matrix
 from dgemma.train.recipe import OptimizerSettings
 
 
@@ -41,7 +41,7 @@ class Optimizers:
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.masters = {name: p if p.dtype in (torch.float32, torch.float64) else
                         nn.Parameter(p.detach().float()) for name, p in self.parameters.items()}
-        matrices = {name for name, p in self.masters.items() if p.ndim >= 2 and "embed_tokens" not in name}
+        matrices = {name for name, p in self.masters.items() if is_matrix(name, p.shape)}
         muon = matrices if settings.kind == "muon" else set()
         self.all: list[torch.optim.Optimizer] = []
         self._rates: list[float] = []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dgemma.config import ModelConfig
 from dgemma.errors import DgemmaError
 from dgemma.train.activations import Step, widest
+from dgemma.train.muon import is_matrix
 
 if TYPE_CHECKING:
     import torch
@@ -261,7 +262,7 @@ def plan_of(run: Setting) -> Plan:
     else:
         gradients = 4 * numbers
         lines.append(Line("adapters", 4 * numbers // run.ranks, f"{numbers / 1e6:.1f}M numbers, float32"))
-    matrices = sum(math.prod(shape) for name, shape in trained.items() if _by_muon(name, shape))
+    matrices = sum(math.prod(shape) for name, shape in trained.items() if is_matrix(name, shape))
     moments = 8 * numbers - (4 * matrices if run.optimizer == "muon" else 0)
     lines.append(Line("optimizer state", moments // run.ranks, "AdamW: two float32 moments" if run.optimizer == "adamw"
                       else "Muon: one float32 moment of matrices, AdamW: two of the rest"))
@@ -329,16 +330,11 @@ def _nbytes(shape: tuple[int, ...], kind: str) -> int:
     return math.prod(shape[:-1]) * BLOCK_TYPES[kind].row_bytes(shape[-1])
 
 
-def _by_muon(name: str, shape: tuple[int, ...]) -> bool:
-    """As `muon.build_optimizers` chooses."""
-    return len(shape) >= 2 and "embed_tokens" not in name
-
-
 def _largest_group(trained: Mapping[str, tuple[int, ...]]) -> int:
     """The numbers of all matrices of one shape, which Muon works on together."""
     groups: dict[tuple[int, ...], int] = {}
     for name, shape in trained.items():
-        if _by_muon(name, shape):
+        if is_matrix(name, shape):
             groups[shape[-2:]] = groups.get(shape[-2:], 0) + math.prod(shape)
     return max(groups.values(), default=0)
 

@@ -84,13 +84,6 @@ class Puzzles:
         return sudoku_conversations(count, sudoku.BANDS)
 
 
-class Texts(TextSource):
-    """Plain text: there is nothing to ask about it."""
-
-    def questions(self, count: int) -> list[Conversation]:
-        return []
-
-
 def source_of(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, generation: GenerationConfig, folder: Path,
               report: Report = print) -> Source:
     """What a recipe trains on. ``folder`` keeps what takes long to make; ``report`` is told of what is left out.
@@ -103,7 +96,7 @@ def source_of(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, generat
     if isinstance(data, TextData):
         texts, held_out = read_texts(data.paths, data.suffix)
         report(f"{len(texts):,} texts to train on, {len(held_out):,} kept for validation")
-        return Texts(texts, held_out, tokenizer, canvas, recipe.batch_size, recipe.seed, data.context)
+        return TextSource(texts, held_out, tokenizer, canvas, recipe.batch_size, recipe.seed, data.context)
     if isinstance(data, ExtractionData):
         train = extraction.conversations(data.count, recipe.seed)
         kept = extraction.conversations(data.held_out, recipe.seed, held_out=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.errors import DgemmaError
+from dgemma.train.conversations import Conversation
 from dgemma.train.examples import Example
 from dgemma.train.turns import Turn
 
@@ -72,6 +73,10 @@ class TextSource:
     def held_out(self, count: int) -> list[Example]:
         """Examples of texts that are never trained on, always the same."""
         return self._draw(self._held_out, np.random.default_rng([self.seed, 4]), count)
+
+    def questions(self, count: int) -> list[Conversation]:
+        """None: there is nothing to ask about plain text."""
+        return []
 
     def _joined(self, texts: Sequence[bytes], tokenizer: Tokenizer) -> np.ndarray:
         parts = []

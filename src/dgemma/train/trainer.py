@@ -28,7 +28,7 @@ from torch import Tensor
 from dgemma.api import Model
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.errors import DgemmaError
-from dgemma.files import atomic_write, make_folder, size_text
+from dgemma.files import make_folder, size_text
 from dgemma.train.batch import Batch, collate
 from dgemma.train.display import Display
 from dgemma.train.distributed import Ranks, clip_gradients, collect, gathered, shard, spread
@@ -47,6 +47,7 @@ from dgemma.train.tasks import Answering, TaskScore, questions_of, run_task, ste
 from dgemma.train.trainee import Parts, begin, parts_of
 from dgemma.train.trainee import restore as restore_folder
 from dgemma.train.validation import validation_losses
+from dgemma.weights.save import write_safetensors
 
 STATE = "state.safetensors"
 _RECORD_EVERY = 10  # steps whose means make one record
@@ -363,9 +364,6 @@ class Trainer:
 
         A failure (a full disk) costs nothing but this save unless it is ``required``.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         tensors = collect(self.optimizers.tensors(), self.ranks)
         about = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
                  "best": None if math.isnan(self.best) else self.best,
@@ -374,11 +372,7 @@ class Trainer:
         problem = None
         if self.ranks.is_main:
             try:
-                with atomic_write(self.folder / STATE) as beside:
-                    try:
-                        save_file(tensors, beside, metadata={"run": json.dumps(about)})
-                    except SafetensorError as error:  # a full disk is one, too
-                        raise DgemmaError(f"{self.folder / STATE}: cannot be written ({error})") from error
+                write_safetensors(self.folder / STATE, tensors, {"run": json.dumps(about)})
             except DgemmaError as error:
                 problem = str(error)
         problem = self.ranks.from_main(problem)

@@ -8,7 +8,6 @@ the noisy canvas without self-conditioning, and one conditioned on that. So runs
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,8 @@ from torch import Tensor, nn
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer, KVCache
 from dgemma.nn.head import vocab_tiles
-from dgemma.train.losses import chunked_cross_entropy, cross_entropy, fits_whole
 from dgemma.train.noise import keyed_noise, noise_key
-from dgemma.train.objective import Example, Objective
+from dgemma.train.objective import Example, Objective, observed_shift, token_losses, whole_logits
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 _STEP = 2**63  # a step that no run reaches: this noise is no training step's
@@ -133,7 +131,8 @@ def _denoise(network: DiffusionTransformer, batch: _Canvases, objective: Objecti
     corrupted = batch.draw < level
     noisy = torch.where(corrupted.to(batch.canvas.device), batch.tokens, batch.canvas)
     first = network.denoise(noisy, batch.cache)
-    losses = _losses(network, first, batch.canvas, noisy, objective, level)
+    shift = observed_shift(objective, noisy, torch.full((len(noisy),), level, device=noisy.device), network)
+    losses = _losses(network, first, batch.canvas, shift)
     for name in ("loss", f"t={level:g}"):
         sums.add(f"validation/{name}", losses, batch.weights)
     groups = {"corrupted": corrupted & batch.real, "clean": ~corrupted & batch.real, "fill": ~batch.real}
@@ -142,24 +141,13 @@ def _denoise(network: DiffusionTransformer, batch: _Canvases, objective: Objecti
     temperature = torch.full((len(noisy),), objective.temperature, device=noisy.device)
     uniform = torch.zeros(*noisy.shape, vocab_tiles(network.config.vocab_size), 2, device=noisy.device)
     second = network.denoise(noisy, batch.cache, network.head(first, temperature, uniform).soft)
-    sums.add("validation/conditioned", _losses(network, second, batch.canvas, noisy, objective, level), batch.weights)
+    sums.add("validation/conditioned", _losses(network, second, batch.canvas, shift), batch.weights)
 
 
-def _losses(network: DiffusionTransformer, hidden: Tensor, targets: Tensor, noisy: Tensor | None = None,
-            objective: Objective | None = None, level: float = 1.0) -> Tensor:
+def _losses(network: DiffusionTransformer, hidden: Tensor, targets: Tensor,
+            shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The cross-entropy of every target [B, C] from hidden states [B, C, D], on the CPU."""
-    vocab = network.config.vocab_size
-    extra: tuple[Tensor, ...] = ()
-    if noisy is not None and objective is not None and objective.prediction == "leave_one_out":
-        # What makes the denoiser's logits of them, as in training: see `Objective`.
-        shift = math.log1p(vocab * (1 - level) / level)
-        extra = (noisy.flatten(), torch.full((noisy.numel(),), shift, device=noisy.device))
-    if fits_whole(targets.numel(), vocab):
-        losses, _ = cross_entropy(network.logits(hidden).flatten(0, -2), targets.flatten(), *extra)
-    else:
-        losses, _ = chunked_cross_entropy(hidden.flatten(0, -2), network.embed_tokens.weight, targets.flatten(),
-                                          network.config.final_logit_softcapping, *extra)
-    return losses.view_as(targets).float().cpu()
+    return token_losses(network, hidden, whole_logits(network, hidden), targets, shift)[0].float().cpu()
 
 
 def _next_token_losses(network: DiffusionTransformer, last: Tensor, batch: _Canvases) -> Tensor:

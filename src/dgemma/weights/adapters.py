@@ -29,6 +29,7 @@ from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import AdapterConfig, Factors, adaptable, adapter_parameters, adapters, install
 from dgemma.weights.load import Problem, describe
 from dgemma.weights.names import network_name, pass_names
+from dgemma.weights.save import write_safetensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -59,9 +60,6 @@ def save_adapter(network: DiffusionTransformer, config: AdapterConfig, folder: P
     Each file is written beside its place and then renamed, the weights first. Raises DgemmaError when the network has
     no adapter or a file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     found = adapters(network)
     if not found:
         raise DgemmaError(f"{folder}: there is nothing to save: the network has no adapter")
@@ -71,11 +69,7 @@ def save_adapter(network: DiffusionTransformer, config: AdapterConfig, folder: P
         for place in pass_names(_module_of(name, found)):
             tensors |= {f"{_PREFIX}{place}.{key}": tensor.to("cpu", copy=True) for key, tensor in parts.items()}
     make_folder(folder)
-    with atomic_write(folder / WEIGHTS_FILE) as beside:
-        try:
-            save_file(tensors, beside, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk is one, too
-            raise DgemmaError(f"{folder / WEIGHTS_FILE}: cannot be written ({error})") from error
+    write_safetensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     with atomic_write(folder / CONFIG_FILE) as beside:
         beside.write_bytes(json_bytes(_peft_config(config, list(found), list(adaptable(network)), base), indent=2)
                            + b"\n")

@@ -6,12 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, json_bytes, make_folder
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import adapters
 from dgemma.weights.names import checkpoint_name
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors beside a file's place and then rename; raises DgemmaError when they cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_write(path) as beside:
+        try:
+            save_file(tensors, beside, metadata=metadata)
+        except SafetensorError as error:  # a full disk is one, too
+            raise DgemmaError(f"{path}: cannot be written ({error})") from error
 
 
 def save_checkpoint(network: DiffusionTransformer, folder: Path, config: dict[str, Any],
@@ -21,20 +34,13 @@ def save_checkpoint(network: DiffusionTransformer, folder: Path, config: dict[st
     ``config`` is the whole ``config.json``. Each file is written beside its place and then renamed, the weights first.
     Raises DgemmaError when one cannot be written, and for a network with an adapter.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     if adapters(network):
         raise DgemmaError(f"{folder}: a checkpoint has no place for an adapter: merge it into the network, or save "
                           "it by itself")
     make_folder(folder)
     tensors = {checkpoint_name(name): tensor.detach().to("cpu", dtype).contiguous()
                for name, tensor in network.state_dict().items()}
-    with atomic_write(folder / "model.safetensors") as beside:
-        try:
-            save_file(tensors, beside, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk is one, too
-            raise DgemmaError(f"{folder / 'model.safetensors'}: cannot be written ({error})") from error
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
     config = {**config, "dtype": str(dtype).removeprefix("torch.")}
     for name, data in (("config.json", config), ("generation_config.json", generation_config)):
         with atomic_write(folder / name) as beside:
