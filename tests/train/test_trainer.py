@@ -15,6 +15,7 @@ import yaml
 import dgemma
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig, adapters
+from dgemma.train import evaluation as evaluation_module
 from dgemma.train import trainee as trainee_module
 from dgemma.train import trainer as trainer_module
 from dgemma.train.distributed import Ranks
@@ -35,14 +36,14 @@ def weights(run):
 
 def stop_during(run, step):
     """As Ctrl-C does, in the middle of a step."""
-    original = run._train_step
+    original = run.stepper.take
 
-    def interrupted():
-        if run.step == step:
+    def interrupted(at):
+        if at == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return original()
+        return original(at)
 
-    run._train_step = interrupted
+    run.stepper.take = interrupted
 
 
 def tuned(conversations, **others):
@@ -81,6 +82,30 @@ def test_an_adapter_with_dropout_and_an_average_resumes_to_the_bit(conversations
     second.train()
     assert all(torch.equal(tensor, second.optimizers.tensors()[name])
                for name, tensor in whole.optimizers.tensors().items())
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_chains_resume_to_the_bit(recipe, tmp_path, size):
+    chains = dataclasses.replace(recipe.objective, rollout=1.0, chains=9, chain_passes=4)
+    recipe = dataclasses.replace(recipe, objective=chains, max_steps=6, micro_batch=size)
+    whole = trainer(recipe, tmp_path / "whole")
+    whole.train()
+    first = trainer(recipe, tmp_path / "parts")
+    stop_during(first, 3)
+    first.train()
+    second = trainer(recipe, tmp_path / "parts")
+    second.train()
+    found, expected = second.stepper.tensors(), whole.stepper.tensors()
+    assert expected["chains/passes"].max() > 0
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_another_number_of_chains_is_no_run_to_go_on_with(recipe, tmp_path):
+    chains = dataclasses.replace(recipe.objective, rollout=1.0, chains=9)
+    trainer(dataclasses.replace(recipe, objective=chains, max_steps=1), tmp_path / "run").train()
+    other = dataclasses.replace(recipe, objective=dataclasses.replace(chains, chains=10), max_steps=2)
+    with pytest.raises(DgemmaError, match=r"holds 9 chains, and the recipe asks for 10 .* choose another --out"):
+        trainer(other, tmp_path / "run")
 
 
 def test_micro_batches_train_as_the_whole_batch_does(conversations, tmp_path):
@@ -206,7 +231,7 @@ def test_the_preflight_stops_a_run_that_would_go_wrong(recipe, tmp_path, monkeyp
 
 def test_the_best_checkpoint_is_that_of_the_best_evaluation(recipe, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(trainer_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
+    monkeypatch.setattr(evaluation_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
     exported = []
     monkeypatch.setattr(trainee_module.Trainee, "export", lambda self, folder: exported.append(folder.name))
     run = trainer(dataclasses.replace(recipe, evaluation=Evaluation(every=2)), tmp_path / "run")
@@ -253,8 +278,8 @@ def quick(monkeypatch):
 
 
 def interrupting(monkeypatch, name, at):
-    """Ctrl-C at the beginning of the ``at``-th call (from 0) of one of the trainer's functions."""
-    original, calls = getattr(trainer_module, name), []
+    """Ctrl-C at the beginning of the ``at``-th call (from 0) of one of the evaluation's functions."""
+    original, calls = getattr(evaluation_module, name), []
 
     def called(*arguments, **others):
         calls.append(name)
@@ -262,7 +287,7 @@ def interrupting(monkeypatch, name, at):
             os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments, **others)
 
-    monkeypatch.setattr(trainer_module, name, called)
+    monkeypatch.setattr(evaluation_module, name, called)
 
 
 @pytest.mark.usefixtures("quick")
@@ -366,13 +391,13 @@ def test_a_gguf_file_is_trained_by_an_adapter_only(conversations, tmp_path):
 def test_questions_think_as_the_recipe_says(conversations, tmp_path):
     data = ConversationData((str(conversations),), fill="pad", thinking="on")
     run = trainer(tuned(conversations, data=data, evaluation=Evaluation(metric="exact")), tmp_path / "run")
-    assert all(question.thinking for question in run.questions)
+    assert all(question.thinking for question in run.evaluator.questions)
 
 
 @pytest.mark.usefixtures("quick")
 def test_of_equal_checkpoints_the_one_with_the_lower_loss_is_the_best(conversations, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(trainer_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
+    monkeypatch.setattr(evaluation_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
     recipe = tuned(conversations, evaluation=Evaluation(every=2, metric="exact", count=1))
     trainer(recipe, tmp_path / "run").train()
     records = [(r.step, r.extra["best"]) for r in read_journal(tmp_path / "run") if r.kind == "task"]
@@ -406,7 +431,7 @@ def test_a_best_checkpoint_that_cannot_be_written_costs_no_run(recipe, tmp_path,
 
     monkeypatch.setattr(trainee_module.Trainee, "export", full)
     losses = iter([3.0, 2.0, 1.0])
-    monkeypatch.setattr(trainer_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
+    monkeypatch.setattr(evaluation_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
     run = trainer(dataclasses.replace(recipe, evaluation=Evaluation(every=2)), tmp_path / "run")
     assert run.train()
     assert calls == ["best", "best", "best", "last"]
@@ -445,13 +470,13 @@ def test_ctrl_c_in_an_evaluation_stops_the_answers_too(conversations, tmp_path, 
     monkeypatch.setattr(dgemma.Model, "cancel", lambda self: cancelled.append(self))
     run = trainer(tuned(conversations, evaluation=Evaluation(every=9, metric="exact", count=1, examples=1)),
                   tmp_path / "run")
-    original = trainer_module.run_task
+    original = evaluation_module.run_task
 
     def interrupted(model, *arguments, **others):
         run.stop()
         assert cancelled == [model]
         return original(model, *arguments, **others)
 
-    monkeypatch.setattr(trainer_module, "run_task", interrupted)
+    monkeypatch.setattr(evaluation_module, "run_task", interrupted)
     assert not run.train()
     assert run.step == 0

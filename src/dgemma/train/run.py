@@ -82,8 +82,8 @@ class Run:
             "name": trainer.recipe.name, "model": trainer.trainee.name, "parameters": parameters,
             "trainable": trainable, "machine": machine(trainer.ranks.device), "processes": trainer.ranks.world,
             "versions": {"dgemma": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "steps": trainer.step, "validation_examples": len(trainer.kept), "questions": len(trainer.questions),
-            **examples,
+            "steps": trainer.step, "validation_examples": len(trainer.evaluator.kept),
+            "questions": len(trainer.evaluator.questions), **examples,
             "seconds": trainer.seconds, "tokens": trainer.tokens, "finished": finished,
             "peak_bytes": self.memory(trainer.ranks.device)})
         with atomic_write(self.folder / RECIPE) as beside:

@@ -10,7 +10,6 @@ stopped trains on the same. So does one on more processes, but for dropout, whic
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import signal
@@ -21,32 +20,26 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
-from dgemma.api import Model
-from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.errors import DgemmaError
 from dgemma.files import make_folder, size_text
-from dgemma.train.batch import Batch, collate
 from dgemma.train.display import Display
-from dgemma.train.distributed import Ranks, clip_gradients, collect, gathered, shard, spread
+from dgemma.train.distributed import Ranks, collect, gathered, shard, spread
+from dgemma.train.evaluation import Evaluator
 from dgemma.train.examples import Example
 from dgemma.train.journal import Journal, writers_for
-from dgemma.train.metrics import Metric, Question, metric_of
-from dgemma.train.noise import Noise, keyed_noise, noise_key
-from dgemma.train.objective import Totals, batch_loss, means, totals_of
-from dgemma.train.optimizers import Optimizers, learning_rate_factor
+from dgemma.train.optimizers import Optimizers
 from dgemma.train.plan import available_memory, recipe_plan
 from dgemma.train.preflight import run_preflight
-from dgemma.train.recipe import ConversationData, Recipe
+from dgemma.train.recipe import Recipe
 from dgemma.train.run import Run
 from dgemma.train.sources import Listed, fingerprint, longest_context, source_of
-from dgemma.train.tasks import Answering, TaskScore, questions_of, run_task, step_sweep
+from dgemma.train.step import Stepper
+from dgemma.train.tasks import TaskScore
 from dgemma.train.trainee import Parts, begin, parts_of
 from dgemma.train.trainee import restore as restore_folder
-from dgemma.train.validation import validation_losses
 from dgemma.weights.save import write_safetensors
 
 STATE = "state.safetensors"
@@ -64,16 +57,15 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, folder: Path, *, ranks: Ranks, base: Path | None = None,
                  display: Callable[[str, int, int, Console | None], Display] = Display):
-        if ranks.world > 1 and (recipe.optimizer.kind == "muon" or recipe.compile):
-            raise DgemmaError(f"recipe {recipe.name}: muon and compile work in one process only; this is one of "
-                              f"{ranks.world}: use adamw, and compile: false")
+        if ranks.world > 1 and (recipe.optimizer.kind == "muon" or recipe.compile or recipe.objective.chains):
+            raise DgemmaError(f"recipe {recipe.name}: muon, compile and chains work in one process only; this is one "
+                              f"of {ranks.world}: use adamw, compile: false and chains: 0")
         self.recipe, self.folder, self.ranks = recipe, make_folder(folder), ranks
         self.run = Run(folder, recipe)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.best = self._best_loss = math.nan
         self.evaluated = -1  # the step of the last evaluation that was not cut off
         self._stopping = False
-        self._asking: Model | None = None  # what answers questions just now
         with self.run.alone() if ranks.is_main else nullcontext():
             pass  # rather now than after reading all weights
         for name in ("best", "last"):
@@ -82,22 +74,17 @@ class Trainer:
         parts = parts_of(recipe, base)
         self.source = source_of(recipe, parts.tokenizer, parts.config, parts.generation_config, folder, self._note)
         self.max_steps = self._length()
-        evaluation = recipe.evaluation
-        self.kept = self.source.held_out(evaluation.examples)
-        self.metric = None if evaluation.metric is None else metric_of(evaluation.metric)
-        self.questions = [] if self.metric is None else self._asked(self.metric, evaluation.count)
-        if self.questions:
-            self._check_settings(parts.generation_config)
+        self.evaluator = Evaluator(recipe, self.source, parts.generation_config)
         if self.max_steps < (rising := recipe.optimizer.warmup_steps):
             self._note(f"the learning rate rises for {rising} steps (optimizer.warmup_steps), and this run has "
                        f"{self.max_steps}: it never gets to its full height")
         self._plan(parts)
         self.trainee = begin(recipe, parts, ranks.device)
         self.network = self.trainee.network
-        self._loss = torch.compile(batch_loss) if recipe.compile else batch_loss
         self._check()
         shard(self.network, ranks)
         self.optimizers = Optimizers(self.network, recipe.optimizer)
+        self.stepper = Stepper(recipe, self.network, self.source, self.optimizers, ranks, self.max_steps)
         self._resume()
         self._display = display(recipe.name, self.step, self.max_steps, None if ranks.is_main else Console(quiet=True))
 
@@ -120,7 +107,10 @@ class Trainer:
                 unsaved = self.step > 0
             while self.step < self.max_steps and not self.ranks.any(self._stopping):
                 started = time.perf_counter()
-                values, tokens = self._train_step()
+                try:
+                    values, tokens = self.stepper.take(self.step)
+                except DgemmaError as error:
+                    raise DgemmaError(f"{error} ({self.folder / STATE} is of an earlier step)") from error
                 self.step += 1
                 self.tokens += tokens
                 self.seconds = first + time.monotonic() - began
@@ -151,73 +141,9 @@ class Trainer:
         if self._stopping:
             raise KeyboardInterrupt
         self._stopping = True
-        if self._asking is not None:
-            self._asking.cancel()
-
-    # ---- a step ------------------------------------------------------------------------------------
-
-    def _train_step(self) -> tuple[dict[str, float], int]:
-        """One step -> what it measured, and how many tokens it trained on."""
-        recipe, settings = self.recipe, self.recipe.optimizer
-        examples = self.source.batch(self.step)
-        totals = totals_of([collate(examples)], recipe.objective)
-        torch.manual_seed(noise_key(recipe.seed, self.step, 2**32 + self.ranks.rank) % 2**63)  # of dropout
-        parts = []
-        tokens = 0
-        for share in self.ranks.share(examples, recipe.micro_batch or len(examples)):
-            batch = collate(share.items)
-            tokens += int(sum(batch.before[i] for i in batch.last) + batch.canvas.numel()) * bool(share.weight)
-            noise = self._noise(share.start, len(share.items))
-            loss, part = self._loss_of(batch, noise, totals)
-            (loss * share.weight).backward()
-            self.optimizers.gather()
-            parts.append({name: value * share.weight for name, value in part.items()})
-        norm = clip_gradients(self.optimizers.masters.values(), settings.clip)
-        if not math.isfinite(norm):
-            raise DgemmaError(f"training diverged at step {self.step}: the gradient is not finite; lower the learning "
-                              f"rate and start again: {self.folder / STATE} is of an earlier step")
-        factor = learning_rate_factor(self.step, self.max_steps, settings)
-        self.optimizers.step(factor)
-        sums = self.ranks.sum({**_added(parts), "tokens": torch.tensor(float(tokens))})
-        values = means([{name: sums[name] for name in parts[0]}])
-        loss = values.get("loss/pass1", values.get("loss/causal", math.nan))
-        return {"loss": loss, **values, "gradient_norm": norm, "learning_rate": factor * (
-            settings.muon_lr if settings.kind == "muon" else settings.lr)}, int(sums["tokens"].item())
-
-    def _noise(self, start: int, count: int) -> Noise:
-        keys = [noise_key(self.recipe.seed, self.step, start + place) for place in range(count)]
-        config = self.network.config
-        return keyed_noise(self.recipe.objective, keys, config.canvas_length, config.vocab_size).to(self.ranks.device)
-
-    def _loss_of(self, batch: Batch, noise: Noise, totals: Totals | None) -> tuple[Tensor, dict[str, Tensor]]:
-        device = self.ranks.device
-        autocast = torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext()
-        with autocast:
-            return self._loss(self.network, batch.to(device), self.recipe.objective, noise, totals)
+        self.evaluator.interrupt()
 
     # ---- before and between steps ------------------------------------------------------------------
-
-    def _asked(self, metric: Metric, count: int) -> list[Question]:
-        """Questions, each of which the metric can use: rather an error now than after hours of training."""
-        data = self.recipe.data
-        thinking = data.thinking if isinstance(data, ConversationData) else "auto"
-        questions = questions_of(self.source.questions(count), thinking)
-        if not questions:
-            raise DgemmaError(f"recipe {self.recipe.name}: evaluation: metric {metric.name!r} needs questions, and "
-                              "nothing is held out to ask: name other conversations (held_out)")
-        for question in questions:
-            metric.score(question, None)
-        return questions
-
-    def _check_settings(self, generation: GenerationConfig) -> None:
-        where, settings = f"recipe {self.recipe.name}: evaluation: settings", self.recipe.evaluation.settings
-        if unknown := sorted(settings.keys() - {*SAMPLER_SETTINGS, *_REQUEST_SETTINGS}):
-            raise DgemmaError(f"{where}: unknown setting {', '.join(unknown)}; there are "
-                              f"{', '.join((*SAMPLER_SETTINGS, *_REQUEST_SETTINGS))}")
-        try:
-            generation.replace(**{name: value for name, value in settings.items() if name in SAMPLER_SETTINGS})
-        except (TypeError, ValueError) as error:
-            raise DgemmaError(f"{where}: {error}") from error
 
     def _is_due(self) -> bool:
         """Whether an evaluation belongs to this step."""
@@ -250,20 +176,12 @@ class Trainer:
         self._note(text)
 
     def _evaluate(self) -> None:
-        recipe, settings = self.recipe, self.recipe.evaluation
-        values: dict[str, float] = {}
         score: TaskScore | None = None
         with self._in_use():
-            if self.kept:
-                self._display.phase("validating", 0, 1)
-                values = validation_losses(self.network, self.kept, recipe.objective, seed=recipe.seed,
-                                           batch_size=recipe.micro_batch or recipe.batch_size, stop=self._stop_asked)
-            if self.questions and self.metric is not None and not self._stop_asked():
-                with self._answering() as model:
-                    score = run_task(model, self.questions, self.metric, seed=recipe.seed,
-                                     max_tokens=settings.max_tokens, stop=self._stop_asked,
-                                     progress=lambda done, count: self._display.phase("evaluating", done, count),
-                                     **settings.settings)
+            self._display.phase("validating", 0, 1)
+            values = self.evaluator.losses(self.network, self._stop_asked)
+            if self.evaluator.questions and not self._stop_asked():
+                score = self.evaluator.score(self.trainee.model(), self._stop_asked, self._progress("evaluating"))
             if self._stop_asked():  # a part of an evaluation would be another measure
                 return
             loss = values.get("validation/loss", math.nan)
@@ -289,38 +207,26 @@ class Trainer:
 
     def _sweep(self) -> bool:
         """The best checkpoint once more, with fewer and fewer denoising steps; whether it came to its end."""
-        settings = self.recipe.evaluation
-        if not settings.sweep or self.metric is None:
+        limits = self.recipe.evaluation.sweep
+        if not limits:
             return True
-        options = {name: value for name, value in settings.settings.items() if name != "max_denoising_steps"}
         # In the network that is there: a second one might not fit beside it.
         exported = self.trainee.exported(self.folder / "best") if self.ranks.is_main else nullcontext()
-        with self._in_use(), exported, self._answering() as model:
-            questions = self._asked(self.metric, settings.sweep_count or settings.count) if self.ranks.is_main else []
-            for index, limit in enumerate(settings.sweep):
+        with self._in_use(), exported:
+            for index, limit in enumerate(limits):
                 if self.ranks.is_main:
-                    def report(done: int, count: int, index: int = index) -> None:
-                        self._display.phase("step sweep", index * count + done, len(settings.sweep) * count)
-
-                    for steps, score in step_sweep(model, questions, self.metric, (limit,), seed=self.recipe.seed,
-                                                   max_tokens=settings.max_tokens,
-                                                   stop=lambda: self._stopping, progress=report, **options):
-                        if self._journal is not None:
-                            self._journal.record(self.step, "sweep", {"max_steps": steps, **score.values},
-                                                 main=score.main, count=score.count, intervals=score.intervals)
+                    shown = self._progress("step sweep", index, len(limits))
+                    score = self.evaluator.with_steps(self.trainee.model(), limit, lambda: self._stopping, shown)
+                    if self._journal is not None and score is not None:
+                        self._journal.record(self.step, "sweep", {"max_steps": limit, **score.values},
+                                             main=score.main, count=score.count, intervals=score.intervals)
                 if self._stop_asked():  # the others wait here
                     return False
         return True
 
-    @contextmanager
-    def _answering(self) -> Iterator[Answering]:
-        """The network as what answers questions, for as long as it may be stopped in doing so."""
-        model = self.trainee.model()
-        self._asking = model if isinstance(model, Model) else None  # the control looks up between its batches only
-        try:
-            yield model
-        finally:
-            self._asking = None
+    def _progress(self, phase: str, part: int = 0, parts: int = 1) -> Callable[[int, int], None]:
+        """What shows how far a part of several, all equally long, has come."""
+        return lambda done, count: self._display.phase(phase, part * count + done, parts * count)
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -344,16 +250,6 @@ class Trainer:
                 self._display.note(f"{problem}; going on without this checkpoint")
         return problem is None
 
-    def _judge(self) -> str:
-        """The same for runs whose best checkpoints compare: those asked the same by the same metric."""
-        settings = self.recipe.evaluation
-        asked: Any = [settings.metric, settings.max_tokens, settings.settings,
-                      [(q.prompt, q.reference, q.tool_calls, q.tools, q.thinking) for q in self.questions]]
-        if not self.questions:
-            objective = self.recipe.objective
-            asked = [fingerprint(self.kept), objective.prediction, bool(objective.denoising_weight)]
-        return hashlib.sha256(repr(asked).encode()).hexdigest()
-
     def _stop_asked(self) -> bool:
         return self.ranks.any(self._stopping)
 
@@ -364,11 +260,11 @@ class Trainer:
 
         A failure (a full disk) costs nothing but this save unless it is ``required``.
         """
-        tensors = collect(self.optimizers.tensors(), self.ranks)
+        tensors = collect(self.stepper.tensors(), self.ranks)
         about = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
                  "best": None if math.isnan(self.best) else self.best,
                  "best_loss": None if math.isnan(self._best_loss) else self._best_loss, "evaluated": self.evaluated,
-                 "judge": self._judge(), "data": self._data(), "recipe": self.run.settings}
+                 "judge": self.evaluator.judge(), "data": self._data(), "recipe": self.run.settings}
         problem = None
         if self.ranks.is_main:
             try:
@@ -399,7 +295,7 @@ class Trainer:
         if about is None:
             return
         try:
-            self.optimizers.load(spread(tensors, self.network, self.ranks), about["step"])
+            self.stepper.load(spread(tensors, self.network, self.ranks), about["step"])
         except DgemmaError as error:
             raise DgemmaError(f"{path}: {error}; choose another --out folder, or remove it to start anew") from error
         self.step, self.tokens, self.seconds = about["step"], about["tokens"], about["seconds"]
@@ -409,7 +305,7 @@ class Trainer:
         self._note(f"resuming at step {self.step:,}")
         if about.get("data", self._data()) != self._data():
             self._note("the conversations to train on have changed since")
-        if about.get("judge", self._judge()) != self._judge():
+        if about.get("judge", self.evaluator.judge()) != self.evaluator.judge():
             self._note("what the best checkpoint is chosen by has changed since: it is chosen anew from here on")
             self.best, self._best_loss, self.evaluated = math.nan, math.nan, -1
         for change in self.run.changes(about["recipe"]):
@@ -468,11 +364,6 @@ def _telling(examples: list[Example]) -> list[Example]:
     longest = max(examples, key=lambda example: example.context_length)
     turn = [example for example in examples if example.turn is longest.turn]
     return turn[-2:] if len(turn) > 1 else [examples[0]] if longest is examples[0] else [examples[0], longest]
-
-
-def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The sums and counts of micro-batches added up."""
-    return {name: torch.stack([part[name].double() for part in parts]).sum(0) for name in parts[0]}
 
 
 def _means(window: list[dict[str, float]]) -> dict[str, float]:
