@@ -109,7 +109,10 @@ def test_every_chain_is_taken_up_again_with_its_own_state():
 
 
 def test_examples_of_similar_length_are_taken_together():
-    chains = Chains(4 * SIZE, 100, lambda step: [example(step, place, 3 + 20 * (place % 2)) for place in range(SIZE)], 0)
+    def uneven(step):
+        return [example(step, place, 3 + 20 * (place % 2)) for place in range(SIZE)]
+
+    chains = Chains(4 * SIZE, 100, uneven, seed=0)
     mixed = 0
     for step in range(20):
         examples, _ = chains.take(step, SIZE)

@@ -53,6 +53,7 @@ class SudokuData:
     """Puzzles made on the way: ``bases`` base puzzles, varied by symmetries; see `SudokuBatches`.
 
     ``plain``: nothing but puzzles. Without it every fifth batch holds puzzles inside conversations, or none at all.
+    ``beyond_singles``: the share of puzzles that naked and hidden singles alone do not solve.
     """
 
     bases: int = 40_000
@@ -60,8 +61,11 @@ class SudokuData:
     easy_givens: int = 36
     curriculum_steps: int = 1500
     plain: bool = False
+    beyond_singles: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.beyond_singles <= 1:
+            raise ValueError(f"beyond_singles must be between 0 and 1, got {self.beyond_singles}")
         if self.bases < 1 or self.curriculum_steps < 0:
             raise ValueError("bases must be at least 1 and curriculum_steps at least 0")
         if not 17 <= self.givens[0] <= self.givens[1] <= 80:
@@ -280,8 +284,8 @@ def recipe_of(data: Mapping[str, Any], path: Path, where: str | None = None) -> 
     if recipe.epochs is not None and (not 0 < recipe.epochs < math.inf or endless):
         raise DgemmaError(f"{where}: epochs must be above 0, and are for data that has an end: give max_steps")
     if recipe.epochs is not None and recipe.objective.chains:
-        raise DgemmaError(f"{where}: objective: with chains a step takes new examples only where chains have ended, and "
-                          "an epoch has no length: give max_steps instead of epochs")
+        raise DgemmaError(f"{where}: objective: with chains a step takes new examples only where chains have ended, "
+                          "and an epoch has no length: give max_steps instead of epochs")
     if isinstance(recipe.model, dict) and not recipe.fresh:
         if set(recipe.model) != {"recipe"} or not isinstance(recipe.model["recipe"], str):
             raise DgemmaError(f"{where}: model: with a recipe there is nothing else, found {recipe.model!r}")

@@ -167,7 +167,7 @@ def _puzzles(recipe: Recipe, data: SudokuData, tokenizer: Tokenizer, canvas: int
     report("preparing base puzzles (computed once)")
     made = SudokuBatches(tokenizer, canvas, recipe.batch_size, recipe.seed,
                          sudoku.PuzzleSource.cached(folder / "puzzles.npz", data.bases, recipe.seed), data.givens,
-                         data.easy_givens, data.curriculum_steps, data.plain)
+                         data.easy_givens, data.curriculum_steps, data.plain, data.beyond_singles)
     seed = recipe.seed + 1_000_003  # other grids
     few = sudoku.PuzzleSource.cached(folder / "held-out.npz", min(data.bases, 200), seed)
     fewest = max(data.givens[0], int((few.puzzles[0] > 0).sum()))  # there are no others among so few

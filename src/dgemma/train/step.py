@@ -37,7 +37,7 @@ class Stepper:
         objective = recipe.objective
         self.chains = (Chains(objective.chains, objective.chain_passes, source.batch, recipe.seed)
                        if objective.chains else None)
-        self._loss = torch.compile(chain_loss) if recipe.compile else chain_loss
+        self._compiled = torch.compile(chain_loss) if recipe.compile else chain_loss
 
     def take(self, step: int) -> tuple[dict[str, float], int]:
         """Step number ``step``, from 0 -> what it measured, and how many tokens it trained on.
@@ -105,8 +105,10 @@ class Stepper:
     def _forward(self, batch: Batch, noise: Noise, totals: Totals,
                  start: Start | None) -> tuple[Tensor, dict[str, Tensor], Reached | None]:
         device = self.ranks.device
+        # Each padding would be compiled anew.
+        loss_of = self._compiled if batch.lengths is None and batch.owners is None else chain_loss
         with torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext():
-            return self._loss(self.network, batch.to(device), self.recipe.objective, noise, totals, start)
+            return loss_of(self.network, batch.to(device), self.recipe.objective, noise, totals, start)
 
 
 def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -172,6 +172,17 @@ def solve(puzzles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return solutions, counts
 
 
+def singles_solve(puzzles: np.ndarray) -> np.ndarray:
+    """Whether naked and hidden singles alone solve each puzzle, without looking further or guessing: bool ``[N]``.
+
+    Raises ValueError for what are no puzzles.
+    """
+    masks = _DIGIT_MASK[_checked(puzzles).T]
+    while not ((after := _propagate_once(masks)[0]) == masks).all():
+        masks = after
+    return (_BIT_COUNT[masks] == 1).all(axis=0)
+
+
 def _checked(puzzles: np.ndarray) -> np.ndarray:
     """``puzzles`` as uint8 [N, 81], or ValueError."""
     puzzles = np.asarray(puzzles)

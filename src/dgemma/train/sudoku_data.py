@@ -45,12 +45,14 @@ class SudokuBatches:
     """An endless, seeded stream of batches; every batch depends on (seed, step) only, so a resumed run sees the same.
 
     ``givens`` is the range of the curriculum's end; it starts at ``easy_givens`` and its lower bound falls linearly
-    over ``curriculum_steps``.
+    over ``curriculum_steps``. ``beyond_singles``: at least this share of a batch's puzzles are, where so many are found
+    among four times as many, such as naked and hidden singles alone do not solve (`sudoku.singles_solve`).
     """
 
     def __init__(self, tokenizer: Tokenizer, canvas_length: int, batch_size: int, seed: int,
                  source: sudoku.PuzzleSource, givens: tuple[int, int] = (22, 46), easy_givens: int = 36,
-                 curriculum_steps: int = 1500, plain: bool = False):
+                 curriculum_steps: int = 1500, plain: bool = False, beyond_singles: float = 0.0):
+        self.beyond_singles = beyond_singles
         self.tokenizer, self.canvas_length, self.batch_size, self.seed = tokenizer, canvas_length, batch_size, seed
         self.givens, self.easy_givens, self.curriculum_steps = givens, easy_givens, curriculum_steps
         self.source, self.plain = source, plain
@@ -96,7 +98,14 @@ class SudokuBatches:
     def _puzzles(self, step: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         progress = min(1.0, step / max(1, self.curriculum_steps))
         low = round(self.easy_givens + (self.givens[0] - self.easy_givens) * progress)
-        return self.source.sample(self.batch_size, (low, self.givens[1]), rng)
+        givens = (low, self.givens[1])
+        if not self.beyond_singles:
+            return self.source.sample(self.batch_size, givens, rng)
+        puzzles, solutions = self.source.sample(4 * self.batch_size, givens, rng)
+        beyond = np.flatnonzero(~sudoku.singles_solve(puzzles))[: round(self.beyond_singles * self.batch_size)]
+        others = np.setdiff1d(np.arange(len(puzzles)), beyond)[: self.batch_size - len(beyond)]
+        chosen = rng.permutation(np.concatenate([beyond, others]))
+        return puzzles[chosen], solutions[chosen]
 
     def _other(self, rng: np.random.Generator) -> Batch:
         length = int(rng.integers(1, 140))
