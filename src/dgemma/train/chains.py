@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from dgemma.errors import DgemmaError
-from dgemma.train.examples import Example
+from dgemma.train.batch import Example
 from dgemma.train.noise import noise_key
 from dgemma.train.objective import Reached, Start
 
 _PLACE = 2**33  # no example has it: this randomness is no canvas' noise
 
-Batches = Callable[[int], list[Example]]
+Batches = Callable[[int], Sequence[Example]]
 
 
 class Chains:
@@ -54,7 +54,7 @@ class Chains:
             self._passes[row] = 0
         # Of similar length together, so that little is padded; among equals by chance.
         chance = np.random.default_rng(noise_key(self.seed, step, _PLACE)).random(self.count + 1)
-        running = sorted((example.context_length, chance[row], row) for row, example in enumerate(self._examples)
+        running = sorted((len(example.context_ids), chance[row], row) for row, example in enumerate(self._examples)
                          if example is not None)
         block = int(chance[-1] * -(-len(running) // size)) * size
         begin = max(0, min(block, len(running) - size))

@@ -55,6 +55,7 @@ class Setting:
     autocast: bool = False
     device: str = "cpu"
     ranks: int = 1
+    chains: int = 0
 
     @property
     def packed(self) -> bool:
@@ -157,7 +158,7 @@ def memory_plan(config: ModelConfig, *, weights: str | Mapping[str, str] = "BF16
     passes = objective.passes if objective.denoising_weight else 0
     return plan_of(Setting(config, types, adapter, context, micro_batch, accumulation, checkpointing, passes,
                        bool(objective.causal_weight) and objective.causal_on != "prompt", optimizer, ema, autocast,
-                       device, ranks))
+                       device, ranks, objective.chains if _kind(device) == "cpu" else 0))
 
 
 def recipe_plan(recipe: Recipe, config: ModelConfig, source: Path | None, context: int, device: torch.device,
@@ -266,19 +267,26 @@ def plan_of(run: Setting) -> Plan:
     moments = 8 * numbers - (4 * matrices if run.optimizer == "muon" else 0)
     lines.append(Line("optimizer state", moments // run.ranks, "AdamW: two float32 moments" if run.optimizer == "adamw"
                       else "Muon: one float32 moment of matrices, AdamW: two of the rest"))
+    if run.chains:
+        wide = _step(run, low_rank, False).stream
+        lines.append(Line("chains", run.chains * run.config.canvas_length * (wide * run.config.hidden_size + 8),
+                          f"{run.chains} canvases on their way, with their soft embeddings; in main memory"))
     if run.ema:
         lines.append(Line("EMA", 4 * numbers // run.ranks, "float32 of what is trained"))
     first = 0 if run.adapter is not None else held["embed_tokens.weight"] // run.ranks
+    if run.accumulation > 1:  # the earlier micro-batches' sums are there from the start, always in float32
+        first = 4 * numbers // run.ranks
+        if run.adapter is None:
+            gradients = 4 * numbers + sum(held[name] for name in trained if run.weights[name] != "F32")
     gradients //= run.ranks
     work = 0
-    if run.adapter is None:  # those of masters are float32, too
+    if run.adapter is None:  # by then all are the masters', in float32
         work += 4 * numbers // run.ranks - gradients
     if run.optimizer == "muon":
         work += _NEWTON_SCHULZ * _largest_group(trained) // run.ranks
     elif _kind(run.device) == "cuda":  # AdamW takes the root of all second moments at once there
         work += 4 * numbers // run.ranks
-    # Gradients that accumulate are there from the second micro-batch's start.
-    most = widest(_step(run, low_rank, fast_bf16()), gradients, gradients if run.accumulation > 1 else first, work)
+    most = widest(_step(run, low_rank, fast_bf16()), gradients, first, work)
     inside = "inputs of blocks" if run.checkpointing else "all that the backward pass needs"
     slack = _SLACK * (most.kept + most.cache + most.working)
     lines += [
