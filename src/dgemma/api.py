@@ -6,9 +6,9 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from dgemma.errors import DgemmaError
 from dgemma.memory import request_memory
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.cache import check_cache_type
+
+if TYPE_CHECKING:
+    from dgemma.weights.gguf_model import GGUFModel
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
 
@@ -204,7 +207,6 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     and cause, when it cannot be used.
     """
     from dgemma.weights.load import load_network
-    from dgemma.weights.locate import locate
 
     try:
         check_cache_type(cache_type)
@@ -215,24 +217,47 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
         raise DgemmaError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
     dtype = dtypes[dtype] if isinstance(dtype, str) else dtype
     target = parse_device(device)
-    folder = locate(name)
-    if folder.is_file():
-        from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
-        from dgemma.weights.gguf_model import load_gguf_network, open_gguf
+    parts = read_parts(name)
+    assert parts.source is not None
+    if parts.gguf is not None:
+        from dgemma.weights.gguf_model import load_gguf_network
 
-        model = open_gguf(folder)
-        tokenizer = tokenizer_from_gguf(model.file.metadata, str(folder))
-        network = load_gguf_network(model, device=target, dtype=dtype, progress=progress)
+        network = load_gguf_network(parts.gguf, device=target, dtype=dtype, progress=progress)
         network.cache_type = cache_type or network.cache_type
-        _adapt(network, adapter)
-        return Model(network, tokenizer, model.generation, str(name))
-    config = load_model_config(folder)
-    tokenizer = Tokenizer.from_folder(folder)
-    generation_config = load_generation_config(folder, config)
-    network = load_network(folder, config, device=target, dtype=dtype, progress=progress)
-    network.cache_type = cache_type
+    else:
+        network = load_network(parts.source, parts.config, device=target, dtype=dtype, progress=progress)
+        network.cache_type = cache_type
     _adapt(network, adapter)
-    return Model(network, tokenizer, generation_config, str(name))
+    return Model(network, parts.tokenizer, parts.generation_config, str(name))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is known of a model without its weights.
+
+    ``source`` is its checkpoint (None: it has yet to be made), ``gguf`` what was read of it where that is a GGUF file.
+    """
+
+    tokenizer: Tokenizer
+    config: ModelConfig
+    generation_config: GenerationConfig
+    source: Path | None
+    gguf: GGUFModel | None = None
+
+
+def read_parts(name: str | Path) -> Parts:
+    """The parts of a bundled name, a checkpoint folder, a GGUF file or a hub id; raises CheckpointError."""
+    from dgemma.weights.locate import locate
+
+    source = locate(name)
+    if source.is_file():
+        from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
+        from dgemma.weights.gguf_model import open_gguf
+
+        gguf = open_gguf(source)
+        return Parts(tokenizer_from_gguf(gguf.file.metadata, str(source)), gguf.config, gguf.generation, source, gguf)
+    config = load_model_config(source)
+    return Parts(Tokenizer.from_folder(source), config, load_generation_config(source, config), source)
 
 
 def _adapt(network: DiffusionTransformer, adapter: str | Path | None) -> None:

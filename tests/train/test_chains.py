@@ -17,6 +17,7 @@ from reference import random_network, tiny_config
 from token_examples import random_example
 
 CANVAS, VOCAB, SIZE = 8, 50, 4
+SHAPE = (CANVAS, 2)
 CHAINS = Objective(causal_weight=0.0, passes=2, rollout=1.0, chains=3, t_min=0.9)
 
 
@@ -72,7 +73,7 @@ def test_a_canvas_settles_where_two_passes_agree_and_are_sure():
 
 
 def test_an_ended_chain_makes_room_for_an_example_of_the_next_step():
-    chains = Chains(SIZE, 6, batches, seed=0)
+    chains = Chains(SIZE, 6, batches, 0, SHAPE)
     chains.take(0, SIZE)
     values = chains.put(reached(SIZE, settled=[1]), passes=2)
     assert values == {"chains/passes_before": 0.0, "chains/ended": 0.25, "chains/settled": 1.0}
@@ -83,7 +84,7 @@ def test_an_ended_chain_makes_room_for_an_example_of_the_next_step():
 
 
 def test_a_chain_ends_after_so_many_passes():
-    chains = Chains(SIZE, 6, batches, seed=0)
+    chains = Chains(SIZE, 6, batches, 0, SHAPE)
     for step in range(3):
         chains.take(step, SIZE)
         values = chains.put(reached(SIZE), passes=2)
@@ -94,7 +95,7 @@ def test_a_chain_ends_after_so_many_passes():
 
 
 def test_every_chain_is_taken_up_again_with_its_own_state():
-    chains = Chains(12, 100, batches, seed=0)
+    chains = Chains(12, 100, batches, 0, SHAPE)
     taken = {}
     for step in range(40):
         examples, start = chains.take(step, SIZE)
@@ -112,7 +113,7 @@ def test_examples_of_similar_length_are_taken_together():
     def uneven(step):
         return [example(step, place, 3 + 20 * (place % 2)) for place in range(SIZE)]
 
-    chains = Chains(4 * SIZE, 100, uneven, seed=0)
+    chains = Chains(4 * SIZE, 100, uneven, 0, SHAPE)
     mixed = 0
     for step in range(20):
         examples, _ = chains.take(step, SIZE)
@@ -122,7 +123,7 @@ def test_examples_of_similar_length_are_taken_together():
 
 
 def test_what_is_saved_goes_on_the_same():
-    chains, other = Chains(8, 4, batches, seed=0), Chains(8, 4, batches, seed=0)
+    chains, other = Chains(8, 4, batches, 0, SHAPE), Chains(8, 4, batches, 0, SHAPE)
     for step in range(3):
         chains.take(step, SIZE)
         chains.put(reached(SIZE, settled=[step], value=step), passes=2)
@@ -135,13 +136,13 @@ def test_what_is_saved_goes_on_the_same():
 
 
 def test_chains_of_other_data_are_refused():
-    chains = Chains(8, 4, batches, seed=0)
+    chains = Chains(8, 4, batches, 0, SHAPE)
     chains.take(0, SIZE)
     chains.put(reached(SIZE), passes=2)
     with pytest.raises(DgemmaError, match="example 1 of step 0, which there is not: the data has changed"):
-        Chains(8, 4, lambda step: batches(step)[:1], seed=0).load(chains.tensors())
+        Chains(8, 4, lambda step: batches(step)[:1], 0, SHAPE).load(chains.tensors())
     with pytest.raises(DgemmaError, match="holds 0 chains"):
-        Chains(8, 4, batches, seed=0).load({})
+        Chains(8, 4, batches, 0, SHAPE).load({})
 
 
 @pytest.mark.parametrize("wrong", [{"passes": 1}, {"rollout": 0.7}, {"denoising_weight": 0.0, "causal_weight": 1.0},

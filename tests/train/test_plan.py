@@ -155,7 +155,8 @@ def test_chains_take_what_they_keep():
     config = tiny_config()
     objective = Objective(passes=2, rollout=1.0, chains=50)
     canvas = config.canvas_length
-    chains = Chains(50, 24, lambda step: [random_example(6, canvas, 50, canvas, 6, 1.0)], 0)
+    chains = Chains(50, 24, lambda step: [random_example(6, canvas, 50, canvas, 6, 1.0)], 0,
+                    (canvas, config.hidden_size))
     chains.take(0, 4)
     chains.put(Reached(torch.zeros(1, canvas, dtype=torch.long), torch.zeros(1, canvas, config.hidden_size),
                        torch.tensor([False])), 2)

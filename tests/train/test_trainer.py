@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import dgemma
+from dgemma.api import read_parts
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig, adapters
 from dgemma.train import evaluation as evaluation_module
@@ -380,9 +381,14 @@ def test_the_memory_is_told_before_weights_are_read(conversations, tmp_path, mon
     assert "it never gets to its full height" in out
 
 
-def test_a_gguf_file_is_trained_by_an_adapter_only(conversations, tmp_path):
-    (tmp_path / "base.gguf").touch()
-    parts = dataclasses.replace(trainee_module.stored_parts("sudoku"), source=tmp_path / "base.gguf")
+def test_reading_weights_shows_how_far_it_is(conversations, tmp_path):
+    told = []
+    Trainer(tuned(conversations), tmp_path / "run", ranks=RANKS, progress=lambda *numbers: told.append(numbers))
+    assert told[-1][0] == told[-1][1] > 0
+
+
+def test_a_gguf_file_is_trained_by_an_adapter_only(conversations):
+    parts = dataclasses.replace(read_parts("sudoku"), gguf=object())
     with pytest.raises(DgemmaError, match="by an adapter only"):
         trainee_module.begin(tuned(conversations, adapter=None), parts, RANKS.device)
 

@@ -57,13 +57,13 @@ def test_a_finished_run_with_other_settings_goes_on(base, tmp_path, recipe_data)
 
 
 def test_a_stopped_base_stops_the_rest(tuned, tmp_path, monkeypatch):
-    original = trainer_module.Trainer._train_step
+    original = trainer_module.Trainer.train
 
     def stopped(self):
         self.stop()
         return original(self)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_train_step", stopped)
+    monkeypatch.setattr(trainer_module.Trainer, "train", stopped)
     data = yaml.safe_load((tmp_path / "base.yaml").read_text())
     write(tmp_path, "base.yaml", {**data, "max_steps": 3})
     assert not train(tuned, tmp_path / "tuned", RANKS, print)

@@ -40,7 +40,7 @@ def load_model(name: str | None, device: str | None = None, dtype: str | None = 
 
     if name is None and hint:
         Console(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True, markup=False)
-    with _LoadingBar() as bar:
+    with LoadingBar() as bar:
         model = dgemma.load(BUNDLED if name is None else name, device=device, dtype=dtype,
                             cache_type=cache_type, adapter=adapter, progress=bar.update)
     _say_if_tight(model)
@@ -65,7 +65,7 @@ def _say_if_tight(model: Model) -> None:
         style="yellow", soft_wrap=True, markup=False)
 
 
-class _LoadingBar:
+class LoadingBar:
     """A progress bar on stderr that appears only if loading takes long enough to wonder."""
 
     PATIENCE = 0.5  # seconds
@@ -75,14 +75,14 @@ class _LoadingBar:
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
 
-    def __enter__(self) -> _LoadingBar:
+    def __enter__(self) -> LoadingBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._stop()
 
     def update(self, done: int, total: int) -> None:
+        """Show how much was read; once that is all, the bar is gone until something else is loaded."""
         if done == 0:
             self._began = time.monotonic()  # importing torch is not loading
         if self._progress is None and time.monotonic() - self._began > self.PATIENCE and self._console.is_terminal:
@@ -94,6 +94,13 @@ class _LoadingBar:
             self._progress.start()
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=done)
+        if done >= total:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
 
 
 @contextmanager

@@ -60,13 +60,17 @@ def train(
     if plan:
         _show_plan(recipe, device)
         return
+    from dgemma.cli.session import LoadingBar
     from dgemma.train.distributed import joined
     from dgemma.train.recipe import read_yaml
     from dgemma.train.variants import train as run
 
     folder = out or Path("runs") / str(read_yaml(recipe).get("name") or recipe.stem)
-    with joined(device) as ranks:
-        finished = run(recipe, folder, ranks, typer.echo if ranks.is_main else lambda text: None)
+    with joined(device) as ranks, LoadingBar() as bar:
+        if ranks.is_main:
+            finished = run(recipe, folder, ranks, typer.echo, bar.update)
+        else:
+            finished = run(recipe, folder, ranks, lambda text: None)
     if not finished:
         raise typer.Exit(130)  # as a shell says it of what Ctrl-C ended
 
@@ -94,11 +98,11 @@ def _show_plan(recipe: Path, device: str | None) -> None:
 
 def _preview_data(data: list[str], model: str, count: int, skip_bad: bool) -> None:
     """Print the first turns of conversations, with what each token counts, and the whole data in numbers."""
+    from dgemma.api import read_parts
     from dgemma.train.conversations import read_conversations
     from dgemma.train.examples import prepare
-    from dgemma.train.trainee import stored_parts
 
-    parts = stored_parts(model)
+    parts = read_parts(model)
     canvas = parts.config.canvas_length
     found = read_conversations(data, skip_bad=skip_bad)
     prepared = prepare(found.rows, parts.tokenizer, canvas, stop_ids=parts.generation_config.eos_token_id,

@@ -98,9 +98,11 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     if bool((weights.sum(1) <= 0).any()):
         raise ValueError("the weights of an example's canvas are all 0: there is nothing to learn from it")
     fill = torch.arange(canvas.shape[1]) >= torch.tensor([example.real_length for example in examples]).unsqueeze(1)
-    return Batch(context, canvas, None if len(set(lengths)) == 1 else lengths,
-                 tuple(example.prompt_length for example in examples), weights, fill,
-                 None if len(longest) == len(examples) else owners)
+    uniform = len(set(lengths)) == 1
+    prompts = tuple(example.prompt_length for example in examples)
+    # Numbers of every example's own would be compiled in: not where there is nothing to tell.
+    return Batch(context, canvas, None if uniform else lengths, None if uniform and prompts == lengths else prompts,
+                 weights, fill, None if len(longest) == len(examples) else owners)
 
 
 def _shared_rows(examples: Sequence[Example], contexts: Sequence[np.ndarray]) -> tuple[tuple[int, ...], list[int]]:

@@ -31,19 +31,22 @@ Batches = Callable[[int], Sequence[Example]]
 class Chains:
     """``count`` canvases on their way, of the examples of ``batches`` (which depend on the step only).
 
-    A chain ends where the sampler would stop, or after ``most`` passes.
+    A chain ends where the sampler would stop, or after ``most`` passes. ``shape`` is that of a canvas' soft
+    embeddings [C, D], which are kept as ``dtype``.
     """
 
-    def __init__(self, count: int, most: int, batches: Batches, seed: int):
+    def __init__(self, count: int, most: int, batches: Batches, seed: int, shape: tuple[int, int],
+                 dtype: torch.dtype = torch.float32):
         self.count, self.most, self.batches, self.seed = count, most, batches, seed
         self._examples: list[Example | None] = [None] * count
         self._origins = torch.full((count, 2), -1)  # the step that every example is from, and its place in it
         self._passes = torch.zeros(count, dtype=torch.long)
-        self._noisy = self._soft = torch.empty(0)  # [count, C] and [count, C, D], once there is something to keep
+        self._noisy = torch.zeros(count, shape[0], dtype=torch.long)
+        self._soft = torch.zeros(count, *shape, dtype=dtype)
         self._taken: list[int] = []
 
-    def take(self, step: int, size: int) -> tuple[list[Example], Start | None]:
-        """Up to ``size`` chains to go on with, and where they stand; None: all of them are new.
+    def take(self, step: int, size: int) -> tuple[list[Example], Start]:
+        """Up to ``size`` chains to go on with, and where they stand.
 
         The step's new examples take the places of chains that have ended.
         """
@@ -60,19 +63,13 @@ class Chains:
         begin = max(0, min(block, len(running) - size))
         self._taken = [row for _, _, row in running[begin : begin + size]]
         examples = [example for row in self._taken if (example := self._examples[row]) is not None]
-        if not self._noisy.numel():
-            return examples, None
         return examples, Start(self._noisy[self._taken], self._soft[self._taken], self._passes[self._taken] == 0)
 
     def put(self, reached: Reached, passes: int) -> dict[str, float]:
         """Keep how far the chains just taken came in ``passes`` more passes -> numbers for the log."""
         rows = torch.tensor(self._taken)
-        noisy, soft = reached.noisy.cpu(), reached.soft.detach().cpu()
-        if not self._noisy.numel():
-            self._noisy = noisy.new_zeros(self.count, *noisy.shape[1:])
-            self._soft = soft.new_zeros(self.count, *soft.shape[1:])
         age = self._passes[rows].float().mean().item()
-        self._noisy[rows], self._soft[rows] = noisy, soft
+        self._noisy[rows], self._soft[rows] = reached.noisy.cpu(), reached.soft.detach().to(self._soft)
         self._passes[rows] += passes
         settled = reached.settled.cpu()
         ended = settled | (self._passes[rows] >= self.most)

@@ -34,8 +34,9 @@ class Stepper:
                  ranks: Ranks, max_steps: int):
         self.recipe, self.network, self.source, self.optimizers = recipe, network, source, optimizers
         self.ranks, self.max_steps = ranks, max_steps
-        objective = recipe.objective
-        self.chains = (Chains(objective.chains, objective.chain_passes, source.batch, recipe.seed)
+        objective, config = recipe.objective, network.config
+        self.chains = (Chains(objective.chains, objective.chain_passes, source.batch, recipe.seed,
+                              (config.canvas_length, config.hidden_size), network.dtype)
                        if objective.chains else None)
         self._compiled = torch.compile(chain_loss) if recipe.compile else chain_loss
 

@@ -17,14 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dgemma.api import Model, load
+from dgemma.api import Model, Parts, read_parts
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import (
     GenerationConfig,
-    ModelConfig,
     generation_config_from_dict,
-    load_generation_config,
-    load_model_config,
     model_config_from_dict,
 )
 from dgemma.errors import DgemmaError
@@ -35,7 +32,8 @@ from dgemma.train import tokenizer as bundled_tokenizer
 from dgemma.train.recipe import Recipe
 from dgemma.train.tasks import Answering
 from dgemma.weights.adapters import read_adapter, save_adapter
-from dgemma.weights.locate import locate, weight_files
+from dgemma.weights.load import load_network
+from dgemma.weights.locate import weight_files
 from dgemma.weights.merge import replace_weights
 from dgemma.weights.names import network_name
 from dgemma.weights.save import save_checkpoint
@@ -115,35 +113,12 @@ def restore(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What is known of a model without its weights. ``source`` is its checkpoint; None: it will be made."""
-
-    tokenizer: Tokenizer
-    config: ModelConfig
-    generation_config: GenerationConfig
-    source: Path | None
-
-
 def parts_of(recipe: Recipe, base: Path | None = None) -> Parts:
     """The parts of the model that a recipe begins with; ``base`` is the checkpoint of the recipe that it goes on from.
 
     Raises DgemmaError when they cannot be had.
     """
-    return _fresh_parts(recipe) if recipe.fresh else stored_parts(base or str(recipe.model))
-
-
-def stored_parts(model: str | Path) -> Parts:
-    """The parts of a bundled name, a checkpoint folder, a GGUF file or a hub id."""
-    place = locate(model)
-    if place.is_file():
-        from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
-        from dgemma.weights.gguf_model import open_gguf
-
-        gguf = open_gguf(place)
-        return Parts(tokenizer_from_gguf(gguf.file.metadata, str(place)), gguf.config, gguf.generation, place)
-    config = load_model_config(place)
-    return Parts(Tokenizer.from_folder(place), config, load_generation_config(place, config), place)
+    return _fresh_parts(recipe) if recipe.fresh else read_parts(base or str(recipe.model))
 
 
 def begin(recipe: Recipe, parts: Parts, device: torch.device,
@@ -152,19 +127,20 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device,
 
     Raises DgemmaError when it cannot be had.
     """
-    if parts.source is not None and parts.source.is_file() and recipe.adapter is None:
+    if parts.gguf is not None and recipe.adapter is None:
         raise DgemmaError(f"{parts.source}: a GGUF file is trained by an adapter only (a section `adapter:` in the "
                           "recipe); to train everything take the checkpoint that it was made of")
     if parts.source is None:
         network = DiffusionTransformer(parts.config)
         initialise(network, recipe.seed)
         network.to(device, None if recipe.dtype is None else getattr(torch, recipe.dtype))
-    elif parts.source.is_file():
-        from dgemma.weights.gguf_model import load_gguf_network, open_gguf
+    elif parts.gguf is not None:
+        from dgemma.weights.gguf_model import load_gguf_network
 
-        network = load_gguf_network(open_gguf(parts.source), device, progress=progress, keep_packed=True)
+        network = load_gguf_network(parts.gguf, device, progress=progress, keep_packed=True)
     else:
-        network = load(parts.source, device=device, dtype=recipe.dtype, progress=progress).network
+        dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
+        network = load_network(parts.source, parts.config, device=device, dtype=dtype, progress=progress)
     trainee = Trainee(network, parts.tokenizer, parts.generation_config, recipe, parts.source)
     if recipe.adapter is not None:
         attach(network, recipe.adapter, recipe.seed)

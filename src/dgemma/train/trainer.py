@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from dgemma.api import Parts
 from dgemma.errors import DgemmaError
 from dgemma.files import make_folder, size_text
 from dgemma.train.display import Display
@@ -38,7 +39,7 @@ from dgemma.train.run import Run
 from dgemma.train.sources import Listed, fingerprint, longest_context, source_of
 from dgemma.train.step import Stepper
 from dgemma.train.tasks import TaskScore
-from dgemma.train.trainee import Parts, begin, parts_of
+from dgemma.train.trainee import begin, parts_of
 from dgemma.train.trainee import restore as restore_folder
 from dgemma.weights.save import write_safetensors
 
@@ -52,10 +53,12 @@ class Trainer:
     """Builds what a recipe names in ``folder``, or picks up where an earlier run stopped.
 
     ``base`` is the checkpoint of the recipe that this one goes on from. ``ranks`` are the processes that train
-    together; all of them make a trainer. Raises DgemmaError for whatever cannot be used.
+    together; all of them make a trainer. ``progress(done_bytes, total_bytes)`` is called while weights are read.
+    Raises DgemmaError for whatever cannot be used.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, *, ranks: Ranks, base: Path | None = None,
+                 progress: Callable[[int, int], None] | None = None,
                  display: Callable[[str, int, int, Console | None], Display] = Display):
         if ranks.world > 1 and (recipe.optimizer.kind == "muon" or recipe.compile or recipe.objective.chains):
             raise DgemmaError(f"recipe {recipe.name}: muon, compile and chains work in one process only; this is one "
@@ -79,7 +82,7 @@ class Trainer:
             self._note(f"the learning rate rises for {rising} steps (optimizer.warmup_steps), and this run has "
                        f"{self.max_steps}: it never gets to its full height")
         self._plan(parts)
-        self.trainee = begin(recipe, parts, ranks.device)
+        self.trainee = begin(recipe, parts, ranks.device, progress)
         self.network = self.trainee.network
         self._check()
         shard(self.network, ranks)

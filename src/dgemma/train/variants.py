@@ -19,13 +19,15 @@ from dgemma.train.sources import few, longest_context, source_of
 from dgemma.train.trainee import parts_of
 
 Report = Callable[[str], None]
+Progress = Callable[[int, int], None]
 
 
-def train(path: Path, out: Path, ranks: Ranks, report: Report = print) -> bool:
+def train(path: Path, out: Path, ranks: Ranks, report: Report = print, progress: Progress | None = None) -> bool:
     """Train by the recipe at ``path`` in the folder ``out``; whether it is finished (and not stopped).
 
     Variants have folders of their own in it. What is finished already, with the same settings, is not trained again.
-    A recipe to go on from is trained beside ``out`` in a folder of its own name.
+    A recipe to go on from is trained beside ``out`` in a folder of its own name. ``progress(done_bytes, total_bytes)``
+    is called while weights are read.
     """
     from dgemma.train.trainer import Trainer
 
@@ -39,12 +41,12 @@ def train(path: Path, out: Path, ranks: Ranks, report: Report = print) -> bool:
             report(f"{folder}: finished already; to go on raise max_steps, to begin anew choose another --out folder")
             continue
         _not_in_the_way(path, folder, recipe)
-        base = _base_of(recipe, out, ranks, report)
+        base = _base_of(recipe, out, ranks, report, progress)
         if base is None and recipe.base is not None:
             return False
         if name:
             report(f"variant {name}")
-        if not Trainer(recipe, folder, ranks=ranks, base=base).train():
+        if not Trainer(recipe, folder, ranks=ranks, base=base, progress=progress).train():
             return False
     if len(recipes) > 1 and ranks.is_main:
         from dgemma.train.report import write_comparison
@@ -81,7 +83,7 @@ def is_finished(folder: Path, recipe: Recipe) -> bool:
         raise DgemmaError(f"{folder}: is no folder of a run ({error}); choose another --out") from error
 
 
-def _base_of(recipe: Recipe, out: Path, ranks: Ranks, report: Report) -> Path | None:
+def _base_of(recipe: Recipe, out: Path, ranks: Ranks, report: Report, progress: Progress | None) -> Path | None:
     """The best checkpoint of the recipe to go on from, trained first if need be; None if there is none, or if that was
     stopped."""
     if recipe.base is None:
@@ -92,7 +94,7 @@ def _base_of(recipe: Recipe, out: Path, ranks: Ranks, report: Report) -> Path | 
         raise DgemmaError(f"{recipe.base}: its run would be in {out}, too: give it another name")
     if not is_finished(folder, base):
         report(f"first the recipe that it goes on from: {recipe.base}")
-    return folder / "best" if train(recipe.base, folder, ranks, report) else None
+    return folder / "best" if train(recipe.base, folder, ranks, report, progress) else None
 
 
 def _not_in_the_way(path: Path, folder: Path, recipe: Recipe) -> None:
