@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from tests.reference import random_network, tiny_config
-from tests.token_examples import random_example
 
 from dgemma.config import FULL, SLIDING, LayerConfig, ModelConfig
 from dgemma.errors import DgemmaError
@@ -16,8 +15,6 @@ from dgemma.kernels.quantize import quantize
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, adapters, attach
 from dgemma.nn.packed import packed_bytes, set_weights
 from dgemma.train.activations import Pass, Step, kept_by_block, widest
-from dgemma.train.chains import Chains
-from dgemma.train.objective import Objective, Reached
 from dgemma.train.optimizers import Optimizers
 from dgemma.train.plan import memory_plan, mixture, stored_types
 from dgemma.train.recipe import OptimizerSettings
@@ -149,19 +146,6 @@ def test_gradients_that_accumulate_are_summed_beside_those_of_narrow_weights():
         optimizers.gather()
     planned = lines(memory_plan(config, weights="BF16", context=8, accumulation=2, checkpointing=True))
     assert planned["gradients"] == at_most
-
-
-def test_chains_take_what_they_keep():
-    config = tiny_config()
-    objective = Objective(passes=2, rollout=1.0, chains=50)
-    canvas = config.canvas_length
-    chains = Chains(50, 24, lambda step: [random_example(6, canvas, 50, canvas, 6, 1.0)], 0,
-                    (canvas, config.hidden_size))
-    chains.take(0, 4)
-    chains.put(Reached(torch.zeros(1, canvas, dtype=torch.long), torch.zeros(1, canvas, config.hidden_size),
-                       torch.tensor([False])), 2)
-    kept = sum(chains.tensors()[name].nbytes for name in ("chains/noisy", "chains/soft"))
-    assert lines(memory_plan(config, weights="F32", context=8, objective=objective))["chains"] == kept
 
 
 def test_gradients_take_the_place_of_activations_only_without_accumulation():

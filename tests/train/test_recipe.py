@@ -99,8 +99,6 @@ def test_the_base_recipe_is_found_beside_this_one(tmp_path):
     ({"data": {"train": "talk.jsonl", "max_context": 0}}, "max_context must be"),
     ({"data": {"kind": "extraction", "count": 0}}, "count must be at least 1"),
     ({"max_steps": None, "epochs": float("inf"), "data": {"train": "talk.jsonl"}}, "epochs must be above 0"),
-    ({"max_steps": None, "epochs": 1, "data": {"train": "talk.jsonl"},
-      "objective": {"passes": 2, "rollout": 1, "chains": 8}}, "give max_steps instead of epochs"),
     ({"variants": {"a/b": {}}}, "cannot be the name of a folder"),
     ({"variants": {"a": {"max_steps": -1}}}, "variants: a: max_steps must be at least 1"),
     ({"variants": []}, "variants: expected a mapping"),

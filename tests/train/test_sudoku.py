@@ -55,6 +55,25 @@ def test_solves_known_puzzles() -> None:
     assert sudoku.is_solved(solutions[1], cells(SEVENTEEN))
 
 
+def test_singles_solve_what_needs_no_guess() -> None:
+    solved = sudoku.random_solutions(3, np.random.default_rng(0))
+    nearly = solved.copy()
+    nearly[:, :9] = 0  # every column and box says which digit is left
+    assert sudoku.singles_solve(nearly).all()
+    assert not sudoku.singles_solve(np.zeros((1, 81), np.uint8)).any()
+
+
+def test_what_singles_solve_they_solve_right_and_no_more() -> None:
+    puzzles, solutions = sudoku.generate(60, (22, 27), seed=3)
+    easy = sudoku.singles_solve(puzzles)
+    assert 0 < easy.sum() < 60
+    masks = sudoku._DIGIT_MASK[puzzles.T]
+    for _ in range(81):
+        masks, contradiction = sudoku._propagate_once(masks)
+        assert not contradiction.any()
+    assert (sudoku._digits(masks).reshape(81, -1).T[easy] == solutions[easy]).all()
+
+
 def test_blank_grid_has_several_solutions() -> None:
     blank = np.zeros((2, 81), np.uint8)
     solutions, counts = sudoku.solve(blank)

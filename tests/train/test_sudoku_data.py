@@ -1,5 +1,6 @@
 """Training batches: prompts as the template makes them, answers that fit the canvas."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,3 +69,12 @@ def test_plain_batches_are_all_plain_and_their_examples_count_everywhere(batches
     assert [example.context_ids for example in examples] == batch.prompt.tolist()
     assert examples[0].weights == [1.0] * 90
     assert examples[0].real_length == 90  # nine lines and the end of the turn
+
+
+def test_a_share_of_the_puzzles_is_beyond_singles(batches):
+    hard = SudokuBatches(batches.tokenizer, 90, 20, 0, batches.source, (25, 29), 25, 0, plain=True, beyond_singles=0.5)
+    for step in range(3):
+        text = [batches.tokenizer.decode(row.tolist()) for row in hard.batch(step).prompt]
+        puzzles = np.array([sudoku.parse(one) for one in text])
+        assert len(puzzles) == 20
+        assert (~sudoku.singles_solve(puzzles)).sum() >= 10

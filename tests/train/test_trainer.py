@@ -85,30 +85,6 @@ def test_an_adapter_with_dropout_and_an_average_resumes_to_the_bit(conversations
                for name, tensor in whole.optimizers.tensors().items())
 
 
-@pytest.mark.parametrize("size", [None, 3])
-def test_chains_resume_to_the_bit(recipe, tmp_path, size):
-    chains = dataclasses.replace(recipe.objective, rollout=1.0, chains=9, chain_passes=4)
-    recipe = dataclasses.replace(recipe, objective=chains, max_steps=6, micro_batch=size)
-    whole = trainer(recipe, tmp_path / "whole")
-    whole.train()
-    first = trainer(recipe, tmp_path / "parts")
-    stop_during(first, 3)
-    first.train()
-    second = trainer(recipe, tmp_path / "parts")
-    second.train()
-    found, expected = second.stepper.tensors(), whole.stepper.tensors()
-    assert expected["chains/passes"].max() > 0
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
-
-
-def test_another_number_of_chains_is_no_run_to_go_on_with(recipe, tmp_path):
-    chains = dataclasses.replace(recipe.objective, rollout=1.0, chains=9)
-    trainer(dataclasses.replace(recipe, objective=chains, max_steps=1), tmp_path / "run").train()
-    other = dataclasses.replace(recipe, objective=dataclasses.replace(chains, chains=10), max_steps=2)
-    with pytest.raises(DgemmaError, match=r"holds 9 chains, and the recipe asks for 10 .* choose another --out"):
-        trainer(other, tmp_path / "run")
-
-
 def test_micro_batches_train_as_the_whole_batch_does(conversations, tmp_path):
     recipe = dataclasses.replace(tuned(conversations), adapter=AdapterConfig(r=2), max_steps=2)
     found = []

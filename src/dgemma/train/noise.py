@@ -33,9 +33,8 @@ class Noise:
     tokens: Tensor  # [B, C] the random token it then gets
     conditioned: Tensor  # [B] bool: the first pass is self-conditioned (one supervised pass only)
     rolled: Tensor  # [passes, B] bool: the next pass continues from the sampler's own canvas
-    # Of the passes that another one follows: all but the last, or all of them where chains go on in a later step.
-    sampling: Tensor  # [.., B, C, V] Gumbel noise of that sampler; large V: [.., B, C, tiles, 2], see `canvas_stats`
-    renoise: Tensor  # [.., B, C] its fresh tokens
+    sampling: Tensor  # [passes - 1, B, C, V] Gumbel noise of that sampler; large V: [.., tiles, 2], see `canvas_stats`
+    renoise: Tensor  # [passes - 1, B, C] its fresh tokens
 
     def to(self, device: torch.device) -> Noise:
         """The same noise on another device."""
@@ -76,7 +75,7 @@ def corrupt(canvas: Tensor, t: Tensor, draw: Tensor, tokens: Tensor) -> Tensor:
 
 def _drawn(objective: Objective, batch: int, canvas: int, vocab: int, uniform: Callable[[tuple[int, ...]], Tensor],
            integers: Callable[[tuple[int, ...]], Tensor]) -> Noise:
-    later = objective.passes if objective.chains else objective.passes - 1  # passes that another one follows
+    later = objective.passes - 1
     if vocab <= WHOLE_VOCAB:
         sampling = -torch.log(-torch.log(uniform((later, batch, canvas, vocab)).clamp(1e-20, 1 - 1e-7)))
     else:

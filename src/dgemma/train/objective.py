@@ -16,16 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dgemma.diffusion.sampler import accept, converged, renoise, token_entropy
+from dgemma.diffusion.sampler import accept, renoise, token_entropy
 from dgemma.nn import CanvasStats, DiffusionTransformer, KVCache
 from dgemma.nn.head import vocab_tiles
 from dgemma.train.batch import Batch, Example, collate
 from dgemma.train.losses import chunked_cross_entropy, cross_entropy, fits_whole
 from dgemma.train.noise import WHOLE_VOCAB, Noise, corrupt, draw_noise, keyed_noise, noise_key
 
-__all__ = ["Batch", "Example", "Noise", "Objective", "Reached", "Start", "Totals", "batch_loss",
-           "block_diffusion_loss", "chain_loss", "collate", "corrupt", "draw_noise", "keyed_noise", "means",
-           "noise_key", "totals_of"]
+__all__ = ["Batch", "Example", "Noise", "Objective", "Totals", "batch_loss", "block_diffusion_loss", "collate",
+           "corrupt", "draw_noise", "keyed_noise", "means", "noise_key", "totals_of"]
 
 PREDICTIONS = ("denoiser", "leave_one_out")
 CAUSAL_TOKENS = ("all", "prompt", "response")
@@ -50,11 +49,6 @@ class Objective:
     ``passes`` > 1 supervises a chain instead of throwing the first pass away: each later pass is conditioned on the
     one before it (without gradient) and continues on a less noisy canvas. With probability ``rollout`` that canvas is
     the one the sampler itself would have made of the earlier pass, mistakes included.
-
-    ``chains`` > 0 goes on from there in later steps (`dgemma.train.chains`): so many canvases are denoised by the
-    network that is being trained, and a step takes some of them ``passes`` passes further. Such a canvas is done with
-    when the sampler would stop at it (stable, its mean entropy below ``confidence_threshold``), or after
-    ``chain_passes`` passes. What is trained then is what the sampler meets, late steps and dead ends included.
     """
 
     t_min: float = 0.001
@@ -69,9 +63,6 @@ class Objective:
     fill_weight: float = 1.0
     causal_on: str = "all"
     prediction: str = "denoiser"
-    chains: int = 0
-    chain_passes: int = 24
-    confidence_threshold: float = 0.005
 
     def __post_init__(self) -> None:
         if not 0 <= self.t_min < self.t_max <= 1:
@@ -93,31 +84,6 @@ class Objective:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.prediction == "leave_one_out" and (self.t_min == 0 or self.rollout):
             raise ValueError("prediction leave_one_out needs to know every canvas' noise: t_min above 0 and rollout 0")
-        if self.chains < 0 or self.chain_passes < 1:
-            raise ValueError(f"chains must not be negative and chain_passes at least 1, got {self.chains} and "
-                             f"{self.chain_passes}")
-        if self.chains and (self.passes < 2 or self.rollout != 1 or not self.denoising_weight):
-            raise ValueError("chains need passes of at least 2, rollout 1 and a denoising_weight: they go on from "
-                             "canvases that the sampler makes, and end where two passes agree")
-
-
-@dataclass(frozen=True)
-class Reached:
-    """How far canvases were denoised: what the sampler would give to its next step, and whether it would stop."""
-
-    noisy: Tensor  # [B, C]
-    soft: Tensor  # [B, C, D]
-    settled: Tensor  # [B] bool
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a step's first pass begins with: ``noisy`` [B, C] and ``soft`` [B, C, D], or the noise' own canvas and no
-    self-conditioning where ``fresh`` [B]."""
-
-    noisy: Tensor
-    soft: Tensor
-    fresh: Tensor
 
 
 @dataclass(frozen=True)
@@ -166,27 +132,18 @@ def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective
     ``loss/passN`` and ``accuracy/passN``, weighted; of the first pass ``loss/corrupted``, ``loss/clean`` (both without
     fill) and ``loss/fill``, unweighted; ``loss/causal``.
     """
-    return chain_loss(network, batch, objective, noise, totals)[:2]
-
-
-def chain_loss(network: DiffusionTransformer, batch: Batch, objective: Objective, noise: Noise,
-               totals: Totals | None = None,
-               start: Start | None = None) -> tuple[Tensor, dict[str, Tensor], Reached | None]:
-    """`batch_loss` of canvases that begin at ``start``, and how far they came, where the objective has chains."""
     hidden, cache = read(network, batch)
     loss = torch.zeros((), device=batch.canvas.device)
     parts: dict[str, Tensor] = {}
-    reached = None
     if objective.denoising_weight:
-        denoising, parts, reached = _denoising_loss(network, batch, prefixes(batch, cache), objective, noise, totals,
-                                                    start)
+        denoising, parts = _denoising_loss(network, batch, prefixes(batch, cache), objective, noise, totals)
         loss = loss + objective.denoising_weight * denoising
     if objective.causal_weight:
         losses = _causal_losses(network, batch, hidden, cache, objective.causal_on)
         count = losses.numel()
         parts["loss/causal"] = _part(losses, count)
         loss = loss + objective.causal_weight * losses.sum() / max(count if totals is None else totals.causal, 1)
-    return loss, parts, reached
+    return loss, parts
 
 
 def read(network: DiffusionTransformer, batch: Batch) -> tuple[Tensor, KVCache]:
@@ -206,9 +163,8 @@ def prefixes(batch: Batch, cache: KVCache) -> KVCache:
 
 
 def _denoising_loss(network: DiffusionTransformer, batch: Batch, cache: KVCache, objective: Objective, noise: Noise,
-                    totals: Totals | None,
-                    start: Start | None) -> tuple[Tensor, dict[str, Tensor], Reached | None]:
-    """The mean over the passes of a batch's canvases, which read the cache; its parts; how far the canvases came."""
+                    totals: Totals | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over the passes of a batch's canvases, which read the cache, and its parts."""
     canvas = batch.canvas
     t = objective.t_min + (objective.t_max - objective.t_min) * noise.t[0]
     noisy = corrupt(canvas, t, noise.draw, noise.tokens)
@@ -221,11 +177,6 @@ def _denoising_loss(network: DiffusionTransformer, batch: Batch, cache: KVCache,
             first = _soft(network, network.denoise(noisy, cache), objective)
             # True zeros where the example is not conditioned: not the softmax of zero logits.
             soft = torch.where(noise.conditioned[:, None, None], first, 0.0)
-    if start is not None:
-        noisy = torch.where(start.fresh[:, None], noisy, start.noisy)
-        soft = torch.where(start.fresh[:, None, None], 0.0, start.soft)
-    reached = None
-    earlier = canvas  # what the pass before predicted
     total = torch.zeros((), device=canvas.device)
     for index in range(objective.passes):
         out = network.denoise(noisy, cache, soft)
@@ -241,19 +192,15 @@ def _denoising_loss(network: DiffusionTransformer, batch: Batch, cache: KVCache,
         total = total + losses.sum() / ((count if totals is None else totals.canvas) * objective.passes)
         parts[f"loss/pass{index + 1}"] = _part(losses, count)
         parts[f"accuracy/pass{index + 1}"] = _part(right, count)
-        if index < len(noise.sampling):  # another pass follows, in this step or in a later one
+        if index + 1 < objective.passes:
             with torch.no_grad():
+                t = t * noise.t[index + 1]
+                lighter = corrupt(canvas, t, noise.draw, noise.tokens)
                 soft, sample, entropy = _sample(network, out.detach(), logits, objective, noise.sampling[index])
                 accepted = accept(entropy, torch.full_like(t, objective.entropy_bound))
                 rolled = renoise(sample, accepted, noise.renoise[index])
-                if index + 1 == objective.passes:
-                    threshold = torch.full_like(t, objective.confidence_threshold)
-                    reached = Reached(rolled, soft, converged(predicted, earlier.unsqueeze(0), entropy, threshold))
-                    break
-                t = t * noise.t[index + 1]
-                lighter = corrupt(canvas, t, noise.draw, noise.tokens)
-                noisy, earlier = torch.where(noise.rolled[index].unsqueeze(1), rolled, lighter), predicted
-    return total, parts, reached
+                noisy = torch.where(noise.rolled[index].unsqueeze(1), rolled, lighter)
+    return total, parts
 
 
 def _weights(batch: Batch, objective: Objective) -> Tensor | None:

@@ -55,7 +55,6 @@ class Setting:
     autocast: bool = False
     device: str = "cpu"
     ranks: int = 1
-    chains: int = 0
 
     @property
     def packed(self) -> bool:
@@ -158,7 +157,7 @@ def memory_plan(config: ModelConfig, *, weights: str | Mapping[str, str] = "BF16
     passes = objective.passes if objective.denoising_weight else 0
     return plan_of(Setting(config, types, adapter, context, micro_batch, accumulation, checkpointing, passes,
                        bool(objective.causal_weight) and objective.causal_on != "prompt", optimizer, ema, autocast,
-                       device, ranks, objective.chains if _kind(device) == "cpu" else 0))
+                       device, ranks))
 
 
 def recipe_plan(recipe: Recipe, config: ModelConfig, source: Path | None, context: int, device: torch.device,
@@ -267,10 +266,6 @@ def plan_of(run: Setting) -> Plan:
     moments = 8 * numbers - (4 * matrices if run.optimizer == "muon" else 0)
     lines.append(Line("optimizer state", moments // run.ranks, "AdamW: two float32 moments" if run.optimizer == "adamw"
                       else "Muon: one float32 moment of matrices, AdamW: two of the rest"))
-    if run.chains:
-        wide = _step(run, low_rank, False).stream
-        lines.append(Line("chains", run.chains * run.config.canvas_length * (wide * run.config.hidden_size + 8),
-                          f"{run.chains} canvases on their way, with their soft embeddings; in main memory"))
     if run.ema:
         lines.append(Line("EMA", 4 * numbers // run.ranks, "float32 of what is trained"))
     first = 0 if run.adapter is not None else held["embed_tokens.weight"] // run.ranks

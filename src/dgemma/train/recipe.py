@@ -283,9 +283,6 @@ def recipe_of(data: Mapping[str, Any], path: Path, where: str | None = None) -> 
     endless = isinstance(recipe.data, (SudokuData, TextData))
     if recipe.epochs is not None and (not 0 < recipe.epochs < math.inf or endless):
         raise DgemmaError(f"{where}: epochs must be above 0, and are for data that has an end: give max_steps")
-    if recipe.epochs is not None and recipe.objective.chains:
-        raise DgemmaError(f"{where}: objective: with chains a step takes new examples only where chains have ended, "
-                          "and an epoch has no length: give max_steps instead of epochs")
     if isinstance(recipe.model, dict) and not recipe.fresh:
         if set(recipe.model) != {"recipe"} or not isinstance(recipe.model["recipe"], str):
             raise DgemmaError(f"{where}: model: with a recipe there is nothing else, found {recipe.model!r}")

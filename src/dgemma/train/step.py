@@ -6,7 +6,6 @@ Works on a network, a source of examples and optimizers; knows nothing of folder
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
@@ -15,17 +14,16 @@ from torch import Tensor
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
 from dgemma.train.batch import Batch, collate
-from dgemma.train.chains import Chains
 from dgemma.train.distributed import Ranks, clip_gradients
 from dgemma.train.noise import Noise, keyed_noise, noise_key
-from dgemma.train.objective import Reached, Start, Totals, chain_loss, means, totals_of
+from dgemma.train.objective import Totals, batch_loss, means, totals_of
 from dgemma.train.optimizers import Optimizers, learning_rate_factor
 from dgemma.train.recipe import Recipe
 from dgemma.train.sources import Source
 
 
 class Stepper:
-    """Takes the steps of a recipe; each depends on its number, the weights and the chains' state only.
+    """Takes the steps of a recipe; each depends on its number and the weights only.
 
     ``optimizers`` have the network's parameters. All of ``ranks`` take every step together.
     """
@@ -34,11 +32,7 @@ class Stepper:
                  ranks: Ranks, max_steps: int):
         self.recipe, self.network, self.source, self.optimizers = recipe, network, source, optimizers
         self.ranks, self.max_steps = ranks, max_steps
-        objective, config = recipe.objective, network.config
-        self.chains = (Chains(objective.chains, objective.chain_passes, source.batch, recipe.seed,
-                              (config.canvas_length, config.hidden_size), network.dtype)
-                       if objective.chains else None)
-        self._compiled = torch.compile(chain_loss) if recipe.compile else chain_loss
+        self._compiled = torch.compile(batch_loss) if recipe.compile else batch_loss
 
     def take(self, step: int) -> tuple[dict[str, float], int]:
         """Step number ``step``, from 0 -> what it measured, and how many tokens it trained on.
@@ -46,26 +40,21 @@ class Stepper:
         Raises DgemmaError when the gradient is not finite; the parameters are as they were then.
         """
         recipe, settings = self.recipe, self.recipe.optimizer
-        start: Start | None = None
-        if self.chains is None:
-            examples = self.source.batch(step)
-        else:
-            examples, start = self.chains.take(step, recipe.batch_size)
+        examples = self.source.batch(step)
         shares = self.ranks.share(examples, recipe.micro_batch or len(examples))
         batches = [collate(share.items) for share in shares]
         # Several processes: what divides the losses is the whole step's, the others' examples included.
         totals = totals_of(batches if self.ranks.world == 1 else [collate(examples)], recipe.objective)
         torch.manual_seed(noise_key(recipe.seed, step, 2**32 + self.ranks.rank) % 2**63)  # of dropout
-        parts, came = [], []
+        parts = []
         tokens = 0
         for share, batch in zip(shares, batches, strict=True):
             tokens += int(sum(batch.before[i] for i in batch.last) + batch.canvas.numel()) * bool(share.weight)
             noise = self._noise(step, share.start, len(share.items))
-            loss, part, reached = self._forward(batch, noise, totals, self._part(start, share.start, len(share.items)))
+            loss, part = self._forward(batch, noise, totals)
             (loss * share.weight).backward()
             self.optimizers.gather()
             parts.append({name: value * share.weight for name, value in part.items()})
-            came.append(reached)
         norm = clip_gradients(self.optimizers.masters.values(), settings.clip)
         if not math.isfinite(norm):
             raise DgemmaError(f"training diverged at step {step}: the gradient is not finite; start again with a "
@@ -74,51 +63,23 @@ class Stepper:
         self.optimizers.step(factor)
         sums = self.ranks.sum({**_added(parts), "tokens": torch.tensor(float(tokens))})
         values = means([{name: sums[name] for name in parts[0]}])
-        if self.chains is not None:
-            values |= self.chains.put(_joined(came), recipe.objective.passes)
         loss = values.get("loss/pass1", values.get("loss/causal", math.nan))
         return {"loss": loss, **values, "gradient_norm": norm, "learning_rate": factor * (
             settings.muon_lr if settings.kind == "muon" else settings.lr)}, int(sums["tokens"].item())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name."""
-        return {**self.optimizers.tensors(), **({} if self.chains is None else self.chains.tensors())}
-
-    def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Take up the `tensors` of a run after so many steps; raises DgemmaError when they are of another one."""
-        apart = {name: tensor for name, tensor in tensors.items() if name.startswith("chains/")}
-        self.optimizers.load({name: tensor for name, tensor in tensors.items() if name not in apart}, steps)
-        if self.chains is not None:
-            self.chains.load(apart)
-
-    def _part(self, start: Start | None, first: int, count: int) -> Start | None:
-        if start is None:
-            return None
-        part = slice(first, first + count)
-        device = self.ranks.device
-        return Start(start.noisy[part].to(device), start.soft[part].to(device), start.fresh[part].to(device))
 
     def _noise(self, step: int, first: int, count: int) -> Noise:
         keys = [noise_key(self.recipe.seed, step, first + place) for place in range(count)]
         config = self.network.config
         return keyed_noise(self.recipe.objective, keys, config.canvas_length, config.vocab_size).to(self.ranks.device)
 
-    def _forward(self, batch: Batch, noise: Noise, totals: Totals,
-                 start: Start | None) -> tuple[Tensor, dict[str, Tensor], Reached | None]:
+    def _forward(self, batch: Batch, noise: Noise, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.ranks.device
         # Each padding would be compiled anew.
-        loss_of = self._compiled if batch.lengths is None and batch.owners is None else chain_loss
+        loss_of = self._compiled if batch.lengths is None and batch.owners is None else batch_loss
         with torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext():
-            return loss_of(self.network, batch.to(device), self.recipe.objective, noise, totals, start)
+            return loss_of(self.network, batch.to(device), self.recipe.objective, noise, totals)
 
 
 def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The sums and counts of micro-batches added up."""
     return {name: torch.stack([part[name].double() for part in parts]).sum(0) for name in parts[0]}
-
-
-def _joined(parts: list[Reached | None]) -> Reached:
-    """What the micro-batches of a step came to, in the order of its examples."""
-    found = [part for part in parts if part is not None]
-    return Reached(torch.cat([part.noisy for part in found]), torch.cat([part.soft for part in found]),
-                   torch.cat([part.settled for part in found]))

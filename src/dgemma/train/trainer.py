@@ -26,6 +26,7 @@ from torch import Tensor
 from dgemma.api import Parts
 from dgemma.errors import DgemmaError
 from dgemma.files import make_folder, size_text
+from dgemma.memory import release_freed
 from dgemma.train.display import Display
 from dgemma.train.distributed import Ranks, collect, gathered, shard, spread
 from dgemma.train.evaluation import Evaluator
@@ -60,9 +61,9 @@ class Trainer:
     def __init__(self, recipe: Recipe, folder: Path, *, ranks: Ranks, base: Path | None = None,
                  progress: Callable[[int, int], None] | None = None,
                  display: Callable[[str, int, int, Console | None], Display] = Display):
-        if ranks.world > 1 and (recipe.optimizer.kind == "muon" or recipe.compile or recipe.objective.chains):
-            raise DgemmaError(f"recipe {recipe.name}: muon, compile and chains work in one process only; this is one "
-                              f"of {ranks.world}: use adamw, compile: false and chains: 0")
+        if ranks.world > 1 and (recipe.optimizer.kind == "muon" or recipe.compile):
+            raise DgemmaError(f"recipe {recipe.name}: muon and compile work in one process only; this is one of "
+                              f"{ranks.world}: use adamw, and compile: false")
         self.recipe, self.folder, self.ranks = recipe, make_folder(folder), ranks
         self.run = Run(folder, recipe)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -128,6 +129,8 @@ class Trainer:
                         journal.record(self.step, "train", {**_means(window), "seconds_per_step": spent / len(pace),
                                                             "tokens_per_second": speed, "tokens": self.tokens})
                         window.clear()
+                if self.step % _RECORD_EVERY == 0 and self.ranks.device.type == "cpu":
+                    release_freed()
                 if self._is_due():
                     self._evaluate()
                 if self.step % recipe.save_every == 0 and not last:
@@ -263,7 +266,7 @@ class Trainer:
 
         A failure (a full disk) costs nothing but this save unless it is ``required``.
         """
-        tensors = collect(self.stepper.tensors(), self.ranks)
+        tensors = collect(self.optimizers.tensors(), self.ranks)
         about = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
                  "best": None if math.isnan(self.best) else self.best,
                  "best_loss": None if math.isnan(self._best_loss) else self._best_loss, "evaluated": self.evaluated,
@@ -298,7 +301,7 @@ class Trainer:
         if about is None:
             return
         try:
-            self.stepper.load(spread(tensors, self.network, self.ranks), about["step"])
+            self.optimizers.load(spread(tensors, self.network, self.ranks), about["step"])
         except DgemmaError as error:
             raise DgemmaError(f"{path}: {error}; choose another --out folder, or remove it to start anew") from error
         self.step, self.tokens, self.seconds = about["step"], about["tokens"], about["seconds"]
