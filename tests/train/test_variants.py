@@ -48,6 +48,16 @@ def test_what_is_finished_is_not_trained_again(tuned, tmp_path, monkeypatch):
     assert train(tuned, tmp_path / "tuned", RANKS, print)
 
 
+def test_a_run_finished_before_a_setting_existed_is_not_trained_again(tuned, tmp_path, monkeypatch):
+    train(tuned, tmp_path / "tuned", RANKS, print)
+    for path in tmp_path.glob("**/recipe.yaml"):
+        settings = yaml.safe_load(path.read_text())
+        del settings["objective"]["fill_weight"], settings["optimizer"]["betas"]
+        path.write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(trainer_module.Trainer, "__init__", lambda *_, **__: pytest.fail("trained again"))
+    assert train(tuned, tmp_path / "tuned", RANKS, print)
+
+
 def test_a_finished_run_with_other_settings_goes_on(base, tmp_path, recipe_data):
     train(base, tmp_path / "base", RANKS, print)
     longer = write(tmp_path, "base.yaml", {**recipe_data, "name": "base", "max_steps": 2})

@@ -92,7 +92,7 @@ class Run:
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain values, every default said, which `recipe_of` reads back."""
-    settings = _plain(dataclasses.asdict(recipe))
+    settings = plain(dataclasses.asdict(recipe))
     kind = next(name for name, data in DATA.items() if isinstance(recipe.data, data))
     return {**{name: value for name, value in settings.items() if value is not None},
             "data": {"kind": kind, **settings["data"]}}
@@ -105,10 +105,11 @@ def machine(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Mappings and lists as YAML writes them."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {str(name): plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,16 +5,18 @@ Works on recipe files and folders of runs; each run is a `Trainer`'s.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dgemma.errors import DgemmaError
 from dgemma.train.distributed import Ranks
 from dgemma.train.plan import Plan, recipe_plan
 from dgemma.train.recipe import Recipe, base_recipe, beginning, load_recipe
-from dgemma.train.run import RECIPE, settings_of
+from dgemma.train.run import RECIPE, plain, settings_of
 from dgemma.train.sources import few, longest_context, source_of
 from dgemma.train.trainee import parts_of
 
@@ -75,12 +77,22 @@ def is_finished(folder: Path, recipe: Recipe) -> bool:
 
     try:
         finished = json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"]
-        return bool(finished) and yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")) == settings_of(
-            recipe)
+        settings = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+        return bool(finished) and _with_defaults(settings, recipe) == settings_of(recipe)
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise DgemmaError(f"{folder}: is no folder of a run ({error}); choose another --out") from error
+
+
+def _with_defaults(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The settings of a finished run with those that did not exist then: it was as if they had their defaults."""
+    filled = dict(settings)
+    for section in ("data", "objective", "optimizer", "evaluation"):
+        defaults = {field.name: field.default for field in dataclasses.fields(getattr(recipe, section))
+                    if field.default is not dataclasses.MISSING}
+        filled[section] = plain({**defaults, **settings[section]})
+    return filled
 
 
 def _base_of(recipe: Recipe, out: Path, ranks: Ranks, report: Report, progress: Progress | None) -> Path | None:
