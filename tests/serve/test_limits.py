@@ -169,7 +169,7 @@ def test_an_answer_that_takes_too_long_is_ended(scripted, stream):
         assert answer.status_code == 200 and '"code":"timeout"' in answer.text and "Hel" in answer.text
     else:
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
-    assert service.closed == 1
+    assert eventually(lambda: service.closed == 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -98,6 +98,8 @@ def test_the_base_recipe_is_found_beside_this_one(tmp_path):
     ({"data": {"train": "talk.jsonl", "held_out_share": 1.0}}, "held_out_share must be"),
     ({"data": {"train": "talk.jsonl", "max_context": 0}}, "max_context must be"),
     ({"data": {"kind": "extraction", "count": 0}}, "count must be at least 1"),
+    ({"data": {"kind": "extraction", "keys": ["who", "date"]}}, "keys must be some of type, date, .* in that order"),
+    ({"data": {"kind": "extraction", "distractors": 4}}, "distractors must be from 0 to 3"),
     ({"max_steps": None, "epochs": float("inf"), "data": {"train": "talk.jsonl"}}, "epochs must be above 0"),
     ({"variants": {"a/b": {}}}, "cannot be the name of a folder"),
     ({"variants": {"a": {"max_steps": -1}}}, "variants: a: max_steps must be at least 1"),

@@ -15,19 +15,13 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from dgemma.errors import DgemmaError
-from dgemma.files import atomic_write
 from dgemma.train.conversations import Conversation
 from dgemma.train.extraction_phrases import DISTRACTORS, EXTRA, FIELDS, OPENINGS, Phrases
 
-KEYS = ("type", "date", "ref", "sum", "who")
-LONG_KEYS = (*KEYS, "time", "place", "mail")
-# Bytes. With its stop token an answer fits one canvas of 90, a long one two.
-MAX_TEXT, MAX_ANSWER = 220, 88
-MAX_LONG_TEXT, MAX_LONG_ANSWER = 360, 178
+KEYS = ("type", "date", "ref", "sum", "who", "time", "place", "mail")
+MOST_DISTRACTORS = 3  # sentences of a text that say nothing of its record
 
 _TYPES = {
     "type": {"type": "string", "enum": list(FIELDS)},
@@ -43,13 +37,11 @@ _TYPES = {
 }
 
 
-def _schema(keys: Sequence[str]) -> dict[str, Any]:
+def schema_of(keys: Sequence[str] = KEYS) -> dict[str, Any]:
+    """The JSON schema of a record of those ``keys``."""
     return {"type": "object", "properties": {key: _TYPES[key] for key in keys}, "required": list(keys),
             "additionalProperties": False}
 
-
-SCHEMA = _schema(KEYS)
-LONG_SCHEMA = _schema(LONG_KEYS)
 
 # How often a text does not say something: usual, and where it differs.
 _MISSING = {"date": 0.1, "ref": 0.12, "sum": 0.12, "who": 0.1, "time": 0.2, "place": 0.2, "mail": 0.2}
@@ -58,7 +50,7 @@ _MISSING_SUM = {"visit": 0.5, "parcel": 0.5, "job": 0.25}
 _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
            "November", "December")
 _DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-# Short ones: a record has 88 bytes.
+# Short ones, so that a record of few keys fits a small canvas.
 _FIRST = ("Ada Alan Amir Anna Bea Ben Cem Dora Edda Elif Emil Emma Enno Eva Fay Finn Gia Hugo Ida Ilse Ines Ivan Jana "
           "Jim Jon Karl Kim Kofi Lea Leo Lena Luca Lutz Mara Max Mia Mona Nele Nils Nora Olga Omar Otto Paul Pia Ravi "
           "Rosa Ruth Sam Sara Sven Tim Tina Tom Uma Ute Vera Wim Yara Zoë").split()
@@ -75,23 +67,14 @@ _HOSTS = "nordmail.net posteo.org inbox.eu webpost.com".split()
 _LETTERS = "ABCDEFGHKLMNPRSTUVWXYZ"
 
 
-def conversations(count: int, seed: int, held_out: bool = False, long: bool = False,
-                  start: int = 0) -> list[Conversation]:
-    """``count`` conversations from the ``start``-th on of the endless row of that seed. ``long``: records of
-    `LONG_KEYS`, whose answers take two canvases of 90 bytes."""
-    return [_conversation(index, seed, held_out, long) for index in range(start, start + count)]
+def conversations(count: int, seed: int, held_out: bool = False, *, keys: Sequence[str] = KEYS,
+                  distractors: int = MOST_DISTRACTORS) -> list[Conversation]:
+    """The first ``count`` conversations of the endless row of that seed.
 
-
-def write_jsonl(path: str | Path, count: int, seed: int, held_out: bool = False, long: bool = False) -> None:
-    """Write `conversations` as a file that `read_conversations` takes. Raises DgemmaError when it cannot be written."""
-    path = Path(path)
-    rows = (json.dumps({"messages": conversation.messages}, ensure_ascii=False)
-            for conversation in conversations(count, seed, held_out, long))
-    try:
-        with atomic_write(path) as beside:
-            beside.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-    except OSError as error:
-        raise DgemmaError(f"{path}: cannot be written ({error})") from error
+    Records have ``keys``, of `KEYS` and in that order. A text has up to ``distractors`` sentences beside those that say
+    them; without any, what a value looks like tells which one it is.
+    """
+    return [_conversation(index, seed, held_out, keys, distractors) for index in range(count)]
 
 
 def answer_of(record: dict[str, Any]) -> str:
@@ -102,26 +85,24 @@ def answer_of(record: dict[str, Any]) -> str:
     return "{" + ", ".join(f'"{key}": {text}' for key, text in texts.items()) + "}"
 
 
-def _conversation(index: int, seed: int, held_out: bool, long: bool) -> Conversation:
-    rng = random.Random(f"extraction {seed} {held_out} {long} {index}")
-    most_text, most_answer = (MAX_LONG_TEXT, MAX_LONG_ANSWER) if long else (MAX_TEXT, MAX_ANSWER)
-    while True:  # what is too long is drawn again, which is seldom
-        text, record = _document(rng, held_out, long, most_text)
-        answer = answer_of(record)
-        if len(text.encode()) <= most_text and len(answer.encode()) <= most_answer:
-            break
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-    name = f"extraction{' held out' * held_out}{' long' * long}"
-    return Conversation(messages, None, (1,), f"{name} {seed}: {index}")
+def _conversation(index: int, seed: int, held_out: bool, keys: Sequence[str], distractors: int) -> Conversation:
+    rng = random.Random(f"extraction {seed} {held_out} {' '.join(keys)} {distractors} {index}")
+    text, record = _document(rng, held_out, keys, distractors)
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer_of(record)}]
+    return Conversation(messages, None, (1,), f"extraction{' held out' * held_out} {seed}: {index}")
 
 
-def _document(rng: random.Random, held_out: bool, long: bool, most_text: int) -> tuple[str, dict[str, Any]]:
+def _document(rng: random.Random, held_out: bool, keys: Sequence[str],
+              distractors: int) -> tuple[str, dict[str, Any]]:
     """A text and the record that stands in it."""
     values = _Values(rng, held_out)
     kind = rng.choice(list(FIELDS))
-    record: dict[str, Any] = {"type": kind}
+    record: dict[str, Any] = {}
     shown: dict[str, str] = {}  # as the text writes it
-    for key in (LONG_KEYS if long else KEYS)[1:]:
+    for key in keys:
+        if key == "type":
+            record[key] = kind
+            continue
         chance = _MISSING_SUM.get(kind, _MISSING[key]) if key == "sum" else _MISSING[key]
         value, text = getattr(values, key)()
         record[key] = None if rng.random() < chance else value
@@ -133,19 +114,18 @@ def _document(rng: random.Random, held_out: bool, long: bool, most_text: int) ->
 
     said = [worded((FIELDS[kind] | EXTRA)[key]).format(text) for key, text in shown.items()]
     rng.shuffle(said)
-    noise = [phrase.format_map(_Distracting(values)) for phrase in rng.sample(_allowed(kind, held_out, long), 3)]
     parts = [worded(OPENINGS[kind]), *said]
-    for phrase in noise[: rng.choice((0, 1, 1, 2, 2, 3))]:
-        if len(" ".join([*parts, phrase]).encode()) <= most_text:
-            parts.insert(rng.randint(1, len(parts)), phrase)
+    count = min(distractors, rng.choice((0, 1, 1, 2, 2, 3)))
+    for phrase in rng.sample(_allowed(held_out, keys), count):
+        parts.insert(rng.randint(1, len(parts)), phrase.format_map(_Distracting(values)))
     parts.sort(key=lambda part: not part.startswith("Dear "))  # who is greeted is greeted first
     return rng.choice((" ", " ", "\n")).join(parts), record
 
 
-def _allowed(kind: str, held_out: bool, long: bool) -> list[str]:
+def _allowed(held_out: bool, keys: Sequence[str]) -> list[str]:
     """The wordings of distractors that say nothing which could be taken for a field."""
     phrases = DISTRACTORS.held_out if held_out else DISTRACTORS.training
-    return [p for p in phrases if not (long and ("{time}" in p or "{place}" in p))]
+    return [p for p in phrases if not any(f"{{{key}}}" in p for key in ("time", "place") if key in keys)]
 
 
 class _Distracting(dict[str, str]):

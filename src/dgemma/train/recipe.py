@@ -18,6 +18,7 @@ import yaml
 from dgemma.config import generation_config_from_dict, model_config_from_dict
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig
+from dgemma.train.extraction import KEYS, MOST_DISTRACTORS
 from dgemma.train.objective import Objective
 from dgemma.weights.locate import bundled_models
 
@@ -53,7 +54,8 @@ class SudokuData:
     """Puzzles made on the way: ``bases`` base puzzles, varied by symmetries; see `SudokuBatches`.
 
     ``plain``: nothing but puzzles. Without it every fifth batch holds puzzles inside conversations, or none at all.
-    ``beyond_singles``: the share of puzzles that naked and hidden singles alone do not solve.
+    ``beyond_singles``: the share of puzzles that naked and hidden singles alone do not solve; ``stuck``: the share of
+    those in which all that singles give is filled in already.
     """
 
     bases: int = 40_000
@@ -62,10 +64,12 @@ class SudokuData:
     curriculum_steps: int = 1500
     plain: bool = False
     beyond_singles: float = 0.0
+    stuck: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beyond_singles <= 1:
-            raise ValueError(f"beyond_singles must be between 0 and 1, got {self.beyond_singles}")
+        for name in ("beyond_singles", "stuck"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.bases < 1 or self.curriculum_steps < 0:
             raise ValueError("bases must be at least 1 and curriculum_steps at least 0")
         if not 17 <= self.givens[0] <= self.givens[1] <= 80:
@@ -83,14 +87,20 @@ class TextData:
 
 @dataclass(frozen=True)
 class ExtractionData:
-    """Generated notes and the JSON that says what is in them; see `dgemma.train.extraction`."""
+    """Generated notes and the JSON that says what is in them; see `dgemma.train.extraction.conversations`."""
 
     count: int = 20_000
     held_out: int = 256
+    keys: tuple[str, ...] = KEYS
+    distractors: int = MOST_DISTRACTORS
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.held_out < 0:
             raise ValueError("count must be at least 1 and held_out at least 0")
+        if not self.keys or list(self.keys) != [key for key in KEYS if key in self.keys]:
+            raise ValueError(f"keys must be some of {', '.join(KEYS)}, in that order, got {list(self.keys)}")
+        if not 0 <= self.distractors <= MOST_DISTRACTORS:
+            raise ValueError(f"distractors must be from 0 to {MOST_DISTRACTORS}, got {self.distractors}")
 
 
 DATA = {"conversations": ConversationData, "sudoku": SudokuData, "text": TextData, "extraction": ExtractionData}

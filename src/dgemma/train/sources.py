@@ -98,8 +98,8 @@ def source_of(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, generat
         report(f"{len(texts):,} texts to train on, {len(held_out):,} kept for validation")
         return TextSource(texts, held_out, tokenizer, canvas, recipe.batch_size, recipe.seed, data.context)
     if isinstance(data, ExtractionData):
-        train = extraction.conversations(data.count, recipe.seed)
-        kept = extraction.conversations(data.held_out, recipe.seed, held_out=True)
+        train, kept = (extraction.conversations(count, recipe.seed, apart, keys=data.keys, distractors=data.distractors)
+                       for count, apart in ((data.count, False), (data.held_out, True)))
         return _listed(recipe, ConversationData(("generated notes",), fill="pad"), train, kept, tokenizer, config,
                        generation, report)
     found = read_conversations(data.train, skip_bad=data.skip_bad)
@@ -167,7 +167,7 @@ def _puzzles(recipe: Recipe, data: SudokuData, tokenizer: Tokenizer, canvas: int
     report("preparing base puzzles (computed once)")
     made = SudokuBatches(tokenizer, canvas, recipe.batch_size, recipe.seed,
                          sudoku.PuzzleSource.cached(folder / "puzzles.npz", data.bases, recipe.seed), data.givens,
-                         data.easy_givens, data.curriculum_steps, data.plain, data.beyond_singles)
+                         data.easy_givens, data.curriculum_steps, data.plain, data.beyond_singles, data.stuck)
     seed = recipe.seed + 1_000_003  # other grids
     few = sudoku.PuzzleSource.cached(folder / "held-out.npz", min(data.bases, 200), seed)
     fewest = max(data.givens[0], int((few.puzzles[0] > 0).sum()))  # there are no others among so few

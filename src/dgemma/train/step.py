@@ -32,7 +32,9 @@ class Stepper:
                  ranks: Ranks, max_steps: int):
         self.recipe, self.network, self.source, self.optimizers = recipe, network, source, optimizers
         self.ranks, self.max_steps = ranks, max_steps
-        self._compiled = torch.compile(batch_loss) if recipe.compile else batch_loss
+        # By themselves, not in the loss of the whole batch: the time to compile then does not grow with the passes.
+        self._compiled = {name: torch.compile(getattr(network, name)) for name in ("encode", "denoise")
+                          if recipe.compile}
 
     def take(self, step: int) -> tuple[dict[str, float], int]:
         """Step number ``step``, from 0 -> what it measured, and how many tokens it trained on.
@@ -75,9 +77,14 @@ class Stepper:
     def _forward(self, batch: Batch, noise: Noise, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.ranks.device
         # Each padding would be compiled anew.
-        loss_of = self._compiled if batch.lengths is None and batch.owners is None else batch_loss
-        with torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext():
-            return loss_of(self.network, batch.to(device), self.recipe.objective, noise, totals)
+        replaced = self._compiled if batch.lengths is None and batch.owners is None else {}
+        vars(self.network).update(replaced)  # for this step only: evaluation goes on with the network's own methods
+        try:
+            with torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext():
+                return batch_loss(self.network, batch.to(device), self.recipe.objective, noise, totals)
+        finally:
+            for name in replaced:
+                del vars(self.network)[name]
 
 
 def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

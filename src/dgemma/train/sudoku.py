@@ -177,10 +177,20 @@ def singles_solve(puzzles: np.ndarray) -> np.ndarray:
 
     Raises ValueError for what are no puzzles.
     """
+    return (fill_singles(puzzles) > 0).all(axis=1)
+
+
+def fill_singles(puzzles: np.ndarray) -> np.ndarray:
+    """Puzzles ``[N, 81]`` with every digit that naked and hidden singles give: ``uint8 [N, 81]``.
+
+    Raises ValueError for what are no puzzles.
+    """
     masks = _DIGIT_MASK[_checked(puzzles).T]
     while not ((after := _propagate_once(masks)[0]) == masks).all():
         masks = after
-    return (_BIT_COUNT[masks] == 1).all(axis=0)
+    digits = np.zeros(512, np.uint8)
+    digits[_DIGIT_MASK[1:]] = np.arange(1, 10)
+    return digits[masks.T]
 
 
 def _checked(puzzles: np.ndarray) -> np.ndarray:

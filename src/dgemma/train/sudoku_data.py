@@ -46,13 +46,14 @@ class SudokuBatches:
 
     ``givens`` is the range of the curriculum's end; it starts at ``easy_givens`` and its lower bound falls linearly
     over ``curriculum_steps``. ``beyond_singles``: at least this share of a batch's puzzles are, where so many are found
-    among four times as many, such as naked and hidden singles alone do not solve (`sudoku.singles_solve`).
+    among four times as many, such as naked and hidden singles alone do not solve (`sudoku.singles_solve`); in a share
+    of ``stuck`` of those all that singles give is filled in, so that every blank needs more than that.
     """
 
     def __init__(self, tokenizer: Tokenizer, canvas_length: int, batch_size: int, seed: int,
                  source: sudoku.PuzzleSource, givens: tuple[int, int] = (22, 46), easy_givens: int = 36,
-                 curriculum_steps: int = 1500, plain: bool = False, beyond_singles: float = 0.0):
-        self.beyond_singles = beyond_singles
+                 curriculum_steps: int = 1500, plain: bool = False, beyond_singles: float = 0.0, stuck: float = 0.0):
+        self.beyond_singles, self.stuck = beyond_singles, stuck
         self.tokenizer, self.canvas_length, self.batch_size, self.seed = tokenizer, canvas_length, batch_size, seed
         self.givens, self.easy_givens, self.curriculum_steps = givens, easy_givens, curriculum_steps
         self.source, self.plain = source, plain
@@ -103,6 +104,8 @@ class SudokuBatches:
             return self.source.sample(self.batch_size, givens, rng)
         puzzles, solutions = self.source.sample(4 * self.batch_size, givens, rng)
         beyond = np.flatnonzero(~sudoku.singles_solve(puzzles))[: round(self.beyond_singles * self.batch_size)]
+        advanced = beyond[: round(self.stuck * len(beyond))]
+        puzzles[advanced] = sudoku.fill_singles(puzzles[advanced])
         others = np.setdiff1d(np.arange(len(puzzles)), beyond)[: self.batch_size - len(beyond)]
         chosen = rng.permutation(np.concatenate([beyond, others]))
         return puzzles[chosen], solutions[chosen]
