@@ -63,15 +63,14 @@ def test_singles_solve_what_needs_no_guess() -> None:
     assert not sudoku.singles_solve(np.zeros((1, 81), np.uint8)).any()
 
 
-def test_what_singles_solve_they_solve_right_and_no_more() -> None:
+def test_singles_fill_in_what_is_right_and_leave_the_rest_blank() -> None:
     puzzles, solutions = sudoku.generate(60, (22, 27), seed=3)
-    easy = sudoku.singles_solve(puzzles)
-    assert 0 < easy.sum() < 60
-    masks = sudoku._DIGIT_MASK[puzzles.T]
-    for _ in range(81):
-        masks, contradiction = sudoku._propagate_once(masks)
-        assert not contradiction.any()
-    assert (sudoku._digits(masks).reshape(81, -1).T[easy] == solutions[easy]).all()
+    filled = sudoku.fill_singles(puzzles)
+    assert ((filled == solutions) | (filled == 0)).all() and ((filled == puzzles) | (puzzles == 0)).all()
+    solved = (filled == solutions).all(axis=1)
+    assert 0 < solved.sum() < 60
+    assert (sudoku.singles_solve(puzzles) == solved).all()
+    assert (sudoku.fill_singles(filled) == filled).all()  # nothing more is to be had
 
 
 def test_blank_grid_has_several_solutions() -> None:

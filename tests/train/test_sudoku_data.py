@@ -71,10 +71,13 @@ def test_plain_batches_are_all_plain_and_their_examples_count_everywhere(batches
     assert examples[0].real_length == 90  # nine lines and the end of the turn
 
 
-def test_a_share_of_the_puzzles_is_beyond_singles(batches):
-    hard = SudokuBatches(batches.tokenizer, 90, 20, 0, batches.source, (25, 29), 25, 0, plain=True, beyond_singles=0.5)
+@pytest.mark.parametrize("stuck", [0.0, 0.4])
+def test_a_share_of_the_puzzles_is_beyond_singles_and_some_of_those_are_stuck(batches, stuck):
+    hard = SudokuBatches(batches.tokenizer, 90, 20, 0, batches.source, (25, 29), 25, 0, plain=True, beyond_singles=0.5,
+                         stuck=stuck)
     for step in range(3):
         text = [batches.tokenizer.decode(row.tolist()) for row in hard.batch(step).prompt]
         puzzles = np.array([sudoku.parse(one) for one in text])
         assert len(puzzles) == 20
         assert (~sudoku.singles_solve(puzzles)).sum() >= 10
+        assert (sudoku.fill_singles(puzzles) == puzzles).all(axis=1).sum() == 10 * stuck

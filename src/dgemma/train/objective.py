@@ -139,7 +139,7 @@ def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective
         denoising, parts = _denoising_loss(network, batch, prefixes(batch, cache), objective, noise, totals)
         loss = loss + objective.denoising_weight * denoising
     if objective.causal_weight:
-        losses = _causal_losses(network, batch, hidden, cache, objective.causal_on)
+        losses = causal_losses(network, batch, hidden, cache, objective.causal_on)
         count = losses.numel()
         parts["loss/causal"] = _part(losses, count)
         loss = loss + objective.causal_weight * losses.sum() / max(count if totals is None else totals.causal, 1)
@@ -276,7 +276,7 @@ def _statistics(network: DiffusionTransformer, hidden: Tensor, objective: Object
     return network.head(hidden, torch.full((len(hidden),), objective.temperature, device=hidden.device), noise)
 
 
-def _causal_losses(network: DiffusionTransformer, batch: Batch, hidden: Tensor, cache: KVCache,
+def causal_losses(network: DiffusionTransformer, batch: Batch, hidden: Tensor, cache: KVCache,
                    causal_on: str) -> Tensor:
     """The cross-entropy of every next token that counts [N]: hidden [R, T, D] are the context's, read already.
 

@@ -14,12 +14,16 @@ from torch import Tensor
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
 from dgemma.train.batch import Batch, collate
-from dgemma.train.distributed import Ranks, clip_gradients
+from dgemma.train.compiled import CompiledPasses
+from dgemma.train.distributed import Ranks, Share, clip_gradients
+from dgemma.train.examples import Example
 from dgemma.train.noise import Noise, keyed_noise, noise_key
 from dgemma.train.objective import Totals, batch_loss, means, totals_of
 from dgemma.train.optimizers import Optimizers, learning_rate_factor
 from dgemma.train.recipe import Recipe
 from dgemma.train.sources import Source
+
+_FIRST_STEPS = 16
 
 
 class Stepper:
@@ -32,9 +36,11 @@ class Stepper:
                  ranks: Ranks, max_steps: int):
         self.recipe, self.network, self.source, self.optimizers = recipe, network, source, optimizers
         self.ranks, self.max_steps = ranks, max_steps
-        # By themselves, not in the loss of the whole batch: the time to compile then does not grow with the passes.
-        self._compiled = {name: torch.compile(getattr(network, name)) for name in ("encode", "denoise")
-                          if recipe.compile}
+        self.compiled: CompiledPasses | None = None
+        if recipe.compile:
+            # Told by the first steps' batches, so that a resumed run compiles the same.
+            self.compiled = CompiledPasses(network, [collate(share.items) for step in range(_FIRST_STEPS)
+                                                      for share in self._shares(source.batch(step))])
 
     def take(self, step: int) -> tuple[dict[str, float], int]:
         """Step number ``step``, from 0 -> what it measured, and how many tokens it trained on.
@@ -43,7 +49,7 @@ class Stepper:
         """
         recipe, settings = self.recipe, self.recipe.optimizer
         examples = self.source.batch(step)
-        shares = self.ranks.share(examples, recipe.micro_batch or len(examples))
+        shares = self._shares(examples)
         batches = [collate(share.items) for share in shares]
         # Several processes: what divides the losses is the whole step's, the others' examples included.
         totals = totals_of(batches if self.ranks.world == 1 else [collate(examples)], recipe.objective)
@@ -69,6 +75,9 @@ class Stepper:
         return {"loss": loss, **values, "gradient_norm": norm, "learning_rate": factor * (
             settings.muon_lr if settings.kind == "muon" else settings.lr)}, int(sums["tokens"].item())
 
+    def _shares(self, examples: list[Example]) -> list[Share]:
+        return self.ranks.share(examples, self.recipe.micro_batch or len(examples))
+
     def _noise(self, step: int, first: int, count: int) -> Noise:
         keys = [noise_key(self.recipe.seed, step, first + place) for place in range(count)]
         config = self.network.config
@@ -76,15 +85,9 @@ class Stepper:
 
     def _forward(self, batch: Batch, noise: Noise, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.ranks.device
-        # Each padding would be compiled anew.
-        replaced = self._compiled if batch.lengths is None and batch.owners is None else {}
-        vars(self.network).update(replaced)  # for this step only: evaluation goes on with the network's own methods
-        try:
-            with torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext():
-                return batch_loss(self.network, batch.to(device), self.recipe.objective, noise, totals)
-        finally:
-            for name in replaced:
-                del vars(self.network)[name]
+        calls = nullcontext() if self.compiled is None else self.compiled.calls(batch)
+        with calls, torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext():
+            return batch_loss(self.network, batch.to(device), self.recipe.objective, noise, totals)
 
 
 def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

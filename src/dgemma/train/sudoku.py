@@ -177,7 +177,7 @@ def singles_solve(puzzles: np.ndarray) -> np.ndarray:
 
     Raises ValueError for what are no puzzles.
     """
-    return (fill_singles(puzzles) > 0).all(axis=1)
+    return np.count_nonzero(fill_singles(puzzles), axis=1) == 81
 
 
 def fill_singles(puzzles: np.ndarray) -> np.ndarray:
@@ -188,9 +188,7 @@ def fill_singles(puzzles: np.ndarray) -> np.ndarray:
     masks = _DIGIT_MASK[_checked(puzzles).T]
     while not ((after := _propagate_once(masks)[0]) == masks).all():
         masks = after
-    digits = np.zeros(512, np.uint8)
-    digits[_DIGIT_MASK[1:]] = np.arange(1, 10)
-    return digits[masks.T]
+    return np.where(_BIT_COUNT[masks] == 1, _digits(masks), np.uint8(0)).T
 
 
 def _checked(puzzles: np.ndarray) -> np.ndarray:

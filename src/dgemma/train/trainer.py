@@ -89,6 +89,8 @@ class Trainer:
         shard(self.network, ranks)
         self.optimizers = Optimizers(self.network, recipe.optimizer)
         self.stepper = Stepper(recipe, self.network, self.source, self.optimizers, ranks, self.max_steps)
+        if self.stepper.compiled is not None and self.stepper.compiled.shape is None:
+            self._note("compile: nothing is: this data comes in batches of many lengths")
         self._resume()
         self._display = display(recipe.name, self.step, self.max_steps, None if ranks.is_main else Console(quiet=True))
 

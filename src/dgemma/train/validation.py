@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,17 @@ from torch import Tensor, nn
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer, KVCache
 from dgemma.nn.head import vocab_tiles
-from dgemma.train.noise import keyed_noise, noise_key
-from dgemma.train.objective import Example, Objective, observed_shift, token_losses, whole_logits
+from dgemma.train.batch import Batch, Example, collate
+from dgemma.train.noise import Noise, corrupt, keyed_noise, noise_key
+from dgemma.train.objective import (
+    Objective,
+    causal_losses,
+    observed_shift,
+    prefixes,
+    read,
+    token_losses,
+    whole_logits,
+)
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 _STEP = 2**63  # a step that no run reaches: this noise is no training step's
@@ -57,21 +65,9 @@ class Sums:
         return {name: total / weight for name, (total, weight) in self._sums.items() if weight}
 
 
-@dataclass(frozen=True)
-class _Canvases:
-    """One batch that was read: what its canvases [B, C] are, and the cache to denoise them with."""
-
-    canvas: Tensor
-    weights: Tensor  # [B, C] on the CPU
-    real: Tensor  # [B, C] on the CPU: what is not fill
-    draw: Tensor  # [B, C] uniform, on the CPU: a position is corrupted while this is below t
-    tokens: Tensor  # [B, C] the random token it then gets
-    cache: KVCache
-
-
 @torch.no_grad()
 def validation_losses(network: DiffusionTransformer, examples: Sequence[Example], objective: Objective, *,
-                      seed: int = 0, batch_size: int = 8, levels: Sequence[float] = LEVELS, pad_id: int = 0,
+                      seed: int = 0, batch_size: int = 8, levels: Sequence[float] = LEVELS,
                       stop: Callable[[], bool] | None = None) -> dict[str, float]:
     """Mean cross-entropies (nats per token) of held-out examples, at every noise level t of ``levels``, 0 < t <= 1.
 
@@ -98,59 +94,43 @@ def validation_losses(network: DiffusionTransformer, examples: Sequence[Example]
             if stop is not None and stop():
                 return {}
             places = order[start : start + batch_size]
-            hidden, batch = _read(network, [examples[place] for place in places], places, seed, pad_id)
-            for level in levels if denoises else ():
-                _denoise(network, batch, objective, level, sums)
+            batch = collate([examples[place] for place in places]).to(network.device)
+            hidden, cache = read(network, batch)
+            if denoises:
+                # One pass, so it holds no more than where canvases are corrupted, and what stands there then.
+                noise = keyed_noise(Objective(), [noise_key(seed, _STEP, place) for place in places],
+                                    batch.canvas.shape[1], network.config.vocab_size).to(network.device)
+                seen = prefixes(batch, cache)
+                for level in levels:
+                    _denoise(network, batch, seen, noise, objective, level, sums)
             if objective.causal_weight:
-                losses = _next_token_losses(network, hidden, batch)
+                losses = causal_losses(network, batch, hidden, cache, "response").cpu()
                 for name in ("causal",) if denoises else ("causal", "loss"):
-                    sums.add(f"validation/{name}", losses, batch.real)
+                    sums.add(f"validation/{name}", losses, torch.ones_like(losses))
     return sums.means()
 
 
-def _read(network: DiffusionTransformer, examples: Sequence[Example], places: Sequence[int], seed: int,
-          pad_id: int) -> tuple[Tensor, _Canvases]:
-    """The contexts read -> the hidden states [B, D] of their last tokens, and the canvases to denoise behind them."""
-    contexts = [torch.as_tensor(example.context_ids) for example in examples]
-    lengths = [len(context) for context in contexts]
-    canvas = torch.stack([torch.as_tensor(example.canvas_ids) for example in examples])
-    context = nn.utils.rnn.pad_sequence(contexts, batch_first=True, padding_value=pad_id)
-    cache = network.new_cache(len(examples))
-    hidden = network.encode(context.to(network.device), cache, lengths)
-    # One pass, so it holds no more than where canvases are corrupted, and what stands there then.
-    noise = keyed_noise(Objective(), [noise_key(seed, _STEP, place) for place in places], canvas.shape[1],
-                        network.config.vocab_size)
-    weights = torch.stack([torch.as_tensor(example.weights, dtype=torch.float32) for example in examples])
-    real = torch.arange(canvas.shape[1]) < torch.tensor([example.real_length for example in examples]).unsqueeze(1)
-    last = hidden[torch.arange(len(examples)), torch.tensor(lengths) - 1]
-    return last, _Canvases(canvas.to(network.device), weights, real, noise.draw, noise.tokens.to(network.device), cache)
-
-
-def _denoise(network: DiffusionTransformer, batch: _Canvases, objective: Objective, level: float, sums: Sums) -> None:
-    """Both passes at one noise level."""
-    corrupted = batch.draw < level
-    noisy = torch.where(corrupted.to(batch.canvas.device), batch.tokens, batch.canvas)
-    first = network.denoise(noisy, batch.cache)
-    shift = observed_shift(objective, noisy, torch.full((len(noisy),), level, device=noisy.device), network)
-    losses = _losses(network, first, batch.canvas, shift)
+def _denoise(network: DiffusionTransformer, batch: Batch, cache: KVCache, noise: Noise, objective: Objective,
+             level: float, sums: Sums) -> None:
+    """Both passes at one noise level over canvases that read the cache."""
+    assert batch.weights is not None and batch.fill is not None  # collated
+    t = torch.full((len(batch.canvas),), level, device=batch.canvas.device)
+    noisy = corrupt(batch.canvas, t, noise.draw, noise.tokens)
+    first = network.denoise(noisy, cache)
+    shift = observed_shift(objective, noisy, t, network)
+    losses, weights = _losses(network, first, batch.canvas, shift), batch.weights.cpu()
     for name in ("loss", f"t={level:g}"):
-        sums.add(f"validation/{name}", losses, batch.weights)
-    groups = {"corrupted": corrupted & batch.real, "clean": ~corrupted & batch.real, "fill": ~batch.real}
-    for name, mask in groups.items():
+        sums.add(f"validation/{name}", losses, weights)
+    corrupted, fill = (noise.draw < level).cpu(), batch.fill.cpu()
+    for name, mask in {"corrupted": corrupted & ~fill, "clean": ~corrupted & ~fill, "fill": fill}.items():
         sums.add(f"validation/{name}", losses, mask)
-    temperature = torch.full((len(noisy),), objective.temperature, device=noisy.device)
+    temperature = torch.full_like(t, objective.temperature)
     uniform = torch.zeros(*noisy.shape, vocab_tiles(network.config.vocab_size), 2, device=noisy.device)
-    second = network.denoise(noisy, batch.cache, network.head(first, temperature, uniform).soft)
-    sums.add("validation/conditioned", _losses(network, second, batch.canvas, shift), batch.weights)
+    second = network.denoise(noisy, cache, network.head(first, temperature, uniform).soft)
+    sums.add("validation/conditioned", _losses(network, second, batch.canvas, shift), weights)
 
 
 def _losses(network: DiffusionTransformer, hidden: Tensor, targets: Tensor,
             shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The cross-entropy of every target [B, C] from hidden states [B, C, D], on the CPU."""
     return token_losses(network, hidden, whole_logits(network, hidden), targets, shift)[0].float().cpu()
-
-
-def _next_token_losses(network: DiffusionTransformer, last: Tensor, batch: _Canvases) -> Tensor:
-    """The causal loss of every canvas token [B, C]; the cache takes the canvases in, and is done with."""
-    states = network.encode(batch.canvas, batch.cache)
-    return _losses(network, torch.cat([last.unsqueeze(1), states[:, :-1]], dim=1), batch.canvas)
