@@ -159,8 +159,8 @@ def read_bandwidth() -> float:
     return block.nbytes / _best(lambda: block.sum())
 
 
-def describe_machine(*packages: str) -> str:
-    """One line: processor, instruction sets, cores, threads, memory, Python, versions of torch and ``packages``."""
+def processor_text() -> str:
+    """Processor, instruction sets, cores, threads, memory."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -169,15 +169,19 @@ def describe_machine(*packages: str) -> str:
         flags = next((line for line in lines if line.startswith("flags")), "").split()
         wanted = ("amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2")
         model = f"{names[0] if names else model} ({', '.join(name for name in wanted if name in flags)})"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else 0.0
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GB"
+
+
+def describe_machine(*packages: str) -> str:
+    """One line: `processor_text`, Python, versions of torch and ``packages``."""
     versions = []
     for package in ("torch", *packages):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"{package} absent")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else 0.0
-    return (f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GB; "
-            f"Python {platform.python_version()}, {', '.join(versions)}")
+    return f"{processor_text()}; Python {platform.python_version()}, {', '.join(versions)}"
 
 
 def _best(action: Callable[[], object], repeats: int = 5) -> float:

@@ -22,6 +22,7 @@ from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, size_text
 from dgemma.train.display import duration_text
 from dgemma.train.figures import Axis, Curve
+from dgemma.train.past_run import Run, interval_of, number_text, read_run
 from dgemma.train.run_figures import (
     STEP,
     loss_figures,
@@ -36,7 +37,6 @@ from dgemma.train.run_figures import (
     with_interval,
     words,
 )
-from dgemma.train.run_folder import Run, interval_of, number_text, read_run
 
 FILE = "report.html"
 SAMPLES = 12

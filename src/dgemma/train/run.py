@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 import yaml
 
 from dgemma import __version__
+from dgemma.bench import processor_text
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, json_bytes
 from dgemma.train.recipe import DATA, Recipe
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 RECIPE = "recipe.yaml"
 
 
-class Run:
-    """Writes the small files of a run's folder."""
+class RunFolder:
+    """A run's folder as the run writes it (`dgemma.train.past_run` reads it): its small files and its lock."""
 
     def __init__(self, folder: Path, recipe: Recipe):
         self.folder = folder
@@ -102,7 +102,7 @@ def machine(device: torch.device) -> str:
     """The machine in a few words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return processor_text()
 
 
 def plain(value: Any) -> Any:

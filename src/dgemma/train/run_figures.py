@@ -12,7 +12,7 @@ from typing import Any
 
 from dgemma.train.figures import COLOURS, Axis, Curve, draw, smoothed, spans_decades
 from dgemma.train.journal import Record
-from dgemma.train.run_folder import COSTS, Run, interval_of, number_text, percent_text
+from dgemma.train.past_run import COSTS, Run, interval_of, number_text, percent_text
 
 STEP = Axis("step")
 _TIMES = 5  # of the run at which loss by noise level is shown

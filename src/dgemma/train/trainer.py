@@ -36,7 +36,7 @@ from dgemma.train.optimizers import Optimizers
 from dgemma.train.plan import available_memory, recipe_plan
 from dgemma.train.preflight import run_preflight
 from dgemma.train.recipe import Recipe
-from dgemma.train.run import Run
+from dgemma.train.run import RunFolder
 from dgemma.train.sources import Listed, fingerprint, longest_context, source_of
 from dgemma.train.step import Stepper
 from dgemma.train.tasks import TaskScore
@@ -65,7 +65,7 @@ class Trainer:
             raise DgemmaError(f"recipe {recipe.name}: muon and compile work in one process only; this is one of "
                               f"{ranks.world}: use adamw, and compile: false")
         self.recipe, self.folder, self.ranks = recipe, make_folder(folder), ranks
-        self.run = Run(folder, recipe)
+        self.run = RunFolder(folder, recipe)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.best = self._best_loss = math.nan
         self.evaluated = -1  # the step of the last evaluation that was not cut off
