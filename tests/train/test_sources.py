@@ -79,8 +79,15 @@ def test_puzzles_have_no_end_and_those_kept_are_of_other_grids(model, tmp_path):
     assert [question.where.split()[0] for question in questions] == ["easy"] * 2 + ["medium"] * 2 + ["hard"] * 2
 
 
+def test_of_few_bases_the_fewest_givens_there_are_do(model, tmp_path):
+    few = source(model, SudokuData(bases=4, givens=(22, 40), easy_givens=22, curriculum_steps=0), tmp_path)
+    assert [len(few.batch(step)) for step in range(3)] == [3, 3, 3]
+    with pytest.raises(DgemmaError, match="of 4 base puzzles none has 22 givens or fewer, the fewest is 2"):
+        source(model, SudokuData(bases=4, givens=(22, 22)), tmp_path)
+
+
 def test_generated_notes_are_held_out_by_their_wording(model, tmp_path):
-    made = source(model, ExtractionData(count=12, held_out=4), tmp_path)
+    made = source(model, ExtractionData(count=12, held_out=4, keys=("type", "date", "who")), tmp_path)
     assert made.steps_per_epoch == 4
     assert len(made.held_out(99)) == 4
     assert all(json.loads(c.messages[-1]["content"]) for c in made.questions(4))

@@ -20,6 +20,7 @@ from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig
 from dgemma.train.extraction import KEYS, MOST_DISTRACTORS
 from dgemma.train.objective import Objective
+from dgemma.train.sudoku import MIN_GIVENS
 from dgemma.weights.locate import bundled_models
 
 T = TypeVar("T")
@@ -72,8 +73,9 @@ class SudokuData:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.bases < 1 or self.curriculum_steps < 0:
             raise ValueError("bases must be at least 1 and curriculum_steps at least 0")
-        if not 17 <= self.givens[0] <= self.givens[1] <= 80:
-            raise ValueError(f"givens must be two numbers from 17 to 80, the smaller first, got {list(self.givens)}")
+        if not MIN_GIVENS <= self.givens[0] <= self.givens[1] <= 80:
+            raise ValueError(f"givens must be two numbers from {MIN_GIVENS} to 80, the smaller first, "
+                             f"got {list(self.givens)}")
 
 
 @dataclass(frozen=True)

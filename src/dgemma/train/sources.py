@@ -15,6 +15,7 @@ from typing import Protocol
 
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.errors import DgemmaError
 from dgemma.train import extraction, sudoku
 from dgemma.train.conversations import Conversation, read_conversations
 from dgemma.train.examples import Example, batches, prepare
@@ -165,15 +166,25 @@ def _listed(recipe: Recipe, data: ConversationData, train: list[Conversation], k
 def _puzzles(recipe: Recipe, data: SudokuData, tokenizer: Tokenizer, canvas: int, folder: Path,
              report: Report) -> Puzzles:
     report("preparing base puzzles (computed once)")
-    made = SudokuBatches(tokenizer, canvas, recipe.batch_size, recipe.seed,
-                         sudoku.PuzzleSource.cached(folder / "puzzles.npz", data.bases, recipe.seed), data.givens,
-                         data.easy_givens, data.curriculum_steps, data.plain, data.beyond_singles, data.stuck)
+    source = sudoku.PuzzleSource.cached(folder / "puzzles.npz", data.bases, recipe.seed)
+    givens = _reachable(data.givens, source, f"recipe {recipe.name}: data")
+    made = SudokuBatches(tokenizer, canvas, recipe.batch_size, recipe.seed, source, givens,
+                         max(data.easy_givens, givens[0]), data.curriculum_steps, data.plain, data.beyond_singles,
+                         data.stuck)
     seed = recipe.seed + 1_000_003  # other grids
     few = sudoku.PuzzleSource.cached(folder / "held-out.npz", min(data.bases, 200), seed)
-    fewest = max(data.givens[0], int((few.puzzles[0] > 0).sum()))  # there are no others among so few
-    kept = SudokuBatches(tokenizer, canvas, recipe.evaluation.examples, seed, few, (fewest, data.givens[1]),
-                         data.easy_givens, 0, plain=True)
+    kept = SudokuBatches(tokenizer, canvas, recipe.evaluation.examples, seed, few,
+                         _reachable(data.givens, few, f"recipe {recipe.name}: validation"), data.easy_givens, 0,
+                         plain=True)
     return Puzzles(made, kept)
+
+
+def _reachable(givens: tuple[int, int], source: sudoku.PuzzleSource, where: str) -> tuple[int, int]:
+    """The range of givens as far as the base puzzles go: of few of them none has as few as of many."""
+    if source.fewest > givens[1]:
+        raise DgemmaError(f"{where}: of {len(source.puzzles)} base puzzles none has {givens[1]} givens or fewer, the "
+                          f"fewest is {source.fewest}: ask for more givens, or for more bases")
+    return max(givens[0], source.fewest), givens[1]
 
 
 def _tell(left_out: Sequence[str], report: Report) -> None:

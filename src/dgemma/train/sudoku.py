@@ -366,6 +366,11 @@ class PuzzleSource:
         self._givens = (self.puzzles > 0).sum(axis=1)
         self._rng = np.random.default_rng([seed, 1])
 
+    @property
+    def fewest(self) -> int:
+        """The number of givens of the base that has fewest."""
+        return int(self._givens[0])
+
     @classmethod
     def load(cls, path: str | Path, seed: int | None = None) -> PuzzleSource:
         """Read bases written by ``save``; ``seed`` replaces the stored seed for sampling."""
@@ -415,7 +420,7 @@ class PuzzleSource:
         targets = _draw_givens(givens, count, rng)
         usable = np.searchsorted(self._givens, targets, side="right")
         if count and usable.min() == 0:
-            raise ValueError(f"no base has {targets.min()} givens or fewer; fewest is {self._givens[0]}")
+            raise ValueError(f"no base has {targets.min()} givens or fewer; fewest is {self.fewest}")
         pick = rng.integers(0, usable)
         puzzles, solutions = augment(self.puzzles[pick], self.solutions[pick], rng)
         return _add_givens(puzzles, solutions, targets, rng), solutions
