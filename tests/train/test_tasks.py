@@ -12,7 +12,7 @@ from dgemma.train import sudoku
 from dgemma.train.conversations import conversation_of
 from dgemma.train.evaluate import evaluate_sudoku
 from dgemma.train.metrics import METRICS, Question, metric_of, pairs
-from dgemma.train.tasks import questions_of, run_task, step_sweep
+from dgemma.train.tasks import questions_of, run_task
 from dgemma.train.turns import turn_of
 from reference import randomise
 
@@ -260,16 +260,6 @@ def test_samples_show_calls_and_whole_conversations():
     call = 'weather({"city": "Paris", "days": 2})'
     assert sample.prompt == f"system: Be brief.\nuser: one\nassistant: 1\nuser: weather?\nassistant: {call}\ntool: rain"
     assert sample.answer == f"Sunny.\n{call}"
-
-
-def test_a_sweep_limits_the_steps_and_leaves_out_what_was_stopped():
-    model = Scripted({"a": answer("yes")})
-    told = []
-    found = step_sweep(model, [ask("a")], "exact", (1, 4), progress=lambda done, total: told.append((done, total)))
-    assert [(steps, one.value) for steps, one in found] == [(1, 1.0), (4, 1.0)]
-    assert [options for *_, options in model.calls] == [{"max_denoising_steps": 1}, {"max_denoising_steps": 4}]
-    assert told == [(1, 2), (2, 2)]
-    assert step_sweep(model, [ask("a")], "exact", (1, 4), stop=lambda: True) == []
 
 
 # ---- the bundled model -----------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def test_a_sweep_that_was_cut_off_is_made_up_for(conversations, tmp_path, monkey
                             settings={"max_denoising_steps": 3})
     recipe = tuned(conversations, max_steps=1, evaluation=evaluation)
     with monkeypatch.context() as patched:
-        interrupting(patched, "step_sweep", 1)
+        interrupting(patched, "run_task", 3)  # before and after the step, and then the second of the sweep
         run = trainer(recipe, tmp_path / "run")
         assert not run.train()
     assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]

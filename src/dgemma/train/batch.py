@@ -100,9 +100,8 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     fill = torch.arange(canvas.shape[1]) >= torch.tensor([example.real_length for example in examples]).unsqueeze(1)
     uniform = len(set(lengths)) == 1
     prompts = tuple(example.prompt_length for example in examples)
-    # Numbers of every example's own would be compiled in: not where there is nothing to tell.
-    return Batch(context, canvas, None if uniform else lengths, None if uniform and prompts == lengths else prompts,
-                 weights, fill, None if len(longest) == len(examples) else owners)
+    return Batch(context, canvas, None if uniform else lengths, prompts, weights, fill,
+                 None if len(longest) == len(examples) else owners)
 
 
 def _shared_rows(examples: Sequence[Example], contexts: Sequence[np.ndarray]) -> tuple[tuple[int, ...], list[int]]:

@@ -13,12 +13,13 @@ from typing import Any
 
 from dgemma.api import Model
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
+from dgemma.diffusion.row import Choices
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
-from dgemma.train.metrics import Metric, Question, metric_of
+from dgemma.train.metrics import Metric, Question, metric_identity, metric_of
 from dgemma.train.recipe import ConversationData, Recipe
 from dgemma.train.sources import Source, fingerprint
-from dgemma.train.tasks import Answering, TaskScore, questions_of, run_task, step_sweep
+from dgemma.train.tasks import Answering, TaskScore, questions_of, run_task
 from dgemma.train.validation import validation_losses
 
 _REQUEST_SETTINGS = ("temperature", "top_k", "top_p")  # of evaluation.settings, beside the sampler's
@@ -64,9 +65,9 @@ class Evaluator:
         settings = self.settings
         options = {name: value for name, value in settings.settings.items() if name != "max_denoising_steps"}
         with self._interruptible(model):
-            found = step_sweep(model, self._swept, self.metric, (limit,), seed=self.recipe.seed, stop=stop,
-                               max_tokens=settings.max_tokens, progress=progress, **options)
-        return found[0][1] if found else None
+            found = run_task(model, self._swept, self.metric, seed=self.recipe.seed, stop=stop, progress=progress,
+                             max_tokens=settings.max_tokens, max_denoising_steps=limit, **options)
+        return None if found.partial else found
 
     @cached_property
     def _swept(self) -> list[Question]:
@@ -82,7 +83,8 @@ class Evaluator:
     def judge(self) -> str:
         """The same for runs whose best checkpoints compare: those asked the same by the same metric."""
         settings = self.settings
-        asked: Any = [settings.metric, settings.max_tokens, settings.settings,
+        metric = None if settings.metric is None else metric_identity(settings.metric)
+        asked: Any = [metric, settings.max_tokens, settings.settings,
                       [(q.prompt, q.reference, q.tool_calls, q.tools, q.thinking) for q in self.questions]]
         if not self.questions:
             objective = self.recipe.objective
@@ -106,8 +108,12 @@ class Evaluator:
         if unknown := sorted(settings.keys() - {*SAMPLER_SETTINGS, *_REQUEST_SETTINGS}):
             raise DgemmaError(f"{where}: unknown setting {', '.join(unknown)}; there are "
                               f"{', '.join((*SAMPLER_SETTINGS, *_REQUEST_SETTINGS))}")
+        of_request = {name: value for name, value in settings.items() if name in _REQUEST_SETTINGS}
+        if not self.recipe.objective.denoising_weight and (unknown := sorted(of_request.keys() - {"temperature"})):
+            raise DgemmaError(f"{where}: an autoregressive model is asked without {', '.join(unknown)}")
         try:
             generation.replace(**{name: value for name, value in settings.items() if name in SAMPLER_SETTINGS})
+            Choices(**of_request)
         except (TypeError, ValueError) as error:
             raise DgemmaError(f"{where}: {error}") from error
 

@@ -127,7 +127,7 @@ FIELDS: dict[str, dict[str, Phrases]] = {
     },
 }
 
-# Only in long records; every kind of text says them alike.
+# Every kind of text says these alike.
 EXTRA: dict[str, Phrases] = {
     "time": Phrases(("Time: {}.", "At {}.", "{} sharp.", "Around {}.", "Not before {}."),
                     ("The time is {}.", "From {}.")),

@@ -5,6 +5,7 @@ Works on a question with its reference answer, and on what a model generated. Kn
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -219,6 +220,17 @@ def metric_of(name: str, folder: Path | None = None) -> Metric:
         return {key: float(value) for key, value in values.items()}
 
     return Metric(name, None, score)
+
+
+def metric_identity(name: str) -> str:
+    """The same for what judges alike: a metric's name, or a function's with the contents of its file, wherever it lies.
+
+    For names that `metric_of` takes.
+    """
+    if name in METRICS:
+        return name
+    file, _, function = name.rpartition(":")
+    return f"{function} {hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()}"
 
 
 def _load(path: Path) -> ModuleType:

@@ -180,7 +180,7 @@ def _denoising_loss(network: DiffusionTransformer, batch: Batch, cache: KVCache,
     total = torch.zeros((), device=canvas.device)
     for index in range(objective.passes):
         out = network.denoise(noisy, cache, soft)
-        # Small vocabularies are worked on whole: fewer operations, and torch.compile sees through all of them.
+        # Small vocabularies are worked on whole: fewer operations.
         logits = whole_logits(network, out)
         losses, predicted = token_losses(network, out, logits, canvas, observed_shift(objective, noisy, t, network))
         right = (predicted == canvas).float()

@@ -169,7 +169,7 @@ def recipe_plan(recipe: Recipe, config: ModelConfig, source: Path | None, contex
         weights = stored_types(source)
     micro = min(recipe.micro_batch or recipe.batch_size, recipe.batch_size)
     return memory_plan(config, weights=weights, adapter=recipe.adapter, context=context, micro_batch=micro,
-                       accumulation=max(1, recipe.batch_size // (micro * ranks)), checkpointing=recipe.checkpointing,
+                       accumulation=-(-recipe.batch_size // (micro * ranks)), checkpointing=recipe.checkpointing,
                        objective=recipe.objective, optimizer=recipe.optimizer.kind, ema=recipe.optimizer.ema > 0,
                        autocast=recipe.autocast, device=device.type, ranks=ranks)
 

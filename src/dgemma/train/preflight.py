@@ -234,10 +234,11 @@ def run_preflight(network: DiffusionTransformer, examples: Sequence[Example], ob
                   loss_of: LossOf = batch_loss, sampler: DiffusionTransformer | None = None,
                   optimizers: Sequence[torch.optim.Optimizer] | None = None, seed: int = 0,
                   required: bool = False) -> list[Check]:
-    """All checks on a few examples, with the run's own objective, loss function and optimizers.
+    """All checks on a few examples, with the run's own objective.
 
-    The network is as before afterwards. Raises DgemmaError for examples that are unusable and, where the checks are
-    ``required``, naming all that failed.
+    ``loss_of``, ``sampler`` and ``optimizers`` (of which none may hold what is frozen) are the run's where they are
+    not the package's. The network is as before afterwards. Raises DgemmaError for examples that are unusable and,
+    where the checks are ``required``, naming all that failed.
     """
     try:
         batch = collate(examples).to(network.device)

@@ -55,8 +55,8 @@ class SudokuData:
     """Puzzles made on the way: ``bases`` base puzzles, varied by symmetries; see `SudokuBatches`.
 
     ``plain``: nothing but puzzles. Without it every fifth batch holds puzzles inside conversations, or none at all.
-    ``beyond_singles``: the share of puzzles that naked and hidden singles alone do not solve; ``stuck``: the share of
-    those in which all that singles give is filled in already.
+    ``beyond_singles``: the least share of puzzles that naked and hidden singles alone do not solve; ``stuck``: the
+    share of those in which all that singles give is filled in already.
     """
 
     bases: int = 40_000
@@ -147,10 +147,11 @@ class OptimizerSettings:
 class Evaluation:
     """What is looked at while a run goes on, every ``every`` steps and at its end.
 
-    ``metric`` is one of `dgemma.train.tasks`, or "file.py:function"; without one the validation loss decides which
-    checkpoint is the best. ``count`` questions are asked (Sudoku: of each band) and ``examples`` held-out examples
-    measured. ``sweep``: at the end, the best checkpoint again with at most so many denoising steps each.
-    ``settings`` are sampler settings.
+    ``metric`` is one of `dgemma.train.metrics`, or "file.py:function"; without one the validation loss decides which
+    checkpoint is the best. Questions come from ``count`` held-out conversations (Sudoku: puzzles of each band), one for
+    each turn to be learnt; ``examples`` held-out examples are measured. ``sweep``: at the end, the best checkpoint once
+    more with at most so many denoising steps each. ``settings`` are sampler settings, ``temperature``, ``top_k`` and
+    ``top_p``.
     """
 
     every: int = 200

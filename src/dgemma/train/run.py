@@ -1,4 +1,4 @@
-"""A run's folder as others read it: what was run, on what, and how far it came.
+"""A run's folder: what was run, on what, and how far it came.
 
 Works on recipes and files; knows nothing of networks and steps.
 """
@@ -70,7 +70,7 @@ class RunFolder:
         """What another recipe said differently, setting by setting."""
         old, new = dict(_flat(before)), dict(_flat(self.settings))
         for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
+            if located(old.get(name)) != located(new.get(name)):
                 yield f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
 
     def describe(self, trainer: Trainer, finished: bool) -> None:
@@ -91,7 +91,7 @@ class RunFolder:
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain values, every default said, which `recipe_of` reads back."""
+    """A recipe as plain values, every default said; files are named as seen from where the program runs."""
     settings = plain(dataclasses.asdict(recipe))
     kind = next(name for name, data in DATA.items() if isinstance(recipe.data, data))
     return {**{name: value for name, value in settings.items() if value is not None},
@@ -110,6 +110,20 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def located(value: Any) -> Any:
+    """Settings that compare: what names a file or folder that is there (or a function in one), as where that lies."""
+    if isinstance(value, Mapping):
+        return {name: located(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [located(item) for item in value]
+    if isinstance(value, str):
+        file, colon, function = value.rpartition(":")
+        for path, rest in ((value, ""), (file, colon + function)):
+            if path and Path(path).exists():
+                return f"{Path(path).resolve()}{rest}"
+    return value
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -43,7 +43,7 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Listed:
     """Conversations that are all at hand, in epochs."""
 
@@ -53,13 +53,18 @@ class Listed:
     batch_size: int
     seed: int
 
+    def __post_init__(self) -> None:
+        self._order: tuple[int, list[list[int]]] = (-1, [])  # an epoch and its batches
+
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.examples) / self.batch_size)
 
     def batch(self, step: int) -> list[Example]:
         epoch, index = divmod(step, self.steps_per_epoch)
-        return [self.examples[i] for i in batches(self.examples, self.batch_size, self.seed, epoch)[index]]
+        if self._order[0] != epoch:
+            self._order = (epoch, batches(self.examples, self.batch_size, self.seed, epoch))
+        return [self.examples[i] for i in self._order[1][index]]
 
     def held_out(self, count: int) -> list[Example]:
         return self.kept[:count]
@@ -169,8 +174,12 @@ def _puzzles(recipe: Recipe, data: SudokuData, tokenizer: Tokenizer, canvas: int
     source = sudoku.PuzzleSource.cached(folder / "puzzles.npz", data.bases, recipe.seed)
     givens = _reachable(data.givens, source, f"recipe {recipe.name}: data")
     made = SudokuBatches(tokenizer, canvas, recipe.batch_size, recipe.seed, source, givens,
-                         max(data.easy_givens, givens[0]), data.curriculum_steps, data.plain, data.beyond_singles,
-                         data.stuck)
+                         min(max(data.easy_givens, givens[0]), givens[1]), data.curriculum_steps, data.plain,
+                         data.beyond_singles, data.stuck)
+    try:
+        made.answerable()
+    except ValueError as error:
+        raise DgemmaError(f"recipe {recipe.name}: data: this model cannot learn Sudoku: {error}") from error
     seed = recipe.seed + 1_000_003  # other grids
     few = sudoku.PuzzleSource.cached(folder / "held-out.npz", min(data.bases, 200), seed)
     kept = SudokuBatches(tokenizer, canvas, recipe.evaluation.examples, seed, few,

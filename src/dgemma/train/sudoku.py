@@ -188,7 +188,8 @@ def fill_singles(puzzles: np.ndarray) -> np.ndarray:
     masks = _DIGIT_MASK[_checked(puzzles).T]
     while not ((after := _propagate_once(masks)[0]) == masks).all():
         masks = after
-    return np.where(_BIT_COUNT[masks] == 1, _digits(masks), np.uint8(0)).T
+    single = _BIT_COUNT[masks] == 1
+    return np.where(single, _digits(np.where(single, masks, np.uint16(1))), np.uint8(0)).T
 
 
 def _checked(puzzles: np.ndarray) -> np.ndarray:

@@ -45,9 +45,9 @@ class SudokuBatches:
     """An endless, seeded stream of batches; every batch depends on (seed, step) only, so a resumed run sees the same.
 
     ``givens`` is the range of the curriculum's end; it starts at ``easy_givens`` and its lower bound falls linearly
-    over ``curriculum_steps``. ``beyond_singles``: at least this share of a batch's puzzles are, where so many are found
-    among four times as many, such as naked and hidden singles alone do not solve (`sudoku.singles_solve`); in a share
-    of ``stuck`` of those all that singles give is filled in, so that every blank needs more than that.
+    over ``curriculum_steps``. ``beyond_singles``: at least this share of a batch's puzzles are such as naked and hidden
+    singles alone do not solve (`sudoku.singles_solve`), or as many as are found among 32 times as many; in a share of
+    ``stuck`` of those all that singles give is filled in, so that every blank needs more than that.
     """
 
     def __init__(self, tokenizer: Tokenizer, canvas_length: int, batch_size: int, seed: int,
@@ -58,6 +58,11 @@ class SudokuBatches:
         self.givens, self.easy_givens, self.curriculum_steps = givens, easy_givens, curriculum_steps
         self.source, self.plain = source, plain
         self._byte_ids = np.array([tokenizer.encode(chr(byte))[0] for byte in range(128)])
+
+    def answerable(self) -> None:
+        """Raises ValueError where the tokenizer cannot write a puzzle, or the canvas not hold its answer."""
+        self._plain_prompts(self.source.puzzles[:1])
+        self._answers(self.source.solutions[:1])
 
     def batch(self, step: int) -> Batch:
         """The batch of a step: 80 % plain puzzles (with ``plain`` all of them), the rest the other kinds."""
@@ -102,8 +107,14 @@ class SudokuBatches:
         givens = (low, self.givens[1])
         if not self.beyond_singles:
             return self.source.sample(self.batch_size, givens, rng)
+        wanted = round(self.beyond_singles * self.batch_size)
         puzzles, solutions = self.source.sample(4 * self.batch_size, givens, rng)
-        beyond = np.flatnonzero(~sudoku.singles_solve(puzzles))[: round(self.beyond_singles * self.batch_size)]
+        beyond = np.flatnonzero(~sudoku.singles_solve(puzzles))
+        while len(beyond) < wanted and len(puzzles) < 32 * self.batch_size:
+            more = self.source.sample(4 * self.batch_size, givens, rng)
+            beyond = np.concatenate([beyond, len(puzzles) + np.flatnonzero(~sudoku.singles_solve(more[0]))])
+            puzzles, solutions = (np.concatenate(pair) for pair in zip((puzzles, solutions), more, strict=True))
+        beyond = beyond[:wanted]
         advanced = beyond[: round(self.stuck * len(beyond))]
         puzzles[advanced] = sudoku.fill_singles(puzzles[advanced])
         others = np.setdiff1d(np.arange(len(puzzles)), beyond)[: self.batch_size - len(beyond)]
@@ -135,7 +146,9 @@ class SudokuBatches:
         puzzle = sudoku.generate(1, 30, seed=0)[0][0]
         rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": sudoku.to_line(puzzle)}])
         cells = self._byte_ids[np.frombuffer(sudoku.format_grid(puzzle).encode(), np.uint8)].tolist()
-        start = next(i for i in range(len(rendered)) if rendered[i : i + len(cells)] == cells)
+        start = next((i for i in range(len(rendered)) if rendered[i : i + len(cells)] == cells), None)
+        if start is None:
+            raise ValueError("the tokenizer must write a puzzle as one token for each character")
         return rendered[:start], rendered[start + len(cells) :]
 
     def _plain_prompts(self, puzzles: np.ndarray) -> Tensor:

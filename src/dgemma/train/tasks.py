@@ -24,8 +24,6 @@ from dgemma.train.metrics import Metric, Question, Values, metric_of, text_of
 from dgemma.train.turns import Thinking, has_thoughts, without_thoughts
 from dgemma.train.validation import in_use
 
-SWEEP = (1, 2, 4, 8, 16, 48)
-
 log = logging.getLogger(__name__)
 
 
@@ -137,26 +135,6 @@ def run_task(model: Answering, questions: Sequence[Question], metric: str | Metr
                 progress(done, len(questions))
     answered.sort(key=lambda one: one.place)
     return _score(metric, questions, answered, time.perf_counter() - began, partial)
-
-
-def step_sweep(model: Answering, questions: Sequence[Question], metric: str | Metric, steps: Sequence[int] = SWEEP, *,
-               progress: Callable[[int, int], None] | None = None,
-               **arguments: Any) -> list[tuple[int, TaskScore]]:
-    """`run_task` on the same questions with at most so many denoising steps for a canvas, for each of ``steps``.
-
-    Those that were stopped in the middle are left out: they do not compare with the others.
-    """
-    scores = []
-    for index, limit in enumerate(steps):
-        def report(done: int, total: int, index: int = index) -> None:
-            if progress is not None:
-                progress(index * total + done, len(steps) * total)
-
-        score = run_task(model, questions, metric, progress=report, max_denoising_steps=limit, **arguments)
-        if score.partial:
-            break
-        scores.append((limit, score))
-    return scores
 
 
 # ---- asking ----------------------------------------------------------------------------------------

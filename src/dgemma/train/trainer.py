@@ -32,6 +32,7 @@ from dgemma.train.distributed import Ranks, collect, gathered, shard, spread
 from dgemma.train.evaluation import Evaluator
 from dgemma.train.examples import Example
 from dgemma.train.journal import Journal, writers_for
+from dgemma.train.metrics import means
 from dgemma.train.optimizers import Optimizers
 from dgemma.train.plan import available_memory, recipe_plan
 from dgemma.train.preflight import run_preflight
@@ -45,9 +46,10 @@ from dgemma.train.trainee import restore as restore_folder
 from dgemma.weights.save import write_safetensors
 
 STATE = "state.safetensors"
+# Settings that make another model of the same steps.
+_TRAINED = ("model", "data", "objective", "optimizer", "adapter", "freeze", "batch_size", "seed", "dtype", "generation")
 _RECORD_EVERY = 10  # steps whose means make one record
 _SAMPLES = 16  # answers that are kept of an evaluation
-_REQUEST_SETTINGS = ("temperature", "top_k", "top_p")  # of evaluation.settings, beside the sampler's
 
 
 class Trainer:
@@ -70,11 +72,18 @@ class Trainer:
         self.best = self._best_loss = math.nan
         self.evaluated = -1  # the step of the last evaluation that was not cut off
         self._stopping = False
-        with self.run.alone() if ranks.is_main else nullcontext():
-            pass  # rather now than after reading all weights
-        for name in ("best", "last"):
+        with ExitStack() as held:
             if ranks.is_main:
-                restore_folder(folder / name)
+                held.enter_context(self.run.alone())  # until `train` is over
+                for name in ("best", "last"):
+                    restore_folder(folder / name)
+            self._prepare(base, progress)
+            self._held = held.pop_all()
+        self._display = display(recipe.name, self.step, self.max_steps, None if ranks.is_main else Console(quiet=True))
+
+    def _prepare(self, base: Path | None, progress: Callable[[int, int], None] | None) -> None:
+        """All that a step needs, checked."""
+        recipe, folder, ranks = self.recipe, self.folder, self.ranks
         parts = parts_of(recipe, base)
         self.source = source_of(recipe, parts.tokenizer, parts.config, parts.generation_config, folder, self._note)
         self.max_steps = self._length()
@@ -92,16 +101,13 @@ class Trainer:
         if self.stepper.compiled is not None and self.stepper.compiled.shape is None:
             self._note("compile: nothing is: this data comes in batches of many lengths")
         self._resume()
-        self._display = display(recipe.name, self.step, self.max_steps, None if ranks.is_main else Console(quiet=True))
 
     def train(self) -> bool:
         """Run until the end, or until Ctrl-C or SIGTERM, which save and stop after the step; whether it is finished."""
         recipe = self.recipe
         began, first = time.monotonic(), self.seconds
-        with ExitStack() as stack:
+        with self._held as stack:
             stack.enter_context(self._stoppable())
-            if self.ranks.is_main:
-                stack.enter_context(self.run.alone())
             journal = self._journal = stack.enter_context(self._open_journal()) if self.ranks.is_main else None
             if self.ranks.is_main:
                 stack.enter_context(self._display)
@@ -116,14 +122,16 @@ class Trainer:
                 try:
                     values, tokens = self.stepper.take(self.step)
                 except DgemmaError as error:
-                    raise DgemmaError(f"{error} ({self.folder / STATE} is of an earlier step)") from error
+                    if (self.folder / STATE).exists():
+                        raise DgemmaError(f"{error} ({self.folder / STATE} is of an earlier step)") from error
+                    raise
                 self.step += 1
                 self.tokens += tokens
                 self.seconds = first + time.monotonic() - began
                 pace.append((time.perf_counter() - started, tokens))
-                window.append(values)
                 last = self.step >= self.max_steps
                 if self.ranks.is_main:
+                    window.append(values)
                     spent = sum(seconds for seconds, _ in pace)
                     speed = sum(count for _, count in pace) / spent
                     self._display.step(self.step, values, spent / len(pace), speed, self.run.memory(self.ranks.device))
@@ -159,9 +167,6 @@ class Trainer:
 
     def _check(self) -> None:
         """The preflight, always: seconds now, or hours of training something else."""
-        if not self.recipe.objective.denoising_weight:
-            self._note("preflight: not run: nothing is denoised in this run")
-            return
         began = time.monotonic()
         examples = _telling(self.source.batch(0))
         checks = run_preflight(self.network, examples, self.recipe.objective, seed=self.recipe.seed, required=True)
@@ -184,16 +189,21 @@ class Trainer:
         self._note(text)
 
     def _evaluate(self) -> None:
+        values: dict[str, float] = {}
         score: TaskScore | None = None
+        problem = None
         with self._in_use():
-            self._display.phase("validating", 0, 1)
-            values = self.evaluator.losses(self.network, self._stop_asked)
-            if self.evaluator.questions and not self._stop_asked():
-                score = self.evaluator.score(self.trainee.model(), self._stop_asked, self._progress("evaluating"))
+            if self.ranks.is_main:  # the others wait: two that found different things would part ways
+                try:
+                    values, score = self._measured()
+                except DgemmaError as error:
+                    problem = str(error)
             if self._stop_asked():  # a part of an evaluation would be another measure
                 return
             loss = values.get("validation/loss", math.nan)
-            found = score.value if score is not None else -loss
+            problem, found, loss = self.ranks.from_main((problem, -loss if score is None else score.value, loss))
+            if problem is not None:
+                raise DgemmaError(problem)
             # Of equals (few questions, all of them wrong at first) the one with the lower loss.
             better = (not found <= self.best or (found == self.best and loss < self._best_loss)
                       if not math.isnan(found) else math.isnan(self.best))
@@ -212,6 +222,15 @@ class Trainer:
                                      count=score.count, intervals=score.intervals)
                 shown = sorted(score.samples, key=lambda sample: sample.score)[:_SAMPLES]  # the wrong ones first
                 self._journal.record(self.step, "samples", {}, samples=[vars(sample) for sample in shown])
+
+    def _measured(self) -> tuple[dict[str, float], TaskScore | None]:
+        """The losses and the task's score, as far as nobody asked to stop."""
+        self._display.phase("validating", 0, 1)
+        values = self.evaluator.losses(self.network, lambda: self._stopping)
+        if not self.evaluator.questions or self._stopping:
+            return values, None
+        return values, self.evaluator.score(self.trainee.model(), lambda: self._stopping,
+                                            self._progress("evaluating"))
 
     def _sweep(self) -> bool:
         """The best checkpoint once more, with fewer and fewer denoising steps; whether it came to its end."""
@@ -316,8 +335,13 @@ class Trainer:
         if about.get("judge", self.evaluator.judge()) != self.evaluator.judge():
             self._note("what the best checkpoint is chosen by has changed since: it is chosen anew from here on")
             self.best, self._best_loss, self.evaluated = math.nan, math.nan, -1
-        for change in self.run.changes(about["recipe"]):
+        changes = list(self.run.changes(about["recipe"]))
+        for change in changes:
             self._note(f"the recipe has changed since: {change}")
+        trained = [change for change in changes if change.partition(".")[0].partition(" ")[0] in _TRAINED]
+        if self.step >= self.max_steps and trained:
+            raise DgemmaError(f"{self.folder}: has taken its {self.step} steps with other settings ({trained[0]}): "
+                              "raise max_steps to go on with these, or choose another --out folder")
 
     # ---- what others are told ----------------------------------------------------------------------
 
@@ -376,12 +400,7 @@ def _telling(examples: list[Example]) -> list[Example]:
 
 def _means(window: list[dict[str, float]]) -> dict[str, float]:
     """Of every value the mean over the steps that had it."""
-    found: dict[str, list[float]] = {}
-    for values in window:
-        for name, value in values.items():
-            if not math.isnan(value):
-                found.setdefault(name, []).append(value)
-    return {name: sum(those) / len(those) for name, those in found.items()}
+    return means([{name: value for name, value in values.items() if not math.isnan(value)} for values in window])
 
 
 def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
