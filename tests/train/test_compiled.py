@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dgemma.errors import DgemmaError
 from dgemma.train.batch import Batch, collate
 from dgemma.train.compiled import CompiledPasses
 from dgemma.train.objective import Objective, batch_loss, keyed_noise
@@ -44,6 +45,28 @@ def test_the_most_frequent_shape_runs_compiled_and_no_other(compiled):
         assert compiled == expected
         torch.testing.assert_close(loss, batch_loss(network, some, objective, noise)[0], rtol=0, atol=0)
     assert not {"encode", "denoise"} & set(vars(network))
+
+
+def test_no_shape_is_compiled_that_hardly_comes_back(compiled):
+    network = random_network(tiny_config())
+    assert CompiledPasses(network, [batch(2, width) for width in (5, 5, 6, 7, 8)]).shape is None
+
+
+def test_a_compiler_that_is_missing_is_told(monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def compile(function, **_):
+        def failing(*_):
+            raise TorchDynamoException("no g++\nand much more")
+
+        return failing
+
+    monkeypatch.setattr(torch, "compile", compile)
+    network = random_network(tiny_config())
+    some = batch(2, 5)
+    with pytest.raises(DgemmaError, match=r"torch.compile failed \(no g\+\+\).*compile: false"), CompiledPasses(
+            network, [some]).calls(some):
+        network.encode(some.context, network.new_cache(2))
 
 
 def test_padded_batches_are_never_compiled(compiled):

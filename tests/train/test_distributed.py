@@ -159,7 +159,7 @@ def work(folder: Path) -> None:
                   "resumed": {name: resume(CASES[name], saved[name] if ranks.is_main else None, ranks)
                               for name in saved},
                   "gathered": alone_while_gathered(ranks), "agreed": agreements(ranks)}
-        ranks.barrier()
+        ranks.any(False)  # until all have come here
     torch.save(result, folder / f"{os.environ['RANK']}.pt")
 
 

@@ -258,9 +258,9 @@ def test_batches_hold_similar_lengths(examples):
 
 
 def test_a_batch_pads_contexts_behind_their_ends(examples):
-    batch = collate(examples[:3], pad_id=9)
+    batch = collate(examples[:3])
     for row, example in enumerate(examples[:3]):
-        assert batch.context[row].tolist() == example.context_ids + [9] * (max(batch.lengths) - batch.lengths[row])
+        assert batch.context[row].tolist() == example.context_ids + [0] * (max(batch.lengths) - batch.lengths[row])
         assert batch.canvas[row].tolist() == example.canvas_ids
         assert batch.weights[row].tolist() == example.weights
     assert batch.prompts == tuple(example.prompt_length for example in examples[:3])

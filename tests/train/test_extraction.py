@@ -8,7 +8,7 @@ import pytest
 import dgemma
 from dgemma.train import extraction_phrases
 from dgemma.train.examples import prepare
-from dgemma.train.extraction import KEYS, answer_of, conversations, schema_of
+from dgemma.train.extraction import KEYS, answer_of, conversations
 
 SHORT = ("type", "date", "ref", "sum", "who")
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
@@ -92,22 +92,8 @@ def test_one_seed_is_one_endless_row():
     assert len(texts) > 3990  # hardly any comes twice
 
 
-def test_answers_have_the_schema_and_the_models_own_constraint_accepts_them():
-    from dgemma.constrain import constraint_of
-
-    model = dgemma.load("sudoku")
-    for keys in (SHORT, KEYS):
-        schema = schema_of(keys)
-        form = {"type": "json_schema", "json_schema": {"name": "record", "schema": schema}}
-        constraint = constraint_of(form, model.tokenizer, model.generation_config.eos_token_id)
-        assert constraint is not None
-        for row in conversations(5, seed=9, keys=keys):
-            answer = row.messages[1]["content"]
-            record = json.loads(answer)
-            assert answer_of(record) == answer
-            assert list(record) == schema["required"]
-            guide = constraint.guide(200)
-            guide.commit(model.tokenizer.encode(answer))
-            assert guide.finished
-            with pytest.raises(ValueError, match="constraint"):
-                constraint.guide(200).commit(model.tokenizer.encode(answer.replace('"type"', '"kind"')))
+def test_answers_are_written_as_json_is_spaced():
+    for row in conversations(20, seed=9):
+        record = json.loads(row.messages[1]["content"])
+        assert answer_of(record) == row.messages[1]["content"]
+        assert list(record) == list(KEYS)

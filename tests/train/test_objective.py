@@ -8,7 +8,7 @@ import torch
 from dgemma.train import objective as objective_module
 from dgemma.train.batch import collate
 from dgemma.train.noise import corrupt, draw_noise, keyed_noise
-from dgemma.train.objective import Objective, batch_loss, block_diffusion_loss, means, totals_of
+from dgemma.train.objective import Batch, Objective, batch_loss, means, totals_of
 from reference import random_network, tiny_config
 from token_examples import random_example
 
@@ -24,6 +24,11 @@ def batch(rows=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(VOCAB, (rows, PROMPT), generator=generator),
             torch.randint(VOCAB, (rows, CANVAS), generator=generator))
+
+
+def block_diffusion_loss(network, context, canvas, objective, noise):
+    """The loss of contexts of one length and canvases without fill."""
+    return batch_loss(network, Batch(context, canvas), objective, noise)
 
 
 def noise_for(objective, rows=3, seed=0):

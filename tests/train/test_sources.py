@@ -79,6 +79,18 @@ def test_puzzles_have_no_end_and_those_kept_are_of_other_grids(model, tmp_path):
     assert [question.where.split()[0] for question in questions] == ["easy"] * 2 + ["medium"] * 2 + ["hard"] * 2
 
 
+def test_a_range_below_the_beginning_of_the_curriculum_is_all_there_is(model, tmp_path):
+    made = source(model, SudokuData(bases=40, givens=(28, 30)), tmp_path)
+    assert len(made.batch(0)) == 3
+
+
+def test_a_model_that_cannot_write_an_answer_learns_no_sudoku(model, tmp_path):
+    small = dataclasses.replace(model.config, canvas_length=80)
+    recipe = Recipe(name="r", model="sudoku", data=SudokuData(bases=4, givens=(30, 40)), max_steps=1, batch_size=3)
+    with pytest.raises(DgemmaError, match="cannot learn Sudoku: an answer of 90 tokens does not fit a canvas of 80"):
+        source_of(recipe, model.tokenizer, small, model.generation_config, tmp_path)
+
+
 def test_of_few_bases_the_fewest_givens_there_are_do(model, tmp_path):
     few = source(model, SudokuData(bases=4, givens=(22, 40), easy_givens=22, curriculum_steps=0), tmp_path)
     assert [len(few.batch(step)) for step in range(3)] == [3, 3, 3]

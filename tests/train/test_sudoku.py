@@ -73,6 +73,13 @@ def test_singles_fill_in_what_is_right_and_leave_the_rest_blank() -> None:
     assert (sudoku.fill_singles(filled) == filled).all()  # nothing more is to be had
 
 
+def test_a_puzzle_without_a_solution_is_filled_in_without_an_error() -> None:
+    impossible = np.zeros((1, 81), np.uint8)
+    impossible[0, :9] = [1, 2, 3, 4, 5, 6, 7, 8, 0]
+    impossible[0, 17] = 9
+    assert sudoku.fill_singles(impossible).shape == (1, 81)
+
+
 def test_blank_grid_has_several_solutions() -> None:
     blank = np.zeros((2, 81), np.uint8)
     solutions, counts = sudoku.solve(blank)

@@ -11,7 +11,7 @@ from dgemma.errors import DgemmaError
 from dgemma.train import sudoku
 from dgemma.train.conversations import conversation_of
 from dgemma.train.evaluate import evaluate_sudoku
-from dgemma.train.metrics import METRICS, Question, metric_of, pairs
+from dgemma.train.metrics import METRICS, Question, metric_identity, metric_of, pairs
 from dgemma.train.tasks import questions_of, run_task
 from dgemma.train.turns import turn_of
 from reference import randomise
@@ -251,6 +251,17 @@ def test_a_run_that_is_stopped_scores_what_was_done():
     found = run_task(model, [ask("a")], "exact", stop=lambda: True)
     assert (found.count, found.partial, found.values, found.intervals) == (0, True, {}, {})
     assert found.value != found.value  # NaN: nothing is known
+
+
+def test_a_metric_is_its_function_and_what_its_file_says(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text("def words(question, answer):\n    return 1.0\n")
+    here, there = (metric_identity(f"{tmp_path}/{name}/mine.py:words") for name in ("a", "b"))
+    assert here == there
+    (tmp_path / "b" / "mine.py").write_text("def words(question, answer):\n    return 2.0\n")
+    assert metric_identity(f"{tmp_path}/b/mine.py:words") != here
+    assert metric_identity("exact") == "exact"
 
 
 def test_samples_show_calls_and_whole_conversations():

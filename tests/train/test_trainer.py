@@ -248,6 +248,28 @@ def test_a_changed_recipe_is_told_when_a_run_goes_on(conversations, tmp_path, ca
     assert "resuming at step 1" in out
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_took_its_steps_with_other_settings_is_not_called_this_recipe_s(recipe, tmp_path):
+    short = dataclasses.replace(recipe, max_steps=1)
+    trainer(short, tmp_path / "run").train()
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
+    other = dataclasses.replace(short, optimizer=dataclasses.replace(short.optimizer, lr=1e-4))
+    with pytest.raises(DgemmaError, match=r"has taken its 1 steps with other settings \(optimizer.lr was 0.003"):
+        trainer(other, tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+    looked_at = dataclasses.replace(short, evaluation=dataclasses.replace(short.evaluation, examples=3))
+    assert trainer(looked_at, tmp_path / "run").train()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_is_one_run_s_until_it_is_over(recipe, tmp_path):
+    first = trainer(dataclasses.replace(recipe, max_steps=1), tmp_path / "run")
+    with pytest.raises(DgemmaError, match="another process is training in this folder"):
+        trainer(recipe, tmp_path / "run")
+    first.train()
+    assert trainer(recipe, tmp_path / "run").step == 1
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """No preflight: seconds that say nothing here."""
@@ -337,6 +359,7 @@ def test_a_run_that_is_longer_than_it_has_to_be_is_finished(recipe, tmp_path):
     ({"metric": "exakt"}, "there is no metric 'exakt'"), ({"metric": "json"}, "needs a reference answer that is JSON"),
     ({"metric": "exact", "settings": {"entropy_bond": 1.0}}, "unknown setting entropy_bond"),
     ({"metric": "exact", "settings": {"entropy_bound": -1.0}}, "evaluation: settings: entropy_bound"),
+    ({"metric": "exact", "settings": {"temperature": "hot"}}, "evaluation: settings: temperature must be"),
 ])
 def test_a_metric_that_cannot_work_is_told_before_weights_are_read(conversations, tmp_path, monkeypatch, evaluation,
                                                                    message):

@@ -1,5 +1,7 @@
 """Running recipes: the base first, variants beside each other, and nothing twice."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -56,6 +58,13 @@ def test_a_run_finished_before_a_setting_existed_is_not_trained_again(tuned, tmp
         path.write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(trainer_module.Trainer, "__init__", lambda *_, **__: pytest.fail("trained again"))
     assert train(tuned, tmp_path / "tuned", RANKS, print)
+
+
+def test_a_recipe_is_the_same_however_its_file_is_called(tuned, tmp_path, monkeypatch):
+    train(tuned, tmp_path / "tuned", RANKS, print)
+    monkeypatch.setattr(trainer_module.Trainer, "__init__", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.chdir(tuned.parent)
+    assert train(Path(tuned.name), tmp_path / "tuned", RANKS, print)
 
 
 def test_a_finished_run_with_other_settings_goes_on(base, tmp_path, recipe_data):

@@ -76,7 +76,7 @@ class Batch:
         return dataclasses.replace(self, **tensors)
 
 
-def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
+def collate(examples: Sequence[Example]) -> Batch:
     """Examples of any context lengths as one batch on the CPU, canvases in their order; those of a turn share a row.
 
     Raises ValueError for no examples, an empty context, canvases of several lengths, or one whose weights are all 0.
@@ -90,7 +90,7 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
         raise ValueError(f"contexts must not be empty, and canvases and their weights of one length; got contexts of "
                          f"{sorted(set(lengths))} tokens and canvases and weights of {sorted(widths)}")
     owners, longest = _shared_rows(examples, contexts)
-    context = torch.full((len(longest), max(lengths)), pad_id)
+    context = torch.zeros((len(longest), max(lengths)), dtype=torch.long)  # padded with whatever: nothing sees it
     for row, index in enumerate(longest):
         context[row, : lengths[index]] = torch.from_numpy(contexts[index])
     canvas = torch.stack([torch.as_tensor(example.canvas_ids) for example in examples])

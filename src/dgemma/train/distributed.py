@@ -85,10 +85,6 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def barrier(self) -> None:
-        """Wait until all have come here."""
-        self.sum({})
-
 
 @contextmanager
 def joined(device: str | None = None) -> Iterator[Ranks]:

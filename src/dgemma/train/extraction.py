@@ -23,26 +23,6 @@ from dgemma.train.extraction_phrases import DISTRACTORS, EXTRA, FIELDS, OPENINGS
 KEYS = ("type", "date", "ref", "sum", "who", "time", "place", "mail")
 MOST_DISTRACTORS = 3  # sentences of a text that say nothing of its record
 
-_TYPES = {
-    "type": {"type": "string", "enum": list(FIELDS)},
-    "date": {"type": ["string", "null"], "pattern": "^[0-9]{2}-[0-9]{2}$",
-             "description": "Month and day of what is announced, MM-DD."},
-    "ref": {"type": ["string", "null"], "description": "The document's own number or code."},
-    "sum": {"type": ["number", "null"], "description": "What is to be paid or earned in all, two decimals."},
-    "who": {"type": ["string", "null"], "description": "First and last name of the person it is about."},
-    "time": {"type": ["string", "null"], "pattern": "^[0-9]{2}:[0-9]{2}$",
-             "description": "Time of day, HH:MM."},
-    "place": {"type": ["string", "null"], "description": "House number, street, town."},
-    "mail": {"type": ["string", "null"], "description": "E-mail address."},
-}
-
-
-def schema_of(keys: Sequence[str] = KEYS) -> dict[str, Any]:
-    """The JSON schema of a record of those ``keys``."""
-    return {"type": "object", "properties": {key: _TYPES[key] for key in keys}, "required": list(keys),
-            "additionalProperties": False}
-
-
 # How often a text does not say something: usual, and where it differs.
 _MISSING = {"date": 0.1, "ref": 0.12, "sum": 0.12, "who": 0.1, "time": 0.2, "place": 0.2, "mail": 0.2}
 _MISSING_SUM = {"visit": 0.5, "parcel": 0.5, "job": 0.25}
@@ -71,7 +51,9 @@ def conversations(count: int, seed: int, held_out: bool = False, *, keys: Sequen
                   distractors: int = MOST_DISTRACTORS) -> list[Conversation]:
     """The first ``count`` conversations of the endless row of that seed.
 
-    Records have ``keys``, of `KEYS` and in that order. A text has up to ``distractors`` sentences beside those that say
+    Records have ``keys``, of `KEYS` and in that order: the kind of text, month and day of what is announced (MM-DD),
+    the document's own code, what is to be paid or earned in all, the person it is about, the time of day (HH:MM), house
+    number with street and town, the e-mail address. A text has up to ``distractors`` sentences beside those that say
     them; without any, what a value looks like tells which one it is.
     """
     return [_conversation(index, seed, held_out, keys, distractors) for index in range(count)]

@@ -23,7 +23,7 @@ from dgemma.train.batch import Batch, Example, collate
 from dgemma.train.losses import chunked_cross_entropy, cross_entropy, fits_whole
 from dgemma.train.noise import WHOLE_VOCAB, Noise, corrupt, draw_noise, keyed_noise, noise_key
 
-__all__ = ["Batch", "Example", "Noise", "Objective", "Totals", "batch_loss", "block_diffusion_loss", "collate",
+__all__ = ["Batch", "Example", "Noise", "Objective", "Totals", "batch_loss", "collate",
            "corrupt", "draw_noise", "keyed_noise", "means", "noise_key", "totals_of"]
 
 PREDICTIONS = ("denoiser", "leave_one_out")
@@ -113,12 +113,6 @@ def means(parts: Iterable[dict[str, Tensor]]) -> dict[str, float]:
             have = sums.setdefault(name, [0.0, 0.0])
             have[0], have[1] = have[0] + total, have[1] + count
     return {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
-
-
-def block_diffusion_loss(network: DiffusionTransformer, context: Tensor, canvas: Tensor, objective: Objective,
-                         noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
-    """`batch_loss` of contexts [B, T] of one length and canvases [B, C] without fill."""
-    return batch_loss(network, Batch(context, canvas), objective, noise)
 
 
 def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective, noise: Noise,
