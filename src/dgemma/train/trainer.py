@@ -56,7 +56,8 @@ class Trainer:
     """Builds what a recipe names in ``folder``, or picks up where an earlier run stopped.
 
     ``base`` is the checkpoint of the recipe that this one goes on from. ``ranks`` are the processes that train
-    together; all of them make a trainer. ``progress(done_bytes, total_bytes)`` is called while weights are read.
+    together; all of them make a trainer. From then on no other process can train in the folder, until `train` has ended
+    or `close` is called. ``progress(done_bytes, total_bytes)`` is called while weights are read.
     Raises DgemmaError for whatever cannot be used.
     """
 
@@ -158,6 +159,10 @@ class Trainer:
             raise KeyboardInterrupt
         self._stopping = True
         self.evaluator.interrupt()
+
+    def close(self) -> None:
+        """Let go of the folder, as `train` does at its end: for a trainer that does not train."""
+        self._held.close()
 
     # ---- before and between steps ------------------------------------------------------------------
 
