@@ -112,23 +112,17 @@ def _preview_data(data: list[str], model: str, count: int, skip_bad: bool) -> No
 
 def _preview_recipe(path: Path, count: int) -> None:
     """Print the first examples of a recipe's first steps; puzzles come from fewer base puzzles than in training."""
-    import tempfile
-
-    from dgemma.train.recipe import beginning, load_recipe
-    from dgemma.train.sources import few, source_of
-    from dgemma.train.trainee import parts_of
+    from dgemma.train.recipe import load_recipe
+    from dgemma.train.variants import glimpse
 
     name, settings = next(iter(load_recipe(path).items()))
     left_out: list[str] = []
-    parts = parts_of(beginning(settings))  # what it goes on from may not be trained yet
-    with tempfile.TemporaryDirectory() as folder:
-        source = source_of(few(settings), parts.tokenizer, parts.config, parts.generation_config, Path(folder),
-                           left_out.append)
-        examples = []
-        step = 0
-        while len(examples) < max(count, 1):
-            examples += source.batch(step)
-            step += 1
+    parts, source = glimpse(settings, left_out.append)
+    examples = []
+    step = 0
+    while len(examples) < max(count, 1):
+        examples += source.batch(step)
+        step += 1
     typer.echo(f"{path}{f', variant {name}' if name else ''}: {'; '.join(left_out)}")
     _show(examples, parts.tokenizer, count, [])
 

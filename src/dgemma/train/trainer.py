@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ class Trainer:
         about = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
                  "best": None if math.isnan(self.best) else self.best,
                  "best_loss": None if math.isnan(self._best_loss) else self._best_loss, "evaluated": self.evaluated,
-                 "judge": self.evaluator.judge(), "data": self._data(), "recipe": self.run.settings}
+                 "judge": self.evaluator.judge(), "data": self._data, "recipe": self.run.settings}
         problem = None
         if self.ranks.is_main:
             try:
@@ -335,7 +336,7 @@ class Trainer:
                                       for name in ("best", "best_loss"))
         self.evaluated = about.get("evaluated", self.step)
         self._note(f"resuming at step {self.step:,}")
-        if about.get("data", self._data()) != self._data():
+        if about.get("data", self._data) != self._data:
             self._note("the conversations to train on have changed since")
         if about.get("judge", self.evaluator.judge()) != self.evaluator.judge():
             self._note("what the best checkpoint is chosen by has changed since: it is chosen anew from here on")
@@ -355,6 +356,7 @@ class Trainer:
         if self.ranks.is_main:
             print(text, flush=True)
 
+    @cached_property
     def _data(self) -> str | None:
         """The same for the same conversations to train on; None for what is made on the way."""
         return fingerprint(self.source.examples) if isinstance(self.source, Listed) else None

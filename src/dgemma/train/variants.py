@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dgemma.api import Parts
 from dgemma.errors import DgemmaError
 from dgemma.train.distributed import Ranks
 from dgemma.train.plan import Plan, recipe_plan
 from dgemma.train.recipe import Recipe, base_recipe, beginning, load_recipe
 from dgemma.train.run import RECIPE, located, plain, settings_of
-from dgemma.train.sources import few, longest_context, source_of
+from dgemma.train.sources import Source, few, longest_context, source_of
 from dgemma.train.trainee import parts_of
 
 Report = Callable[[str], None]
@@ -62,13 +63,18 @@ def plans(path: Path, ranks: Ranks) -> dict[str, Plan]:
     """How much memory every variant of a recipe will take, by name; the data is read, weights are not."""
     found = {}
     for name, recipe in load_recipe(path).items():
-        parts = parts_of(beginning(recipe))  # its base may not be trained yet
-        with tempfile.TemporaryDirectory() as folder:
-            source = source_of(few(recipe), parts.tokenizer, parts.config, parts.generation_config, Path(folder),
-                               lambda text: None)
-            found[name] = recipe_plan(recipe, parts.config, parts.source, longest_context(source), ranks.device,
-                                      ranks.world)
+        parts, source = glimpse(recipe)
+        found[name] = recipe_plan(recipe, parts.config, parts.source, longest_context(source), ranks.device,
+                                  ranks.world)
     return found
+
+
+def glimpse(recipe: Recipe, report: Report = lambda text: None) -> tuple[Parts, Source]:
+    """What a recipe begins with, weights aside, and its examples; of what is made on the way only a few."""
+    parts = parts_of(beginning(recipe))  # its base may not be trained yet
+    with tempfile.TemporaryDirectory() as folder:
+        return parts, source_of(few(recipe), parts.tokenizer, parts.config, parts.generation_config, Path(folder),
+                                report)
 
 
 def is_finished(folder: Path, recipe: Recipe) -> bool:
