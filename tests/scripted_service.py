@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from dgemma.api import Model
@@ -24,6 +24,14 @@ from dgemma.diffusion.events import (
 from dgemma.diffusion.row import Request
 from dgemma.engine.adapters import AdapterShelf
 from dgemma.engine.service import Overloaded, Stats
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether it comes true: a request is noted when it is over, which is after its client has the answer."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
 
 
 class ScriptedService:

@@ -14,6 +14,7 @@ from dgemma.errors import DgemmaError
 from dgemma.serve.limits import RateLimit
 from dgemma.serve.server import check_exposure
 from dgemma.serve.settings import Settings
+from scripted_service import eventually
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 PATH = "/v1/chat/completions"
@@ -21,14 +22,6 @@ PATH = "/v1/chat/completions"
 
 def settings(**changes):
     return Settings(("sudoku",), **changes)
-
-
-def eventually(condition, seconds=5.0):
-    """Whether it comes true: a request is noted when it is over, which is after its client has the answer."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 def metrics(http):
@@ -117,7 +110,8 @@ def test_a_body_full_of_mistakes_takes_no_longer_than_one(scripted, path, start,
     began = time.monotonic()
     answer = http.post(path, content=start + ",".join([item] * 200_000) + end,
                        headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400 and time.monotonic() - began < 1.0  # it was up to 8 seconds and a gigabyte
+    # It was up to 8 seconds and a gigabyte.
+    assert answer.status_code == 400 and time.monotonic() - began < 4.0
 
 
 def test_an_error_does_not_repeat_a_long_mistake(scripted):
@@ -177,7 +171,7 @@ def test_a_client_that_hangs_up_ends_its_request(scripted, stream):
     http, service = scripted(["Hel", "lo"], seconds=5)
     with pytest.raises(httpx.ReadTimeout):
         http.post(PATH, json={**CHAT, "stream": stream}, timeout=0.3)
-    assert eventually(lambda: service.closed == 1, seconds=2)
+    assert eventually(lambda: service.closed == 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -188,7 +182,7 @@ def test_a_client_that_hangs_up_frees_the_engine(live, stream):
                "logit_bias": {"1": -100, "50": -100, "106": -100}}  # no token that would end it
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url + PATH, json=endless, timeout=0.5)
-    assert eventually(lambda: service.stats().running == service.stats().waiting == 0, seconds=2)
+    assert eventually(lambda: service.stats().running == service.stats().waiting == 0)
     assert service.stats().cancelled == before.cancelled + 3
 
 
@@ -282,11 +276,11 @@ def test_a_mistake_of_ours_says_nothing_of_our_insides(scripted, caplog):
 
 
 def test_many_clients_are_answered_at_the_same_time(scripted):
-    http, _ = scripted("Hello", seconds=0.3)
+    http, _ = scripted("Hello", seconds=1.0)
     began = time.monotonic()
     threads = [threading.Thread(target=lambda: http.post(PATH, json=CHAT).raise_for_status()) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 6  # one after the other takes 8 seconds

@@ -7,6 +7,7 @@ import pytest
 
 from dgemma.diffusion.events import TokenLogprob
 from dgemma.engine.service import Overloaded
+from scripted_service import eventually
 
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 SOLUTION = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -380,7 +381,7 @@ def test_one_choice_that_breaks_ends_the_others(scripted_client):
     client, service = scripted_client(["Hello"], RuntimeError("bad luck"), seconds=0.5)
     with pytest.raises(openai.InternalServerError, match="could not finish"):
         chat(client, n=2)
-    assert service.closed == 1
+    assert eventually(lambda: service.closed == 1)
 
 
 def test_tokens_are_counted_and_spelt(http, model):
