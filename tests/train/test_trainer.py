@@ -261,6 +261,13 @@ def test_a_run_that_took_its_steps_with_other_settings_is_not_called_this_recipe
     assert trainer(looked_at, tmp_path / "run").train()
 
 
+def test_settings_that_did_not_exist_when_a_run_was_saved_had_their_defaults(recipe, tmp_path):
+    folder = trainer_module.RunFolder(tmp_path, recipe)
+    before = {**folder.settings, "data": {"kind": "sudoku", "bases": 40}}
+    assert list(folder.changes(before)) == []
+    assert list(folder.changes({**before, "seed": 3})) == ["seed was 3, is 0"]
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_folder_is_one_run_s_until_it_is_over(recipe, tmp_path):
     first = trainer(dataclasses.replace(recipe, max_steps=1), tmp_path / "run")

@@ -33,7 +33,7 @@ class RunFolder:
     """A run's folder as the run writes it (`dgemma.train.past_run` reads it): its small files and its lock."""
 
     def __init__(self, folder: Path, recipe: Recipe):
-        self.folder = folder
+        self.folder, self._recipe = folder, recipe
         self.settings = settings_of(recipe)
 
     def write(self, name: str, data: Any) -> None:
@@ -68,7 +68,7 @@ class RunFolder:
 
     def changes(self, before: Mapping[str, Any]) -> Iterator[str]:
         """What another recipe said differently, setting by setting."""
-        old, new = dict(_flat(before)), dict(_flat(self.settings))
+        old, new = dict(_flat(with_defaults(before, self._recipe))), dict(_flat(self.settings))
         for name in sorted(old.keys() | new.keys()):
             if located(old.get(name)) != located(new.get(name)):
                 yield f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
@@ -96,6 +96,21 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     kind = next(name for name, data in DATA.items() if isinstance(recipe.data, data))
     return {**{name: value for name, value in settings.items() if value is not None},
             "data": {"kind": kind, **settings["data"]}}
+
+
+def with_defaults(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The settings of an earlier run with those that did not exist then: it was as if they had their defaults."""
+    filled = {**{name: value for name, value in _defaults(recipe).items() if value is not None}, **settings}
+    for section in ("data", "objective", "optimizer", "evaluation", "adapter"):
+        if getattr(recipe, section) is not None and isinstance(settings.get(section), Mapping):
+            filled[section] = {**_defaults(getattr(recipe, section)), **settings[section]}
+    return filled
+
+
+def _defaults(settings: Any) -> dict[str, Any]:
+    """The plain values that a section's settings have where nothing is said."""
+    return plain({field.name: field.default for field in dataclasses.fields(settings)
+                  if field.default is not dataclasses.MISSING})
 
 
 def machine(device: torch.device) -> str:

@@ -5,19 +5,17 @@ Works on recipe files and folders of runs; each run is a `Trainer`'s.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dgemma.api import Parts
 from dgemma.errors import DgemmaError
 from dgemma.train.distributed import Ranks
 from dgemma.train.plan import Plan, recipe_plan
 from dgemma.train.recipe import Recipe, base_recipe, beginning, load_recipe
-from dgemma.train.run import RECIPE, located, plain, settings_of
+from dgemma.train.run import RECIPE, located, settings_of, with_defaults
 from dgemma.train.sources import Source, few, longest_context, source_of
 from dgemma.train.trainee import parts_of
 
@@ -84,26 +82,11 @@ def is_finished(folder: Path, recipe: Recipe) -> bool:
     try:
         finished = json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"]
         settings = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-        return bool(finished) and located(_with_defaults(settings, recipe)) == located(settings_of(recipe))
+        return bool(finished) and located(with_defaults(settings, recipe)) == located(settings_of(recipe))
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise DgemmaError(f"{folder}: is no folder of a run ({error}); choose another --out") from error
-
-
-def _with_defaults(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The settings of a finished run with those that did not exist then: it was as if they had their defaults."""
-    filled = {**{name: value for name, value in _defaults(recipe).items() if value is not None}, **settings}
-    for section in ("data", "objective", "optimizer", "evaluation", "adapter"):
-        if getattr(recipe, section) is not None and isinstance(settings.get(section), Mapping):
-            filled[section] = {**_defaults(getattr(recipe, section)), **settings[section]}
-    return filled
-
-
-def _defaults(settings: Any) -> dict[str, Any]:
-    """The plain values that a section's settings have where nothing is said."""
-    return plain({field.name: field.default for field in dataclasses.fields(settings)
-                  if field.default is not dataclasses.MISSING})
 
 
 def _base_of(recipe: Recipe, out: Path, ranks: Ranks, report: Report, progress: Progress | None) -> Path | None:
