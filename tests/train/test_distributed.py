@@ -18,6 +18,7 @@ from dgemma.nn import transformer
 from dgemma.nn.adapters import AdapterConfig, attach
 from dgemma.train.distributed import Ranks, clip_gradients, collect, gathered, joined, shard, spread
 from dgemma.train.objective import Objective, batch_loss, collate, keyed_noise, noise_key, totals_of
+from dgemma.train.preflight import run_preflight
 from reference import random_network, tiny_config
 
 VOCAB, CANVAS, STEPS = 50, 8, 3
@@ -144,6 +145,21 @@ def alone_while_gathered(ranks):
     return ranks.sum({"found": found})["found"], saved, step_of(CASES["full"], network, optimizer, 1, ranks)
 
 
+def preflights(ranks):
+    """The preflight of sharded networks: what it found, a loss before and after, and the step after it."""
+    found = {}
+    for name, case in CASES.items():
+        network, optimizer = case.network(ranks)
+        before = state_of(network, optimizer, ranks)
+        checks = run_preflight(network, case.batch(0)[:2], Objective(causal_weight=case.causal_weight))
+        after = state_of(network, optimizer, ranks)
+        same = not ranks.is_main or all(torch.equal(tensor, after["network"][key])
+                                        for key, tensor in before["network"].items())
+        results = {check.name: check.passed or check.measured for check in checks}
+        found[name] = results, same, step_of(case, network, optimizer, 0, ranks)
+    return found
+
+
 def agreements(ranks):
     return {"sum": ranks.sum({"b": torch.tensor([ranks.rank, 2.0]), "a": torch.tensor(1.0)}),
             "stop": [ranks.any(ranks.rank == 1), ranks.any(False)], "main": ranks.from_main(f"rank {ranks.rank}"),
@@ -158,7 +174,8 @@ def work(folder: Path) -> None:
         result = {"runs": {name: train(case, ranks) for name, case in CASES.items()},
                   "resumed": {name: resume(CASES[name], saved[name] if ranks.is_main else None, ranks)
                               for name in saved},
-                  "gathered": alone_while_gathered(ranks), "agreed": agreements(ranks)}
+                  "gathered": alone_while_gathered(ranks), "agreed": agreements(ranks),
+                  "preflights": preflights(ranks)}
         ranks.any(False)  # until all have come here
     torch.save(result, folder / f"{os.environ['RANK']}.pt")
 
@@ -217,6 +234,14 @@ def test_while_gathered_each_process_computes_and_saves_by_itself(two):
     torch.testing.assert_close(two[0]["gathered"][0], found, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(two[0]["gathered"][1], saved, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(two[1]["gathered"][2], after, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_preflight_looks_at_a_sharded_network_and_leaves_it_as_it_was(one, two, name):
+    for checks, same, step in (found["preflights"][name] for found in two):
+        assert len(checks) == 7 and all(found is True for found in checks.values()), checks
+        assert same
+        torch.testing.assert_close(step, one[name][0][0], atol=CLOSE[name], rtol=CLOSE[name])
 
 
 def test_processes_agree(two):

@@ -93,6 +93,69 @@ def test_the_autoregressive_control_passes(network):
         "adapters count once", "checkpointing changes nothing", "frozen stays frozen"] and len(checks) == 3
 
 
+class Saved:
+    """Counts what autograd holds: ``most`` bytes at a time, each tensor's storage once."""
+
+    def __init__(self):
+        self.held, self.now, self.most = {}, 0, 0
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda box: box[0])
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    def pack(self, tensor):
+        place = tensor.untyped_storage().data_ptr()
+        self.held[place] = self.held.get(place, 0) + 1
+        if self.held[place] == 1:
+            self.now += tensor.untyped_storage().nbytes()
+            self.most = max(self.most, self.now)
+        box = [tensor]
+        return Box(box[0], lambda: self.let_go(place, tensor.untyped_storage().nbytes()))
+
+    def let_go(self, place, nbytes):
+        self.held[place] -= 1
+        if not self.held[place]:
+            self.now -= nbytes
+
+
+class Box(list):
+    """A tensor that says when nobody needs it any more."""
+
+    def __init__(self, tensor, gone):
+        super().__init__([tensor])
+        self.gone = gone
+
+    def __del__(self):
+        self.gone()
+
+
+@pytest.mark.parametrize(("checkpointing", "most"), [(False, 1.01), (True, 0.25)])
+def test_it_takes_no_more_memory_than_a_training_step(checkpointing, most):
+    """With checkpointing no more than one block of twelve is looked at without."""
+    network = random_network(tiny_config(num_hidden_layers=12, layer_types=["sliding_attention", "full_attention"] * 6))
+    network.requires_grad_(True)
+    examples = [example(150), example(150, seed=1)]  # past the window already
+    bench = Bench(network, collate(examples), Objective())
+    with Saved() as step:
+        bench.gradients()
+    network.checkpointing = checkpointing
+    with Saved() as checks:
+        run_preflight(network, examples)
+    assert 0 < checks.most <= most * step.most
+
+
+def test_short_contexts_are_not_made_longer_where_the_run_has_none(network):
+    with Saved() as short:
+        assert run_preflight(network, [example(3)], past_window=False)
+    with Saved() as long:
+        assert run_preflight(network, [example(3)])
+    assert short.most < long.most
+
+
 # ---- the six bugs of the public recipes ------------------------------------------------------------
 
 

@@ -34,8 +34,9 @@ class DiffusionTransformer(nn.Module):
         self.config = config
         # What new caches keep keys and values in (`CACHE_TYPES`); None: the dtype they are computed in.
         self.cache_type: str | None = None
-        # Activation checkpointing: with gradients, only every block's input is kept, the rest is made again.
-        self.checkpointing = False
+        # Activation checkpointing: with gradients, only every block's input is kept, the rest is made again. A set of
+        # layers: in these only.
+        self.checkpointing: bool | frozenset[int] = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.self_conditioning = SelfConditioning(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
@@ -149,7 +150,8 @@ class DiffusionTransformer(nn.Module):
         ropes = self._ropes(positions)
         for index, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             arguments = (x, ropes[layer.kind], partial(attend, index), encoding)
-            again = self.checkpointing and torch.is_grad_enabled()
+            chosen = self.checkpointing
+            again = (chosen if isinstance(chosen, bool) else index in chosen) and torch.is_grad_enabled()
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return x
 

@@ -201,7 +201,12 @@ def widest(step: Step, gradients: int, first: int, optimizer: int) -> Moment:
         held, whole = once, max(whole - once, 0)
     before, later = sum(map(kept, context)), sum(map(kept, canvas))
     everything = before + later + head
+    # The preflight runs one block without checkpointing, on no more than two rows.
+    looked_at = max(sum(sum(kept_by_block(step, i, part).values()) for part in (*context, *canvas)) for i in layers)
+    looked_at = looked_at * min(step.batch, 2) // step.batch * step.checkpointing
     return max((
+        Moment("the preflight", everything * min(step.batch, 2) // step.batch, held + whole, block(canvas) + looked_at,
+               first),
         Moment("the loss", everything, held + whole, head_working(step), first),
         Moment("the first gradients", everything, held + whole, block(canvas), first),
         Moment("the backward pass through the canvas", everything - sum(map(kept, canvas[-1:])), held + whole + once,

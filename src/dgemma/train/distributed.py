@@ -227,6 +227,34 @@ def gathered(network: DiffusionTransformer) -> Iterator[None]:
             part.reshard()
 
 
+def let_go(network: DiffusionTransformer) -> None:
+    """Every rank holds its part of the network only: passes without gradients leave what all of them use gathered,
+    and then its parameters are not those that get gradients."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def whole(network: DiffusionTransformer, name: str) -> Iterator[None]:
+    """The block that holds a parameter is whole on every rank for as long as this is open; no other one is."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for path, module in network.named_modules()
+             if isinstance(module, FSDPModule) and path and name.startswith(f"{path}.")]
+    part = parts[-1] if parts else network
+    if not isinstance(part, FSDPModule):  # a single process
+        yield
+        return
+    part.unshard()
+    try:
+        yield
+    finally:
+        part.reshard()
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:
     """Scale gradients so that their norm is at most ``most``; returns what it was, over all ranks."""
     from torch.distributed.tensor import DTensor

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import adaptable, adapters
 from dgemma.nn.head import vocab_tiles
 from dgemma.train.batch import Example, collate
+from dgemma.train.distributed import let_go, whole
 from dgemma.train.objective import Objective, batch_loss, prefixes, read
 from dgemma.train.workbench import (
     Bench,
@@ -32,6 +33,7 @@ from dgemma.train.workbench import (
     beyond_the_window,
     by_canvas,
     distance_of,
+    local,
     movement,
     some_entries,
     tolerance_of,
@@ -115,20 +117,27 @@ def training_equals_sampling(bench: Bench, sampler: DiffusionTransformer | None 
 
 
 def checkpointing_changes_nothing(bench: Bench) -> Check:
-    """Gradients with and without activation checkpointing are the same, past the sliding window too."""
+    """Gradients with and without activation checkpointing are the same, past the sliding window too.
+
+    A run with checkpointing may not have the memory to do without: then it is left out in one block of each kind only.
+    """
     network, was = bench.network, bench.network.checkpointing
+    everywhere = frozenset(range(len(network.layers)))
+    kinds = {layer: index for index, layer in enumerate(network.config.layers)}  # the last block of each geometry
+    without = [everywhere - {index} for index in kinds.values()] if was else [frozenset[int]()]
     distances, problem = {}, ""
     try:
-        for batch in (bench.batch, *beyond_the_window(bench)):
+        for batch in (bench.batch, *beyond_the_window(bench)) if bench.past_window else (bench.batch,):
             part = dataclasses.replace(bench, batch=batch)
-            network.checkpointing = False
-            wanted = part.gradients()
             network.checkpointing = True
             found = part.gradients()
-            for name in wanted.keys() | found.keys():
-                both = name in wanted and name in found
-                distance = distance_of(found[name], wanted[name]) if both else float("inf")
-                distances[name] = max(distance, distances.get(name, 0.0))
+            for layers in without:
+                network.checkpointing = layers
+                wanted = part.gradients()
+                for name in wanted.keys() | found.keys():
+                    both = name in wanted and name in found
+                    distance = distance_of(found[name], wanted[name]) if both else float("inf")
+                    distances[name] = max(distance, distances.get(name, 0.0))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # torch compares what a block made the first and the second time, in part
@@ -155,17 +164,18 @@ def adapters_count_once(bench: Bench) -> Check:
     chosen = {name.rpartition(".")[2]: name for name, adapter in adapters(bench.network).items() if adapter.b.ndim == 2}
     distances = {}
     for name in chosen.values():
-        module, attribute = places[name]
-        weight, adapter = getattr(module, attribute), adapters(bench.network)[name]
-        kept = adapter.b.clone()
-        adapter.b.copy_(torch.randn(kept.shape, generator=generator))
-        try:
-            x = torch.randn(16, weight.shape[-1], generator=generator).to(bench.network.device, bench.network.dtype)
-            plain = weight.dequantize() if isinstance(weight, PackedWeight) else weight
-            merged = adapter.factors.merged_rows(plain.float(), 0)
-            distances[name] = distance_of(module(x), x.float() @ merged.T)
-        finally:
-            adapter.b.copy_(kept)
+        with whole(bench.network, name):
+            module, attribute = places[name]
+            weight, adapter = getattr(module, attribute), adapters(bench.network)[name]
+            kept = adapter.b.clone()
+            adapter.b.copy_(torch.randn(kept.shape, generator=generator))
+            try:
+                x = torch.randn(16, weight.shape[-1], generator=generator).to(bench.network.device, bench.network.dtype)
+                plain = weight.dequantize() if isinstance(weight, PackedWeight) else weight
+                merged = adapter.factors.merged_rows(plain.float(), 0)
+                distances[name] = distance_of(module(x), x.float() @ merged.T)
+            finally:
+                adapter.b.copy_(kept)
     worst = max(distances, key=lambda name: distances[name], default="")
     largest = distances.get(worst, 0.0)
     return Check("adapters count once", largest <= max(tolerance_of(bench.network), 1e-2),
@@ -178,38 +188,51 @@ def adapters_count_once(bench: Bench) -> Check:
 def frozen_stays_frozen(bench: Bench, optimizers: Sequence[torch.optim.Optimizer] | None = None) -> Check:
     """After one step of the optimizers, what needs no gradient is as it was, and something else is not.
 
-    Weights and optimizer states are put back. ``optimizers`` None: AdamW over what is trainable.
+    Weights and optimizer states are put back. ``optimizers`` None: AdamW, of one trainable parameter after the other,
+    so that no second copy of all of them is needed.
     """
     network = bench.network
+    let_go(network)
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    kept = {name: p.detach().cpu().clone() for name, p in trainable.items()}
-    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers or ()]
-    steppers = optimizers or [torch.optim.AdamW(list(trainable.values()), lr=1e-3, weight_decay=0.1)]
     frozen = {name: tensor for name, tensor in [*network.named_parameters(), *network.named_buffers()]
               if name not in trainable}
     before = {name: some_entries(tensor) for name, tensor in frozen.items()}
+    for parameter in trainable.values():
+        parameter.grad = None
     try:
-        for optimizer in steppers:
-            optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             bench.loss_of(network, bench.batch, bench.objective, bench.noise())[0].backward()
-        for optimizer in steppers:
-            optimizer.step()
+        if optimizers is None:
+            steps = [([torch.optim.AdamW([p], lr=1e-3, weight_decay=0.1)], {name: p}) for name, p in trainable.items()]
+        else:
+            steps = [(optimizers, trainable)]
+        moved = sum(_moved_by(*step) for step in steps)
         changed = [name for name, tensor in frozen.items() if not torch.equal(before[name], some_entries(tensor))]
-        moved = sum(not torch.equal(kept[name], p.detach().cpu()) for name, p in trainable.items())
     finally:
-        with torch.no_grad():
-            for name, parameter in trainable.items():
-                parameter.copy_(kept[name])
-                parameter.grad = None
-        for optimizer, state in zip(optimizers or (), states, strict=True):
-            optimizer.load_state_dict(state)
+        for parameter in trainable.values():
+            parameter.grad = None
     return Check("frozen stays frozen", not changed and moved > 0,
                  f"{len(changed)} of {len(frozen)} frozen tensors changed in one step"
                  + (f" ({', '.join(changed[:3])})" if changed else "")
                  + f", {moved} of {len(trainable)} trainable ones did",
                  "the optimizer must move what is trained and nothing else: look at its parameter list, at weights "
                  "that share memory, and at whether the loss reaches the trained ones at all")
+
+
+def _moved_by(optimizers: Sequence[torch.optim.Optimizer], trainable: Mapping[str, torch.nn.Parameter]) -> int:
+    """How many of these parameters a step moves; they and the optimizers are as before afterwards."""
+    kept = {name: local(p).to("cpu", copy=True) for name, p in trainable.items()}
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    try:
+        for optimizer in optimizers:
+            optimizer.step()
+        return sum(not torch.equal(kept[name], local(p).cpu()) for name, p in trainable.items())
+    finally:
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                local(parameter).copy_(kept[name])
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
 
 
 def null_conditioning_is_zero(bench: Bench) -> Check:
@@ -233,18 +256,21 @@ def null_conditioning_is_zero(bench: Bench) -> Check:
 def run_preflight(network: DiffusionTransformer, examples: Sequence[Example], objective: Objective | None = None, *,
                   loss_of: LossOf = batch_loss, sampler: DiffusionTransformer | None = None,
                   optimizers: Sequence[torch.optim.Optimizer] | None = None, seed: int = 0,
-                  required: bool = False) -> list[Check]:
+                  past_window: bool = True, required: bool = False) -> list[Check]:
     """All checks on a few examples, with the run's own objective.
 
-    ``loss_of``, ``sampler`` and ``optimizers`` (of which none may hold what is frozen) are the run's where they are
-    not the package's. The network is as before afterwards. Raises DgemmaError for examples that are unusable and,
-    where the checks are ``required``, naming all that failed.
+    They take no more memory than a training step on these examples, with checkpointing where the network has it on;
+    with ``past_window`` (contexts of this run may be longer than the sliding window) than one on a context so long.
+    On several processes all of them come here, after the network was sharded, with the same examples. ``loss_of``,
+    ``sampler`` and ``optimizers`` (of which none may hold what is frozen) are the run's where they are not the
+    package's. The network is as before afterwards. Raises DgemmaError for examples that are unusable and,
+    where the checks are ``required``, as `require` does.
     """
     try:
         batch = collate(examples).to(network.device)
     except ValueError as error:
         raise DgemmaError(f"preflight: the examples cannot be used: {error}") from error
-    bench = Bench(network, batch, objective or Objective(), loss_of, seed)
+    bench = Bench(network, batch, objective or Objective(), loss_of, seed, past_window)
     training = network.training
     network.eval()  # dropout, where an adapter has it, would make every comparison random
     try:
@@ -256,11 +282,18 @@ def run_preflight(network: DiffusionTransformer, examples: Sequence[Example], ob
                    frozen_stays_frozen(bench, optimizers)]
     finally:
         network.train(training)
+        let_go(network)
+    if required:
+        require(checks)
+    return checks
+
+
+def require(checks: Sequence[Check]) -> None:
+    """Raises DgemmaError naming all checks that failed, if any did."""
     failures = [check for check in checks if not check.passed]
-    if failures and required:
+    if failures:
         raise DgemmaError("preflight: this run would go wrong:\n" + "\n".join(
             f"- {check.name}: {check.measured}. {check.meaning}" for check in failures))
-    return checks
 
 
 def _later_leak(bench: Bench) -> float:

@@ -10,6 +10,7 @@ stopped trains on the same. So does one on more processes, but for dropout, whic
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -21,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -36,7 +38,7 @@ from dgemma.train.journal import Journal, writers_for
 from dgemma.train.metrics import means
 from dgemma.train.optimizers import Optimizers
 from dgemma.train.plan import available_memory, recipe_plan
-from dgemma.train.preflight import run_preflight
+from dgemma.train.preflight import require, run_preflight
 from dgemma.train.recipe import Recipe
 from dgemma.train.run import RunFolder
 from dgemma.train.sources import Listed, fingerprint, longest_context, source_of
@@ -94,10 +96,12 @@ class Trainer:
             self._note(f"the learning rate rises for {rising} steps (optimizer.warmup_steps), and this run has "
                        f"{self.max_steps}: it never gets to its full height")
         self._plan(parts)
-        self.trainee = begin(recipe, parts, ranks.device, progress)
+        # Of several, no process could hold the whole network on its device: blocks go there one by one, as a part each.
+        whole_on = ranks.device if ranks.world == 1 or parts.gguf is not None else torch.device("cpu")
+        self.trainee = begin(recipe, parts, whole_on, progress)
         self.network = self.trainee.network
-        self._check()
         shard(self.network, ranks)
+        self._check()
         self.optimizers = Optimizers(self.network, recipe.optimizer)
         self.stepper = Stepper(recipe, self.network, self.source, self.optimizers, ranks, self.max_steps)
         if self.stepper.compiled is not None and self.stepper.compiled.shape is None:
@@ -173,10 +177,16 @@ class Trainer:
 
     def _check(self) -> None:
         """The preflight, always: seconds now, or hours of training something else."""
-        began = time.monotonic()
-        examples = _telling(self.source.batch(0))
-        checks = run_preflight(self.network, examples, self.recipe.objective, seed=self.recipe.seed, required=True)
-        self.run.write("preflight.json", [vars(check) for check in checks])
+        began, recipe, config = time.monotonic(), self.recipe, self.network.config
+        examples = _telling(self.source.batch(0), recipe.micro_batch or recipe.batch_size, config.sliding_window)
+        checks = run_preflight(self.network, examples, recipe.objective, seed=recipe.seed,
+                               past_window=longest_context(self.source) >= config.sliding_window)
+        if self.ranks.is_main:
+            self.run.write("preflight.json", [vars(check) for check in checks])
+        failed = not all(check.passed for check in checks)
+        if self.ranks.any(failed):  # all of them end, with what each has found
+            require(checks)
+            raise DgemmaError("preflight: another process found that this run would go wrong")
         self._note(f"preflight: {len(checks)} checks passed in {time.monotonic() - began:.1f} s")
 
     def _plan(self, parts: Parts) -> None:
@@ -398,11 +408,17 @@ class Trainer:
             self._display.note(f"{what} at step {self.step:,}; results in {self.folder}, {report}")
 
 
-def _telling(examples: list[Example]) -> list[Example]:
-    """Few examples that show most: two canvases of one turn where there are such, or the first and the longest."""
+def _telling(examples: list[Example], most: int, window: int) -> list[Example]:
+    """Few examples that show most: two canvases of one turn where there are such, or the first and the longest.
+
+    They take no more than a micro-batch of at ``most`` so many does, and of a prompt the end only: what lies past the
+    window the checks make themselves.
+    """
     longest = max(examples, key=lambda example: example.context_length)
     turn = [example for example in examples if example.turn is longest.turn]
-    return turn[-2:] if len(turn) > 1 else [examples[0]] if longest is examples[0] else [examples[0], longest]
+    chosen = turn[-2:] if len(turn) > 1 else [examples[0]] if longest is examples[0] else [examples[0], longest]
+    return [dataclasses.replace(example, turn=dataclasses.replace(
+        example.turn, context_ids=example.turn.context_ids[-window:])) for example in chosen[-most:]]
 
 
 def _means(window: list[dict[str, float]]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from dgemma.errors import DgemmaError
 from dgemma.kernels import PackedWeight
 from dgemma.nn import DiffusionTransformer, KVCache
 from dgemma.train.batch import Batch
+from dgemma.train.distributed import let_go
 from dgemma.train.noise import Noise, draw_noise
 from dgemma.train.objective import Objective, batch_loss
 
@@ -44,6 +45,7 @@ class Bench:
     objective: Objective
     loss_of: LossOf = batch_loss
     seed: int = 0
+    past_window: bool = True  # whether the run's contexts may be longer than the sliding window
 
     def noise(self, t: float | None = None, conditioned: bool | None = None) -> Noise:
         """The same noise every time; ``t`` 0 corrupts nothing and 1 everything, ``conditioned`` none or all rows."""
@@ -71,15 +73,22 @@ class Bench:
         return seen
 
     def gradients(self) -> dict[str, Tensor]:
-        """Some of every trainable parameter's gradient, by name; no ``.grad`` is touched."""
+        """Some of every trainable parameter's gradient, by name; every ``.grad`` is as it was afterwards."""
+        let_go(self.network)
         parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         if not parameters:
             raise DgemmaError("preflight: no parameter of the network requires a gradient: there is nothing to train")
-        with torch.enable_grad():
-            loss, _ = self.loss_of(self.network, self.batch, self.objective, self.noise(conditioned=True))
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        return {name: some_entries(gradient) for name, gradient in zip(parameters, found, strict=True)
-                if gradient is not None}
+        before = {name: parameter.grad for name, parameter in parameters.items()}
+        try:
+            for parameter in parameters.values():
+                parameter.grad = None
+            with torch.enable_grad():
+                self.loss_of(self.network, self.batch, self.objective, self.noise(conditioned=True))[0].backward()
+            return {name: some_entries(parameter.grad) for name, parameter in parameters.items()
+                    if parameter.grad is not None}
+        finally:
+            for name, parameter in parameters.items():
+                parameter.grad = before[name]
 
 
 def by_canvas(passes: list[Pass]) -> Iterator[list[Pass]]:
@@ -98,6 +107,8 @@ def movement(before: list[Pass], after: list[Pass]) -> float:
 def distance_of(found: Tensor, wanted: Tensor) -> float:
     """The root mean square of the difference, in units of that of ``wanted``; infinite where a number is not one."""
     found, wanted = found.float(), wanted.float()
+    if not wanted.numel():  # another process has all of it
+        return 0.0
     size = wanted.square().mean().sqrt().item()
     distance = (found - wanted).square().mean().sqrt().item()
     if distance != distance:
@@ -113,9 +124,15 @@ def tolerance_of(network: DiffusionTransformer) -> float:
     return 2e-2 if packed else 1e-3
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The tensor without its history; of one that several processes share, this process' part."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def some_entries(tensor: Tensor) -> Tensor:
-    """Up to `SAMPLED` of a tensor's entries, evenly spread, in memory of their own."""
-    flat = tensor.detach().flatten()
+    """Up to `SAMPLED` of a tensor's entries (of this process' part of it), evenly spread, in memory of their own."""
+    flat = local(tensor).flatten()
     return flat[:: max(1, len(flat) // SAMPLED)].clone()
 
 
@@ -149,6 +166,7 @@ def beyond_the_window(bench: Bench) -> list[Batch]:
     length = batch.before[0]
     own, canvas = batch.context[batch.rows[0]][None, :length], batch.canvas[:1]
     # Before the example's own context: its end, which matters most, stays where it is.
-    row = torch.cat([own.repeat(1, -(-config.sliding_window // length)), own, canvas], dim=1)
+    missing = max(config.sliding_window + canvas.shape[1] - length, 0)
+    row = torch.cat([own.repeat(1, -(-missing // length))[:, :missing], own, canvas], dim=1)
     before = row.shape[1] - canvas.shape[1]
     return [Batch(row, torch.cat([canvas, canvas.flip(1)]), (before, row.shape[1]), (before, before), owners=(0, 0))]
