@@ -239,3 +239,12 @@ def test_an_impossible_request_is_refused_before_it_waits(serving, ask):
         return service.stats()
 
     assert serving(work).waiting == 0
+
+
+def test_adapters_that_are_gone_are_not_counted_by_name_without_end(model):
+    service = Service(model, memory=1 << 28)
+    for number in range(400):
+        service._count_request(f"adapter-{number}")
+        service._count_request("adapter-0")
+    counts = {name: stats.requests for name, stats in service.stats().adapters.items()}
+    assert len(counts) <= 102 and sum(counts.values()) == 800 and counts["adapter-0"] == 401

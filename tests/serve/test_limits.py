@@ -1,5 +1,6 @@
 """Keys, origins, rates, sizes, times; and what the server tells of itself."""
 
+import json
 import logging
 import re
 import socket
@@ -71,6 +72,29 @@ def test_only_allowed_origins_may_call_from_a_browser(scripted):
     assert asked.status_code == 200 and "authorization" in asked.headers["access-control-allow-headers"].lower()
 
 
+@pytest.mark.parametrize(("name", "status"), [
+    ("localhost", 200), ("LOCALHOST:1234", 200), ("127.0.0.1:99", 200), ("[::1]:8000", 200), ("192.168.1.5", 200),
+    ("host.docker.internal:8000", 200), ("good.example", 200), ("Good.Example.:80", 200),
+    ("evil.example", 403), ("evil.example:8000", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403),
+    ("xlocalhost", 403), ("[", 403), ("good.example@evil.example", 403)])
+def test_without_a_key_only_names_that_no_stranger_can_point_here_are_answered(scripted, name, status):
+    http, service = scripted(settings=settings(allowed_hosts=("good.example",)))
+    for path in ("/v1/models", "/metrics", "/health"):
+        assert http.get(path, headers={"Host": name}).status_code == status
+    answer = http.post(PATH, json=CHAT, headers={"Host": name})
+    assert answer.status_code == status and len(service.requests) == (status == 200)
+    if status == 403:
+        assert answer.json()["error"]["code"] == "host_not_allowed"
+        assert "--allowed-hosts" in answer.json()["error"]["message"]
+
+
+def test_a_key_or_the_operators_word_lets_any_name_in(scripted):
+    keyed, _ = scripted(settings=settings(api_keys=("k",)))
+    assert keyed.get("/v1/models", headers={"Host": "proxy.example", "Authorization": "Bearer k"}).status_code == 200
+    open_, _ = scripted(settings=settings(allowed_hosts=("*",)))
+    assert open_.get("/v1/models", headers={"Host": "proxy.example"}).status_code == 200
+
+
 def test_the_network_may_not_use_a_server_without_a_key_unless_that_is_wanted():
     check_exposure("127.0.0.1", settings(), insecure=False)
     check_exposure("localhost", settings(), insecure=False)
@@ -132,7 +156,7 @@ def test_a_users_name_is_kept_no_longer_than_needed(scripted):
 def test_a_body_that_does_not_come_ends_the_wait(scripted):
     http, _ = scripted(settings=settings(body_timeout=0.2))
     with socket.create_connection((http.base_url.host, http.base_url.port)) as slow:
-        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         slow.settimeout(5)
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
 
@@ -192,7 +216,7 @@ def test_a_client_that_does_not_read_is_given_up(scripted):
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect((http.base_url.host, http.base_url.port))
         body = b'{"messages":[{"role":"user","content":"x"}],"stream":true}'
-        deaf.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        deaf.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                      b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
         assert eventually(lambda: service.closed == 1)
 
@@ -256,8 +280,45 @@ def test_every_request_has_a_line_in_the_log(scripted, caplog):
     assert eventually(lambda: len(caplog.records) == 2)
     lines = [record.getMessage() for record in caplog.records]
     prompt = len(service.requests[0].prompt_ids)
-    assert re.fullmatch(rf"POST {PATH} 200 \d+ ms {prompt}\+5 tokens", lines[0])
-    assert re.fullmatch(r"GET /nothing 404 \d+ ms", lines[1])
+    assert re.fullmatch(rf"POST {PATH} 200 \d+ ms {prompt}\+5 tokens, first canvas \d+ ms, 3 steps, \d+ tokens/s", lines[0])
+    assert re.fullmatch(r"GET /nothing 404 \d+ ms '.+'", lines[1])
+
+
+def test_the_log_tells_the_share_that_was_cached_and_why_a_request_failed(scripted, caplog):
+    caplog.set_level(logging.INFO, "dgemma.serve")
+    http, service = scripted("Hello", RuntimeError("the flood"), cached_tokens=6)
+    http.post(PATH, json=CHAT)
+    http.post(PATH, json=CHAT)
+    http.post(PATH, json={**CHAT, "model": "no\nbody\x1b[2J\u202e"})
+    http.post("/v1/messages", json={**CHAT, "model": "sudoku", "max_tokens": 5, "stream": True})
+    assert eventually(lambda: sum("POST" in record.getMessage() for record in caplog.records) == 4)
+    lines = [record.getMessage() for record in caplog.records if "POST" in record.getMessage()]
+    assert f"{round(600 / len(service.requests[0].prompt_ids))} % cached" in lines[0]
+    assert "500" in lines[1] and "could not finish" in lines[1]
+    assert "404" in lines[2] and "does not exist here" in lines[2]
+    assert all(line.isprintable() for line in lines)
+    assert "200" in lines[3] and "the flood" in lines[3]  # within the stream
+
+
+def test_requests_are_written_down_with_their_prompts_where_that_is_wanted(scripted, tmp_path):
+    diary = tmp_path / "requests.jsonl"
+    http, service = scripted("Hello", settings=settings(debug_requests=diary))
+    http.post(PATH, json={**CHAT, "seed": 3})
+    http.post(PATH, json={**CHAT, "model": "nobody"})
+    http.post(PATH, content=b"\xff{")
+    http.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 5})
+    http.get("/v1/models")
+    assert eventually(lambda: diary.read_text().count("\n") == 4)
+    first, refused, broken, both = map(json.loads, diary.read_text().splitlines())
+    assert (first["path"], first["status"], first["body"]) == (PATH, 200, {**CHAT, "seed": 3})
+    assert first["answers"][0]["prompt"] == service.model.tokenizer.decode(service.requests[0].prompt_ids)
+    assert (first["answers"][0]["answer"], first["answers"][0]["seed"]) == ("Hello", 3)
+    assert refused["status"] == 404 and "nobody" in refused["error"] and refused["answers"] == []
+    assert broken["status"] == 400 and "{" in broken["body"]
+    assert [answer["prompt"] for answer in both["answers"]] == ["<bos>a", "<bos>b"]
+    assert diary.stat().st_mode & 0o077 == 0  # for nobody else's eyes
+    with pytest.raises(DgemmaError, match="--debug-requests"):
+        scripted(settings=settings(debug_requests=tmp_path))
 
 
 def test_the_log_can_be_silent(scripted, caplog):

@@ -111,7 +111,7 @@ def test_a_port_that_is_taken_is_named():
 
 
 @pytest.mark.parametrize("said", [[], [b"GET /health HTTP/1.1\r\nX: "],
-                                  [b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /health HTTP/1.1\r\nX: "]])
+                                  [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /health HTTP/1.1\r\nX: "]])
 def test_who_does_not_say_what_he_wants_is_hung_up_on(said):
     application = create_app(ScriptedService(dgemma.load("sudoku"), "x"), Settings(("sudoku",)))
     with (served(application, http=impatient(0.3), timeout_keep_alive=60) as url,

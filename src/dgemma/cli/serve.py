@@ -1,8 +1,9 @@
-"""`dgemma serve`: the model over HTTP, as OpenAI's and Anthropic's clients know it."""
+"""`dgemma serve`: the model over HTTP, as OpenAI's, Anthropic's and Ollama's clients know it."""
 
 from __future__ import annotations
 
 import importlib.util
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,9 @@ def serve(
     allowed_origins: Annotated[list[str] | None, typer.Option(
         help="A web page's origin (https://example.com) that browsers may call from, * for all; may be given several "
              "times.", rich_help_panel=_ACCESS, show_default=False)] = None,
+    allowed_hosts: Annotated[list[str] | None, typer.Option(
+        help="A name that clients may reach a server without a key by, beside this machine's own, * for all; may be "
+             "given several times.", rich_help_panel=_ACCESS, show_default=False)] = None,
     served_model_name: Annotated[list[str] | None, typer.Option(
         help="What clients call the model; further ones are aliases. Default: its name.", show_default=False)] = None,
     max_model_len: Annotated[int | None, typer.Option(
@@ -52,6 +56,9 @@ def serve(
     grace: Annotated[float, typer.Option(min=0, help="Seconds that running answers have to finish when the server is "
                                                      "stopped.", rich_help_panel=_LIMITS)] = 30,
     access_log: Annotated[bool, typer.Option(help="A line on stderr for every request.")] = True,
+    debug_requests: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Add every request to this file, a line of JSON each: as it came, the prompt it was "
+        "rendered to, the answer. It holds all that users write.", show_default=False)] = None,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = None,
     cache_type: options.CacheTypeOption = None,
@@ -63,7 +70,7 @@ def serve(
         help="Let clients load adapters from this folder, and unload them, while the server runs.",
         rich_help_panel=_ADAPTERS, show_default=False)] = None,
 ) -> None:
-    """Serve a model over HTTP, to any program that speaks OpenAI's or Anthropic's API.
+    """Serve a model over HTTP, to any program that speaks OpenAI's, Anthropic's or Ollama's API.
 
     For example: dgemma serve, and then in the program base_url="http://127.0.0.1:8000/v1"
     """
@@ -80,7 +87,8 @@ def serve(
     settings = Settings(
         tuple(served_model_name or [model or BUNDLED]), tuple(api_key or ()), max_model_len,
         round(max_body_mb * 1e6), timeout, rate_limit=rate_limit, allowed_origins=tuple(allowed_origins or ()),
-        access_log=access_log, adapters_from=adapters_from)
+        allowed_hosts=(*(allowed_hosts or ()), host, socket.gethostname()), access_log=access_log,
+        debug_requests=debug_requests, adapters_from=adapters_from)
     fixed, named = _adapters(adapter or (), settings)
     check_exposure(host, settings, allow_insecure)
     with bind(host, port) as listener:

@@ -27,6 +27,9 @@ from dgemma.nn.mounts import MountedAdapter, mounted_bytes
 
 PREFIX_SHARE = 4  # one part in so many of the memory for requests keeps what was read before
 
+MOST_NAMES = 100  # of adapters whose requests are counted by name, those that are offered now beside
+OTHERS = "(others)"  # stands for adapters that are not there any more; none can be called so
+
 log = logging.getLogger(__name__)
 
 
@@ -106,8 +109,19 @@ class Service:
         for adapter in list(self.engine.adopted):
             sizes[adapter.name] += adapter.nbytes
         used = Counter(mailbox.adapter.name for mailbox in list(self._mail.values()) if mailbox.adapter is not None)
-        return {name: AdapterStats(sizes[name], used[name], self._adapter_requests[name])
-                for name in [*sizes, *(self._adapter_requests.keys() - sizes)]}
+        requests = dict(self._adapter_requests)
+        return {name: AdapterStats(sizes[name], used[name], requests.get(name, 0))
+                for name in [*sizes, *(requests.keys() - sizes)]}
+
+    def _count_request(self, name: str) -> None:
+        """Count a request of an adapter. Clients may load adapters under ever new names: not all of them are kept."""
+        counts = self._adapter_requests
+        counts[name] = counts.pop(name, 0) + 1  # the names stand in the order of their last requests
+        if len(counts) > MOST_NAMES:
+            known = self.adapters.paths()
+            gone = next((name for name in counts if name != OTHERS and name not in known), None)
+            if gone is not None:
+                counts[OTHERS] += counts.pop(gone)
 
     def load_adapter(self, name: str, path: str | Path) -> bool:
         """Read an adapter's files and offer it under a name; whether in place of another one. For any thread.
@@ -162,7 +176,7 @@ class Service:
                 raise Overloaded("the server is stopping", 10.0, stopping=True)
             self._inbox.put(request)
             if (adapter := request.adapter) is not None:
-                self._adapter_requests[adapter.name] += 1
+                self._count_request(adapter.name)
                 if not self.adapters.offers(adapter):  # not any more, since the request came
                     self.engine.adopt(adapter)
                     self._inbox.put(_Retired(adapter))

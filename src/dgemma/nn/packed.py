@@ -5,8 +5,10 @@ A packed weight is no parameter: it has no gradient, does not move between devic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from dgemma.kernels import PackedWeight
@@ -37,5 +39,20 @@ def set_weights(network: DiffusionTransformer, weights: Mapping[str, Tensor | Pa
 
 def packed_bytes(network: DiffusionTransformer) -> int:
     """The bytes of a network's packed weights: 0 when it has none."""
-    return sum(value.nbytes for module in network.modules() for value in vars(module).values()
-               if isinstance(value, PackedWeight))
+    return sum(weight.nbytes for weight in _packed(network))
+
+
+def weight_bytes(network: DiffusionTransformer) -> Counter[str]:
+    """The bytes of a network's weights by type, as GGUF calls them: F32, BF16, Q4_K, …"""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    found: Counter[str] = Counter()
+    for parameter in network.parameters():
+        found[names.get(parameter.dtype, str(parameter.dtype))] += parameter.nbytes
+    for weight in _packed(network):
+        found[weight.type.name] += weight.nbytes
+    return found
+
+
+def _packed(network: DiffusionTransformer) -> Iterator[PackedWeight]:
+    return (value for module in network.modules() for value in vars(module).values()
+            if isinstance(value, PackedWeight))

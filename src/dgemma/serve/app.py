@@ -18,13 +18,13 @@ from starlette.responses import Response
 
 from dgemma import __version__
 from dgemma.engine.service import Service
-from dgemma.serve import adapters, errors, messages, openai, responses
+from dgemma.serve import adapters, errors, messages, ollama, openai, responses
 from dgemma.serve.errors import JsonResponse
-from dgemma.serve.limits import Gate, Watch
+from dgemma.serve.limits import Gate, RequestLog, Watch
 from dgemma.serve.metrics import MeasuredService, Metrics
 from dgemma.serve.settings import Settings
 
-_ABOUT = """DiffusionGemma over HTTP, in the forms that clients of OpenAI and Anthropic speak.
+_ABOUT = """DiffusionGemma over HTTP, in the forms that clients of OpenAI, Anthropic and Ollama speak.
 
 Text comes a canvas at a time. With `stream_options: {"include_drafts": true}` chunks without choices show the open
 canvas while it is denoised. Fields that cannot be honoured are refused by name; others that are not listed here are
@@ -41,6 +41,7 @@ class Health(BaseModel):
 def create_app(service: Service, settings: Settings) -> FastAPI:
     """The application over a service that runs, or will when the first request comes."""
     metrics = Metrics(service)
+    diary = None if settings.debug_requests is None else RequestLog(settings.debug_requests)
     measured = cast(Service, MeasuredService(service, metrics))
     app = FastAPI(title="dgemma", version=__version__, description=_ABOUT, redoc_url=None)
     errors.install(app)
@@ -61,7 +62,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         """Counts and latencies, for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    for module in (openai, responses, messages, adapters):
+    for module in (openai, responses, messages, ollama, adapters):
         app.include_router(module.router(measured, settings), dependencies=keyed)
 
     # The last one added is the outermost.
@@ -69,7 +70,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     if settings.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"],
                            allow_headers=["*"])
-    app.add_middleware(Watch, settings=settings, metrics=metrics)
+    app.add_middleware(Watch, settings=settings, metrics=metrics, diary=diary)
     app.openapi = functools.partial(_openapi, app, app.openapi, bool(settings.api_keys))
     return app
 

@@ -1,4 +1,4 @@
-"""What goes wrong, as clients get to read it: in OpenAI's form, under /v1/messages in Anthropic's.
+"""What goes wrong, as clients get to read it: in OpenAI's form, under /v1/messages in Anthropic's, /api in Ollama's.
 
 Knows nothing of: what the routes do.
 """
@@ -21,8 +21,11 @@ from starlette.responses import Response
 from dgemma.engine.service import Overloaded
 from dgemma.errors import DgemmaError
 from dgemma.serve.deltas import BrokenAnswerError
+from dgemma.serve.tally import note_error
 
 log = logging.getLogger("dgemma.serve")
+
+OLLAMA = "/api/"  # what the paths of Ollama's API begin with
 
 # type and code by status; Anthropic's name of the same.
 _KINDS = {
@@ -105,12 +108,15 @@ class JsonResponse(Response):
 
 def error_body(error: ApiError, path: str = "") -> dict[str, Any]:
     """The body in the form that clients of ``path`` know."""
+    if path.startswith(OLLAMA):
+        return {"error": error.message}
     if path.startswith("/v1/messages"):
         return {"type": "error", "error": {"type": error.anthropic_type, "message": error.message}}
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
 def error_response(error: ApiError, path: str = "") -> Response:
+    note_error(error.message)
     return JsonResponse(error_body(error, path), error.status, error.headers)
 
 

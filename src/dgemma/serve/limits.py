@@ -1,4 +1,4 @@
-"""What stands between the network and the routes: keys, origins, rates, sizes, and a line in the log.
+"""What stands between the network and the routes: hosts, keys, origins, rates, sizes, and a line in the log.
 
 Plain ASGI, so that a stream passes through untouched. Knows nothing of: what the routes do.
 """
@@ -9,22 +9,28 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import json
 import logging
 import math
+import os
 import time
 from collections import OrderedDict
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dgemma.serve.errors import ApiError, as_api_error, error_response
+from dgemma.errors import DgemmaError
+from dgemma.serve.errors import OLLAMA, ApiError, as_api_error, error_response
 from dgemma.serve.metrics import Metrics
 from dgemma.serve.settings import Settings
 from dgemma.serve.tally import Tally, tally
 
 log = logging.getLogger("dgemma.serve")
 
+LOCAL_NAMES = ("localhost", "host.docker.internal")  # this machine, as it and its containers call it
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # no key is needed to read these
 
 
@@ -48,6 +54,11 @@ class Gate:
             return
         if body is None:
             return  # the client left while it sent
+        if scope["path"].startswith(OLLAMA):  # whose clients need not say that they send JSON
+            scope["headers"] = [*((name, value) for name, value in scope["headers"] if name != b"content-type"),
+                                (b"content-type", b"application/json")]
+        if (used := tally.get()) is not None and used.answers is not None:
+            used.body = body
 
         async def replay() -> Message:
             nonlocal body
@@ -61,6 +72,7 @@ class Gate:
 
     def _admit(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        self._check_host(headers)
         self._check_origin(headers)
         if scope["path"] in OPEN_PATHS:
             return
@@ -85,6 +97,18 @@ class Gate:
         digest = _digest(given)
         matches = [hmac.compare_digest(digest, key) for key in self.keys]
         return matches.index(True) if any(matches) else None
+
+    def _check_host(self, headers: Headers) -> None:
+        """Where no key is needed, only names whose meaning no stranger can change reach this server.
+
+        A web page may make its own name point to this machine (DNS rebinding): to the browser this server is then
+        part of that page's site, which may read everything. Who has a key is no such page.
+        """
+        given, allowed = headers.get("host", ""), self.settings.allowed_hosts
+        if self.keys or "*" in allowed or not given or _is_address(given) or _name(given) in map(_name, allowed):
+            return
+        raise ApiError(403, f"this server does not answer to the name {_name(given)!r}: start it with --allowed-hosts "
+                       f"{_name(given)}, or with an API key", code="host_not_allowed")
 
     def _check_origin(self, headers: Headers) -> None:
         """Web pages of other origins may not call, not even with requests that browsers send without asking first.
@@ -148,15 +172,15 @@ class RateLimit:
 class Watch:
     """Counts requests, writes a line about each, and answers what nobody caught."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics):
-        self.app, self.settings, self.metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, diary: RequestLog | None = None):
+        self.app, self.settings, self.metrics, self.diary = app, settings, metrics, diary
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        used = Tally()
+        used = Tally(answers=None if self.diary is None else [])
         token = tally.set(used)
         status = 0
 
@@ -183,20 +207,79 @@ class Watch:
         method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "OPTIONS") else "other"
         self.metrics.count_calls(used)
         self.metrics.http.labels(method, route, str(status)).inc()
+        path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")  # percent-encoded: no line breaks
         if self.settings.access_log:
-            tokens = f" {used.prompt_tokens}+{used.answer_tokens} tokens" if used.prompt_tokens else ""
-            path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")  # percent-encoded: no line breaks
-            log.info("%s %s %d %.0f ms%s", method, path[:200], status, seconds * 1000, tokens)
+            log.info("%s %s %d %.0f ms%s", method, path[:200], status, seconds * 1000, account(used))
+        if self.diary is not None and scope["method"] == "POST":
+            self.diary.write(scope["method"], path, status, seconds, used)
+
+
+def account(used: Tally) -> str:
+    """What a request's line in the log says of the work it was, and of what went wrong."""
+    said = ""
+    if used.prompt_tokens:
+        said = f" {used.prompt_tokens}+{used.answer_tokens} tokens"
+        if used.cached_tokens:
+            said += f", {100 * used.cached_tokens / used.prompt_tokens:.0f} % cached"
+        if used.spoke is not None:
+            said += f", first canvas {1000 * used.spoke:.0f} ms"
+        if used.steps:
+            said += f", {used.steps} steps"
+        if used.seconds:
+            said += f", {used.answer_tokens / used.seconds:.0f} tokens/s"
+    if used.error is not None:  # it may repeat what the client sent: no line breaks, no control codes
+        said += f" {used.error[:300]!r}"
+    return said
+
+
+class RequestLog:
+    """A file of JSON lines: every request as it came, the prompts it was rendered to, and what came of it.
+
+    For its owner's eyes only, since it holds whatever clients say. Raises DgemmaError when it cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")
+        except OSError as error:
+            raise DgemmaError(f"--debug-requests {path}: {error.strerror}; name a file that can be written") from error
+
+    def write(self, method: str, path: str, status: int, seconds: float, used: Tally) -> None:
+        try:
+            body: Any = json.loads(used.body)
+        except (ValueError, RecursionError):
+            body = used.body.decode("utf-8", "replace")
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "method": method, "path": path, "status": status,
+                "seconds": round(seconds, 3), "error": used.error, "body": body, "answers": used.answers}
+        try:
+            text = json.dumps(line, ensure_ascii=False, default=str)
+        except RecursionError:  # a body nested deeper than json writes
+            text = json.dumps({**line, "body": used.body.decode("utf-8", "replace")}, ensure_ascii=False, default=str)
+        try:
+            self._file.write(text.encode("utf-8", "backslashreplace") + b"\n")
+            self._file.flush()
+        except OSError as error:
+            log.warning("--debug-requests %s: this request could not be written: %s", self._path, error)
 
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
+def _name(netloc: str) -> str:
+    """The host of "host:port", in lower case; what is no host as it is."""
+    try:
+        host = urlsplit(f"//{netloc}").hostname
+    except ValueError:
+        host = None
+    return (host or netloc).lower().removesuffix(".")
+
+
 def _is_address(netloc: str) -> bool:
     """Whether a host is an IP address or this very machine, whose meaning no name server can change."""
-    host = urlsplit(f"//{netloc}").hostname or ""
-    if host == "localhost":
+    host = _name(netloc)
+    if host in LOCAL_NAMES:
         return True
     try:
         ipaddress.ip_address(host)

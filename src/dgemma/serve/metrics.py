@@ -87,8 +87,9 @@ class MeasuredService:
 
     async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
         """`Service.stream`."""
-        metrics, began = self._metrics, time.perf_counter()
+        metrics, began, used = self._metrics, time.perf_counter(), tally.get()
         canvas_began, waited, spoke = began, False, False
+        record = {} if used is None else self._record(used, request)
         async with aclosing(self._service.stream(request)) as events:
             async for event in events:
                 now = time.perf_counter()
@@ -97,6 +98,8 @@ class MeasuredService:
                     if not waited:
                         metrics.queue.observe(now - began)
                         waited = True
+                        if used is not None and used.opened is None:
+                            used.opened = now - began
                 elif isinstance(event, CanvasCommitted):
                     metrics.canvas.observe(now - canvas_began)
                     if event.steps:
@@ -104,14 +107,39 @@ class MeasuredService:
                     if not spoke:
                         metrics.first.observe(now - began)
                         spoke = True
+                        if used is not None and used.spoke is None:
+                            used.spoke = now - began
                 elif isinstance(event, (Finished, Failed)):
                     metrics.answer.observe(now - began)
                     if isinstance(event, Finished):
                         metrics.forward.observe(event.generation.tokens_per_forward)
-                        if (used := tally.get()) is not None:
-                            used.prompt_tokens += event.generation.prompt_tokens
-                            used.answer_tokens += len(event.generation.token_ids)
+                    if used is not None:
+                        self._note(used, record, event, now - began)
                 yield event
+
+    def _record(self, used: Tally, request: Request) -> dict[str, Any]:
+        """What ``used`` is to tell of a request to the model; empty, and not kept, where nobody wants it."""
+        if used.answers is None:
+            return {}
+        record = {"prompt": self._service.model.tokenizer.decode(request.prompt_ids), "seed": request.seed,
+                  "max_tokens": request.settings.max_tokens}
+        used.answers.append(record)
+        return record
+
+    def _note(self, used: Tally, record: dict[str, Any], event: Finished | Failed, seconds: float) -> None:
+        """Add an answer that is over to what its HTTP request has used."""
+        used.seconds = max(used.seconds, seconds)
+        if isinstance(event, Failed):
+            used.error = record["error"] = event.error
+            return
+        made = event.generation
+        used.prompt_tokens += made.prompt_tokens
+        used.cached_tokens += made.cached_tokens
+        used.answer_tokens += len(made.token_ids)
+        used.steps += sum(made.steps)
+        if used.answers is not None:
+            record |= {"answer": self._service.model.tokenizer.decode(made.token_ids),
+                       "finish_reason": made.finish_reason, "steps": made.steps, "cached_tokens": made.cached_tokens}
 
 
 class _Engine:

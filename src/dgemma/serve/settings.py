@@ -24,7 +24,9 @@ class Settings:
     ping: float = 15.0  # seconds of silence after which a stream shows that it is alive
     rate_limit: float = 0.0  # requests a minute that one client may make, 0: any
     allowed_origins: tuple[str, ...] = ()  # web pages that browsers may call from; ("*",): all
+    allowed_hosts: tuple[str, ...] = ()  # names in Host beside this machine's own, where no key is needed; ("*",): all
     access_log: bool = True
+    debug_requests: Path | None = None  # a file that every request is written to, its rendered prompt with it
     adapters_from: Path | None = None  # where clients may have adapters loaded from; None: nowhere
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from dgemma.serve.errors import ApiError, as_api_error, error_body, error_response, to_json
 from dgemma.serve.settings import Settings
+from dgemma.serve.tally import note_error
 
 T = TypeVar("T")
 
@@ -128,13 +129,13 @@ class EventStream(Response):
     """A response of server-sent events: the bytes that ``events`` makes of ``source``'s pieces.
 
     ``source`` is begun before the headers are sent: what it raises then becomes an ordinary error. An error later on
-    becomes a last event. ``ping`` is sent when nothing else has been for some time.
+    becomes a last event. ``ping`` (None: nothing) is sent when nothing else has been for some time.
     """
 
     media_type = "text/event-stream"
 
     def __init__(self, source: Merged[Any], events: AsyncGenerator[bytes, None], settings: Settings,
-                 ping: bytes = b": ping\n\n"):
+                 ping: bytes | None = b": ping\n\n"):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.source, self.events, self.settings, self.ping = source, events, settings, ping
@@ -154,8 +155,13 @@ class EventStream(Response):
                 # Whoever does not read, perhaps the reason that time ran out, does not hold us up.
                 with contextlib.suppress(TimeoutError, OSError):
                     async with asyncio.timeout(_FAREWELL):
-                        await send(_chunk(_last_words(as_api_error(error), scope["path"])))
+                        await send(_chunk(self.last_words(as_api_error(error), scope["path"])))
                         await send(_chunk(b"", more=False))
+
+    def last_words(self, error: ApiError, path: str) -> bytes:
+        """What tells a client in the middle of its stream that something went wrong."""
+        note_error(error.message)
+        return event(error_body(error, path), "error" if path.startswith("/v1/messages") else None)
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -165,7 +171,8 @@ class EventStream(Response):
                 following = following or asyncio.ensure_future(self.events.__anext__())
                 done, _ = await asyncio.wait({following}, timeout=self.settings.ping)
                 if not done:
-                    await send(_chunk(self.ping))
+                    if self.ping is not None:
+                        await send(_chunk(self.ping))
                     continue
                 try:
                     data = following.result()
@@ -184,5 +191,19 @@ def _chunk(data: bytes, more: bool = True) -> dict[str, Any]:
     return {"type": "http.response.body", "body": data, "more_body": more}
 
 
-def _last_words(error: ApiError, path: str) -> bytes:
-    return event(error_body(error, path), "error" if path.startswith("/v1/messages") else None)
+class LineStream(EventStream):
+    """The same with a line of JSON for each piece, as Ollama streams (NDJSON)."""
+
+    media_type = "application/x-ndjson"
+
+    def __init__(self, source: Merged[Any], lines: AsyncGenerator[bytes, None], settings: Settings):
+        super().__init__(source, lines, settings, ping=None)
+
+    def last_words(self, error: ApiError, path: str) -> bytes:
+        note_error(error.message)
+        return line(error_body(error, path))
+
+
+def line(data: Any) -> bytes:
+    """One line of NDJSON."""
+    return to_json(data) + b"\n"

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import contextvars
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
 class Tally:
-    """What one HTTP request has used so far."""
+    """What one HTTP request has used so far. Times are seconds since the first of its answers was asked for."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of these
     answer_tokens: int = 0
+    steps: int = 0  # denoising steps of all its canvases
+    opened: float | None = None  # until its first canvas was opened: it has waited, and its prompt was read
+    spoke: float | None = None  # until its first canvas was committed
+    seconds: float = 0.0  # until its last answer was over
     calls: int = 0  # of tools
     healed_calls: int = 0  # of these, mended
+    error: str | None = None  # what the client was told went wrong
+    answers: list[dict[str, Any]] | None = None  # what was asked of the model and came of it; None: nobody wants it
+    body: bytes = field(default=b"", repr=False)  # what the client sent, where ``answers`` are wanted
 
 
 # The HTTP request that is being worked on, so that its line in the log can say how many tokens it took.
 tally: contextvars.ContextVar[Tally | None] = contextvars.ContextVar("tally", default=None)
+
+
+def note_error(message: str) -> None:
+    """Remember what the client of this HTTP request is told; nothing outside of one."""
+    if (used := tally.get()) is not None:
+        used.error = message
