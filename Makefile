@@ -7,7 +7,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test lint clients sanitize clean
 
 demo: .venv/.base
 	@$(BIN)/dgemma run --seed 1 --pace 0.3 \
@@ -19,6 +19,11 @@ test: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# Real clients of the three APIs against the server, each in an environment of its own under build/clients (a few
+# minutes and 2 GB the first time). CLIENTS="openai 'AI SDK'" chooses some.
+clients: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py $(CLIENTS)
 
 # The kernels' tests on a build with address and undefined-behaviour sanitizers, AMX in emulation: a minute and a half to
 # build on two cores, as much to run. Skipped where there is no g++ with its sanitizers.

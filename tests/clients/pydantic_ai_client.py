@@ -1,0 +1,67 @@
+"""pydantic-ai: output by a tool that must be called, by a form, tools beside a form."""
+
+import asyncio
+
+from checks import ACTED, MODEL, REAL, check, run
+from pydantic import BaseModel
+from pydantic_ai import Agent, NativeOutput, PromptedOutput
+from pydantic_ai.models.anthropic import AnthropicModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.providers.anthropic import AnthropicProvider
+from pydantic_ai.providers.openai import OpenAIProvider
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+def chat(url):
+    return OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=f"{url}/v1", api_key="none"))
+
+
+def responses(url):
+    return OpenAIResponsesModel(MODEL, provider=OpenAIProvider(base_url=f"{url}/v1", api_key="none"))
+
+
+def messages(url):
+    return AnthropicModel(MODEL, provider=AnthropicProvider(base_url=url, api_key="none"))
+
+
+for kind in (chat, responses, messages):
+    @check(f"{kind.__name__}: output by a tool that must be called")
+    def tool(kind=kind):
+        assert isinstance(Agent(kind(REAL), output_type=Person).run_sync("Who?").output, Person)
+
+    @check(f"{kind.__name__}: output by a form")
+    def native(kind=kind):
+        assert isinstance(Agent(kind(REAL), output_type=NativeOutput(Person)).run_sync("Who?").output, Person)
+
+    @check(f"{kind.__name__}: the loop of a tool")
+    def loop(kind=kind):
+        agent = Agent(kind(ACTED))
+        seen = []
+
+        @agent.tool_plain
+        def get_weather(city: str, days: int) -> str:
+            """The weather."""
+            seen.append((city, days))
+            return "rain"
+
+        assert "rains" in agent.run_sync("What is the weather?").output and seen == [("Paris", 3)]
+
+
+@check("chat: a stream")
+def stream():
+    async def told():
+        async with Agent(chat(ACTED)).run_stream("Hello") as result:
+            return [text async for text in result.stream_text()]
+    assert asyncio.run(told())[-1]
+
+
+@check("chat: a prompted form")
+def prompted():
+    assert isinstance(Agent(chat(REAL), output_type=PromptedOutput(Person)).run_sync("Who?").output, Person)
+
+
+run()
