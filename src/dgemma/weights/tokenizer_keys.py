@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgemma.config import read_json
+from dgemma.fields import read_json
 from dgemma.errors import CheckpointError
 
 # Our own keys: the files as they are, for tokenizers that the keys of ggml cannot describe.
