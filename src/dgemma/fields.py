@@ -1,7 +1,7 @@
 """Reading what comes from outside: text, JSON, and the fields in it; every mistake is an error naming file and field.
 
-Works on paths, bytes and plain data. Knows nothing of what the fields mean. Whoever reads a file that others wrote reads
-it here: a file may be missing, cut off, no text, nested a million deep, or have anything in the place of anything.
+Works on paths, bytes and plain data. Knows nothing of what the fields mean. Whoever reads a file that others wrote
+reads it here: it may be missing, cut off, no text, nested a million deep, or have anything in the place of anything.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ class Fields:
         """A list of texts, or None where it is absent."""
         value = self.data.get(name)
         if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-            raise self.wrong(name, "must be a list of texts")
+            raise self.wrong(name, "must be a list of names")
         return value
 
     def within(self, name: str) -> Fields | None:
