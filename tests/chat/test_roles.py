@@ -1,4 +1,4 @@
-"""Tokens with a role (<pad> <eos> <bos> <unk> <mask>) and the format's marks are special, whatever a file says of them."""
+"""Tokens with a role (<pad> <eos> <bos> <unk> <mask>) and the format's marks are special, whatever a file says."""
 
 import json
 

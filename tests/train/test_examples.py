@@ -188,7 +188,7 @@ def test_a_long_response_is_canvases_in_a_row(tokenizer):
 
 
 def test_fill_is_the_end_of_text_whatever_the_turn_ends_with(tmp_path):
-    """Chat models name <turn|> as their eos_token, and others their eos_token as padding: no tail of those is taught."""
+    """Chat models name <turn|> as their eos_token, and others that as padding: no tail of those is taught."""
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<turn|>", "pad_token": "<turn|>"}')
     (tmp_path / "chat_template.jinja").write_text(OPENS)

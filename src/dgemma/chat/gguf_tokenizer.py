@@ -34,7 +34,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         backend, roles = _own(metadata, source)
     else:
         backend, roles = _from_keys(metadata, source)
-    return Tokenizer(backend, _templates(metadata), roles, source)
+    return Tokenizer(backend, _templates(metadata, source), roles, source)
 
 
 def _own(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
@@ -79,7 +79,8 @@ def _from_keys(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tok
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and a panic in it is not even that
-        raise CheckpointError(f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
+        raise CheckpointError(f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: "
+                              f"{str(error)[:300]}") from error
     # Nothing splits text into words first: merges never reach across spaces or lines by themselves.
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -105,9 +106,10 @@ def _strings(metadata: Mapping[str, Any], key: str, source: str) -> list[str]:
     return value
 
 
-def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+def _templates(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
     """The chat templates by name; the usual one is "default"."""
     prefix = "tokenizer.chat_template"
-    found = {"default" if key == prefix else key.removeprefix(f"{prefix}."): value for key, value in metadata.items()
+    keys = Fields(metadata, source)
+    found = {"default" if key == prefix else key.removeprefix(f"{prefix}."): keys.text(key, "") for key in metadata
              if key == prefix or key.startswith(f"{prefix}.")}
-    return {name: value for name, value in found.items() if isinstance(value, str) and value}
+    return {name: text for name, text in found.items() if text}

@@ -331,7 +331,7 @@ def read_backend(text: str, where: str) -> tokenizers.Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and a panic in it is not even that
-        raise CheckpointError(f"{where} cannot be read as a tokenizer: {error}") from error
+        raise CheckpointError(f"{where} cannot be read as a tokenizer: {str(error)[:300]}") from error
     # A file may ask for truncation or padding, which would quietly change prompts.
     backend.no_truncation()
     backend.no_padding()

@@ -7,6 +7,7 @@ them, so that a checkpoint which does not fit is refused with everything that is
 from __future__ import annotations
 
 import math
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,7 @@ from dgemma.config import ModelConfig
 from dgemma.errors import CheckpointError
 from dgemma.fields import is_whole, parse_json_value, shown
 from dgemma.nn import DiffusionTransformer
-from dgemma.weights.locate import SINGLE_FILE, stray_weights, weight_files
+from dgemma.weights.locate import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
 from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, network_name
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -150,7 +151,7 @@ def match(contents: Contents, expected: Mapping[str, Shape]) -> tuple[dict[str, 
         if is_vision(name):
             continue
         if ours is None or ours not in expected:
-            unexpected.append(f"{name} in {tensor.file.name}")
+            unexpected.append(f"{_plain(name)} in {tensor.file.name}")
         else:
             (copies if is_tied_copy(name) else own)[ours] = tensor
     chosen = {**copies, **own}
@@ -190,7 +191,7 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
             file.seek(0)
             start, header = _parse_header(file, size, path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file, but {path.parent.name}'s index lists it") from error
+        raise CheckpointError(f"{path}: no such file, but {INDEX_FILE} lists it") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     header.pop("__metadata__", None)
@@ -213,7 +214,8 @@ def _stored_tensor(name: str, entry: Any, path: Path, start: int) -> StoredTenso
     """One entry of a header; its data's offsets count from ``start``."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    named = isinstance(dtype, str) and re.fullmatch(r"\w{1,40}", dtype)
+    if not named or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: corrupt header: no sound dtype, shape and offsets for {_plain(name)}")
     first, last = offsets
     tensor = StoredTensor(name, path, dtype, tuple(shape), start + first, last - first)

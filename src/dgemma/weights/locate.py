@@ -6,6 +6,7 @@ with the package, an existing folder or file, a repository on the Hugging Face h
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _QUANTISATION = re.compile(r"(?<![A-Z0-9])((?:UD-)?(?:(?:I?Q|TQ)\d+(?:_[A-Z0-9]+
 # GGUF files that hold no language model: a vision tower, and statistics that quantising takes.
 _NO_MODEL = ("mmproj", "imatrix")
 PREFERRED = "Q4_K_M"  # of several quantisations, the one that most people run
+_LONGEST_NAME = 255  # bytes, of a file
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -204,7 +206,8 @@ def weight_files(folder: Path) -> dict[Path, tuple[str, ...]]:
         shards.setdefault(file, []).append(tensor)
     for file in shards:
         parts = PurePosixPath(file)
-        if not file or "\0" in file or "\\" in file or parts.is_absolute() or ".." in parts.parts:
+        if not file.isprintable() or "\\" in file or parts.is_absolute() or {"..", ""} & {*parts.parts, file} or (
+                max(map(len, map(os.fsencode, parts.parts)), default=0) > _LONGEST_NAME):
             raise CheckpointError(f"{index}: 'weight_map' must name files in this folder, not {shown(file)}")
     if single.is_file() and not any((folder / file).is_file() for file in shards):
         return {single: ()}
