@@ -214,8 +214,8 @@ def _stored_tensor(name: str, entry: Any, path: Path, start: int) -> StoredTenso
     """One entry of a header; its data's offsets count from ``start``."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    named = isinstance(dtype, str) and re.fullmatch(r"\w{1,40}", dtype)
-    if not named or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if not isinstance(dtype, str) or not re.fullmatch(r"\w{1,40}", dtype) or not (
+            _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
         raise CheckpointError(f"{path}: corrupt header: no sound dtype, shape and offsets for {_plain(name)}")
     first, last = offsets
     tensor = StoredTensor(name, path, dtype, tuple(shape), start + first, last - first)
