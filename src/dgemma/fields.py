@@ -10,6 +10,7 @@ import codecs
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from dgemma.errors import CheckpointError, DgemmaError
 _NESTING = 64  # no file that we read needs a tenth of it
 _LARGEST_FILE = 1 << 30  # a tokenizer.json of 262144 tokens takes 32 MB
 _MOST = (1 << 31) - 1
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 Failure = type[DgemmaError]
 
@@ -68,21 +70,29 @@ def read_json(path: Path, failure: Failure = CheckpointError) -> dict[str, Any]:
     return parse_json(read_bytes(path, failure), str(path), failure)
 
 
-def parse_json(data: bytes | str, where: str, failure: Failure = CheckpointError) -> dict[str, Any]:
-    """The JSON object in a text; ``where`` names the file in errors."""
-    value = parse_json_value(data, where, failure)
+def parse_json(data: bytes | str, where: str, failure: Failure = CheckpointError, *,
+               halves: bool = False) -> dict[str, Any]:
+    """The JSON object in a text; ``where`` names the file in errors, ``halves`` as in `parse_json_value`."""
+    value = parse_json_value(data, where, failure, halves=halves)
     if not isinstance(value, dict):
         raise failure(f"{where}: expected a JSON object, found {kind_of(value)}")
     return value
 
 
-def parse_json_value(data: bytes | str, where: str, failure: Failure = CheckpointError) -> Any:
-    """Any JSON value. Nesting without end, and a name that stands twice for different things, are refused, too."""
+def parse_json_value(data: bytes | str, where: str, failure: Failure = CheckpointError, *, halves: bool = False) -> Any:
+    """Any JSON value. Nesting without end, and a name that stands twice for different things, are refused, too.
+
+    So is text with half a character in it (a lone surrogate), which has no UTF-8 form, unless ``halves`` are allowed.
+    """
     text = ""
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(text, object_pairs_hook=_object)
         deep = _is_deep(value)
+        if not halves and not deep and _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise failure(f"{where}: not valid JSON (half a character, {shown(error.object[error.start])})") from error
     except UnicodeDecodeError as error:
         assert isinstance(data, bytes)
         raise failure(f"{where}: not valid JSON ({_no_text(data, error)})") from error

@@ -74,7 +74,7 @@ def read_trace(path: str | Path) -> Trace:
             events: list[Event] = []
             for number, line in enumerate(file, 2):
                 try:
-                    record = parse_json(line, "it")
+                    record = parse_json(line, "it", halves=True)
                     pieces.update(_pieces_from(record.pop("pieces", {})))
                     event = _event_from(record)
                     if (unknown := next((i for i in _tokens(event) if i not in pieces), None)) is not None:
@@ -292,7 +292,7 @@ def _value(name: str, kind: str, value: Any) -> Any:
 
 def _read_header(path: Path, line: bytes) -> TraceHeader:
     try:
-        header = parse_json(line, str(path))
+        header = parse_json(line, str(path), halves=True)
     except DgemmaError:
         header = {}
     if header.get("format") != FORMAT:

@@ -176,7 +176,7 @@ def _settings(file: Path, settings: Mapping[str, Any]) -> AdapterConfig:
     try:
         return AdapterConfig(r=settings["r"], alpha=settings["lora_alpha"], dora=dora, rslora=rslora, dropout=dropout)
     except (DgemmaError, OverflowError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        raise CheckpointError(f"{file}: {str(error)[:300]}") from error
 
 
 def _with_patterns(config: AdapterConfig, settings: Mapping[str, Any], places: Iterable[str],
@@ -194,7 +194,7 @@ def _with_patterns(config: AdapterConfig, settings: Mapping[str, Any], places: I
         theirs = replace(config, **patterns)
         values = [(_ours(place), theirs.rank_of(place), theirs.alpha_of(place)) for place in places]
     except (DgemmaError, re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{file}: rank_pattern or alpha_pattern: {error}") from error
+        raise CheckpointError(f"{file}: rank_pattern or alpha_pattern: {str(error)[:300]}") from error
     if len(set(values)) > len({name for name, *_ in values}):
         raise CheckpointError(f"{file}: rank_pattern or alpha_pattern differs between the encoder and the decoder, "
                               "which share one adapter here")
