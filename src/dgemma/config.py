@@ -6,16 +6,19 @@ Works on plain dictionaries (a parsed ``config.json`` or ``generation_config.jso
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dgemma.errors import CheckpointError
+from dgemma.fields import Fields, is_number, is_there, is_whole, read_json, shown
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+LARGEST_SIZE = 1 << 19  # of anything but the vocabulary: shapes made of three stay within 64 bits
+MOST_TOKENS = 1 << 24
+MOST_LAYERS = 1024
 
 
 @dataclass(frozen=True)
@@ -81,20 +84,16 @@ class GenerationConfig:
     eos_token_id: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.max_denoising_steps) and self.max_denoising_steps >= 1,
-                 "max_denoising_steps must be an integer of at least 1", self.max_denoising_steps)
-        _require(_is_number(self.entropy_bound) and self.entropy_bound > 0,
-                 "entropy_bound must be a number greater than 0", self.entropy_bound)
-        _require(_is_number(self.t_min) and self.t_min > 0, "t_min must be a number greater than 0", self.t_min)
-        _require(_is_number(self.t_max) and self.t_max >= self.t_min,
+        for name, least in (("max_denoising_steps", 1), ("stability_threshold", 0), ("max_tokens", 1)):
+            value = getattr(self, name)
+            _require(is_whole(value) and value >= least, f"{name} must be an integer of at least {least}", value)
+            _require(value < 1 << 31, f"{name} must be an integer below 2^31", value)
+        for name in ("entropy_bound", "t_min", "confidence_threshold"):
+            value = getattr(self, name)
+            _require(is_number(value) and value > 0, f"{name} must be a number greater than 0", value)
+        _require(is_number(self.t_max) and self.t_max >= self.t_min,
                  f"t_max must be a number of at least t_min ({self.t_min})", self.t_max)
-        _require(_is_int(self.stability_threshold) and self.stability_threshold >= 0,
-                 "stability_threshold must be an integer of at least 0", self.stability_threshold)
-        _require(_is_number(self.confidence_threshold) and self.confidence_threshold > 0,
-                 "confidence_threshold must be a number greater than 0", self.confidence_threshold)
-        _require(_is_int(self.max_tokens) and self.max_tokens >= 1,
-                 "max_tokens must be an integer of at least 1", self.max_tokens)
-        _require(isinstance(self.eos_token_id, tuple) and all(map(_is_int, self.eos_token_id)),
+        _require(isinstance(self.eos_token_id, tuple) and all(map(is_whole, self.eos_token_id)),
                  "eos_token_id must be a tuple of integers", self.eos_token_id)
 
     def replace(self, **changes: Any) -> GenerationConfig:
@@ -111,36 +110,15 @@ SAMPLER_SETTINGS = ("max_denoising_steps", "entropy_bound", "t_min", "t_max", "s
                     "confidence_threshold")
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _require(condition: bool, rule: str, value: Any) -> None:
     if not condition:
-        raise ValueError(f"{rule}, got {value!r}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object; raises CheckpointError naming the file and the place of a mistake in it."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
+        raise ValueError(f"{rule}, got {shown(value)}")
 
 
 def load_model_config(folder: Path) -> ModelConfig:
     """Read ``config.json`` of a checkpoint folder; raises CheckpointError when it is not DiffusionGemma."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_there(path):
         raise CheckpointError(f"{folder}: no config.json here; a checkpoint folder holds config.json, *.safetensors "
                               "and tokenizer.json")
     return model_config_from_dict(read_json(path), str(path))
@@ -148,57 +126,51 @@ def load_model_config(folder: Path) -> ModelConfig:
 
 def model_config_from_dict(data: dict[str, Any], source: str = "config.json") -> ModelConfig:
     """Build a ModelConfig from a parsed ``config.json``; ``source`` names the file in errors."""
-    model_type = data.get("model_type")
+    top = Fields(data, source)
+    model_type, architectures = data.get("model_type"), top.texts("architectures")
     if model_type != "diffusion_gemma":
-        named = f"model_type {model_type!r}" if model_type else "no model_type"
-        architectures = data.get("architectures") or []
-        what = f" ({', '.join(map(str, architectures))})" if architectures else ""
+        named = f"model_type {shown(model_type)}" if model_type else "no model_type"
+        what = f" ({', '.join(architectures)})" if architectures else ""
         raise CheckpointError(f"{source}: this is not a DiffusionGemma checkpoint: it says {named}{what}; dgemma runs "
                               "model_type 'diffusion_gemma' only")
-    text = data.get("text_config")
-    if not isinstance(text, dict):
+    text = top.within("text_config")
+    if text is None:
         raise CheckpointError(f"{source}: 'text_config' is missing")
-
-    def size(name: str, default: int | None = None, within: dict[str, Any] = text) -> int:
-        value = within.get(name)
-        if value is None and default is not None:
-            return default
-        where = f"text_config.{name}" if within is text else name
-        if value is None:
-            raise CheckpointError(f"{source}: {where} is missing")
-        if not _is_int(value) or value < 1:
-            raise CheckpointError(f"{source}: {where} must be a whole number of at least 1, got {value!r}")
-        return value
-
-    if text.get("use_bidirectional_attention") == "all":
+    if text.text("use_bidirectional_attention") == "all":
         raise CheckpointError(f"{source}: use_bidirectional_attention 'all' is not supported (the encoder must be "
                               "causal over text)")
-    if text.get("attention_bias"):
+    if text.flag("attention_bias"):
         raise CheckpointError(f"{source}: attention_bias true is not supported")
-    if data.get("tie_word_embeddings") is False:
+    if top.flag("tie_word_embeddings") is False:
         raise CheckpointError(f"{source}: tie_word_embeddings false is not supported (encoder, decoder and head share "
                               "their weights)")
-    activation = text.get("hidden_activation", "gelu_pytorch_tanh")
+    activation = text.text("hidden_activation", "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
-        raise CheckpointError(f"{source}: hidden_activation {activation!r} is not supported (gelu_pytorch_tanh is)")
+        raise CheckpointError(f"{source}: hidden_activation {shown(activation)} is not supported (gelu_pytorch_tanh "
+                              "is)")
+
+    def size(name: str) -> int:
+        return text.whole(name, most=LARGEST_SIZE)
+
     # Token ids and the dtype may stand at either level; the inner one wins.
-    both = {**data, **{k: v for k, v in text.items() if v is not None}}
+    both = Fields({**data, **{k: v for k, v in text.data.items() if v is not None}}, source)
+    heads = size("num_attention_heads")
     config = ModelConfig(
-        vocab_size=size("vocab_size"),
+        vocab_size=text.whole("vocab_size", most=MOST_TOKENS),
         hidden_size=size("hidden_size"),
         intermediate_size=size("intermediate_size"),
-        num_attention_heads=size("num_attention_heads"),
+        num_attention_heads=heads,
         num_experts=size("num_experts"),
         top_k_experts=size("top_k_experts"),
         moe_intermediate_size=size("moe_intermediate_size"),
-        sliding_window=size("sliding_window"),
-        layers=_layer_configs(text, size("num_hidden_layers"), size("num_attention_heads"), source),
-        canvas_length=size("canvas_length", 256, within=data),
-        final_logit_softcapping=_positive(text, "final_logit_softcapping", 30.0, source),
-        rms_norm_eps=_positive(text, "rms_norm_eps", 1e-6, source),
-        max_position_embeddings=size("max_position_embeddings", 131_072),
-        eos_token_id=_token_ids(both.get("eos_token_id"), source) or (1,),
-        dtype=both.get("dtype") or both.get("torch_dtype"),
+        sliding_window=text.whole("sliding_window"),
+        layers=_layer_configs(text, text.whole("num_hidden_layers", most=MOST_LAYERS), heads),
+        canvas_length=top.whole("canvas_length", 256, most=LARGEST_SIZE),
+        final_logit_softcapping=text.positive("final_logit_softcapping", 30.0),
+        rms_norm_eps=text.positive("rms_norm_eps", 1e-6),
+        max_position_embeddings=text.whole("max_position_embeddings", 131_072),
+        eos_token_id=_token_ids(both) or (1,),
+        dtype=both.text("dtype") or both.text("torch_dtype"),
     )
     for index, layer in enumerate(config.layers):
         if config.num_attention_heads % layer.num_key_value_heads:
@@ -210,92 +182,115 @@ def model_config_from_dict(data: dict[str, Any], source: str = "config.json") ->
     return config
 
 
-def _positive(data: dict[str, Any], name: str, default: float, source: str) -> float:
-    value = data.get(name)
-    if value is None:
-        return default
-    if not _is_number(value) or value <= 0:
-        raise CheckpointError(f"{source}: {name} must be a number above 0, got {value!r}")
-    return float(value)
-
-
-def _token_ids(value: Any, source: str) -> tuple[int, ...] | None:
-    """One id or a list of them; None stays None."""
+def _token_ids(fields: Fields) -> tuple[int, ...] | None:
+    """``eos_token_id``: one id or a list of them; None where it is absent."""
+    value = fields.data.get("eos_token_id")
     if value is None:
         return None
     ids = tuple(value) if isinstance(value, list) else (value,)
-    if not ids or not all(map(_is_int, ids)):
-        raise CheckpointError(f"{source}: eos_token_id must be a token id or a list of them, got {value!r}")
+    if not ids or not all(is_whole(token) and 0 <= token < MOST_TOKENS for token in ids):
+        raise fields.wrong("eos_token_id", "must be a token id or a list of them")
     return ids
 
 
-def _mapping(data: dict[str, Any], name: str, source: str) -> dict[str, Any] | None:
-    value = data.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise CheckpointError(f"{source}: {name} must be an object, got {value!r}")
-    return value
-
-
-def _layer_configs(text: dict[str, Any], count: int, heads: int, source: str) -> tuple[LayerConfig, ...]:
+def _layer_configs(text: Fields, count: int, heads: int) -> tuple[LayerConfig, ...]:
     """The geometry of every layer, from either spelling of the full layers' heads.
 
     The global one (``global_head_dim``, ``num_global_key_value_heads``) or ``per_layer_config``, keyed by the
     layer's index or by its kind.
     """
-    kinds = text.get("layer_types")
+    source = text.source
+    kinds = text.data.get("layer_types")
     if kinds is None:
         kinds = [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)]
     if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
         raise CheckpointError(f"{source}: layer_types must name {count} layers, each {SLIDING} or {FULL}")
     kinds = [*kinds[:-1], FULL]  # the architecture's last layer is always a full one
-    usual = {"head_dim": text.get("head_dim") or 256, "num_key_value_heads": text.get("num_key_value_heads") or heads}
-    per_layer = _mapping(text, "per_layer_config", source)
-    if per_layer is None:
-        override: dict[str, Any] = {"head_dim": text.get("global_head_dim") or 512}
-        if text.get("num_global_key_value_heads") is not None:
-            override["num_key_value_heads"] = text["num_global_key_value_heads"]
-        per_layer = {FULL: override}
-    per_layer = {str(key): _mapping(per_layer, key, source) or {} for key in per_layer}
+    usual = {"head_dim": text.whole("head_dim", 256, most=LARGEST_SIZE),
+             "num_key_value_heads": text.whole("num_key_value_heads", heads, most=LARGEST_SIZE)}
+    given = text.within("per_layer_config")
+    if given is None:
+        own: dict[str, Any] = {"head_dim": text.whole("global_head_dim", 512, most=LARGEST_SIZE)}
+        if text.data.get("num_global_key_value_heads") is not None:
+            own["num_key_value_heads"] = text.whole("num_global_key_value_heads", most=LARGEST_SIZE)
+        per_layer: dict[str | int, dict[str, Any]] = {FULL: own}
+    else:
+        per_layer = _per_layer(given, text, count)
+    ropes = text.within("rope_parameters")
     usual_ropes = {
         SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
         FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
     }
-    ropes = _mapping(text, "rope_parameters", source) or usual_ropes
+    ropes = ropes if ropes is not None and ropes.data else Fields(usual_ropes, source)
     layers = []
     for index, kind in enumerate(kinds):
-        own = {**usual, **per_layer.get(kind, {}), **per_layer.get(str(index), {})}
+        own = {**usual, **per_layer.get(kind, {}), **per_layer.get(index, {})}
         for name in usual:
-            if not _is_int(own[name]) or own[name] < 1:
+            if not is_whole(own[name]) or not 1 <= own[name] <= LARGEST_SIZE:
                 raise CheckpointError(f"{source}: layer {index}: {name} must be a whole number of at least 1, got "
-                                      f"{own[name]!r}")
-        rope = _mapping(ropes, kind, source) or usual_ropes[kind]
+                                      f"{shown(own[name])}")
+        rope = ropes.within(kind) or Fields(usual_ropes[kind], source)
         wanted = "default" if kind == SLIDING else "proportional"
-        if rope.get("rope_type", wanted) != wanted:
-            raise CheckpointError(f"{source}: rope_type {rope['rope_type']!r} for {kind} is not supported "
-                                  f"({wanted!r} is)")
+        rope_type = rope.text("rope_type", wanted)
+        if rope_type != wanted:
+            raise CheckpointError(f"{source}: rope_type {shown(rope_type)} for {kind} is not supported ({wanted!r} is)")
         # Without a partial_rotary_factor the whole head turns, as in the reference.
-        rotary_fraction = _positive(rope, "partial_rotary_factor", 1.0, source)
-        if _positive(rope, "factor", 1.0, source) != 1.0 or (kind == SLIDING and rotary_fraction != 1.0):
-            raise CheckpointError(f"{source}: rope_parameters {rope!r} for {kind} are not supported (factor must be 1, "
-                                  "and sliding layers rotate the whole head)")
+        rotary_fraction = rope.positive("partial_rotary_factor", 1.0, most=1.0)
+        if rope.positive("factor", 1.0) != 1.0 or (kind == SLIDING and rotary_fraction != 1.0):
+            raise CheckpointError(f"{source}: rope_parameters {shown(rope.data, 200)} for {kind} are not supported "
+                                  "(factor must be 1, and sliding layers rotate the whole head)")
         layers.append(LayerConfig(
             kind=kind,
             head_dim=own["head_dim"],
             num_key_value_heads=own["num_key_value_heads"],
-            rope_theta=_positive(rope, "rope_theta", 10_000.0 if kind == SLIDING else 1_000_000.0, source),
+            rope_theta=rope.positive("rope_theta", 10_000.0 if kind == SLIDING else 1_000_000.0),
             rotary_fraction=rotary_fraction,
         ))
     for kind in (SLIDING, FULL):
         dims = {layer.head_dim for layer in layers if layer.kind == kind}
         if len(dims) > 1:  # one rotary table serves all layers of a kind, in the reference too
             raise CheckpointError(f"{source}: {kind} layers must have one head_dim, not {sorted(dims)}")
+        if any(dim % 2 for dim in dims):
+            raise CheckpointError(f"{source}: the head_dim of {kind} layers must be even (its halves are rotated "
+                                  f"together), got {dims.pop()}")
     return tuple(layers)
+
+
+def _per_layer(given: Fields, text: Fields, count: int) -> dict[str | int, dict[str, Any]]:
+    """``per_layer_config`` by layers' indices and kinds.
+
+    An index is spelt in any way that reads as one: transformers pads with zeros to one width. What a layer does not say
+    is as in the others.
+    """
+    found: dict[str | int, dict[str, Any]] = {}
+    for name in given.data:
+        key = str(name) if str(name) in (SLIDING, FULL) else _layer_index(str(name))
+        if key is None or (isinstance(key, int) and not 0 <= key < count):
+            raise CheckpointError(f"{given.source}: {given.prefix.rstrip('.')} names a layer {shown(name)}; there are "
+                                  f"layers 0 to {count - 1}, and {SLIDING} or {FULL} for all of a kind")
+        fields = given.within(name)
+        own = {} if fields is None else dict(fields.data)
+        for setting in own:
+            if fields is not None and setting not in ("head_dim", "num_key_value_heads") and (
+                    own[setting] != (text.data.get(setting) if setting != "skip" else [])):
+                raise fields.wrong(setting, "is not supported (layers differ in head_dim and num_key_value_heads "
+                                            "only)")
+        if found.setdefault(key, own) != own:
+            raise CheckpointError(f"{given.source}: {given.prefix.rstrip('.')} describes layer {key} twice, and not in "
+                                  "the same way")
+    return found
+
+
+def _layer_index(key: str) -> int | None:
+    if not re.fullmatch(r"\s*[+-]?\d+(_\d+)*\s*", key) or len(key) > 100:
+        return None
+    return int(key)
 
 
 def load_generation_config(folder: Path, model: ModelConfig) -> GenerationConfig:
     """Read ``generation_config.json`` if there is one; nulls and absent keys mean the documented defaults."""
     path = folder / "generation_config.json"
-    return generation_config_from_dict(read_json(path) if path.is_file() else {}, model, str(path))
+    return generation_config_from_dict(read_json(path) if is_there(path) else {}, model, str(path))
 
 
 def generation_config_from_dict(data: dict[str, Any], model: ModelConfig,
@@ -304,15 +299,18 @@ def generation_config_from_dict(data: dict[str, Any], model: ModelConfig,
 
     Settings of other samplers and runtimes that may stand there are ignored.
     """
-    sampler = _mapping(data, "sampler_config", source) or {}
-    sampler_class = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
+    fields = Fields(data, source)
+    sampler = fields.within("sampler_config") or Fields({}, source)
+    sampler_class = sampler.data.get("_cls_name", "EntropyBoundSamplerConfig")
     if sampler_class != "EntropyBoundSamplerConfig":
-        raise CheckpointError(f"{source}: sampler {sampler_class!r} is not supported (EntropyBoundSamplerConfig is)")
+        raise CheckpointError(f"{source}: sampler {shown(sampler_class)} is not supported (EntropyBoundSamplerConfig "
+                              "is)")
     try:
         return GenerationConfig(eos_token_id=model.eos_token_id).replace(
-            max_denoising_steps=data.get("max_denoising_steps"), entropy_bound=sampler.get("entropy_bound"),
+            max_denoising_steps=data.get("max_denoising_steps"), entropy_bound=sampler.data.get("entropy_bound"),
             t_min=data.get("t_min"), t_max=data.get("t_max"), stability_threshold=data.get("stability_threshold"),
             confidence_threshold=data.get("confidence_threshold"), max_tokens=data.get("max_new_tokens"),
-            eos_token_id=_token_ids(data.get("eos_token_id"), source))
+            eos_token_id=_token_ids(fields))
     except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        theirs = {"max_tokens": "max_new_tokens: ", "entropy_bound": "sampler_config.entropy_bound: "}
+        raise CheckpointError(f"{source}: {theirs.get(str(error).partition(' ')[0], '')}{error}") from error

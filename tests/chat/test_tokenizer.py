@@ -46,7 +46,7 @@ def test_roles_may_be_objects_or_missing(folder):
 
 def test_missing_and_broken_files_are_named(folder):
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not valid JSON"):
         Tokenizer.from_folder(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):

@@ -187,6 +187,19 @@ def test_a_long_response_is_canvases_in_a_row(tokenizer):
     assert [example.real_length for example in examples] == [8, 8, 4]
 
 
+def test_fill_is_the_end_of_text_whatever_the_turn_ends_with(tmp_path):
+    """Chat models name <turn|> as their eos_token, and others that as padding: no tail of those is taught."""
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<turn|>", "pad_token": "<turn|>"}')
+    (tmp_path / "chat_template.jinja").write_text(OPENS)
+    gemma = Tokenizer.from_folder(tmp_path)
+    assert gemma.id_to_token(gemma.eos_id) == "<turn|>"
+    for fill, token in (("eos", "<eos>"), ("pad", "<pad>")):
+        (example,) = examples_of(talk(("user", "a"), ("assistant", "b")), gemma, 8, fill=fill)
+        spelt = [gemma.id_to_token(token_id) for token_id in example.canvas_ids]
+        assert spelt[:2] == ["b", "<turn|>"] and spelt[2:] == [token] * 6
+
+
 def test_a_response_that_just_fits_needs_no_fill(tokenizer):
     examples = examples_of(talk(("user", "a"), ("assistant", "x" * 15)), tokenizer, 8, fill="pad")
     assert [example.real_length for example in examples] == [8, 8]

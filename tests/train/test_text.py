@@ -3,8 +3,10 @@
 import pytest
 
 from dgemma.api import load
+from dgemma.chat import Tokenizer
 from dgemma.errors import DgemmaError
 from dgemma.train.text import TextSource, read_texts
+from gemma_files import write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,19 @@ def test_a_canvas_is_what_follows_on_its_context(tokenizer):
             assert example.weights == [1.0] * 8
             assert example.real_length == 8
     assert lengths == {4, 5, 6, 7}
+
+
+def test_texts_are_parted_by_the_end_of_text_whatever_the_turn_ends_with(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<turn|>"}')
+    gemma = Tokenizer.from_folder(tmp_path)
+    made = TextSource([b"abcd", b"abcd"] * 20, [b"abcd"] * 20, gemma, canvas_length=30, batch_size=5, seed=0,
+                      context=(3, 6))
+    seen = {gemma.id_to_token(token) for example in made.batch(0) for token in example.canvas_ids}
+    assert "<eos>" in seen and "<turn|>" not in seen
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    with pytest.raises(DgemmaError, match="has no <bos> token"):
+        source(Tokenizer.from_folder(tmp_path))
 
 
 def test_a_step_is_always_the_same_and_another_one_is_not(tokenizer):

@@ -27,6 +27,7 @@ from dgemma.weights.load import empty_network
 from dgemma.weights.locate import bundled_path
 from dgemma.weights.names import checkpoint_name
 from dgemma.weights.quantize import MIXTURES, convert, fitting, mixture_types
+from dgemma.weights.tokenizer_keys import tokenizer_metadata
 from gemma_files import GENERATION, TEMPLATE, config_dict, tokenizer_json, write_checkpoint
 
 
@@ -173,6 +174,37 @@ def test_metadata(checkpoint, tmp_path):
         assert types[tokens.index(token)] == kind
     assert tokens[319] == "[PAD319]" and types[319] == 5
     assert fields["tokenizer.ggml.merges"] == ["▁ a", "a b", "▁a b", "c d", "ab cd"]
+
+
+@pytest.mark.parametrize("special", [True, False, None], ids=["special", "plain", "no-added-token"])
+def test_tokens_with_a_role_are_control_tokens(special, own_copy, tmp_path):
+    """Also where the tokenizer's eos_token is another one and `tokenizer.json` calls <eos> a plain token, or none."""
+    data = tokenizer_json()
+    data["added_tokens"] = [entry | {"special": bool(special)} for entry in data["added_tokens"]
+                            if special is not None or entry["content"] not in ("<eos>", "<mask>")]
+    (own_copy / "tokenizer.json").write_text(json.dumps(data))
+    (own_copy / "tokenizer_config.json").write_text('{"eos_token": "<turn|>"}')
+    convert(own_copy, tmp_path / "out.gguf", "BF16")
+    metadata = read_gguf(tmp_path / "out.gguf").metadata
+    types = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
+    assert [types[token] for token in ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<turn|>", "<channel|>")] == [
+        3, 3, 3, 2, 3, 3, 4]
+    assert types["a"] == 1
+    assert metadata["tokenizer.ggml.eos_token_id"] == 6
+
+
+def test_types_of_a_file_that_leaves_eos_a_word_are_mended(checkpoint, tmp_path, monkeypatch):
+    def theirs(*args):
+        data = tokenizer_metadata(*args)
+        data["tokenizer.ggml.token_type"][1], data["tokenizer.ggml.token_type"][4] = 1, 4
+        return data
+
+    with monkeypatch.context() as patched:  # as llama.cpp's conversion would write it
+        patched.setattr(module, "tokenizer_metadata", theirs)
+        convert(checkpoint, tmp_path / "theirs.gguf", "BF16")
+    assert read_gguf(tmp_path / "theirs.gguf").metadata["tokenizer.ggml.token_type"][:5] == [3, 1, 3, 2, 4]
+    convert(tmp_path / "theirs.gguf", tmp_path / "ours.gguf", "Q8_0")
+    assert read_gguf(tmp_path / "ours.gguf").metadata["tokenizer.ggml.token_type"][:5] == [3, 3, 3, 2, 3]
 
 
 def test_rope_freqs(bf16):

@@ -6,13 +6,13 @@ Works on the keys ``tokenizer.*`` as plain values; knows nothing of files or ten
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dgemma.chat.tokenizer import Tokenizer, special_roles
+from dgemma.chat.tokenizer import MARKS, ROLES, Tokenizer, read_backend, special_roles
 from dgemma.errors import CheckpointError
+from dgemma.fields import Fields, is_whole, parse_json, shown
 from dgemma.weights.tokenizer_keys import TOKENIZER_CONFIG_JSON, TOKENIZER_JSON
 
 if TYPE_CHECKING:
@@ -34,20 +34,14 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         backend, roles = _own(metadata, source)
     else:
         backend, roles = _from_keys(metadata, source)
-    return Tokenizer(backend, _templates(metadata), roles, source)
+    return Tokenizer(backend, _templates(metadata, source), roles, source)
 
 
 def _own(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        config = json.loads(metadata.get(TOKENIZER_CONFIG_JSON, "{}"))
-        backend = Backend.from_str(metadata[TOKENIZER_JSON])
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{source}: {TOKENIZER_JSON} cannot be read as a tokenizer: {error}") from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend, special_roles(config if isinstance(config, dict) else {})
+    keys = Fields(metadata, source)
+    backend = read_backend(keys.text(TOKENIZER_JSON, ""), f"{source}: {TOKENIZER_JSON}")
+    where = f"{source}: {TOKENIZER_CONFIG_JSON}"
+    return backend, special_roles(Fields(parse_json(keys.text(TOKENIZER_CONFIG_JSON, "{}"), where), where))
 
 
 def _from_keys(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
@@ -58,12 +52,12 @@ def _from_keys(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tok
     if kind is None:
         raise CheckpointError(f"{source}: there is no tokenizer in this file (no tokenizer.ggml.model)")
     if kind != "gemma4":
-        raise CheckpointError(f"{source}: tokenizer.ggml.model {kind!r} is not supported ('gemma4' is, which is what "
-                              "DiffusionGemma has)")
+        raise CheckpointError(f"{source}: tokenizer.ggml.model {shown(kind)} is not supported ('gemma4' is, "
+                              "which is what DiffusionGemma has)")
     tokens = _strings(metadata, "tokenizer.ggml.tokens", source)
     merges = _strings(metadata, "tokenizer.ggml.merges", source)
     types = metadata.get("tokenizer.ggml.token_type", [])
-    if not isinstance(types, list) or len(types) not in (0, len(tokens)):
+    if not isinstance(types, list) or len(types) not in (0, len(tokens)) or not all(map(is_whole, types)):
         raise CheckpointError(f"{source}: tokenizer.ggml.token_type must hold a number for each of the {len(tokens)} "
                               "tokens")
     roles = {}
@@ -72,8 +66,8 @@ def _from_keys(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tok
         if token_id is None and f"<{ours}>" in tokens:
             roles[f"{ours}_token"] = f"<{ours}>"
         elif token_id is not None:
-            if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-                raise CheckpointError(f"{source}: tokenizer.ggml.{theirs}_token_id is {token_id!r}, but there are "
+            if not is_whole(token_id) or not 0 <= token_id < len(tokens):
+                raise CheckpointError(f"{source}: tokenizer.ggml.{theirs}_token_id is {shown(token_id)}, but there are "
                                       f"{len(tokens)} tokens")
             roles[f"{ours}_token"] = tokens[token_id]
     try:
@@ -82,13 +76,20 @@ def _from_keys(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tok
         backend = Backend(models.BPE(
             vocab=dict(zip(tokens, range(len(tokens)), strict=True)), merges=pairs, unk_token=roles.get("unk_token"),
             fuse_unk=True, byte_fallback=True))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and a panic in it is not even that
+        raise CheckpointError(f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: "
+                              f"{str(error)[:300]}") from error
     # Nothing splits text into words first: merges never reach across spaces or lines by themselves.
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special, plain = dict.fromkeys(roles.values()), []
+    # What has a role is special whatever the file calls it. `Tokenizer` sees to it: added here it could stay text.
+    known = {f"<{role}>" for role in ROLES} | set(roles.values()) | set(MARKS)
+    special, plain = {}, []
     for token, kind in zip(tokens, types, strict=False):
+        if not token or token in known:
+            continue
         if kind in (_UNKNOWN, _CONTROL) or (kind == _USER_DEFINED and _MARK.fullmatch(token)):
             special[token] = None
         elif kind == _USER_DEFINED:
@@ -100,14 +101,15 @@ def _from_keys(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tok
 
 def _strings(metadata: Mapping[str, Any], key: str, source: str) -> list[str]:
     value = metadata.get(key)
-    if not isinstance(value, list) or not value or not isinstance(value[0], str):
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
         raise CheckpointError(f"{source}: {key} is missing or no list of texts, so there is no tokenizer in this file")
     return value
 
 
-def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+def _templates(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
     """The chat templates by name; the usual one is "default"."""
     prefix = "tokenizer.chat_template"
-    found = {"default" if key == prefix else key.removeprefix(f"{prefix}."): value for key, value in metadata.items()
+    keys = Fields(metadata, source)
+    found = {"default" if key == prefix else key.removeprefix(f"{prefix}."): keys.text(key, "") for key in metadata
              if key == prefix or key.startswith(f"{prefix}.")}
-    return {name: value for name, value in found.items() if isinstance(value, str) and value}
+    return {name: text for name, text in found.items() if text}

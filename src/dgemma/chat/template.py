@@ -36,8 +36,9 @@ def render(source: str, variables: Mapping[str, Any], where: str) -> str:
         ) from error
     except TemplateError as error:
         raise DgemmaError(f"the chat template of {where} refuses this conversation: {error}") from error
-    except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
-        raise DgemmaError(f"the chat template of {where} fails on this conversation: {error}") from error
+    except Exception as error:  # it is somebody else's program, which may fail in any way
+        what = str(error) or type(error).__name__
+        raise DgemmaError(f"the chat template of {where} fails on this conversation: {what}") from error
 
 
 def plain(value: Any, text: Callable[[str], str] = str) -> Any:

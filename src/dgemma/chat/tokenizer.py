@@ -17,11 +17,21 @@ from typing import TYPE_CHECKING, Any
 from dgemma.chat import template as templates
 from dgemma.chat.messages import normalise_messages, normalise_tools
 from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.fields import Fields, is_there, read_json, read_text
 
 if TYPE_CHECKING:
     import tokenizers
 
 Conversation = str | Sequence[Mapping[str, Any]]
+
+# The tokens with a role, as the family spells them, and the settings that may name others.
+ROLES = ("bos", "eos", "pad", "unk", "mask")
+ROLE_KEYS = tuple(f"{role}_token" for role in ROLES)
+
+# The chat format's own: what a template writes and a model answers with.
+MARKS = ("<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>",
+         "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>', "<|image>", "<image|>", "<|image|>",
+         "<|audio>", "<audio|>", "<|audio|>", "<|video|>")
 
 # Spellings in a conversation are stood in for by single characters of this private plane while it is rendered.
 _STAND_INS = range(0xF0000, 0xFFFFE)
@@ -41,14 +51,15 @@ class Tokenizer:
 
         `chat_template`: one template, or several by name ("default", "tool_use"). `special_tokens`: their roles,
         such as `{"bos_token": "<bos>"}`; templates see them under these names. `source` names the checkpoint in
-        errors.
+        errors. Tokens with a role and the chat format's marks become special in `backend`, whatever it says of them.
         """
         self.backend = backend
         self.source = source
+        self.special_tokens = dict(special_tokens or {})
+        _make_special(backend, self.special_tokens)
         self.chat_templates = (
             {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
         )
-        self.special_tokens = dict(special_tokens or {})
         self.bos_id = self._role_id("bos")
         self.eos_id = self._role_id("eos")
         self.pad_id = self._role_id("pad")
@@ -70,37 +81,38 @@ class Tokenizer:
         `tokenizer.json` is needed; `tokenizer_config.json` (roles of special tokens, a template in older
         checkpoints) and `chat_template.jinja` (which wins) may be absent. Raises `CheckpointError`.
         """
-        from tokenizers import Tokenizer as Backend
-
         folder = Path(folder)
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not is_there(path):
             raise CheckpointError(
                 f"{path} is missing: copy tokenizer.json, tokenizer_config.json and chat_template.jinja there from"
                 " the checkpoint that the weights came from"
             )
-        try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
-        # A file may ask for truncation or padding, which would quietly change prompts.
-        backend.no_truncation()
-        backend.no_padding()
-
-        config = _read_config(folder / "tokenizer_config.json")
-        chat_template = _config_templates(config, folder / "tokenizer_config.json")
-        template_path = folder / "chat_template.jinja"
-        if template_path.is_file():
-            try:
-                chat_template = template_path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise CheckpointError(f"{template_path} is not UTF-8 text: {error}") from error
-        return cls(backend, chat_template, special_roles(config), str(folder))
+        backend = read_backend(read_text(path), str(path))
+        config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        config = Fields(read_json(config_path) if is_there(config_path) else {}, str(config_path))
+        templates = read_text(template_path) if is_there(template_path) else config_templates(config)
+        return cls(backend, templates, special_roles(config), str(folder))
 
     @property
     def vocab_size(self) -> int:
         """How many tokens there are, special ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def end_of_text_id(self) -> int | None:
+        """The token that ends a text and fills what is left of a canvas: `<eos>` where the vocabulary has it.
+
+        Not `eos_id`: of a chat model that often is the end of a turn, which is to stand once, where the turn ends.
+        """
+        found = self.token_to_id("<eos>")
+        return self.eos_id if found is None else found
+
+    @property
+    def padding_id(self) -> int | None:
+        """The token that means nothing: `<pad>` where the vocabulary has it, whatever else is used as padding."""
+        found = self.token_to_id("<pad>")
+        return self.pad_id if found is None else found
 
     @property
     def has_chat_template(self) -> bool:
@@ -158,7 +170,10 @@ class Tokenizer:
                 if "String" in pattern:
                     text = text.replace(pattern["String"], step["content"])
                 else:
-                    text = re.sub(pattern["Regex"], lambda _, new=step["content"]: new, text)
+                    try:
+                        text = re.sub(pattern["Regex"], lambda _, new=step["content"]: new, text)
+                    except re.error:  # the library's expressions are another dialect
+                        return self.backend.decode([token_id], skip_special_tokens=False).encode()
             elif step["type"] == "Metaspace":
                 text = text.replace(step["replacement"], " ")
             elif step["type"] not in ("ByteFallback", "Fuse", "Strip"):  # Strip is about the text as a whole
@@ -260,6 +275,23 @@ class _Typed:
                 yield self._spellings.get(stretch, stretch), stretch in self._spellings
 
 
+def _make_special(backend: tokenizers.Tokenizer, roles: Mapping[str, str]) -> None:
+    """Make special the tokens with a role and the chat format's marks, as far as the vocabulary has them.
+
+    Files disagree about them: one whose `eos_token` is "<turn|>" may well leave `<eos>` an ordinary token, and then it
+    is shown, and a user who types it is heard.
+    """
+    from tokenizers import AddedToken
+
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    named = [roles[key] for key in ROLE_KEYS if roles.get(key)]
+    wanted = dict.fromkeys([*(f"<{role}>" for role in ROLES), *MARKS, *named])
+    # Of a token that is not there a new one would be made, which the network does not know.
+    new = [token for token in wanted if token not in special and backend.token_to_id(token) is not None]
+    if new:
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
+
+
 def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:
     """What a backend's decoder does to a token, step by step, as `tokenizer.json` spells it."""
     if decoder is None:
@@ -290,40 +322,43 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def read_backend(text: str, where: str) -> tokenizers.Tokenizer:
+    """The tokenizer that the text of a ``tokenizer.json`` describes; `CheckpointError` naming ``where`` if none."""
+    from tokenizers import Tokenizer as Backend
+
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(config).__name__}")
-    return config
+        backend = Backend.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and a panic in it is not even that
+        raise CheckpointError(f"{where} cannot be read as a tokenizer: {str(error)[:300]}") from error
+    # A file may ask for truncation or padding, which would quietly change prompts.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
-def _config_templates(config: dict[str, Any], path: Path) -> str | dict[str, str] | None:
+def config_templates(config: Fields) -> str | dict[str, str] | None:
     """The template(s) that older checkpoints keep in their tokenizer_config.json."""
-    found: Any = config.get("chat_template")
-    wrong = CheckpointError(f"{path}: chat_template must be text, or a list of names and templates")
+    found: Any = config.data.get("chat_template")
     if found is None or isinstance(found, str):
         return found
-    if not isinstance(found, list):
-        raise wrong
-    try:
-        templates = {entry["name"]: entry["template"] for entry in found}
-    except (TypeError, KeyError) as error:
-        raise wrong from error
-    if not all(isinstance(text, str) for text in templates.values()):
-        raise wrong
-    return templates
+    named: dict[str, str] = {}
+    for entry in found if isinstance(found, list) else [None]:
+        name, source = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(source, str):
+            raise config.wrong("chat_template", "must be text, or a list of names and templates")
+        named[name] = source
+    return named
 
 
-def special_roles(config: dict[str, Any]) -> dict[str, str]:
+def special_roles(config: Fields) -> dict[str, str]:
     """`bos_token`, `eos_token`…: a string, or an object with the string as its content."""
     roles = {}
-    for key, value in config.items():
-        value = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(value, str):
-            roles[key] = value
+    for key, value in config.data.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            roles[key] = text
+        elif key in ROLE_KEYS and text is not None:
+            raise config.wrong(key, "must be text, or an object with text as its content")
     return roles

@@ -50,7 +50,7 @@ class Spelling:
     glyphs: list[Glyph]
     after: Place
     ended: bool  # at a stop token; what follows it is left out
-    length: int  # positions before that
+    length: int  # positions before that, and before the padding that stands there
 
 
 def looks_of(event: Denoised, pinned: Sequence[bool], before: Denoised | None) -> list[str]:
@@ -80,10 +80,11 @@ def spell(tokens: Iterable[tuple[int, str]], place: Place, piece_of: PieceOf, co
     """
     speller = _Speller(place, piece_of, committed)
     length = 0
-    for token_id, look in tokens:
+    for position, (token_id, look) in enumerate(tokens, start=1):
         if speller.token(token_id, look):
             return Spelling(speller.glyphs, speller.place, True, length)
-        length += 1
+        if piece_of(token_id) != (b"<pad>", True):
+            length = position
     speller.flush(last=True)
     return Spelling(speller.glyphs, speller.place, False, length)
 

@@ -24,16 +24,20 @@ _FILES_SHOWN = 8
 def inspect(
     model: Annotated[str, typer.Argument(help="A bundled name, a checkpoint folder, a .gguf file, or a name on the "
                                               "hub: org/name, org/name:Q4_K_M.")],
+    check: Annotated[bool, typer.Option("--check", help="Read all weights, too, and name the tensors with numbers "
+                                                        "that are infinite or no numbers (NaN).")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show a checkpoint's shape, parameters, files, types and memory needs, and check that it would load.
 
-    Reads no weights, only their headers. Exits with 1 when something is wrong with the checkpoint.
+    Reads no weights, only their headers, but for --check. Exits with 1 when something is wrong with the checkpoint.
     """
+    from dgemma.cli.session import LoadingBar
     from dgemma.weights.inspect import inspect_checkpoint
     from dgemma.weights.locate import locate
 
-    report = inspect_checkpoint(locate(model))
+    with LoadingBar("checking") as bar:
+        report = inspect_checkpoint(locate(model), check=check, progress=bar.update)
     if json:
         print_json({"model": model, **report.to_dict()})
     else:
@@ -102,12 +106,23 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
         ("eos_token_id", ", ".join(map(str, defaults.eos_token_id))),
     ])
     console.print()
+    for note in report.notes:
+        console.print(Text(f"Note: {note}", "yellow"), soft_wrap=True)
+    if report.unread:
+        console.print(Text(f"Not read: tensors of type {', '.join(report.unread)}", "yellow"), soft_wrap=True)
+    if not report.problems and report.checked:
+        console.print(Text("No problems found: every tensor is there, in the expected shape, and every number that was "
+                           "read is finite.", "green"))
+    elif not report.problems:
+        console.print(Text("No problems found in the headers: every tensor is there, in the expected shape. The "
+                           "numbers were not read: --check does.", "green"))
     if not report.problems:
-        console.print(Text("No problems found: every tensor is there, in the expected shape.", "green"))
         return
+    from dgemma.weights.inspect import NOT_FINITE
     from dgemma.weights.load import describe
 
-    console.print(Text("Problems: this checkpoint cannot be loaded", "bold red"))
+    loads = all(problem.kind == NOT_FINITE for problem in report.problems)
+    console.print(Text(f"Problems: this checkpoint cannot be {'used' if loads else 'loaded'}", "bold red"))
     console.print(Text(describe(report.problems)), soft_wrap=True)
 
 

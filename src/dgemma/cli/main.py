@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Annotated
+import warnings
+from pathlib import Path
+from typing import Annotated, TextIO
 
 import typer
 
@@ -44,6 +46,15 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
     pass
 
 
+def _say_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+                 file: TextIO | None = None, line: str | None = None) -> None:
+    """What the library has to say to its user, as one; all else as Python shows it."""
+    if category is UserWarning and "dgemma" in Path(filename).parts:
+        typer.secho(f"Note: {message}", fg="yellow", err=True)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
 def main() -> None:
     """Run the command line; a user's mistake ends in one line on stderr and exit code 1.
 
@@ -52,6 +63,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what an ASCII terminal cannot spell is escaped, not a traceback
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = _say_warning
     try:
         app()
     except DgemmaError as error:

@@ -70,7 +70,8 @@ class LoadingBar:
 
     PATIENCE = 0.5  # seconds
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "loading") -> None:
+        self._what = what
         self._began = time.monotonic()
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
@@ -88,9 +89,9 @@ class LoadingBar:
         if self._progress is None and time.monotonic() - self._began > self.PATIENCE and self._console.is_terminal:
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-            self._progress = Progress(TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            self._progress = Progress(TextColumn(self._what), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
                                       console=self._console, transient=True)
-            self._progress.add_task("loading", total=total)
+            self._progress.add_task(self._what, total=total)
             self._progress.start()
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=done)

@@ -11,7 +11,6 @@ alternatives last.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, fields
@@ -32,6 +31,7 @@ from dgemma.diffusion.events import (
     TokenLogprob,
 )
 from dgemma.errors import DgemmaError
+from dgemma.fields import parse_json, shown
 from dgemma.files import atomic_write, json_bytes
 
 FORMAT = "dgemma-trace"
@@ -74,12 +74,12 @@ def read_trace(path: str | Path) -> Trace:
             events: list[Event] = []
             for number, line in enumerate(file, 2):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line, "it", halves=True)
                     pieces.update(_pieces_from(record.pop("pieces", {})))
                     event = _event_from(record)
                     if (unknown := next((i for i in _tokens(event) if i not in pieces), None)) is not None:
                         raise ValueError(f"no piece for token {unknown}")
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                except (ValueError, TypeError, KeyError, AttributeError, OverflowError, DgemmaError) as error:
                     whole = "is damaged" if line.endswith(b"\n") else "is cut off"
                     raise DgemmaError(
                         f"{path}: line {number} {whole} ({error}); the lines before it can be kept as a trace"
@@ -292,14 +292,14 @@ def _value(name: str, kind: str, value: Any) -> Any:
 
 def _read_header(path: Path, line: bytes) -> TraceHeader:
     try:
-        header = json.loads(line)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        header = parse_json(line, str(path), halves=True)
+    except DgemmaError:
+        header = {}
+    if header.get("format") != FORMAT:
         raise DgemmaError(f"{path} is not a trace: its first line must be a {FORMAT} header")
     if header.get("version") != VERSION:
         raise DgemmaError(
-            f"{path} is a trace of version {header.get('version')}; this dgemma reads version {VERSION}: "
+            f"{path} is a trace of version {shown(header.get('version'))}; this dgemma reads version {VERSION}: "
             "record it again, or use the dgemma that wrote it"
         )
     if not all(isinstance(header.get(field.name), str) for field in fields(TraceHeader)):

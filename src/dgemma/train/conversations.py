@@ -178,7 +178,7 @@ def _from_json(value: Any, what: str) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DgemmaError(f"{what} is text, but no JSON: {error}") from error
 
 
@@ -252,7 +252,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
         raise DgemmaError(f"{path}: cannot be read ({error})") from error
     try:
         rows = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         lines = [line for line in data.splitlines() if line.strip()]
         if len(lines) < 2 or isinstance(_json_line(lines[0]), Exception):
             raise DgemmaError(f"{path}: not valid JSON: {error}") from error
@@ -273,7 +273,7 @@ def _json_lines(lines: Iterable[bytes], path: Path) -> Iterator[Row]:
 def _json_line(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         return ValueError(f"not valid JSON: {error}")
 
 

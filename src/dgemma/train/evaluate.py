@@ -111,7 +111,7 @@ def read_puzzles(path: Path) -> tuple[np.ndarray, np.ndarray]:
         try:
             entry = json.loads(line)
             puzzle, solution = sudoku.parse(entry["puzzle"]), sudoku.parse(entry["solution"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise DgemmaError(f'{path}, line {number}: expected {{"puzzle": "…", "solution": "…"}} '
                               f"({error})") from error
         if puzzle is None or solution is None or not sudoku.is_solved(solution, puzzle):

@@ -102,7 +102,7 @@ def examples_of(conversation: Conversation, tokenizer: Tokenizer, canvas_length:
     if canvas_length < 1 or fill_weight < 0:
         raise DgemmaError(f"canvas_length must be at least 1 and fill_weight at least 0, got {canvas_length} and "
                           f"{fill_weight}")
-    fill_id = tokenizer.eos_id if fill == "eos" else tokenizer.pad_id
+    fill_id = tokenizer.end_of_text_id if fill == "eos" else tokenizer.padding_id
     if fill_id is None:
         raise DgemmaError(f"{tokenizer.source} has no {fill} token to fill canvases with: choose the other fill")
     examples = []

@@ -239,7 +239,7 @@ def _cut(path: Path, folder: Path, step: int) -> None:
 def _record(line: bytes, where: str) -> Record:
     try:
         data = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DgemmaError(f"{where}: not a JSON value ({error}); take the line out") from error
     if not isinstance(data, dict) or not isinstance(data.get("step"), int) or not isinstance(data.get("kind"), str):
         raise DgemmaError(f'{where}: expected {{"step": number, "kind": "…", "values": {{…}}}}; take the line out')

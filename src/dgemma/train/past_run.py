@@ -6,7 +6,6 @@ record: ``task/exact`` is ``exact`` here.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma.errors import DgemmaError
+from dgemma.fields import parse_json_value
 from dgemma.train.journal import Record, read_journal
 
 COSTS = ("steps_per_canvas", "tokens_per_forward", "seconds_per_answer", "failed", "max_steps")
@@ -138,9 +138,10 @@ def _json(path: Path, kind: type) -> Any:
     if not text:
         return kind()
     try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise DgemmaError(f"{path}: not a JSON value ({error}); take the file away to report without it") from error
+        data = parse_json_value(text, str(path), DgemmaError, halves=True)
+    except DgemmaError as error:
+        raise DgemmaError(f"{path}: not a JSON value ({error.__cause__ or error}); take the file away to report "
+                          "without it") from error
     if not isinstance(data, kind):
         raise DgemmaError(f"{path}: expected a JSON {'object' if kind is dict else 'array'}; take the file away to "
                           "report without it")

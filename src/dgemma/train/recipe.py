@@ -270,7 +270,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DgemmaError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 40th of May
         raise DgemmaError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(data, dict):
         raise DgemmaError(f"{path}: a recipe is a mapping of settings")

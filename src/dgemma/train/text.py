@@ -59,7 +59,11 @@ class TextSource:
         if not 1 <= context[0] <= context[1]:
             raise DgemmaError(f"context must be two numbers of tokens, the smaller first, got {list(context)}")
         self.canvas_length, self.batch_size, self.seed, self.context = canvas_length, batch_size, seed, context
-        self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
+        bos, end = tokenizer.bos_id, tokenizer.end_of_text_id
+        if bos is None or end is None:
+            lacking = "<bos>" if bos is None else "<eos>"
+            raise DgemmaError(f"{tokenizer.source} has no {lacking} token, which training on plain text takes")
+        self._bos, self._eos = bos, end
         self._train, self._held_out = (self._joined(those, tokenizer) for those in (texts, held_out))
         for tokens in (self._train, self._held_out):
             if len(tokens) < context[1] + canvas_length:

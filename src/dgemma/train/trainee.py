@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dgemma.api import Model, Parts, read_parts
@@ -24,7 +24,7 @@ from dgemma.config import (
     generation_config_from_dict,
     model_config_from_dict,
 )
-from dgemma.errors import DgemmaError
+from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import make_folder
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import attach, install
@@ -200,11 +200,14 @@ def _train_everything(trainee: Trainee) -> None:
 def _read_weights(folder: Path, parameters: Mapping[str, Tensor]) -> None:
     """Give parameters the numbers that a checkpoint has for them."""
     for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            for stored in file.keys():  # noqa: SIM118 (it is no dict)
-                name = network_name(stored)
-                if name is not None and name in parameters:
-                    parameters[name].copy_(file.get_tensor(stored))
+        try:
+            with safe_open(path, "pt") as file:
+                for stored in file.keys():  # noqa: SIM118 (it is no dict)
+                    name = network_name(stored)
+                    if name is not None and name in parameters:
+                        parameters[name].copy_(file.get_tensor(stored))
+        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: another shape
+            raise CheckpointError(f"{path}: cannot be read as this model's weights ({error})") from error
 
 
 def _swap(new: Path, folder: Path) -> None:

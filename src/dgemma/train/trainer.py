@@ -433,6 +433,6 @@ def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["run"])
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise DgemmaError(f"{path}: is damaged ({error}); remove it to start anew") from error
     return about, tensors

@@ -85,7 +85,7 @@ def is_finished(folder: Path, recipe: Recipe) -> bool:
         return bool(finished) and located(with_defaults(settings, recipe)) == located(settings_of(recipe))
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise DgemmaError(f"{folder}: is no folder of a run ({error}); choose another --out") from error
 
 

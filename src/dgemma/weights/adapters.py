@@ -12,7 +12,6 @@ both, else under ``experts``. PEFT has no DoRA there: the magnitude [E, N] has t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -23,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgemma.config import LARGEST_SIZE
 from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.fields import Fields, is_number, is_there, read_json, shown
 from dgemma.files import atomic_write, json_bytes, make_folder
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import AdapterConfig, Factors, adaptable, adapter_parameters, adapters, install
@@ -42,8 +43,6 @@ _PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "ort
           **dict.fromkeys(("modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication", "use_qalora",
                            "trainable_token_indices", "use_bdlora", "kasa_config", "velora_config", "arrow_config",
                            "monteclora_config", "alora_invocation_tokens"), ())}
-
-_TARGETS = {"target_modules": (list, str), "target_parameters": (list,)}  # a string is a regular expression
 
 
 @dataclass(frozen=True)
@@ -140,46 +139,62 @@ def _open(path: Path) -> tuple[Path, dict[str, Any]]:
             "; adapter_model.bin is a pickle, which is not read here: save it as safetensors" if pickled else "")
             if is_folder else f"{path}: no such adapter (a folder with {CONFIG_FILE} and {WEIGHTS_FILE})")
     config = file.parent / CONFIG_FILE
-    try:
-        settings = json.loads(config.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{config}: cannot be read ({error.strerror}); an adapter needs it") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{config}: not valid JSON ({error})") from error
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        kind = settings.get("peft_type") if isinstance(settings, dict) else settings
-        raise CheckpointError(f"{config}: peft_type must be LORA, got {kind!r}")
+    if not is_there(config):
+        raise CheckpointError(f"{config}: cannot be read (no such file); an adapter needs it")
+    settings = read_json(config)
+    if settings.get("peft_type") != "LORA":
+        raise CheckpointError(f"{config}: peft_type must be LORA, got {shown(settings.get('peft_type'))}")
     return file, settings
 
 
 def _settings(file: Path, settings: Mapping[str, Any]) -> AdapterConfig:
+    fields = Fields(settings, str(file))
     for key, allowed in _PLAIN.items():
         value = settings.get(key)
         if value not in (None, False, [], {}) and value not in allowed:
-            raise CheckpointError(f"{file}: {key} {value!r} is not supported")
-    for key, kinds in _TARGETS.items():
-        if settings.get(key) and not isinstance(settings[key], kinds):
-            raise CheckpointError(f"{file}: {key} must be a list of names, got {settings[key]!r}")
-    try:
-        if isinstance(expression := settings.get("target_modules"), str):
+            raise CheckpointError(f"{file}: {key} {shown(value)} is not supported")
+    expression = settings.get("target_modules")
+    if not isinstance(expression, str):
+        for key in ("target_modules", "target_parameters", "exclude_modules"):
+            if not (key == "exclude_modules" and isinstance(settings.get(key), str)):
+                fields.texts(key)
+    else:
+        fields.texts("target_parameters")
+        try:
             re.compile(expression)
-        return AdapterConfig(r=settings["r"], alpha=settings["lora_alpha"], dora=bool(settings.get("use_dora")),
-                             rslora=bool(settings.get("use_rslora")), dropout=settings.get("lora_dropout") or 0.0)
-    except KeyError as error:
-        raise CheckpointError(f"{file}: {error.args[0]} is missing") from error
-    except (DgemmaError, TypeError, re.error) as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        except (re.error, RecursionError, OverflowError) as error:
+            raise fields.wrong("target_modules", f"is no regular expression ({error})") from error
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        if settings.get(key) is None and key != "lora_dropout":
+            raise fields.missing(key)
+        if is_number(settings.get(key)) and abs(settings[key]) > LARGEST_SIZE:
+            raise fields.wrong(key, f"must be at most {LARGEST_SIZE:,}")
+    dropout = fields.data.get("lora_dropout") or 0.0
+    if not is_number(dropout):
+        raise fields.wrong("lora_dropout", "must be a number")
+    dora, rslora = bool(fields.flag("use_dora")), bool(fields.flag("use_rslora"))
+    try:
+        return AdapterConfig(r=settings["r"], alpha=settings["lora_alpha"], dora=dora, rslora=rslora, dropout=dropout)
+    except (DgemmaError, OverflowError) as error:
+        raise CheckpointError(f"{file}: {str(error)[:300]}") from error
 
 
 def _with_patterns(config: AdapterConfig, settings: Mapping[str, Any], places: Iterable[str],
                    file: Path) -> AdapterConfig:
     """With the ranks and alphas of single matrices, whose patterns are of transformers' names, by our names."""
+    fields = Fields(settings, str(file))
+    patterns = {key: dict(found.data) if (found := fields.within(key)) else {}
+                for key in ("rank_pattern", "alpha_pattern")}
+    for key, values in patterns.items():
+        for name, value in values.items():
+            if not is_number(value) or abs(value) > LARGEST_SIZE:
+                raise CheckpointError(f"{file}: {key}: {shown(name)} must be a number of at most {LARGEST_SIZE:,}, got "
+                                      f"{shown(value)}")
     try:
-        theirs = replace(config, rank_pattern=settings.get("rank_pattern") or {},
-                         alpha_pattern=settings.get("alpha_pattern") or {})
+        theirs = replace(config, **patterns)
         values = [(_ours(place), theirs.rank_of(place), theirs.alpha_of(place)) for place in places]
-    except (DgemmaError, TypeError, AttributeError, re.error) as error:
-        raise CheckpointError(f"{file}: rank_pattern or alpha_pattern: {error}") from error
+    except (DgemmaError, re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{file}: rank_pattern or alpha_pattern: {str(error)[:300]}") from error
     if len(set(values)) > len({name for name, *_ in values}):
         raise CheckpointError(f"{file}: rank_pattern or alpha_pattern differs between the encoder and the decoder, "
                               "which share one adapter here")

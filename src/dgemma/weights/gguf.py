@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dgemma.errors import CheckpointError
+from dgemma.fields import is_whole, shown
 from dgemma.kernels.blocks import BY_CODE, BlockType
 
 MAGIC = b"GGUF"
@@ -92,8 +93,8 @@ def read_gguf(path: str | Path) -> GGUFFile:
     path = Path(path)
     first = _read_part(path)
     count = first.metadata.get("split.count", 1)
-    if not isinstance(count, int) or not 0 <= count <= 99_999:
-        raise CheckpointError(f"{path}: corrupt header: split.count is {count!r}")
+    if not is_whole(count) or not 0 <= count <= 99_999:
+        raise CheckpointError(f"{path}: corrupt header: split.count is {shown(count)}")
     if count <= 1:
         return first
     paths = _part_paths(path, first.metadata.get("split.no"), count)
@@ -106,8 +107,8 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
 
 def _part_paths(path: Path, number: Any, count: int) -> list[Path]:
-    if not isinstance(number, int) or not 0 <= number < count:
-        raise CheckpointError(f"{path}: corrupt header: split.no is {number!r} and split.count {count}")
+    if not is_whole(number) or not 0 <= number < count:
+        raise CheckpointError(f"{path}: corrupt header: split.no is {shown(number)} and split.count {count}")
     name = _PART.fullmatch(path.name)
     if name is None or int(name["count"]) != count:
         raise CheckpointError(f"{path}: this is part {number + 1} of {count}; the others are found by their names, so "
@@ -133,9 +134,9 @@ def _join(first: GGUFFile, paths: list[Path]) -> GGUFFile:
             continue
         says = part.metadata.get("split.no"), part.metadata.get("split.count")
         if says != (number, len(paths)):
-            shown = "no part of a split model" if says == (None, None) else "a part of another one"
+            what = "no part of a split model" if says == (None, None) else "a part of another one"
             damaged.append(f"{path.name}: this should be part {number + 1} of {len(paths)}, but it says that it is "
-                           f"{shown} (split.no {says[0]!r}, split.count {says[1]!r})")
+                           f"{what} (split.no {shown(says[0])}, split.count {shown(says[1])})")
             complete = False
             continue
         damaged.extend(part.damaged)
@@ -143,7 +144,7 @@ def _join(first: GGUFFile, paths: list[Path]) -> GGUFFile:
                        if name in tensors)
         tensors.update(part.tensors)
     total = first.metadata.get("split.tensors.count")
-    if complete and isinstance(total, int) and total != len(tensors):
+    if complete and is_whole(total) and total != len(tensors):
         damaged.append(f"{paths[0].name}: the parts hold {len(tensors)} tensors together, split.tensors.count says "
                        f"{total}")
     return GGUFFile(paths[0], first.version, first.metadata, tensors, tuple(paths), tuple(damaged), complete)
@@ -240,8 +241,8 @@ def _parse(reader: _Reader) -> GGUFFile:
         metadata[key] = reader.value(reader.u32())
     reader.where = "tensor table"
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-        raise reader.corrupt(f"general.alignment is {alignment!r}")
+    if not is_whole(alignment) or not 1 <= alignment <= 1 << 20:
+        raise reader.corrupt(f"general.alignment is {shown(alignment)}")
     reader.check_count(tensor_count, 24, "tensors")
     entries = []
     for _ in range(tensor_count):

@@ -11,8 +11,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from dgemma.config import FULL, SLIDING, GenerationConfig, LayerConfig, ModelConfig
+from dgemma.config import (
+    FULL,
+    LARGEST_SIZE,
+    MOST_LAYERS,
+    MOST_TOKENS,
+    SLIDING,
+    GenerationConfig,
+    LayerConfig,
+    ModelConfig,
+)
 from dgemma.errors import CheckpointError
+from dgemma.fields import is_number, is_whole, shown
 
 ARCHITECTURE = "diffusion-gemma"
 ROPE_FREQS = "rope_freqs.weight"
@@ -24,8 +34,6 @@ MAX_NEW_TOKENS = "dgemma.max_new_tokens"
 
 # Tokens that end an answer, beside those that the file's keys name.
 _STOPS = ("<eos>", "<turn|>", "<|tool_response>")
-_LARGEST = 1 << 19  # of any size but the vocabulary: shapes made of three stay within 64 bits
-_MOST_LAYERS = 1024
 
 _TOP = {
     "embed_tokens.weight": "token_embd.weight",
@@ -125,22 +133,22 @@ def check_architecture(metadata: Mapping[str, Any], source: str) -> None:
     if kind == "adapter":
         what = "it is an adapter in GGUF form, which dgemma does not read"
     elif kind != "model" and architecture != "clip":
-        what = f"its general.type is {kind!r}; dgemma runs models"
+        what = f"its general.type is {shown(kind)}; dgemma runs models"
     else:
         what = _ELSEWHERE.get(str(architecture), "if it is a language model, llama.cpp may run it")
         if str(architecture).startswith("gemma4-"):
             what = _ELSEWHERE["gemma4"]
-    raise CheckpointError(f"{source}: architecture {architecture!r} is not DiffusionGemma: {what}. dgemma runs "
+    raise CheckpointError(f"{source}: architecture {shown(architecture)} is not DiffusionGemma: {what}. dgemma runs "
                           f"architecture {ARCHITECTURE!r} only")
 
 
 def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens that end an answer: our own key's, else those of the tokenizer's keys and of the chat format."""
     own = metadata.get(EOS_TOKEN_IDS)
-    if isinstance(own, list) and own and all(map(_is_int, own)):
+    if isinstance(own, list) and own and all(map(_is_token, own)):
         return tuple(own)
     named: list[Any] = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot")]
-    found = [token_id for token_id in named if _is_int(token_id)]
+    found = [token_id for token_id in named if _is_token(token_id)]
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list):
         for stop in _STOPS:
@@ -157,7 +165,7 @@ def read_model_config(metadata: Mapping[str, Any], vocab_size: int | None, rotar
     Raises CheckpointError naming every key that is missing or makes no sense.
     """
     keys = _Keys(metadata, source)
-    count = keys.size("block_count", most=_MOST_LAYERS)
+    count = keys.size("block_count", most=MOST_LAYERS)
     heads = keys.size("attention.head_count")
     hidden = keys.size("embedding_length")
     sliding = keys.each("attention.sliding_window_pattern", count, bool)
@@ -167,12 +175,14 @@ def read_model_config(metadata: Mapping[str, Any], vocab_size: int | None, rotar
     for name, wanted in (("attention.value_length", full_dim), ("attention.value_length_swa", sliding_dim),
                          ("rope.dimension_count", full_dim), ("rope.dimension_count_swa", sliding_dim)):
         if keys.size(name, default=wanted) != wanted:
-            keys.wrong.append(f"{keys.full(name)} is {keys.get(name)!r}; only heads whose values are as long as their "
-                              f"keys ({wanted}) and rotate as a whole are supported")
+            keys.wrong.append(f"{keys.full(name)} is {shown(keys.get(name))}; only heads whose values are as long as "
+                              f"their keys ({wanted}) and rotate as a whole are supported")
     if keys.number("rope.scaling.factor", 1.0) != 1.0 and keys.get("rope.scaling.type") not in (None, "none"):
         keys.wrong.append(f"{keys.full('rope.scaling.factor')}: scaled rotary embeddings are not supported")
-    if metadata.get("diffusion.shift_logits"):
-        keys.wrong.append("diffusion.shift_logits true is not supported")
+    if (shift := metadata.get("diffusion.shift_logits")) not in (None, False):
+        keys.wrong.append(f"diffusion.shift_logits {shown(shift)} is not supported")
+    if (own := metadata.get(EOS_TOKEN_IDS)) is not None and not (isinstance(own, list) and all(map(_is_token, own))):
+        keys.wrong.append(f"{EOS_TOKEN_IDS} must be a list of token ids, got {shown(own)}")
     bases = {FULL: keys.number("rope.freq_base", 1e6), SLIDING: keys.number("rope.freq_base_swa", 1e4)}
     layers = tuple(LayerConfig(SLIDING, sliding_dim, kv, bases[SLIDING], 1.0) if slides else
                    LayerConfig(FULL, full_dim, kv, bases[FULL], rotary)
@@ -186,7 +196,7 @@ def read_model_config(metadata: Mapping[str, Any], vocab_size: int | None, rotar
         keys.wrong.append(f"{keys.full('expert_used_count')} is {used}, more than {keys.full('expert_count')} "
                           f"{experts}")
     config = ModelConfig(
-        vocab_size=keys.size("vocab_size", default=vocab_size, most=1 << 24),
+        vocab_size=keys.size("vocab_size", default=vocab_size, most=MOST_TOKENS),
         hidden_size=hidden,
         intermediate_size=keys.size("feed_forward_length"),
         num_attention_heads=heads,
@@ -198,7 +208,7 @@ def read_model_config(metadata: Mapping[str, Any], vocab_size: int | None, rotar
         canvas_length=keys.size("diffusion.canvas_length", own=False),
         final_logit_softcapping=keys.number("final_logit_softcapping", 30.0),
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-6),
-        max_position_embeddings=keys.size("context_length", default=262_144, most=1 << 31),
+        max_position_embeddings=keys.size("context_length", default=262_144, most=(1 << 31) - 1),
         eos_token_id=stop_ids(metadata),
     )
     keys.finish()
@@ -218,7 +228,9 @@ def read_generation_config(metadata: Mapping[str, Any], model: ModelConfig, sour
             t_max=setting("t_max"), stability_threshold=_whole(stability),
             confidence_threshold=setting("confidence_threshold"), max_tokens=metadata.get(MAX_NEW_TOKENS))
     except ValueError as error:
-        raise CheckpointError(f"{source}: diffusion.eb_…: {error}") from error
+        name = str(error).partition(" ")[0]
+        key = MAX_NEW_TOKENS if name == "max_tokens" else f"diffusion.eb_{name.replace('max_denoising', 'max')}"
+        raise CheckpointError(f"{source}: {key}: {error}") from error
 
 
 def config_metadata(config: ModelConfig, generation: GenerationConfig) -> dict[str, int | float | bool | list]:
@@ -283,7 +295,7 @@ class _Keys:
     def get(self, name: str) -> Any:
         return self._metadata.get(self.full(name))
 
-    def size(self, name: str, default: int | None = None, most: int = _LARGEST, own: bool = True) -> int:
+    def size(self, name: str, default: int | None = None, most: int = LARGEST_SIZE, own: bool = True) -> int:
         """A whole number from 1 to ``most``; some files repeat it for every layer."""
         key = self.full(name) if own else name
         value: Any = self._metadata.get(key)
@@ -293,8 +305,8 @@ class _Keys:
             return default
         if value is None:
             self.missing.append(key)
-        elif not _is_int(value) or not 1 <= value <= most:
-            self.wrong.append(f"{key} must be a whole number from 1 to {most:,}, got {_short(value)}")
+        elif not is_whole(value) or not 1 <= value <= most:
+            self.wrong.append(f"{key} must be a whole number from 1 to {most:,}, got {shown(value)}")
         else:
             return value
         return 1
@@ -303,22 +315,23 @@ class _Keys:
         value = self.get(name)
         if value is None:
             return default
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+        if is_number(value) and 0 < value <= 3e38:
             return _tidy(value)
-        self.wrong.append(f"{self.full(name)} must be a number above 0, got {_short(value)}")
+        self.wrong.append(f"{self.full(name)} must be a number above 0, got {shown(value)}")
         return default
 
     def each(self, name: str, count: int, kind: type) -> list:
         """One value for each layer; a single number stands for all of them."""
         value: Any = self.get(name)
-        if kind is int and _is_int(value):
+        if kind is int and is_whole(value):
             value = [value] * count
         if value is None:
             self.missing.append(self.full(name))
         elif not isinstance(value, list) or len(value) != count or not all(
-                isinstance(item, bool) if kind is bool else _is_int(item) and 1 <= item <= _LARGEST for item in value):
+                isinstance(item, bool) if kind is bool else is_whole(item) and 1 <= item <= LARGEST_SIZE
+                for item in value):
             what = "true or false" if kind is bool else "a whole number"
-            self.wrong.append(f"{self.full(name)} must hold {what} for each of the {count} layers, got {_short(value)}")
+            self.wrong.append(f"{self.full(name)} must hold {what} for each of the {count} layers, got {shown(value)}")
         else:
             return value
         return [kind(1)] * count
@@ -334,8 +347,8 @@ def _listed(kind: str, items: Iterable[str]) -> list[str]:
     return [f"  {kind} ({len(items)}):", *(f"    {item}" for item in items)] if items else []
 
 
-def _is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_token(value: Any) -> TypeGuard[int]:
+    return is_whole(value) and 0 <= value < MOST_TOKENS
 
 
 def _whole(value: Any) -> Any:
@@ -346,8 +359,3 @@ def _whole(value: Any) -> Any:
 def _tidy(value: float) -> float:
     """A float32 as it was meant: 0.1 and not 0.10000000149011612."""
     return float(f"{value:.7g}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

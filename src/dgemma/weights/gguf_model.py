@@ -103,7 +103,8 @@ def match_gguf(model: GGUFModel, expected: Mapping[str, Shape]) -> tuple[dict[st
     for tensor in tensors.values():
         if tensor.type is None:
             unknown[tensor.type_name].append(tensor.name)
-    tokens = len(model.file.metadata.get("tokenizer.ggml.tokens") or ())
+    listed = model.file.metadata.get("tokenizer.ggml.tokens")
+    tokens = len(listed) if isinstance(listed, list) else 0  # anything else is for the tokenizer's reader to say
     found_problems = {
         "damaged files": model.file.damaged,
         "missing tensors": missing if model.file.complete else (),

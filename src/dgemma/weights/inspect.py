@@ -1,7 +1,8 @@
 """What a checkpoint holds and what running it takes, from its configuration and its files' headers alone.
 
 Works on a folder (config.json, generation_config.json, tokenizer files, safetensors headers) or a GGUF file (its
-header); reads no tensor's data. What is wrong is found by the same checks that `dgemma.load` makes.
+header). What is wrong is found by the same checks that `dgemma.load` makes. No tensor's data is read unless it is to be
+checked for numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,26 @@ from dgemma.kernels.experts import DENSE_EXPERTS
 from dgemma.nn.cache import token_bytes
 from dgemma.nn.head import VOCAB_TILE
 from dgemma.nn.transformer import ENCODE_CHUNK
+from dgemma.weights.finite import check_finite
+from dgemma.weights.gguf import GGUFTensor
 from dgemma.weights.gguf_keys import network_name as gguf_network_name
 from dgemma.weights.gguf_model import UNPACKED, match_gguf, open_gguf
-from dgemma.weights.load import Contents, Problem, Shape, _stored_dtype, match, network_shapes, read_headers
+from dgemma.weights.load import (
+    Contents,
+    Problem,
+    Shape,
+    StoredTensor,
+    _stored_dtype,
+    match,
+    network_shapes,
+    read_headers,
+)
 from dgemma.weights.locate import is_gguf
 from dgemma.weights.names import is_vision
 
 PARTS: tuple[str, ...] = ("embedding", "attention", "dense MLP", "experts", "router and norms",
                           "self-conditioning", "vision")
+NOT_FINITE = "tensors with numbers that are infinite or no numbers (NaN)"
 ITEM_SIZES = {"bfloat16": 2, "float32": 4}
 _CONTEXTS = (4_096, 32_768, 131_072)
 
@@ -99,7 +112,8 @@ class CheckpointReport:
     """Everything `inspect_checkpoint` finds. ``parameters`` counts each of `PARTS`; sizes are bytes.
 
     ``folder`` is the file for a GGUF, the first of ``files`` if it is in several parts; only there ``parts`` says what
-    is stored how.
+    is stored how. ``notes`` are what to know that is no mistake. ``checked`` says whether the tensors' numbers were
+    read; ``unread`` are the types of those that could not be.
     """
 
     folder: Path
@@ -114,6 +128,9 @@ class CheckpointReport:
     problems: tuple[Problem, ...]
     format: str = "safetensors"
     parts: tuple[PartStoredAs, ...] = ()
+    notes: tuple[str, ...] = ()
+    checked: bool = False
+    unread: tuple[str, ...] = ()
 
     @property
     def text_parameters(self) -> int:
@@ -136,15 +153,18 @@ class CheckpointReport:
         return data
 
 
-def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None) -> CheckpointReport:
+def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None, *, check: bool = False,
+                       progress: Callable[[int, int], None] | None = None) -> CheckpointReport:
     """Report on a checkpoint folder or a GGUF file; ``contexts`` are the lengths in tokens to estimate memory for.
 
+    ``check`` reads all tensors, those of a vision tower too, and finds those with numbers that are not finite;
+    ``progress(done, total)`` is told the bytes read.
     What is wrong with the weights, the tokenizer or the dtype stands in ``problems``. Raises CheckpointError when there
     is nothing to report on: no such folder, not a DiffusionGemma, no weight files, a configuration that cannot be read.
     """
     folder = Path(folder)
     if folder.is_file() and is_gguf(folder):
-        return _inspect_gguf(folder, contexts)
+        return _inspect_gguf(folder, contexts, check, progress)
     if not folder.is_dir():
         read_headers(folder)  # says what it is instead
     config = load_model_config(folder)
@@ -162,6 +182,7 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None) -> C
             _stored_dtype(folder, config, chosen)
         except CheckpointError as error:
             problems.append(Problem("configuration", (str(error),)))
+    problems, unread = _checked(problems, contents.tensors.values(), check, progress)
     parameters["vision"] = sum(math.prod(t.shape) for name, t in contents.tensors.items() if is_vision(name))
     return CheckpointReport(
         folder=folder,
@@ -174,10 +195,30 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None) -> C
         generation=load_generation_config(folder, config),
         tokenizer=tokenizer,
         problems=tuple(problems),
+        notes=(contents.aside,) if contents.aside else (),
+        checked=check,
+        unread=unread,
     )
 
 
-def _inspect_gguf(path: Path, contexts: Sequence[int] | None) -> CheckpointReport:
+def _checked(problems: Sequence[Problem], tensors: Iterable[StoredTensor | GGUFTensor], check: bool,
+             progress: Callable[[int, int], None] | None) -> tuple[list[Problem], tuple[str, ...]]:
+    """The problems with those of the numbers, if they are to be read, and the types that were not read."""
+    if not check:
+        return list(problems), ()
+    whole: list[StoredTensor | GGUFTensor] = []
+    sizes: dict[Path, int] = {}
+    for tensor in tensors:  # what is cut off is among the problems already
+        start = tensor.offset if isinstance(tensor, GGUFTensor) else tensor.start
+        size = sizes.setdefault(tensor.file, tensor.file.stat().st_size if tensor.file.is_file() else 0)
+        whole += [tensor] if start + tensor.nbytes <= size else []
+    found = check_finite(whole, progress)
+    broken = [Problem(NOT_FINITE, found.broken)] if found.broken else []
+    return [*problems, *broken], found.unread
+
+
+def _inspect_gguf(path: Path, contexts: Sequence[int] | None, check: bool,
+                  progress: Callable[[int, int], None] | None) -> CheckpointReport:
     from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
 
     model = open_gguf(path)
@@ -191,6 +232,7 @@ def _inspect_gguf(path: Path, contexts: Sequence[int] | None) -> CheckpointRepor
         tokenizer = TokenizerFacts(read.vocab_size, read.has_chat_template)
     except CheckpointError as error:
         problems.append(Problem("tokenizer", (str(error),)))
+    problems, unread = _checked(problems, file.tensors.values(), check, progress)
     tensors, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for tensor in file.tensors.values():
         key = _part(gguf_network_name(tensor.name) or ""), tensor.type_name
@@ -221,6 +263,8 @@ def _inspect_gguf(path: Path, contexts: Sequence[int] | None) -> CheckpointRepor
         problems=tuple(problems),
         format="gguf",
         parts=parts,
+        checked=check,
+        unread=unread,
     )
 
 

@@ -6,13 +6,14 @@ them, so that a checkpoint which does not fit is refused with everything that is
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from dgemma.config import ModelConfig
 from dgemma.errors import CheckpointError
+from dgemma.fields import is_whole, parse_json_value, shown
 from dgemma.nn import DiffusionTransformer
-from dgemma.weights.locate import weight_files
+from dgemma.weights.locate import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
 from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, network_name
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -57,13 +59,15 @@ class Contents:
     """What a checkpoint's weight files hold, as far as their headers can be read.
 
     ``unread`` are the tensors that the index places in files that are missing or damaged; None when a file without
-    an index could not be read, so that nobody knows what it should hold.
+    an index could not be read, so that nobody knows what it should hold. ``aside`` says which other weights the folder
+    has, if any, that do not count.
     """
 
     files: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
     unread: frozenset[str] | None
     damaged: tuple[str, ...]
+    aside: str | None = None
 
 
 def load_network(folder: Path, config: ModelConfig, device: torch.device | str = "cpu",
@@ -74,7 +78,8 @@ def load_network(folder: Path, config: ModelConfig, device: torch.device | str =
     ``dtype`` None means the stored one (that of config.json, else that of the embedding). On the CPU, tensors that
     are stored in that dtype stay in the memory-mapped file (privately: writing to them leaves the file alone), the
     others are converted piece by piece, so memory stays within the size of the weights.
-    ``progress(done, total)`` is told the bytes read of the file, from (0, total) to (total, total).
+    ``progress(done, total)`` is told the bytes read of the file, from (0, total) to (total, total). A warning tells of
+    weights in the folder that do not count.
     Raises CheckpointError, with everything that is wrong, when files or tensors are missing, damaged or do not fit
     ``config``; ValueError for a ``dtype`` other than float32, bfloat16 and float16.
     """
@@ -87,6 +92,8 @@ def load_network(folder: Path, config: ModelConfig, device: torch.device | str =
     if problems:
         raise CheckpointError(f"{folder}: this checkpoint cannot be loaded\n{describe(problems)}")
     dtype = dtype or _stored_dtype(folder, config, chosen)
+    if contents.aside:
+        warnings.warn(contents.aside, stacklevel=2)
     network.load_state_dict(_read(chosen, device, dtype, progress or (lambda done, total: None)), assign=True)
     return network.eval()
 
@@ -125,7 +132,10 @@ def read_headers(folder: Path) -> Contents:
             continue
         damaged.extend(complaint)
         tensors.update({name: tensor for name, tensor in entries.items() if name in listed or name not in tensors})
-    return Contents(tuple(files), tensors, None if unread is None else frozenset(unread), tuple(damaged))
+    aside = stray_weights(folder, files)
+    if damaged and aside and folder / SINGLE_FILE not in files and (folder / SINGLE_FILE).is_file():
+        damaged.append(f"{folder}: there is a {SINGLE_FILE}, too: to use that one, take the index away")
+    return Contents(tuple(files), tensors, None if unread is None else frozenset(unread), tuple(damaged), aside)
 
 
 def match(contents: Contents, expected: Mapping[str, Shape]) -> tuple[dict[str, StoredTensor], list[Problem]]:
@@ -141,7 +151,7 @@ def match(contents: Contents, expected: Mapping[str, Shape]) -> tuple[dict[str, 
         if is_vision(name):
             continue
         if ours is None or ours not in expected:
-            unexpected.append(f"{name} in {tensor.file.name}")
+            unexpected.append(f"{_plain(name)} in {tensor.file.name}")
         else:
             (copies if is_tied_copy(name) else own)[ours] = tensor
     chosen = {**copies, **own}
@@ -181,30 +191,48 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
             file.seek(0)
             start, header = _parse_header(file, size, path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file, but {path.parent.name}'s index lists it") from error
+        raise CheckpointError(f"{path}: no such file, but {INDEX_FILE} lists it") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     header.pop("__metadata__", None)
     tensors = {}
-    end = start
     for name, entry in header.items():
-        try:
-            first, last = (int(offset) for offset in entry["data_offsets"])
-            tensor = StoredTensor(name, path, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), start + first,
-                                  last - first)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: corrupt header: no sound dtype, shape and offsets for {name}") from error
-        wanted = DTYPES.get(tensor.dtype)
-        bad_size = wanted is not None and tensor.nbytes != math.prod(tensor.shape) * wanted.itemsize
-        if first < 0 or last < first or min(tensor.shape, default=1) < 0 or bad_size:
-            raise CheckpointError(f"{path}: corrupt header: {name} is {tensor.dtype} {list(tensor.shape)} but has "
-                                  f"{tensor.nbytes} bytes")
-        tensors[name] = tensor
-        end = max(end, start + last)
+        tensors[name] = _stored_tensor(name, entry, path, start)
+    end, before = start, ""
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
+        if tensor.start != end:
+            what = f"lies over that of {shown(before)}" if tensor.start < end else "does not follow on what is before"
+            raise CheckpointError(f"{path}: corrupt safetensors file: the data of {shown(tensor.name)} {what}")
+        end, before = tensor.start + tensor.nbytes, tensor.name
     if size == end:
         return tensors, []
     what = "truncated" if size < end else "longer than it should be"
     return tensors, [f"{path}: {what}: {size:,} bytes, its header says {end:,}; copy or download it again"]
+
+
+def _stored_tensor(name: str, entry: Any, path: Path, start: int) -> StoredTensor:
+    """One entry of a header; its data's offsets count from ``start``."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or not re.fullmatch(r"\w{1,40}", dtype) or not (
+            _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        raise CheckpointError(f"{path}: corrupt header: no sound dtype, shape and offsets for {_plain(name)}")
+    first, last = offsets
+    tensor = StoredTensor(name, path, dtype, tuple(shape), start + first, last - first)
+    wanted = DTYPES.get(dtype)
+    if last < first or (wanted is not None and tensor.nbytes != math.prod(shape) * wanted.itemsize):
+        raise CheckpointError(f"{path}: corrupt header: {_plain(name)} is {dtype} {shown(shape)} but has "
+                              f"{tensor.nbytes} bytes")
+    return tensor
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(is_whole(number) and 0 <= number < 1 << 62 for number in value)
+
+
+def _plain(name: str) -> str:
+    """A tensor's name for a message: as it is if it looks like one."""
+    return name if name.isprintable() and 0 < len(name) < 200 else shown(name)
 
 
 def _parse_header(file: BinaryIO, size: int, path: Path) -> tuple[int, dict[str, Any]]:
@@ -218,10 +246,7 @@ def _parse_header(file: BinaryIO, size: int, path: Path) -> tuple[int, dict[str,
     if 8 + length > size:
         raise CheckpointError(f"{path}: truncated: {size:,} bytes, its header alone takes {8 + length:,}; copy or "
                               "download it again")
-    try:
-        header = json.loads(file.read(length))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: corrupt header: not valid JSON") from error
+    header = parse_json_value(file.read(length), f"{path}: corrupt header")
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: corrupt header: not a JSON object")
     return 8 + length, header

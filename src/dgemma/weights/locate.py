@@ -6,13 +6,14 @@ with the package, an existing folder or file, a repository on the Hugging Face h
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dgemma.config import read_json
 from dgemma.errors import CheckpointError
+from dgemma.fields import is_there, read_json, shown
 
 _BUNDLED = Path(__file__).resolve().parents[1] / "models"
 _HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<tag>[^:\\\s]+))?")
@@ -22,6 +23,7 @@ _QUANTISATION = re.compile(r"(?<![A-Z0-9])((?:UD-)?(?:(?:I?Q|TQ)\d+(?:_[A-Z0-9]+
 # GGUF files that hold no language model: a vision tower, and statistics that quantising takes.
 _NO_MODEL = ("mmproj", "imatrix")
 PREFERRED = "Q4_K_M"  # of several quantisations, the one that most people run
+_LONGEST_NAME = 255  # bytes, of a file
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -180,27 +182,56 @@ def is_checkpoint(names: Iterable[str]) -> bool:
 def weight_files(folder: Path) -> dict[Path, tuple[str, ...]]:
     """The safetensors files of a checkpoint folder, each with the tensors that the index says are in it.
 
-    A single ``model.safetensors`` has no index, so its tuple is empty. The files need not exist.
-    Raises CheckpointError when the folder does not exist, is a file, or names no safetensors.
+    Where there is an index it says which files count, and a ``model.safetensors`` that it does not name is left aside
+    (`stray_weights` tells); unless none of the files that it names are there, as where all small files of another
+    checkpoint were copied. A single ``model.safetensors`` has no index, so its tuple is empty. The files need not
+    exist. Raises CheckpointError when the folder does not exist, is a file, or names no safetensors.
     """
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: this is a file; give the folder that holds config.json and the weights")
-    if (folder / SINGLE_FILE).is_file():
-        return {folder / SINGLE_FILE: ()}
-    index = folder / INDEX_FILE
-    if not index.is_file():
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if not is_there(index):
+        if single.is_file():
+            return {single: ()}
         others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.gguf") for path in folder.glob(pattern))
         found = f"; found {', '.join(others[:5])}" if others else ""
         raise CheckpointError(f"{folder}: no weights here: neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{index}: 'weight_map' must say for every tensor which file holds it")
-    shards: dict[Path, list[str]] = {}
+    shards: dict[str, list[str]] = {}
     for tensor, file in weight_map.items():
-        shards.setdefault(folder / file, []).append(tensor)
-    return {path: tuple(shards[path]) for path in sorted(shards)}
+        shards.setdefault(file, []).append(tensor)
+    for file in shards:
+        parts = PurePosixPath(file)
+        if not file.isprintable() or "\\" in file or parts.is_absolute() or {"..", ""} & {*parts.parts, file} or (
+                max(map(len, map(os.fsencode, parts.parts)), default=0) > _LONGEST_NAME):
+            raise CheckpointError(f"{index}: 'weight_map' must name files in this folder, not {shown(file)}")
+    if single.is_file() and not any((folder / file).is_file() for file in shards):
+        return {single: ()}
+    return {folder / file: tuple(shards[file]) for file in sorted(shards)}
+
+
+def stray_weights(folder: Path, used: Iterable[Path]) -> str | None:
+    """What to say of weights in a checkpoint folder that are not ``used``; None where there are none.
+
+    A file that belongs to no model by its name (an adapter, a vision tower) is not meant.
+    """
+    used = list(used)
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    strays = [name for name in names if name.endswith(".safetensors") and folder / name not in used
+              and not name.startswith(("adapter", "mmproj"))]
+    strays += [name for model in gguf_models(names) for name in model.files]
+    if INDEX_FILE in names and used == [folder / SINGLE_FILE] and SINGLE_FILE not in read_json(
+            folder / INDEX_FILE).get("weight_map", {}).values():
+        strays.append(INDEX_FILE)
+    if not strays:
+        return None
+    listed = ", ".join(sorted(strays)[:5]) + (f" and {len(strays) - 5} more" if len(strays) > 5 else "")
+    return (f"{folder}: the weights are those of {used[0].name if len(used) == 1 else INDEX_FILE}; what else is there "
+            f"is left aside: {listed}")
 
 
 def _in_folder(folder: Path) -> Path:

@@ -23,7 +23,7 @@ from dgemma.weights.adapters import read_adapter
 from dgemma.weights.gguf_keys import gguf_name
 from dgemma.weights.gguf_model import open_gguf
 from dgemma.weights.load import describe, empty_network, match, read_headers, tensor_shapes
-from dgemma.weights.locate import is_gguf
+from dgemma.weights.locate import INDEX_FILE, is_gguf, weight_files
 from dgemma.weights.names import network_name
 from dgemma.weights.quantize import Change, Progress, Summary, check_space, convert
 
@@ -90,8 +90,9 @@ def replace_weights(source: Path, weights: Mapping[str, Tensor], out: Path) -> N
 
 
 def _copy_companions(source: Path, out: Path) -> None:
+    unused = () if any(weight_files(source).values()) else (INDEX_FILE,)  # of a single file an index says nothing
     for path in source.iterdir():
-        if path.is_file() and path.suffix in _COMPANIONS:
+        if path.is_file() and path.suffix in _COMPANIONS and path.name not in unused:
             shutil.copyfile(path, out / path.name)
 
 

@@ -29,7 +29,7 @@ from dgemma.weights.gguf_writer import TensorEntry, header, padding
 from dgemma.weights.load import DTYPES, Problem, describe, match, network_shapes, read_headers
 from dgemma.weights.locate import is_gguf
 from dgemma.weights.names import is_vision
-from dgemma.weights.tokenizer_keys import tokenizer_metadata
+from dgemma.weights.tokenizer_keys import mended_types, tokenizer_metadata
 
 _PIECE = 4 << 20  # weights converted at a time
 _BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(.+)")
@@ -304,12 +304,17 @@ def _packed(numbers: Tensor, tensor: _Stored, type: BlockType) -> Tensor:
 
 
 def _open_gguf(path: Path) -> _Opened:
-    """A GGUF source. What it says of itself is kept, but for what is true of its packing only."""
+    """A GGUF source. What it says of itself is kept, but for what is true of its packing only.
+
+    Tokens with a role that are typed as text are mended.
+    """
     model = open_gguf(path)
     _, problems = match_gguf(model, network_shapes(model.config))
     _refuse(path, problems)
     dropped = ("split.", "quantize.", "general.alignment")
     metadata = {key: value for key, value in model.file.metadata.items() if not key.startswith(dropped)}
+    if types := mended_types(metadata):
+        metadata["tokenizer.ggml.token_type"] = types
     tensors = [_Stored(name, tensor.shape, tensor.type, tensor.file, tensor.offset, name)
                for name, tensor in model.file.tensors.items() if tensor.type is not None]
     return _Opened(metadata, tensors, 0)

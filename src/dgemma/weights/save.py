@@ -12,6 +12,7 @@ from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, json_bytes, make_folder
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import adapters
+from dgemma.weights.locate import INDEX_FILE, SINGLE_FILE
 from dgemma.weights.names import checkpoint_name
 
 
@@ -32,7 +33,8 @@ def save_checkpoint(network: DiffusionTransformer, folder: Path, config: dict[st
     """Write model.safetensors, config.json and generation_config.json into ``folder``.
 
     ``config`` is the whole ``config.json``. Each file is written beside its place and then renamed, the weights first.
-    Raises DgemmaError when one cannot be written, and for a network with an adapter.
+    An index that is there is taken away: it speaks of other files. Raises DgemmaError when one cannot be written, and
+    for a network with an adapter.
     """
     if adapters(network):
         raise DgemmaError(f"{folder}: a checkpoint has no place for an adapter: merge it into the network, or save "
@@ -40,7 +42,8 @@ def save_checkpoint(network: DiffusionTransformer, folder: Path, config: dict[st
     make_folder(folder)
     tensors = {checkpoint_name(name): tensor.detach().to("cpu", dtype).contiguous()
                for name, tensor in network.state_dict().items()}
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_safetensors(folder / SINGLE_FILE, tensors, {"format": "pt"})
+    (folder / INDEX_FILE).unlink(missing_ok=True)
     config = {**config, "dtype": str(dtype).removeprefix("torch.")}
     for name, data in (("config.json", config), ("generation_config.json", generation_config)):
         with atomic_write(folder / name) as beside:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgemma.config import read_json
+from dgemma.chat.tokenizer import ROLE_KEYS, config_templates, read_backend, special_roles
 from dgemma.errors import CheckpointError
+from dgemma.fields import Fields, is_there, parse_json, read_text
 
 # Our own keys: the files as they are, for tokenizers that the keys of ggml cannot describe.
 TOKENIZER_JSON = "dgemma.tokenizer.json"
@@ -32,12 +33,15 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     under keys of our own.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not is_there(path):
         raise CheckpointError(f"{path} is missing: a GGUF file holds the tokenizer too; copy tokenizer.json, "
                               "tokenizer_config.json and chat_template.jinja there")
-    data = read_json(path)
+    json_text = read_text(path)
+    read_backend(json_text, str(path))  # what it takes for a tokenizer has the types that are relied on here
+    data = parse_json(json_text, str(path))
     config_path = folder / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.is_file() else {}
+    config_text = read_text(config_path) if is_there(config_path) else ""
+    config = Fields(parse_json(config_text, str(config_path)) if config_text else {}, str(config_path))
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise CheckpointError(f"{path}: this kind of tokenizer cannot be written (a vocabulary by name is needed)")
@@ -46,16 +50,16 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     if max(ids.values(), default=0) >= vocab_size:
         raise CheckpointError(f"{path}: token ids go up to {max(ids.values())}, but the network knows {vocab_size} "
                               "tokens only")
+    roles = special_roles(config)
+    special = {f"<{role}>" for role in _ROLES} | {text for key, text in roles.items() if key in ROLE_KEYS}
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [_UNUSED] * vocab_size
     byte_fallback = bool(model.get("byte_fallback"))
     for text, token_id in ids.items():
         tokens[token_id] = text
-        types[token_id] = _token_type(text, added.get(text), model.get("unk_token"), byte_fallback)
+        types[token_id] = _token_type(text, added.get(text), model.get("unk_token"), byte_fallback, text in special)
     gemma = byte_fallback and _is_gemma(data)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
-    roles = {role: config.get(f"{role}_token") for role in _ROLES}
-    special = {role: value.get("content") if isinstance(value, dict) else value for role, value in roles.items()}
     return {
         "tokenizer.ggml.model": "gemma4" if gemma else "gpt2",
         **({} if gemma else {"tokenizer.ggml.pre": "default"}),
@@ -64,12 +68,12 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.token_type": types,
         **({"tokenizer.ggml.merges": merges} if merges else {}),
         **{f"tokenizer.ggml.{theirs}_token_id": ids[text] for role, theirs in _ROLES.items()
-           if isinstance(text := special[role] or f"<{role}>", str) and text in ids},
+           if (text := roles.get(f"{role}_token") or f"<{role}>") in ids},
         "tokenizer.ggml.add_bos_token": gemma,
         "tokenizer.ggml.add_space_prefix": False,
         **_chat_templates(folder, config),
-        **({} if gemma else {TOKENIZER_JSON: path.read_text(encoding="utf-8")}),
-        **({} if gemma or not config else {TOKENIZER_CONFIG_JSON: config_path.read_text(encoding="utf-8")}),
+        **({} if gemma else {TOKENIZER_JSON: json_text}),
+        **({} if gemma or not config_text else {TOKENIZER_CONFIG_JSON: config_text}),
     }
 
 
@@ -81,28 +85,40 @@ def _is_gemma(data: Mapping[str, Any]) -> bool:
             and (splits is None or (splits.get("type") == "Split" and splits.get("pattern") == {"String": " "})))
 
 
-def _token_type(text: str, added: Mapping[str, Any] | None, unknown: str | None, byte_fallback: bool) -> int:
+def _token_type(text: str, added: Mapping[str, Any] | None, unknown: str | None, byte_fallback: bool,
+                has_role: bool) -> int:
     if text == (unknown or "<unk>"):
         return _UNKNOWN
+    if has_role and text not in _VISIBLE:
+        return _CONTROL
     if added is not None:
         return _CONTROL if added.get("special") and text not in _VISIBLE else _USER_DEFINED
     return _BYTE if byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", text) else _NORMAL
 
 
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _chat_templates(folder: Path, config: Fields) -> dict[str, Any]:
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return {"tokenizer.chat_template": path.read_text(encoding="utf-8")}
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{path} is not UTF-8 text: {error}") from error
-    found = config.get("chat_template")
+    found = read_text(path) if is_there(path) else config_templates(config)
     if isinstance(found, str):
         return {"tokenizer.chat_template": found}
-    named = {entry["name"]: entry["template"] for entry in found or ()}
+    named = found or {}
     others = [name for name in named if name != "default"]
     return {
         **({"tokenizer.chat_template": named["default"]} if "default" in named else {}),
         **{f"tokenizer.chat_template.{name}": named[name] for name in others},
         **({"tokenizer.chat_templates": others} if others else {}),
     }
+
+
+def mended_types(metadata: Mapping[str, Any]) -> list[int] | None:
+    """``tokenizer.ggml.token_type`` of a file with the tokens that have a role as control tokens, as they should be.
+
+    Conversions that go by an ``eos_token`` of "<turn|>" leave `<eos>` an ordinary token. None: nothing to mend.
+    """
+    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
+        return None
+    roles = {f"<{role}>" for role in _ROLES}
+    mended = [_CONTROL if token in roles and kind in (_NORMAL, _USER_DEFINED) else kind
+              for token, kind in zip(tokens, types, strict=True)]
+    return mended if mended != types else None
