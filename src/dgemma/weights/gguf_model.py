@@ -17,6 +17,7 @@ from torch import Tensor
 from dgemma.config import FULL, GenerationConfig, ModelConfig
 from dgemma.errors import CheckpointError
 from dgemma.kernels.blocks import BLOCK_TYPES, BlockType, dequantize
+from dgemma.kernels.codebooks import missing_grid
 from dgemma.kernels.packed import PackedWeight
 from dgemma.nn import DiffusionTransformer
 from dgemma.weights.gguf import GGUFFile, GGUFTensor, map_tensors, read_gguf, read_tensor
@@ -112,6 +113,8 @@ def match_gguf(model: GGUFModel, expected: Mapping[str, Shape]) -> tuple[dict[st
         f"unsupported types (supported: {', '.join(BLOCK_TYPES)})": [
             f"{kind}: {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
             for kind, names in unknown.items()],
+        "codebooks": [why for kind in sorted({tensor.type_name for tensor in tensors.values()})
+                      if (why := missing_grid(kind))],
         "gate and up experts of different types": [
             f"{parts[0].name} is {parts[0].type_name}, {parts[1].name} {parts[1].type_name}"
             for parts in chosen.values() if len({part.type_name for part in parts}) > 1],
