@@ -150,6 +150,18 @@ def test_codebooks_are_small_whole_numbers(kind):
     assert set(np.unique(numbers)) == {-1, 0, 1} if kind.startswith("IQ1") else 1 <= numbers.min() <= numbers.max() < 64
 
 
+def test_a_second_scale_is_refused_by_name(tmp_path):
+    """Converters write one beside an NVFP4 tensor; to leave it out would be silently wrong."""
+    network = random_network(CONFIG)
+    name = "blk.1.attn_q"
+    raw = matrix("NVFP4", tuple(network.layers[1].self_attn.q_proj.weight.shape), 0)
+    change = {f"{name}.weight": raw, f"{name}.scale": np.ones(1, np.float32)}
+    path = write_network(tmp_path / "scaled.gguf", network, change=lambda _, tensors: tensors.update(change),
+                         types={f"{name}.weight": Type.NVFP4})
+    with pytest.raises(CheckpointError, match=rf"second scales of NVFP4 tensors.*(?s:.)*{name}\.scale"):
+        dgemma.load(path)
+
+
 def test_they_are_read_and_not_offered_for_writing():
     assert not any(can_quantize(BLOCK_TYPES[kind]) for kind in RARE)
     done = subprocess.run([sys.executable, "-m", "dgemma.cli.main", "quantize", "--help"], capture_output=True,

@@ -73,6 +73,7 @@ def bench(
               f"{measured.cache_bytes / 1e6:.1f} MB")
     print(f"at 16 steps a canvas: {measured.canvas / (16 * step):.1f} tokens/s")
     if beside:
-        print(f"beside {beside.loops} busy programs: {beside.busy_seconds:.3f} s a step, {beside.slowdown:.2f} x the "
+        programs = f"{beside.loops} busy program{'s' if beside.loops > 1 else ''}"
+        print(f"beside {programs}: {beside.busy_seconds:.3f} s a step, {beside.slowdown:.2f} x the "
               f"{beside.quiet_seconds:.3f} s without; the share of the processors that they take explains "
               f"{beside.explained:.2f} x, waiting costs {beside.ratio:.2f} x")

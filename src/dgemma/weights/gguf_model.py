@@ -104,11 +104,16 @@ def match_gguf(model: GGUFModel, expected: Mapping[str, Shape]) -> tuple[dict[st
     for tensor in tensors.values():
         if tensor.type is None:
             unknown[tensor.type_name].append(tensor.name)
+    second = {name for name in tensors if name not in used and name.endswith((".scale", ".input_scale"))
+              and (scaled := tensors.get(f"{name.rpartition('.')[0]}.weight")) and scaled.type_name == "NVFP4"}
     tokens = len(model.file.metadata.get("tokenizer.ggml.tokens") or ())
     found_problems = {
         "damaged files": model.file.damaged,
         "missing tensors": missing if model.file.complete else (),
-        "unexpected tensors": sorted(f"{t.name} in {t.file.name}" for t in tensors.values() if t.name not in used),
+        "unexpected tensors": sorted(f"{t.name} in {t.file.name}" for t in tensors.values()
+                                     if t.name not in used and t.name not in second),
+        "second scales of NVFP4 tensors, which dgemma does not apply (another quantisation of the model will do)":
+            sorted(second),
         "wrong shapes": shapes,
         f"unsupported types (supported: {', '.join(BLOCK_TYPES)})": [
             f"{kind}: {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
