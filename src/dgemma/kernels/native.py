@@ -79,11 +79,11 @@ def _open(path: Path | None) -> ctypes.CDLL | str:
         return "not built here (install a C++ compiler, then install dgemma again)"
     try:
         loaded = ctypes.CDLL(str(path))
+        if loaded.dg_abi() != ABI:  # an int, which is what ctypes takes results for
+            return f"of another version of dgemma ({path}; install dgemma again)"
         signatures(loaded)
     except (OSError, AttributeError) as error:
         return f"not to be loaded ({error}; install dgemma again)"
-    if loaded.dg_abi() != ABI:
-        return f"of another version of dgemma ({path}; install dgemma again)"
     return loaded
 
 
