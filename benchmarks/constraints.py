@@ -11,6 +11,9 @@ states for the first time. Times are medians, on one thread.
 
 from __future__ import annotations
 
+import dgemma  # noqa: F401  before torch: see dgemma/openmp.py
+
+# isort: split
 import argparse
 import gc
 import random

@@ -21,6 +21,9 @@ quick version of everything. Nothing else should run on the machine.
 
 from __future__ import annotations
 
+import dgemma  # before torch: see dgemma/openmp.py
+
+# isort: split
 import argparse
 import dataclasses
 import json
@@ -73,7 +76,6 @@ def int8_ops(threads: int) -> float:
 
 def measure(path: Path, *, threads: int, context: int, canvas: int, steps: int) -> dict[str, Any]:
     """One setting of the engine's own measurement, in this process: `dgemma.bench.measure` on the file."""
-    import dgemma
     from dgemma.bench import measure as bench_measure
 
     torch.set_num_threads(threads)

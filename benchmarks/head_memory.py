@@ -7,6 +7,9 @@ Argmax, sample, entropy and soft embedding in one walk over the vocabulary, agai
 
 from __future__ import annotations
 
+import dgemma  # noqa: F401  before torch: see dgemma/openmp.py
+
+# isort: split
 import argparse
 
 import torch

@@ -14,6 +14,9 @@ the prompt are compared with those behind the first type's cache.
 
 from __future__ import annotations
 
+import dgemma  # noqa: F401  before torch: see dgemma/openmp.py
+
+# isort: split
 import argparse
 import json
 import statistics

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dgemma  # noqa: F401  before torch: see dgemma/openmp.py
+
+# isort: split
 import resource
 import statistics
 import time

@@ -11,6 +11,9 @@ measured up to --most users (it takes minutes beyond). Every table is one run on
 
 from __future__ import annotations
 
+import dgemma  # before torch: see dgemma/openmp.py
+
+# isort: split
 import argparse
 import asyncio
 import statistics
@@ -22,7 +25,6 @@ import step_time
 import torch
 from machine import describe
 
-import dgemma
 from dgemma.api import Model
 from dgemma.config import GenerationConfig, model_config_from_dict
 from dgemma.diffusion.events import CanvasCommitted, Finished

@@ -9,6 +9,9 @@ the process held during the steps beyond what it held when they began.
 
 from __future__ import annotations
 
+import dgemma  # noqa: F401  before torch: see dgemma/openmp.py
+
+# isort: split
 import argparse
 import itertools
 import json

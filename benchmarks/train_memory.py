@@ -12,6 +12,9 @@ a GPU (the plan without its runtime line beside it). `--plan-only` prints the 26
 
 from __future__ import annotations
 
+import dgemma  # noqa: F401  before torch: see dgemma/openmp.py
+
+# isort: split
 import argparse
 import json
 import subprocess

@@ -18,6 +18,9 @@ operations over the measured rate of bf16 products; nothing is counted twice tha
 
 from __future__ import annotations
 
+import dgemma  # noqa: F401  before torch: see dgemma/openmp.py
+
+# isort: split
 import argparse
 import json
 import statistics

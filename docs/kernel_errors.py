@@ -24,6 +24,7 @@ def main() -> None:
     numbers = torch.randn(OUTPUTS, WIDTH, generator=generator)
     for name in HALVES:
         kind = BLOCK_TYPES[name]
+        native.takes(kind)
         own = can_quantize(kind)
         weight = PackedWeight(quantize(numbers, kind), kind) if own else packed(name, OUTPUTS, WIDTH)
         exact = weight.dequantize().double()

@@ -31,7 +31,7 @@ struct Bf16Mixer {
         }
     }
     template <int R>
-    DG_INLINE void rows(const uint32_t* table, int64_t pairs, const uint16_t* p, int64_t width, float* const* to, __mmask16 last) {
+    DG_INLINE void rows(const uint32_t* table, int64_t pairs, const uint16_t* const* p, float* const* to, __mmask16 last) {
         __m512 sums[R][2];
         for (int r = 0; r < R; r++) {
             sums[r][0] = _mm512_loadu_ps(to[r]);
@@ -42,7 +42,7 @@ struct Bf16Mixer {
             __m512bh a = (__m512bh)_mm512_load_si512(table + 16 * v), b = (__m512bh)_mm512_load_si512(second + 16 * v);
 #pragma GCC unroll 12
             for (int r = 0; r < R; r++) {
-                __m512bh x = (__m512bh)_mm512_set1_epi32(*(const int32_t*)(p + r * width + 2 * v));
+                __m512bh x = (__m512bh)_mm512_set1_epi32(*(const int32_t*)(p[r] + 2 * v));
                 sums[r][0] = _mm512_dpbf16_ps(sums[r][0], x, a);
                 sums[r][1] = _mm512_dpbf16_ps(sums[r][1], x, b);
             }
@@ -56,14 +56,11 @@ struct Bf16Mixer {
         const uint32_t* table = (const uint32_t*)room + i * stretch / 2;
         const __mmask16 last = columns > 16 ? 0xffff : 0;  // rows are multiples of 32 weights, so of 16
         float* to[8];
-        int64_t m = 0;
-        for (; m + 8 <= count; m += 8) {
-            for (int r = 0; r < 8; r++) to[r] = soft + index[m + r] * D;
-            rows<8>(table, stretch / 2, p + m * width, width, to, last);
-        }
-        for (; m < count; m++) {
-            to[0] = soft + index[m] * D;
-            rows<1>(table, stretch / 2, p + m * width, width, to, last);
+        const uint16_t* from[8];
+        for (int64_t m = 0; m < count; m += m + 8 <= count ? 8 : 1) {
+            for (int r = 0; r < 8 && m + r < count; r++) to[r] = soft + index[m + r] * D, from[r] = p + index[m + r] * width;
+            if (m + 8 <= count) rows<8>(table, stretch / 2, from, to, last);
+            else rows<1>(table, stretch / 2, from, to, last);
         }
     }
 };
@@ -93,8 +90,11 @@ struct Avx512Words : X86 {
         out[2] = (u32x16)_mm512_unpacklo_epi64(b, d);
         out[3] = (u32x16)_mm512_unpackhi_epi64(b, d);
     }
-    DG_INLINE u32x16 lookup(u32x16 nibbles) {
-        __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)IQ4_VALUES));
+    DG_INLINE u32x16 gather(const uint32_t* table, u32x16 index) {
+        return (u32x16)_mm512_i32gather_epi32((__m512i)index, table, 4);
+    }
+    DG_INLINE u32x16 lookup(u32x16 nibbles, const int8_t* values) {
+        __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)values));
         return (u32x16)_mm512_shuffle_epi8(table, (__m512i)nibbles) ^ 0x80808080u;
     }
     static double peak(int64_t rounds) {
@@ -185,11 +185,12 @@ inline void attend(const Attention& t, float* out, int threads) {
                     memset(scores.data, 0, TILE * TILE * sizeof(float));
                     const int64_t eights = rows / 8 * 8;
                     float* to[8];
+                    const uint16_t* of[8];
                     for (int64_t c = 0; c < TILE; c += 32)
                         for (int64_t r = 0; r < rows; r += r < eights ? 8 : 1) {
-                            for (int i = 0; i < 8; i++) to[i] = scores.data + least(r + i, TILE - 1) * TILE + c;
-                            if (r < eights) Bf16Mixer::rows<8>(keys.data + c * pairs, pairs, q + r * d, d, to, 0xffff);
-                            else Bf16Mixer::rows<1>(keys.data + c * pairs, pairs, q + r * d, d, to, 0xffff);
+                            for (int i = 0; i < 8; i++) to[i] = scores.data + least(r + i, TILE - 1) * TILE + c, of[i] = q + (r + i) * d;
+                            if (r < eights) Bf16Mixer::rows<8>(keys.data + c * pairs, pairs, of, to, 0xffff);
+                            else Bf16Mixer::rows<1>(keys.data + c * pairs, pairs, of, to, 0xffff);
                         }
                     for (int64_t r = 0; r < rows; r++) {
                         f32x16 row[4], most = splat(-INFINITY), total{};
@@ -223,9 +224,9 @@ inline void attend(const Attention& t, float* out, int threads) {
                     }
                     for (int64_t i = 0; i < d; i += 32)
                         for (int64_t r = 0; r < rows; r += r < eights ? 8 : 1) {
-                            for (int j = 0; j < 8; j++) to[j] = sums.data + least(r + j, TILE - 1) * d + i;
-                            if (r < eights) Bf16Mixer::rows<8>(values.data + i * (TILE / 2), TILE / 2, weights.data + r * TILE, TILE, to, 0xffff);
-                            else Bf16Mixer::rows<1>(values.data + i * (TILE / 2), TILE / 2, weights.data + r * TILE, TILE, to, 0xffff);
+                            for (int j = 0; j < 8; j++) to[j] = sums.data + least(r + j, TILE - 1) * d + i, of[j] = weights.data + (r + j) * TILE;
+                            if (r < eights) Bf16Mixer::rows<8>(values.data + i * (TILE / 2), TILE / 2, of, to, 0xffff);
+                            else Bf16Mixer::rows<1>(values.data + i * (TILE / 2), TILE / 2, of, to, 0xffff);
                         }
                 }
             for (int64_t r = 0; r < rows; r++)

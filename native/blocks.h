@@ -4,6 +4,7 @@
 // 4i..4i+3, the order that dot-product instructions want; `scale[g]` and `offset[g]` hold each row's numbers of group g.
 // A weight is scale · (q - ZERO) + offset, q unsigned. Rows lie row_bytes apart; their 32-bit words are brought into
 // lanes by `Isa::transpose4` before any bit is unpacked, while they are still small. Layouts after ggml-common.h.
+// The rarer types are in coded.h.
 #pragma once
 #include "vec.h"
 
@@ -35,7 +36,7 @@ constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 
 // Nibbles (one per byte) -> IQ4's values plus 128.
 template <class Isa>
 DG_INLINE u32x16 iq4_values(u32x16 nibbles) {
-    return Isa::lookup(nibbles);
+    return Isa::lookup(nibbles, IQ4_VALUES);
 }
 
 // The types of 32 weights are unpacked two blocks (64 weights) at a time: `pair` fills 16 words of q and two groups.
@@ -309,23 +310,3 @@ struct IQ4_XS {
         }
     }
 };
-
-// Calls `f` with a value of the block type's struct; 0, or -1 for a number that is none.
-template <class F>
-DG_INLINE int with_type(int code, F&& f) {
-    switch (code) {
-        case 2: f(Q4_0{}); return 0;
-        case 3: f(Q4_1{}); return 0;
-        case 6: f(Q5_0{}); return 0;
-        case 7: f(Q5_1{}); return 0;
-        case 8: f(Q8_0{}); return 0;
-        case 10: f(Q2_K{}); return 0;
-        case 11: f(Q3_K{}); return 0;
-        case 12: f(Q4_K{}); return 0;
-        case 13: f(Q5_K{}); return 0;
-        case 14: f(Q6_K{}); return 0;
-        case 20: f(IQ4_NL{}); return 0;
-        case 23: f(IQ4_XS{}); return 0;
-        default: return -1;
-    }
-}

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define DG_ABI 4
+#define DG_ABI 5
 
 DG_API int dg_abi(void);
 // The instruction sets that this machine and this build can run, best first, separated by spaces.
@@ -24,6 +24,10 @@ DG_API const char* dg_available(void);
 // The one in use; dg_use chooses another by name (0 on success).
 DG_API const char* dg_current(void);
 DG_API int dg_use(const char* name);
+
+// The codebook of one of the types IQ1, IQ2 and IQ3, `count` bytes, which are copied: they are not in here. IQ1's numbers
+// times eight plus 128, the others' as they are. Without it these types are unknown. Call it before they are used.
+DG_API int dg_grid(int type, const uint8_t* numbers, int64_t count);
 
 // out[M, N] = x[M, K] · W[N, K]ᵀ; W's rows are `row_bytes` apart.
 DG_API int dg_linear(int type, const uint8_t* weight, int64_t row_bytes, int64_t N, int64_t K, const float* x, int64_t M,

@@ -79,9 +79,39 @@ const Table* table() {
     return &DG_PORTABLE;
 }
 
+// The types with a codebook, its bytes, and where it is kept for good.
+struct Grid {
+    int type;
+    int64_t bytes;
+    std::atomic<const uint32_t*> words{nullptr};
+    Grid(int type, int64_t bytes) : type(type), bytes(bytes) {}
+};
+
+Grid grids[] = {{16, 2048}, {17, 4096}, {18, 1024}, {19, 16384}, {21, 2048}, {22, 8192}, {29, 16384}};
+
 }  // namespace
 
+const uint32_t* grid_of(int type) {
+    for (const Grid& grid : grids)
+        if (grid.type == type) return grid.words.load(std::memory_order_acquire);
+    return nullptr;
+}
+
 extern "C" {
+
+int dg_grid(int type, const uint8_t* numbers, int64_t count) {
+    for (Grid& grid : grids) {
+        if (grid.type != type || grid.bytes != count) continue;
+        if (grid.words.load(std::memory_order_acquire)) return 0;
+        uint32_t* copy = (uint32_t*)malloc(count);
+        if (!copy) return -1;
+        memcpy(copy, numbers, count);
+        const uint32_t* none = nullptr;
+        if (!grid.words.compare_exchange_strong(none, copy)) free(copy);  // another thread was faster
+        return 0;
+    }
+    return -1;
+}
 
 int dg_abi(void) { return DG_ABI; }
 

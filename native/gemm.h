@@ -1,22 +1,25 @@
 // The products, written once over an instruction set `Isa`, which supplies `transpose4` (words of 16 rows into lanes),
-// `lookup` (IQ4's table), `peak` and `Products<Isa, T>`, whose `block` multiplies up to ROWS rows with two panels.
+// `lookup` (a table of sixteen bytes), `gather` (any table), `peak` and `Products<Isa, T>`, whose `block` multiplies up to ROWS rows with two panels.
 //
 // Activations are quantised to int8 with one scale per row and 256 weights; products are exact in int32 within a
 // weight's group and summed in float32. A result depends on its own row and column only, never on the other rows, the
 // number of threads or their order.
+//
+// Threads claim their work in pieces well below a millisecond: on a busy machine they do not run at the same pace, and
+// what is shared out evenly waits for the slowest.
 #pragma once
 #include <math.h>
 #include <omp.h>
 #include <stdlib.h>
 
-#include "blocks.h"
-#include "tables.h"
+#include "coded.h"
 
 // Everything here is compiled once per instruction set, so nothing may be shared between the copies by the linker: all
 // of it is in an unnamed namespace, and the standard library's templates are kept out.
 namespace {
 
 constexpr int COLUMNS = 32;  // two panels
+constexpr int64_t ALONE = 1 << 16;  // so many numbers are normed sooner than a sleeping thread wakes up
 
 DG_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -84,22 +87,27 @@ struct Activations {
     }
 };
 
+// The most bytes that 256 weights take.
+template <class T>
+constexpr int STRIDE = T::BYTES * (SUPER / T::BLOCK);
+template <>
+constexpr int STRIDE<Coded> = Coded::STRIDE;
+
 // Up to 256 weights from `k` on of the 16 rows from `n` on. Rows past N and K's ragged end are read from a copy.
 template <class Isa, class T>
-inline void unpack(const uint8_t* weight, int64_t row_bytes, int64_t N, int64_t K, int64_t n, int64_t k, Panel& panel) {
+inline void unpack(T t, const uint8_t* weight, int64_t row_bytes, int64_t N, int64_t K, int64_t n, int64_t k, Panel& panel) {
     int weights = (int)least(SUPER, K - k);
-    const uint8_t* p = weight + n * row_bytes + k / T::BLOCK * T::BYTES;
+    const uint8_t* p = weight + n * row_bytes + k / t.BLOCK * t.BYTES;
     bool whole = weights % 64 == 0 && n + 16 <= N;
     if (__builtin_expect(whole, 1)) {
-        T::template unpack<Isa>(p, row_bytes, weights, panel);
+        t.template unpack<Isa>(p, row_bytes, weights, panel);
         return;
     }
-    constexpr int STRIDE = T::BYTES * (SUPER / T::BLOCK);
-    uint8_t copy[16 * STRIDE];
+    uint8_t copy[16 * STRIDE<T>];
     memset(copy, 0, sizeof copy);
-    int bytes = weights / T::BLOCK * T::BYTES;
-    for (int r = 0; r < 16 && n + r < N; r++) memcpy(copy + r * STRIDE, p + r * row_bytes, bytes);
-    T::template unpack<Isa>(copy, STRIDE, (weights + 63) / 64 * 64, panel);
+    int bytes = weights / t.BLOCK * t.BYTES;
+    for (int r = 0; r < 16 && n + r < N; r++) memcpy(copy + r * STRIDE<T>, p + r * row_bytes, bytes);
+    t.template unpack<Isa>(copy, STRIDE<T>, (weights + 63) / 64 * 64, panel);
 }
 
 // What will be wanted next: up to two stretches of memory. Hardware does not follow 32 rows at once by itself, so their
@@ -147,33 +155,33 @@ inline void accumulate(const Activations<Isa, T>& a, const int32_t* index, int64
 
 // sums[m][32] = a · columns n0.. and n1.. of W, 16 of each, over all of K.
 template <class Isa, class T>
-inline void pair_sums(const uint8_t* w0, const uint8_t* w1, int64_t row_bytes, int64_t N, int64_t n0, int64_t n1, Ahead ahead, const Activations<Isa, T>& a, const int32_t* index, int64_t first, int64_t count, float* sums) {
+inline void pair_sums(T t, const uint8_t* w0, const uint8_t* w1, int64_t row_bytes, int64_t N, int64_t n0, int64_t n1, Ahead ahead, const Activations<Isa, T>& a, const int32_t* index, int64_t first, int64_t count, float* sums) {
     Panel panels[2];
     memset(sums, 0, count * COLUMNS * sizeof(float));
     ahead.in_steps(a.supers * (2 + (count + Products<Isa, T>::ROWS - 1) / Products<Isa, T>::ROWS));
     for (int64_t k = 0; k < a.K; k += SUPER) {
         ahead.fetch();
-        unpack<Isa, T>(w0, row_bytes, N, a.K, n0, k, panels[0]);
+        unpack<Isa>(t, w0, row_bytes, N, a.K, n0, k, panels[0]);
         ahead.fetch();
-        unpack<Isa, T>(w1, row_bytes, N, a.K, n1 < N ? n1 : n0, k, panels[1]);
+        unpack<Isa>(t, w1, row_bytes, N, a.K, n1 < N ? n1 : n0, k, panels[1]);
         accumulate<Isa, T>(a, index, first, count, k, (int)least(SUPER, a.K - k), panels, ahead, sums);
     }
 }
 
 template <class Isa, class T>
-void linear(const uint8_t* weight, int64_t row_bytes, int64_t N, int64_t K, const float* x, int64_t M, float* out, int threads) {
+void linear(T t, const uint8_t* weight, int64_t row_bytes, int64_t N, int64_t K, const float* x, int64_t M, float* out, int threads) {
     Activations<Isa, T> a(M, K);
     const int64_t pairs = (N + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel num_threads(threads)
     {
         Buffer<float> sums(M * COLUMNS);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
         for (int64_t m = 0; m < M; m++) a.quantize_row(m, x + m * K);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t pair = 0; pair < pairs; pair++) {
             const int64_t n = pair * COLUMNS, columns = least(COLUMNS, N - n);
             const Ahead ahead{weight + (n + COLUMNS) * row_bytes, nullptr, pair + 1 < pairs ? COLUMNS * row_bytes : 0};
-            pair_sums<Isa, T>(weight, weight, row_bytes, N, n, n + 16, ahead, a, nullptr, 0, M, sums.data);
+            pair_sums<Isa>(t, weight, weight, row_bytes, N, n, n + 16, ahead, a, nullptr, 0, M, sums.data);
             for (int64_t m = 0; m < M; m++) memcpy(out + m * N + n, sums.data + m * COLUMNS, columns * sizeof(float));
         }
     }
@@ -181,15 +189,15 @@ void linear(const uint8_t* weight, int64_t row_bytes, int64_t N, int64_t K, cons
 
 // inner[slot, I] = gelu(gate)·up for every slot of every expert.
 template <class Isa, class T>
-void gate_up(const uint8_t* weight, int64_t I, int64_t D, const float* x, int64_t M, const Buckets& b, float* inner, int threads) {
-    const int64_t row_bytes = D / T::BLOCK * T::BYTES, panels = (I + 15) / 16;
+void gate_up(T t, const uint8_t* weight, int64_t I, int64_t D, const float* x, int64_t M, const Buckets& b, float* inner, int threads) {
+    const int64_t row_bytes = D / t.BLOCK * t.BYTES, panels = (I + 15) / 16;
     constexpr int64_t CHUNK = 11;  // panels in one piece of work: a quarter of an expert of the 26B-A4B
     const int64_t chunks = (panels + CHUNK - 1) / CHUNK;
     Activations<Isa, T> a(M, D);
 #pragma omp parallel num_threads(threads)
     {
         Buffer<float> sums(b.most * COLUMNS);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
         for (int64_t m = 0; m < M; m++) a.quantize_row(m, x + m * D);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t work = 0; work < b.used * chunks; work++) {
@@ -198,7 +206,7 @@ void gate_up(const uint8_t* weight, int64_t I, int64_t D, const float* x, int64_
             const uint8_t* gate = weight + e * 2 * I * row_bytes;
             for (int64_t n = start * 16; n < stop * 16; n += 16) {
                 const Ahead ahead{gate + (n + 16) * row_bytes, gate + (I + n + 16) * row_bytes, n + 32 <= I ? 16 * row_bytes : 0};
-                pair_sums<Isa, T>(gate, gate + I * row_bytes, row_bytes, I, n, n, ahead, a, b.token + slot, 0, count, sums.data);
+                pair_sums<Isa>(t, gate, gate + I * row_bytes, row_bytes, I, n, n, ahead, a, b.token + slot, 0, count, sums.data);
                 const int64_t columns = least(16, I - n);
                 for (int64_t m = 0; m < count; m++) {
                     const float* sum = sums.data + m * COLUMNS;
@@ -213,14 +221,14 @@ void gate_up(const uint8_t* weight, int64_t I, int64_t D, const float* x, int64_
 // out[token, D] = Σ over the token's slots of weight · down(inner). A piece of work is a stretch of columns through all
 // experts, so every sum has one order, whoever does it.
 template <class Isa, class T>
-void down(const uint8_t* weight, int64_t E, int64_t I, int64_t D, const float* inner, int64_t M, const Buckets& b, float* out, int threads) {
-    const int64_t row_bytes = I / T::BLOCK * T::BYTES;
+void down(T t, const uint8_t* weight, int64_t E, int64_t I, int64_t D, const float* inner, int64_t M, const Buckets& b, float* out, int threads) {
+    const int64_t row_bytes = I / t.BLOCK * t.BYTES;
     constexpr int64_t CHUNK = 2 * COLUMNS;
     Activations<Isa, T> h(b.first[E], I);
 #pragma omp parallel num_threads(threads)
     {
         Buffer<float> sums(b.most * COLUMNS);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 32)
         for (int64_t slot = 0; slot < b.first[E]; slot++) h.quantize_row(slot, inner + slot * I);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t start = 0; start < D; start += CHUNK) {
@@ -234,7 +242,7 @@ void down(const uint8_t* weight, int64_t E, int64_t I, int64_t D, const float* i
                     Ahead ahead{own + (n + COLUMNS) * row_bytes, nullptr, COLUMNS * row_bytes};
                     if (n + COLUMNS >= stop)  // this stretch's columns of the next expert
                         ahead.first = own + (D + start) * row_bytes, ahead.bytes = e + 1 < E ? ahead.bytes : 0;
-                    pair_sums<Isa, T>(own, own, row_bytes, D, n, n + 16, ahead, h, nullptr, slot, count, sums.data);
+                    pair_sums<Isa>(t, own, own, row_bytes, D, n, n + 16, ahead, h, nullptr, slot, count, sums.data);
                     const int64_t columns = least(COLUMNS, D - n);
                     for (int64_t m = 0; m < count; m++) {
                         float* to = out + b.token[slot + m] * D + n;
@@ -272,25 +280,24 @@ DG_INLINE f32x16 number_of(const Panel& panel, int i) {
 
 // The numbers themselves, of rows by index (or the first `count` ones): float32, or bfloat16 where `half`.
 template <class Isa, class T>
-void dequantize(const uint8_t* weight, int64_t row_bytes, int64_t K, const int64_t* rows, int64_t count, int half, void* out, int threads) {
-    constexpr int STRIDE = T::BYTES * (SUPER / T::BLOCK);
+void dequantize(T t, const uint8_t* weight, int64_t row_bytes, int64_t K, const int64_t* rows, int64_t count, int half, void* out, int threads) {
     const int64_t item = half ? 2 : 4;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
     for (int64_t r0 = 0; r0 < count; r0 += 16) {
-        alignas(64) uint8_t copy[16 * STRIDE];
+        alignas(64) uint8_t copy[16 * STRIDE<T>];
         alignas(64) uint8_t numbers[16 * SUPER * 4];
         Panel panel;
         const int here = (int)least(16, count - r0);
         for (int64_t k = 0; k < K; k += SUPER) {
             const int weights = (int)least(SUPER, K - k), whole = (weights + 63) / 64 * 64;
-            const uint8_t* from = weight + k / T::BLOCK * T::BYTES;
+            const uint8_t* from = weight + k / t.BLOCK * t.BYTES;
             if (rows || here < 16 || whole != weights) {
                 memset(copy, 0, sizeof copy);
                 for (int r = 0; r < here; r++)
-                    memcpy(copy + r * STRIDE, from + (rows ? rows[r0 + r] : r0 + r) * row_bytes, weights / T::BLOCK * T::BYTES);
-                T::template unpack<Isa>(copy, STRIDE, whole, panel);
+                    memcpy(copy + r * STRIDE<T>, from + (rows ? rows[r0 + r] : r0 + r) * row_bytes, weights / t.BLOCK * t.BYTES);
+                t.template unpack<Isa>(copy, STRIDE<T>, whole, panel);
             } else {
-                T::template unpack<Isa>(from + r0 * row_bytes, row_bytes, whole, panel);
+                t.template unpack<Isa>(from + r0 * row_bytes, row_bytes, whole, panel);
             }
             auto number = [&](int i) { return number_of<T>(panel, i); };
             for (int i = 0; i < weights; i += half ? 32 : 16) {  // a word holds one number, or two
@@ -311,19 +318,19 @@ void dequantize(const uint8_t* weight, int64_t row_bytes, int64_t K, const int64
 // Sixteen rows by 256 columns are unpacked at a time, in the form that `Isa::Mixer` multiplies; STRETCH rows are gone
 // through by all of M while they are in cache.
 template <class Isa, class T>
-void mix(const uint8_t* weight, int64_t row_bytes, int64_t n, int64_t D, const float* weights, int64_t M, const float* decay, float* soft, int threads) {
+void mix(T t, const uint8_t* weight, int64_t row_bytes, int64_t n, int64_t D, const float* weights, int64_t M, const float* decay, float* soft, int threads) {
     using Mixer = typename Isa::Mixer;
     constexpr int64_t STRETCH = 64;
     const int64_t supers = (D + SUPER - 1) / SUPER, width = (n + STRETCH - 1) / STRETCH * STRETCH;
-    // Whole stretches of columns are the pieces of work; where they are too few, rows are split as well.
-    const int64_t splits = supers >= 4 * threads ? 1 : least((M + 15) / 16, (4 * threads + supers - 1) / supers);
+    // Stretches of columns are the pieces of work; where they are few, rows are split as well.
+    const int64_t splits = least((M + 15) / 16, (8 * threads + supers - 1) / supers);
     Buffer<typename Mixer::Item> p(M * width);
-    Buffer<int32_t> index(M);
-    int64_t active = 0;
+    Buffer<int8_t> counts(M);  // whether a row's weights are more than nothing
 #pragma omp parallel num_threads(threads)
     {
         Buffer<char> room(Mixer::BYTES * STRETCH * SUPER);
-#pragma omp for schedule(static)
+        Buffer<int32_t> index((M + splits - 1) / splits + 1);
+#pragma omp for schedule(dynamic, 8)
         for (int64_t m = 0; m < M; m++) {
             f32x16 total{};
             int64_t v = 0;
@@ -331,33 +338,28 @@ void mix(const uint8_t* weight, int64_t row_bytes, int64_t n, int64_t D, const f
             float sum = 0;
             for (int i = 0; i < 16; i++) sum += total[i];
             for (; v < n; v++) sum += weights[m * n + v];
-            index.data[m] = sum > 1e-9f;
+            counts.data[m] = sum > 1e-9f;
+            if (counts.data[m]) Mixer::convert(weights + m * n, n, width, p.data + m * width);
         }
-#pragma omp single
-        for (int64_t m = 0; m < M; m++)
-            if (index.data[m]) index.data[active++] = (int32_t)m;
-#pragma omp for schedule(static)
-        for (int64_t m = 0; m < active; m++) Mixer::convert(weights + index.data[m] * n, n, width, p.data + m * width);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t work = 0; work < supers * splits; work++) {
             const int64_t d0 = work / splits * SUPER, columns = least(SUPER, D - d0), part = work % splits;
-            for (int64_t m = M * part / splits; m < M * (part + 1) / splits; m++)
-                for (int64_t d = d0; d < d0 + columns; d++) soft[m * D + d] *= decay[m];
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t work = 0; work < supers * splits; work++) {
-            const int64_t d0 = work / splits * SUPER, columns = least(SUPER, D - d0);
-            const int64_t m0 = active * (work % splits) / splits, m1 = active * (work % splits + 1) / splits;
-            for (int64_t v0 = 0; v0 < n && m0 < m1; v0 += STRETCH) {
+            int64_t active = 0;
+            for (int64_t m = M * part / splits; m < M * (part + 1) / splits; m++) {
+                if (counts.data[m]) index.data[active++] = (int32_t)m;
+                if (decay[m] != 1.0f)
+                    for (int64_t d = d0; d < d0 + columns; d++) soft[m * D + d] *= decay[m];
+            }
+            for (int64_t v0 = 0; v0 < n && active; v0 += STRETCH) {
                 for (int64_t v = 0; v < STRETCH; v += 16) {
                     Panel panel;
-                    if (v0 + v < n) unpack<Isa, T>(weight, row_bytes, n, D, v0 + v, d0, panel);
+                    if (v0 + v < n) unpack<Isa>(t, weight, row_bytes, n, D, v0 + v, d0, panel);
                     else memset((void*)&panel, 0, sizeof panel);
                     auto number = [&](int i) { return number_of<T>(panel, i); };
                     for (int i = 0; i < columns; i += 16) Mixer::template pack<Isa>(number, i, (int)v, STRETCH, room.data);
                 }
                 for (int64_t i = 0; i < columns; i += COLUMNS)
-                    Mixer::multiply(room.data, i, STRETCH, p.data + m0 * width + v0, width, index.data + m0, m1 - m0, soft + d0 + i, D, least(COLUMNS, columns - i));
+                    Mixer::multiply(room.data, i, STRETCH, p.data + v0, width, index.data, active, soft + d0 + i, D, least(COLUMNS, columns - i));
             }
         }
     }
@@ -385,7 +387,7 @@ struct FloatMixer {
             for (int64_t m = 0; m < count; m++) {
                 float* to = soft + index[m] * D + h;
                 f32x16 sum = load<f32x16>(to);
-                for (int64_t v = 0; v < stretch; v++) sum += load<f32x16>(table + 16 * v) * p[m * width + v];
+                for (int64_t v = 0; v < stretch; v++) sum += load<f32x16>(table + 16 * v) * p[index[m] * width + v];
                 store(to, sum);
             }
     }
@@ -394,7 +396,7 @@ struct FloatMixer {
 // One tile of the vocabulary's logits, in place: scores[M, n] become e^(l/T - best), with l the soft-capped logit and
 // `best` the largest l/T so far; the running sums follow, and a sample is drawn where this tile wins. See nn/head.py.
 inline void head_tile(const HeadTile& t, float* scores, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
     for (int64_t m = 0; m < t.M; m++) {
         float* row = scores + m * t.n;
         const float inverse_cap = 2.0f / t.cap, factor = t.cap * t.inverse_t[m];
@@ -470,7 +472,7 @@ inline void head_tile(const HeadTile& t, float* scores, int threads) {
 
 // out = (residual +) x · (mean(x²) + eps)^-½ (· weight), row by row.
 inline void rms_norm(const float* x, int64_t rows, int64_t width, const float* weight, float eps, const float* residual, float* out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > 8192)
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (rows * width > ALONE)
     for (int64_t m = 0; m < rows; m++) {
         const float* from = x + m * width;
         float* to = out + m * width;
@@ -502,7 +504,7 @@ inline void rms_norm(const float* x, int64_t rows, int64_t width, const float* w
 // token's cos and sin [tokens, dim] (halves repeated). `out` may be `x`.
 inline void norm_rotate(const float* x, int64_t tokens, int64_t heads, int64_t dim, const float* weight, float eps, const float* cos, const float* sin, float* out, int threads) {
     const int64_t half = dim / 2, whole = half / 16 * 16;
-#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * dim > 8192)
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads) if (tokens * heads * dim > ALONE)
     for (int64_t t = 0; t < tokens; t++) {
         const float *c = cos + t * dim, *s = sin + t * dim;
         for (int64_t h = 0; h < heads; h++) {
@@ -536,19 +538,19 @@ inline void norm_rotate(const float* x, int64_t tokens, int64_t heads, int64_t d
 template <class Isa>
 struct Entries {
     static int linear_of(int type, const uint8_t* weight, int64_t row_bytes, int64_t N, int64_t K, const float* x, int64_t M, float* out, int threads) {
-        return with_type(type, [&](auto t) { linear<Isa, decltype(t)>(weight, row_bytes, N, K, x, M, out, threads); });
+        return with_type(type, [&](auto t) { linear<Isa>(t, weight, row_bytes, N, K, x, M, out, threads); });
     }
     static int gate_up_of(int type, const uint8_t* weight, int64_t I, int64_t D, const float* x, int64_t M, const Buckets& b, float* inner, int threads) {
-        return with_type(type, [&](auto t) { gate_up<Isa, decltype(t)>(weight, I, D, x, M, b, inner, threads); });
+        return with_type(type, [&](auto t) { gate_up<Isa>(t, weight, I, D, x, M, b, inner, threads); });
     }
     static int down_of(int type, const uint8_t* weight, int64_t E, int64_t I, int64_t D, const float* inner, int64_t M, const Buckets& b, float* out, int threads) {
-        return with_type(type, [&](auto t) { down<Isa, decltype(t)>(weight, E, I, D, inner, M, b, out, threads); });
+        return with_type(type, [&](auto t) { down<Isa>(t, weight, E, I, D, inner, M, b, out, threads); });
     }
     static int dequantize_of(int type, const uint8_t* weight, int64_t row_bytes, int64_t K, const int64_t* rows, int64_t count, int half, void* out, int threads) {
-        return with_type(type, [&](auto t) { dequantize<Isa, decltype(t)>(weight, row_bytes, K, rows, count, half, out, threads); });
+        return with_type(type, [&](auto t) { dequantize<Isa>(t, weight, row_bytes, K, rows, count, half, out, threads); });
     }
     static int mix_of(int type, const uint8_t* weight, int64_t row_bytes, int64_t n, int64_t D, const float* weights, int64_t M, const float* decay, float* soft, int threads) {
-        return with_type(type, [&](auto t) { mix<Isa, decltype(t)>(weight, row_bytes, n, D, weights, M, decay, soft, threads); });
+        return with_type(type, [&](auto t) { mix<Isa>(t, weight, row_bytes, n, D, weights, M, decay, soft, threads); });
     }
     static double peak_of(int threads) {
         double rate = 0;

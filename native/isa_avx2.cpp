@@ -6,13 +6,13 @@ namespace {
 struct Avx2Mixer : FloatMixer {
     // R rows by 16 columns.
     template <int R>
-    DG_INLINE void rows(const float* table, int64_t stretch, const float* p, int64_t width, float* const* to) {
+    DG_INLINE void rows(const float* table, int64_t stretch, const float* const* p, float* const* to) {
         __m256 sums[R][2];
         for (int r = 0; r < R; r++) sums[r][0] = _mm256_loadu_ps(to[r]), sums[r][1] = _mm256_loadu_ps(to[r] + 8);
         for (int64_t v = 0; v < stretch; v++) {
             const __m256 a = _mm256_load_ps(table + 16 * v), b = _mm256_load_ps(table + 16 * v + 8);
             for (int r = 0; r < R; r++) {
-                const __m256 x = _mm256_broadcast_ss(p + r * width + v);
+                const __m256 x = _mm256_broadcast_ss(p[r] + v);
                 sums[r][0] = _mm256_fmadd_ps(x, a, sums[r][0]);
                 sums[r][1] = _mm256_fmadd_ps(x, b, sums[r][1]);
             }
@@ -23,14 +23,14 @@ struct Avx2Mixer : FloatMixer {
         const float* table = (const float*)room + i * stretch;
         for (int64_t h = 0; h < columns; h += 16, table += 16 * stretch) {
             float* to[6];
-            int64_t m = 0;
-            for (; m + 6 <= count; m += 6) {
-                for (int r = 0; r < 6; r++) to[r] = soft + index[m + r] * D + h;
-                rows<6>(table, stretch, p + m * width, width, to);
-            }
-            for (; m < count; m++) {
-                to[0] = soft + index[m] * D + h;
-                rows<1>(table, stretch, p + m * width, width, to);
+            const float* from[6];
+            for (int64_t m = 0; m < count; m += m + 6 <= count ? 6 : 1) {
+                for (int r = 0; r < 6 && m + r < count; r++) {
+                    to[r] = soft + index[m + r] * D + h;
+                    from[r] = p + index[m + r] * width;
+                }
+                if (m + 6 <= count) rows<6>(table, stretch, from, to);
+                else rows<1>(table, stretch, from, to);
             }
         }
     }
@@ -55,8 +55,14 @@ struct Avx2 : X86 {
             store((char*)&out[3] + 32 * half, _mm256_unpackhi_epi64(b, d));
         }
     }
-    DG_INLINE u32x16 lookup(u32x16 nibbles) {
-        __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)IQ4_VALUES));
+    DG_INLINE u32x16 gather(const uint32_t* table, u32x16 index) {
+        u32x16 out;
+        for (int half = 0; half < 2; half++)
+            store((char*)&out + 32 * half, _mm256_i32gather_epi32((const int*)table, load<__m256i>((char*)&index + 32 * half), 4));
+        return out;
+    }
+    DG_INLINE u32x16 lookup(u32x16 nibbles, const int8_t* values) {
+        __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values));
         u32x16 out;
         for (int half = 0; half < 2; half++)
             store((char*)&out + 32 * half, _mm256_shuffle_epi8(table, load<__m256i>((char*)&nibbles + 32 * half)));

@@ -14,11 +14,16 @@ struct Portable {
                 out[j][row] = word;
             }
     }
-    static u32x16 lookup(u32x16 nibbles) {
+    static u32x16 gather(const uint32_t* table, u32x16 index) {
+        u32x16 out;
+        for (int row = 0; row < 16; row++) out[row] = table[index[row]];
+        return out;
+    }
+    static u32x16 lookup(u32x16 nibbles, const int8_t* values) {
         u32x16 out{};
         for (int b = 0; b < 4; b++)
             for (int row = 0; row < 16; row++)
-                out[row] |= (uint32_t)(IQ4_VALUES[nibbles[row] >> (8 * b) & 15] + 128) << (8 * b);
+                out[row] |= (uint32_t)(values[nibbles[row] >> (8 * b) & 15] + 128) << (8 * b);
         return out;
     }
     static int32_t sum_bytes(const int8_t* p, int count) {

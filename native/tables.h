@@ -33,6 +33,9 @@ struct Table {
     double (*peak)(int threads);
 };
 
+// A type's codebook as `dg_grid` was given it, or null.
+const uint32_t* grid_of(int type);
+
 extern const Table DG_PORTABLE;
 #ifdef DG_X86
 extern const Table DG_AVX2, DG_AVXVNNI, DG_AVX512, DG_AVX512BF16, DG_AMX;

@@ -4,6 +4,8 @@ import signal
 
 import pytest
 
+import dgemma  # noqa: F401  before torch: its threads wait asleep then (dgemma/openmp.py)
+
 # Whoever runs the tests in the background has Ctrl-C ignored, here and in all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -47,13 +47,15 @@ def metadata_of(network: DiffusionTransformer, generation: GenerationConfig | No
 
 def write(path: Path, metadata: dict[str, Any], tensors: dict[str, np.ndarray], types: dict[str, Type] | None = None,
           architecture: str = "diffusion-gemma", **options: Any) -> Path:
-    """A GGUF file; ``types`` names the block types of tensors that are not to be F32."""
+    """A GGUF file; ``types`` names the block types of tensors that are not to be F32; bytes are packed already."""
     writer = GGUFWriter(path, architecture, **options)
     for key, value in metadata.items():
         add(writer, key, value)
     for name, values in tensors.items():
         kind = (types or {}).get(name, Type.F32)
-        if kind == Type.F32:
+        if values.dtype == np.uint8:
+            writer.add_tensor(name, values, raw_dtype=kind)
+        elif kind == Type.F32:
             writer.add_tensor(name, np.ascontiguousarray(values))
         elif kind == Type.F16:
             writer.add_tensor(name, values.astype(np.float16))

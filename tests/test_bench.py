@@ -68,3 +68,40 @@ def test_the_command_prints_a_table_and_json():
     assert "x floor" in shown and "soft embedding" in shown and "tokens/s" in shown
     data = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert data["context"] == 3 and data["seconds_per_step"] > 0 and data["floors"]["step"] > 0
+
+
+class TestBesideBusyPrograms:
+    def test_programs_run_only_while_it_lasts(self):
+        import psutil
+
+        def ours():
+            return [child for child in psutil.Process().children() if "while True" in " ".join(child.cmdline())]
+
+        with pytest.raises(KeyError), bench.busy_loops(2):
+            assert len(ours()) == 2
+            raise KeyError
+        assert not ours()
+
+    def test_what_waiting_costs_is_what_the_lost_share_does_not_explain(self, monkeypatch):
+        seconds, rates = iter([1.0, 4.0, 1.0, 6.0, 2.0, 12.0]), iter([8.0, 4.0, 4.0, 8.0, 3.0, 5.0, 8.0, 4.0, 4.0])
+        monkeypatch.setattr(bench, "_free_rate", lambda threads: next(rates))
+        found = bench.beside_busy_loops(lambda: next(seconds), loops=1)
+        assert (found.quiet_seconds, found.busy_seconds) == (1.0, 6.0)
+        assert (found.slowdown, found.explained, found.ratio) == (6.0, 2.0, 3.0)
+
+    def test_free_threads_work(self):
+        assert bench._free_rate(2, seconds=0.01) > 0
+
+    @pytest.mark.parametrize("arguments", [[], ["--json"]])
+    def test_the_command_tells_both(self, arguments, monkeypatch):
+        from typer.testing import CliRunner
+
+        from dgemma.cli.main import app
+
+        monkeypatch.setattr(bench, "_free_rate", lambda threads: 1.0)
+        monkeypatch.setattr(bench, "read_bandwidth", lambda: 1e9)
+        shown = CliRunner().invoke(app, ["bench", "sudoku", "--steps", "1", "--busy", "1", *arguments]).stdout
+        if arguments:
+            assert json.loads(shown)["busy"]["loops"] == 1 and json.loads(shown)["busy"]["slowdown"] > 0
+        else:
+            assert "beside 1 busy program:" in shown and "waiting costs" in shown

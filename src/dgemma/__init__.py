@@ -12,11 +12,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dgemma.openmp import wait_passively
+
 if TYPE_CHECKING:
     from dgemma.api import Model, load
     from dgemma.config import GenerationConfig, ModelConfig
     from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Finished, Generation
     from dgemma.errors import CheckpointError, DgemmaError
+
+wait_passively()  # OpenMP reads its settings once, when torch is loaded: before anything here does that
 
 __version__ = "0.1.0"
 

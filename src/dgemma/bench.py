@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -157,6 +161,71 @@ def read_bandwidth() -> float:
     """Measured memory read rate, bytes per second (a sum over 1 GB, all threads)."""
     block = torch.ones(1 << 27, dtype=torch.int64)
     return block.nbytes / _best(lambda: block.sum())
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Some work beside programs that do nothing but keep processors busy; medians over rounds, times in seconds.
+
+    ``slowdown`` is what the work took longer, ``explained`` what threads that never wait for each other took longer:
+    the share of the processors that was lost. ``ratio`` is the first over the second, 1 where waiting costs nothing.
+    """
+
+    loops: int
+    threads: int
+    quiet_seconds: float
+    busy_seconds: float
+    slowdown: float
+    explained: float
+    ratio: float
+
+
+def beside_busy_loops(work: Callable[[], float], loops: int, rounds: int = 3) -> Busy:
+    """Measure ``work``, which returns its seconds, quietly and beside ``loops`` busy programs in turn.
+
+    What else runs on the machine counts as quiet.
+    """
+    threads = torch.get_num_threads()
+    pairs = []
+    for _ in range(rounds):
+        before, quiet = _free_rate(threads), work()
+        with busy_loops(loops):
+            first, busy = _free_rate(threads), work()
+            pairs.append((quiet, busy, busy / quiet, before / statistics.mean((first, _free_rate(threads)))))
+    quiet, busy, slowdown, explained = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(slower / lost for _, _, slower, lost in pairs)
+    return Busy(loops, threads, quiet, busy, slowdown, explained, ratio)
+
+
+@contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """While this lasts, ``count`` other programs keep a processor busy each, or what share of one they get."""
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(count):
+            running.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def _free_rate(threads: int, seconds: float = 1.0) -> float:
+    """Work per second of so many threads that have nothing to do with each other."""
+    block = bytes(1 << 22)  # zlib lets other threads run meanwhile
+    stop = time.perf_counter() + seconds
+
+    def count(_: int) -> int:
+        done = 0
+        while time.perf_counter() < stop:
+            zlib.crc32(block)
+            done += 1
+        return done
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(count, range(threads))) / (time.perf_counter() - began)
 
 
 def processor_text() -> str:

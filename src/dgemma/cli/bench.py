@@ -19,6 +19,8 @@ def bench(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps to time.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads. Default: one per core.",
                                                 show_default=False)] = None,
+    busy: Annotated[int, typer.Option(min=0, metavar="N", help="Also time steps beside N programs that keep a "
+                                      "processor busy each.")] = 0,
     json: options.JsonOption = False,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = None,
@@ -28,6 +30,7 @@ def bench(
 
     The floor is the larger of two times, both from rates measured here and now: the weights read once at memory
     bandwidth, and the arithmetic at the processor's peak. Close other programs first.
+    --busy tells what other programs cost: 1.00 x would be nothing beyond the share of the processors that they take.
     """
     import torch
 
@@ -43,10 +46,13 @@ def bench(
     peak, unit = benchmark.peak_operations(network)
     least = benchmark.floors(work, bandwidth, peak)
     machine = benchmark.describe_machine("dgemma")
+    beside = benchmark.beside_busy_loops(lambda: benchmark.measure(
+        network, context=context, canvas=canvas, steps=steps).seconds_per_step, busy) if busy else None
     if json:
         print_json({"model": model, "machine": machine, "bytes_per_second": bandwidth, "operations_per_second": peak,
                     "unit": unit, **dataclasses.asdict(measured), "floors": least,
-                    "work": {part: dataclasses.asdict(needs) for part, needs in work.items()}})
+                    "work": {part: dataclasses.asdict(needs) for part, needs in work.items()},
+                    "busy": beside and dataclasses.asdict(beside)})
         return
     print(machine)
     print(f"measured here: memory {bandwidth / 1e9:.1f} GB/s, arithmetic {peak / 1e12:.2f} TOP/s ({unit})\n")
@@ -66,3 +72,8 @@ def bench(
         print(f"prompt: {measured.prefill_tokens_per_second:.0f} tokens/s (over {context} tokens); its cache takes "
               f"{measured.cache_bytes / 1e6:.1f} MB")
     print(f"at 16 steps a canvas: {measured.canvas / (16 * step):.1f} tokens/s")
+    if beside:
+        programs = f"{beside.loops} busy program{'s' if beside.loops > 1 else ''}"
+        print(f"beside {programs}: {beside.busy_seconds:.3f} s a step, {beside.slowdown:.2f} x the "
+              f"{beside.quiet_seconds:.3f} s without; the share of the processors that they take explains "
+              f"{beside.explained:.2f} x, waiting costs {beside.ratio:.2f} x")

@@ -46,9 +46,20 @@ BLOCK_TYPES: dict[str, BlockType] = {t.name: t for t in (
     BlockType("Q4_K", 12, 256, 144),
     BlockType("Q5_K", 13, 256, 176),
     BlockType("Q6_K", 14, 256, 210),
+    BlockType("IQ2_XXS", 16, 256, 66),
+    BlockType("IQ2_XS", 17, 256, 74),
+    BlockType("IQ3_XXS", 18, 256, 98),
+    BlockType("IQ1_S", 19, 256, 50),
     BlockType("IQ4_NL", 20, 32, 18),
+    BlockType("IQ3_S", 21, 256, 110),
+    BlockType("IQ2_S", 22, 256, 82),
     BlockType("IQ4_XS", 23, 256, 136),
+    BlockType("IQ1_M", 29, 256, 56),
     BlockType("BF16", 30, 1, 2),
+    BlockType("TQ1_0", 34, 256, 54),
+    BlockType("TQ2_0", 35, 256, 66),
+    BlockType("MXFP4", 39, 32, 17),
+    BlockType("NVFP4", 40, 64, 36),
 )}
 BY_CODE: dict[int, BlockType] = {t.code: t for t in BLOCK_TYPES.values()}
 
@@ -56,13 +67,16 @@ _CHUNK = 1 << 18  # weights expanded at a time: temporaries of a few megabytes, 
 
 # The sixteen values of IQ4_NL and IQ4_XS.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# Twice the sixteen values of a 4-bit float (one sign bit, two of exponent, one of mantissa): MXFP4's and NVFP4's.
+FP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def dequantize(data: Tensor, type: BlockType, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers that packed rows stand for: uint8 [..., row bytes] -> ``dtype`` [..., K], a tensor of its own.
 
     Computed in float32 as ggml does, bit for bit, and then rounded to ``dtype``. ``data`` may lie at any address and
-    in any strides. Raises ValueError when its rows are no whole number of blocks.
+    in any strides. Raises ValueError when its rows are no whole number of blocks, DgemmaError when the type has a
+    codebook and that is not here (see `codebooks`).
     """
     if data.dtype != torch.uint8:
         raise ValueError(f"packed weights are uint8, not {str(data.dtype).removeprefix('torch.')}")
@@ -71,8 +85,9 @@ def dequantize(data: Tensor, type: BlockType, dtype: torch.dtype = torch.float32
     out = torch.empty(*data.shape[:-1], type.row_width(data.shape[-1]), dtype=dtype, device=data.device)
     blocks, numbers = data.reshape(-1, type.nbytes), out.view(-1, type.block)
     step = max(1, _CHUNK // type.block)
+    decode = _decoder(type.name)
     for start in range(0, len(blocks), step):
-        numbers[start : start + step] = _DECODERS[type.name](blocks[start : start + step])
+        numbers[start : start + step] = decode(blocks[start : start + step])
     return out
 
 
@@ -193,22 +208,61 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return _scaled(_half(blocks, 208) * _signed(blocks[:, 192:208]), numbers.float() - 32)
 
 
-def _iq4(packed: Tensor) -> Tensor:
-    values = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=packed.device)
-    return values[spread(packed, 4, 16).int()]
+def _table(packed: Tensor, values: tuple[int, ...], group: int) -> Tensor:
+    """Nibbles as `spread` takes them apart -> the values that they number, float32."""
+    return torch.tensor(values, dtype=torch.float32, device=packed.device)[spread(packed, 4, group).int()]
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    return _half(blocks) * _iq4(blocks[:, 2:])
+    return _half(blocks) * _table(blocks[:, 2:], IQ4_VALUES, 16)
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
     scales = spread(blocks[:, 4:8], 4, 1) | (spread(blocks[:, 2:4], 2, 1) << 4)
-    return _scaled(_half(blocks) * (scales.float() - 32), _iq4(blocks[:, 8:]))
+    return _scaled(_half(blocks) * (scales.float() - 32), _table(blocks[:, 8:], IQ4_VALUES, 16))
+
+
+def _ternary(packed: Tensor, digits: int) -> Tensor:
+    """``digits`` numbers of -1, 0, 1 in each byte, which is a fraction of 256 with as many base-3 places: uint8 [n, m]
+    -> float32 [n, digits · m], the first digit of all bytes first."""
+    powers = torch.tensor([1, 3, 9, 27, 81][:digits], dtype=torch.uint8, device=packed.device).view(-1, 1)
+    rest = (packed.unsqueeze(1) * powers).short()  # modulo 256: what is left behind the digits before
+    return ((rest * 3) >> 8).flatten(1).float() - 1
+
+
+def _tq1_0(blocks: Tensor) -> Tensor:
+    parts = (_ternary(blocks[:, :32], 5), _ternary(blocks[:, 32:48], 5), _ternary(blocks[:, 48:52], 4))
+    return _half(blocks, 52) * torch.cat(parts, dim=1)
+
+
+def _tq2_0(blocks: Tensor) -> Tensor:
+    return _half(blocks, 64) * (spread(blocks[:, :64], 2, 32).float() - 1)
+
+
+def _mxfp4(blocks: Tensor) -> Tensor:
+    power = blocks[:, :1].int() - 1  # of half the scale, for the values are doubled; the two smallest are subnormal
+    bits = torch.where(power < 1, 0x0020_0000 << (power + 1).clamp(max=1), power << 23)
+    return bits.view(torch.float32) * _table(blocks[:, 1:], FP4_VALUES, 16)
+
+
+def _nvfp4(blocks: Tensor) -> Tensor:
+    scales = blocks[:, :4].int()  # unsigned floats of four bits of exponent and three of mantissa
+    exponent, mantissa = (scales >> 3) & 15, (scales & 7).float()
+    powers = torch.ldexp(torch.ones_like(mantissa), exponent - 7)
+    halves = torch.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * powers) * 0.5
+    return _scaled(torch.where(scales == 0x7F, 0.0, halves), _table(blocks[:, 4:], FP4_VALUES, 8))
+
+
+def _decoder(name: str) -> Callable[[Tensor], Tensor]:
+    if name in _DECODERS:
+        return _DECODERS[name]
+    from dgemma.kernels.codebooks import DECODERS  # with their codebooks' package, which only few files need
+
+    return DECODERS[name]
 
 
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "F32": _f32, "F16": _half, "BF16": _bf16, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
     "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl,
-    "IQ4_XS": _iq4_xs,
+    "IQ4_XS": _iq4_xs, "TQ1_0": _tq1_0, "TQ2_0": _tq2_0, "MXFP4": _mxfp4, "NVFP4": _nvfp4,
 }  # uint8 [n, nbytes] -> float32 [n, block]

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dgemma.errors import DgemmaError
-from dgemma.kernels.blocks import BY_CODE
+from dgemma.kernels.blocks import BY_CODE, BlockType
+from dgemma.kernels.codebooks import GRIDS, grid
 
-ABI = 4
+ABI = 5
 _NAMES = {"linux": "libdgemma_cpu.so", "darwin": "libdgemma_cpu.dylib", "win32": "dgemma_cpu.dll"}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
@@ -78,11 +79,11 @@ def _open(path: Path | None) -> ctypes.CDLL | str:
         return "not built here (install a C++ compiler, then install dgemma again)"
     try:
         loaded = ctypes.CDLL(str(path))
+        if loaded.dg_abi() != ABI:  # an int, which is what ctypes takes results for
+            return f"of another version of dgemma ({path}; install dgemma again)"
         signatures(loaded)
     except (OSError, AttributeError) as error:
         return f"not to be loaded ({error}; install dgemma again)"
-    if loaded.dg_abi() != ABI:
-        return f"of another version of dgemma ({path}; install dgemma again)"
     return loaded
 
 
@@ -94,6 +95,7 @@ def signatures(loaded: ctypes.CDLL) -> None:
         ("dg_current", ctypes.c_char_p),
         ("dg_use", _INT, ctypes.c_char_p),
         ("dg_peak", ctypes.c_double, _INT),
+        ("dg_grid", _INT, _INT, _POINTER, _LONG),
         ("dg_linear", _INT, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT),
         ("dg_expert_mlp", _INT, _INT, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER,
          _POINTER, _LONG, _POINTER, _INT),
@@ -120,6 +122,27 @@ def _installed(name: str) -> Path | None:
 def available() -> bool:
     """Whether the native kernels are there."""
     return library() is not None
+
+
+def takes(kind: BlockType) -> bool:
+    """Whether the kernels are there and compute with this block type; its codebook is handed to them first.
+
+    Raises DgemmaError where that is not here (see `codebooks`).
+    """
+    if kind.block == 1 or not available():
+        return False
+    if kind.name in GRIDS:
+        _hand_over_grid(kind)
+    return True
+
+
+@functools.cache
+def _hand_over_grid(kind: BlockType) -> None:
+    numbers = grid(kind.name)
+    if kind.name.startswith("IQ1"):  # the kernels shift these numbers by eighths
+        numbers = numbers * 8 + 128
+    numbers = numbers.to(torch.uint8).contiguous()
+    _check(_loaded().dg_grid(kind.code, numbers.data_ptr(), numbers.numel()))
 
 
 def isa() -> str:

@@ -46,7 +46,7 @@ def expanded(weight: PackedWeight | Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers [N, K] of a matrix; float32 or bfloat16."""
     if isinstance(weight, Tensor):
         return weight.to(dtype)
-    if weight.device.type == "cpu" and weight.type.block > 1 and native.available():
+    if weight.device.type == "cpu" and native.takes(weight.type):
         return native.dequantize(weight.data, weight.type.code, weight.shape[-1], None, dtype)
     return weight.dequantize(dtype)
 

@@ -72,7 +72,7 @@ def on_native(weight: PackedWeight) -> bool:
     """Whether the C++ kernels can take this weight; says once, and why, if they are not there."""
     if weight.device.type != "cpu" or weight.type.block == 1:
         return False
-    if native.available():
+    if native.takes(weight.type):
         return True
     _say_slow()
     return False

@@ -17,6 +17,7 @@ from torch import Tensor
 from dgemma.config import FULL, GenerationConfig, ModelConfig
 from dgemma.errors import CheckpointError
 from dgemma.kernels.blocks import BLOCK_TYPES, BlockType, dequantize
+from dgemma.kernels.codebooks import missing_grid
 from dgemma.kernels.packed import PackedWeight
 from dgemma.nn import DiffusionTransformer
 from dgemma.weights.gguf import GGUFFile, GGUFTensor, map_tensors, read_gguf, read_tensor
@@ -105,14 +106,21 @@ def match_gguf(model: GGUFModel, expected: Mapping[str, Shape]) -> tuple[dict[st
             unknown[tensor.type_name].append(tensor.name)
     listed = model.file.metadata.get("tokenizer.ggml.tokens")
     tokens = len(listed) if isinstance(listed, list) else 0  # anything else is for the tokenizer's reader to say
+    second = {name for name in tensors if name not in used and name.endswith((".scale", ".input_scale"))
+              and (scaled := tensors.get(f"{name.rpartition('.')[0]}.weight")) and scaled.type_name == "NVFP4"}
     found_problems = {
         "damaged files": model.file.damaged,
         "missing tensors": missing if model.file.complete else (),
-        "unexpected tensors": sorted(f"{t.name} in {t.file.name}" for t in tensors.values() if t.name not in used),
+        "unexpected tensors": sorted(f"{t.name} in {t.file.name}" for t in tensors.values()
+                                     if t.name not in used and t.name not in second),
+        "second scales of NVFP4 tensors, which dgemma does not apply (another quantisation of the model will do)":
+            sorted(second),
         "wrong shapes": shapes,
         f"unsupported types (supported: {', '.join(BLOCK_TYPES)})": [
             f"{kind}: {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
             for kind, names in unknown.items()],
+        "codebooks": [why for kind in sorted({tensor.type_name for tensor in tensors.values()})
+                      if (why := missing_grid(kind))],
         "gate and up experts of different types": [
             f"{parts[0].name} is {parts[0].type_name}, {parts[1].name} {parts[1].type_name}"
             for parts in chosen.values() if len({part.type_name for part in parts}) > 1],
