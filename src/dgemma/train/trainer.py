@@ -176,7 +176,8 @@ class Trainer:
         began = time.monotonic()
         examples = _telling(self.source.batch(0))
         checks = run_preflight(self.network, examples, self.recipe.objective, seed=self.recipe.seed, required=True)
-        self.run.write("preflight.json", [vars(check) for check in checks])
+        if self.ranks.is_main:
+            self.run.write("preflight.json", [vars(check) for check in checks])
         self._note(f"preflight: {len(checks)} checks passed in {time.monotonic() - began:.1f} s")
 
     def _plan(self, parts: Parts) -> None:
