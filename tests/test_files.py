@@ -68,9 +68,9 @@ def test_writers_of_one_path_do_not_see_each_other(tmp_path):
 def test_a_failed_writer_takes_nothing_from_another_one(tmp_path):
     path = tmp_path / "a.txt"
     with atomic_write(path) as good:
-        with pytest.raises(ValueError), atomic_write(path) as bad:
+        with pytest.raises(KeyError), atomic_write(path) as bad:
             bad.write_text("bad")
-            raise ValueError
+            raise KeyError
         good.write_text("good")
     assert path.read_text() == "good"
     assert names(tmp_path) == ["a.txt"]

@@ -85,7 +85,10 @@ def test_choosing_safetensors(hub):
     assert [file.name for file in plan.files] == [
         "chat_template.jinja", "config.json", "model.safetensors.index.json", "tokenizer.json",
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    hub.repos[PLAIN]["model.safetensors"] = b"one"
+    hub.repos[PLAIN]["model.safetensors"] = b"one"  # a stray one: the index names what counts
+    assert [file.name for file in plan_pull(PLAIN).files] == [file.name for file in plan.files]
+    for part in (1, 2):
+        del hub.repos[PLAIN][f"model-0000{part}-of-00002.safetensors"]
     assert [file.name for file in plan_pull(PLAIN).files][-2:] == ["tokenizer.json", "model.safetensors"]
 
 

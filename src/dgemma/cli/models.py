@@ -14,6 +14,7 @@ from dgemma.memory import machine_memory
 if TYPE_CHECKING:
     from dgemma.weights.cache import LocalModel
 
+_LEFT_SHOWN = 5  # names
 models_app = typer.Typer(invoke_without_command=True)
 
 
@@ -41,10 +42,13 @@ def remove(
     name: Annotated[str, typer.Argument(help="The model, as `dgemma models` names it.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a model from the Hugging Face cache, also one that has come only partly."""
+    """Delete a model from the Hugging Face cache, also one that has come only partly; and nothing else.
+
+    Other quantisations, vision towers and models of other kinds in the same repository stay.
+    """
     from dgemma.errors import DgemmaError
     from dgemma.files import size_text
-    from dgemma.weights.cache import find_local, remove_model
+    from dgemma.weights.cache import files_beside, find_local, remove_model
 
     model = find_local(name)
     if not model.bundled and not yes:
@@ -56,7 +60,12 @@ def remove(
     freed = remove_model(model)
     typer.echo(f"Removed {model.name}: {size_text(freed)} freed")
     if freed < model.size:
-        typer.echo("The rest is shared with other repositories of the cache; `hf cache prune` deletes what none uses.")
+        typer.echo("The rest is shared with other files of the cache; `hf cache prune` deletes what none uses.")
+    if left := files_beside(model):
+        names = ", ".join(list(left)[:_LEFT_SHOWN]) + (" …" if len(left) > _LEFT_SHOWN else "")
+        repo = model.name.split(":")[0]
+        typer.echo(f"Left where they are: {len(left)} other file{'s' if len(left) > 1 else ''} of {repo}, "
+                   f"{size_text(sum(left.values()))} ({names}); `hf cache rm model/{repo}` deletes all that is there.")
 
 
 def memory_needed(model: LocalModel) -> int | None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from dgemma.machine import signals_handled
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -109,33 +111,20 @@ def stop_on_interrupt(stop: Callable[[], None], insist: bool) -> Iterator[None]:
 
     ``stop`` runs in a signal handler, in the middle of anything: it must not wait for a lock.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
     def interrupted(*_: Any) -> None:
         if insist:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         stop()
 
-    previous = signal.signal(signal.SIGINT, interrupted)
-    try:
+    with signals_handled(interrupted, signal.SIGINT):
         yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """While this lasts Ctrl-C is a KeyboardInterrupt, whatever it is around it."""
-    if threading.current_thread() is not threading.main_thread():
+    with signals_handled(signal.default_int_handler, signal.SIGINT):
         yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def piece_of(model: AnyModel) -> Callable[[int], tuple[bytes, bool]]:
