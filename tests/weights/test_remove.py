@@ -57,7 +57,7 @@ def intact(hub, repo, commit=COMMIT):
 
 
 def blobs(repo):
-    return [path for path in (repo_folder(repo) / "blobs").iterdir()]
+    return list((repo_folder(repo) / "blobs").iterdir())
 
 
 def remove(name):

@@ -30,6 +30,7 @@ from dgemma.weights.transfer import (
     verify,
 )
 
+_GIT_NAME = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*")  # what may become a file's name in the cache
 
 
@@ -49,6 +50,11 @@ class HubFile:
     size: int
     blob: str
     sha256: str | None = None
+
+    @property
+    def checksum(self) -> str | None:
+        """What its contents are checked by: the SHA-256 of a large file, of others what git calls them."""
+        return self.sha256 or (self.blob if _GIT_NAME.fullmatch(self.blob) else None)
 
 
 @dataclass(frozen=True)
@@ -250,10 +256,10 @@ def _fetch_blob(plan: Plan, file: HubFile, folder: Path, listener: Listener) -> 
         raise CheckpointError(f"{plan.repo}: the download broke off after {size_text(size_of(partial))} of "
                               f"{size_text(file.size)} of {file.name} ({error}); the same command goes on from "
                               "there") from error
-    if file.sha256 is not None:
+    if file.checksum is not None:
         listener.begin(f"checking {base}", 0, file.size)
         try:
-            verify(partial, file.sha256, listener)
+            verify(partial, file.checksum, listener)
         except TransferError as error:
             partial.unlink()
             raise CheckpointError(f"{plan.repo}: {file.name} arrived damaged ({error}); it was deleted, so that the "
