@@ -120,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         switches = hub.switches
         if switches.token and self.headers.get("Authorization") != f"Bearer {switches.token}":
             return self._refuse(401, "RepoNotFound")
+        if path == "/api/models":
+            return self._send(json.dumps([{"id": repo} for repo in hub.repos]).encode(), {})
         if path.startswith("/api/models/"):
             repo = "/".join(path.split("/")[3:5])
             if repo not in hub.repos:

@@ -29,6 +29,7 @@ from dgemma.errors import DgemmaError
 from dgemma.files import make_folder, size_text
 from dgemma.machine import signals_handled
 from dgemma.memory import release_freed
+from dgemma.terminal import say
 from dgemma.train.display import Display
 from dgemma.train.distributed import Ranks, collect, gathered, shard, spread
 from dgemma.train.evaluation import Evaluator
@@ -356,7 +357,7 @@ class Trainer:
     def _note(self, text: str) -> None:
         """Say something before the display is there."""
         if self.ranks.is_main:
-            print(text, flush=True)
+            say(text)
 
     @cached_property
     def _data(self) -> str | None:
