@@ -27,7 +27,6 @@ import dgemma  # before torch: see dgemma/openmp.py
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -41,6 +40,8 @@ import random_gguf
 import torch
 from machine import describe, read_bandwidth
 from outside import CannotRun, Watched, cached_part, drop, memory_limit, warm, watch
+
+from dgemma.machine import usable_cores
 
 PROMPT_TOKENS, CANVAS = 2000, 256
 HERE = Path(__file__).resolve().parent
@@ -362,7 +363,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="some of the parts, with commas between")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--mix", choices=random_gguf.MIXES, default="q4_k_m")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--steps", type=int, default=4, help="denoising steps per canvas")
     parser.add_argument("--limit", type=float, default=0.6, help="memory for squeeze, as a part of the file's size")
     parser.add_argument("--llama-bench", type=Path, help="a llama-bench program of your own build, measured as well")

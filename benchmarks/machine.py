@@ -5,7 +5,7 @@ from __future__ import annotations
 import dgemma  # noqa: F401  before torch: see dgemma/openmp.py
 
 # isort: split
-import resource
+import mmap
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ __all__ = ["bf16_flops", "describe", "median_seconds", "peak_bytes", "read_bandw
 def resident_bytes() -> int:
     """The memory that this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    return pages * mmap.PAGESIZE
 
 
 def reset_peak() -> None:

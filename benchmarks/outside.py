@@ -10,6 +10,7 @@ import mmap
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -108,6 +109,8 @@ def watch(command: list[str], text: str = "", threads: int = 1, every: float = 0
 
 def cached_part(path: Path) -> float:
     """The part of a file that is in the page cache, 0 to 1."""
+    if sys.platform == "win32":
+        raise CannotRun("this system does not tell what is in its page cache")
     size = path.stat().st_size
     pages = -(-size // mmap.PAGESIZE)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -139,6 +142,8 @@ def warm(path: Path) -> float:
 
 def drop(path: Path) -> float:
     """Ask for a file to leave the page cache; returns how much stayed (what another process maps does)."""
+    if not hasattr(os, "posix_fadvise"):
+        raise CannotRun("this system cannot be asked to let a file go from its page cache")
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

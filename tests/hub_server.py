@@ -11,6 +11,7 @@ import os
 import struct
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +19,17 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
+
+
+@dataclass
+class Answer:
+    """What is about to be answered to a request for a file; ``wanted`` is its Range."""
+
+    name: str
+    wanted: str | None
+    status: int
+    headers: dict[str, str]
+    data: bytes
 
 
 @dataclass
@@ -36,6 +48,7 @@ class Switches:
     ranges: bool = True
     redirect: str | None = None  # another host that has the large files
     token: str | None = None  # must be sent
+    alter: Callable[[Answer], Answer | None] | None = None  # makes another of the answer to a request for a file
 
 
 @dataclass
@@ -107,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         switches = hub.switches
         if switches.token and self.headers.get("Authorization") != f"Bearer {switches.token}":
             return self._refuse(401, "RepoNotFound")
+        if path == "/api/models":
+            return self._send(json.dumps([{"id": repo} for repo in hub.repos]).encode(), {})
         if path.startswith("/api/models/"):
             repo = "/".join(path.split("/")[3:5])
             if repo not in hub.repos:
@@ -160,14 +175,18 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(int(last) + 1 if last else len(data), len(data))
             headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(data)}"
             data, status = data[int(first) : end], 206
-        self._send(data, headers, status, is_large(name))
+        answer = Answer(name, wanted, status, headers, data)
+        if switches.alter is not None:
+            answer = switches.alter(answer) or answer
+        self._send(answer.data, answer.headers, answer.status, is_large(name))
 
     def _send(self, data: bytes, headers: dict[str, str], status: int = 200, large: bool = False) -> None:
         switches = self.server_hub.switches
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
+        if "Transfer-Encoding" not in headers:
+            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command == "HEAD":
             return

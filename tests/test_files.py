@@ -3,6 +3,9 @@
 import json
 import os
 import stat
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,79 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
         fail()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_writers_of_one_path_do_not_see_each_other(tmp_path):
+    """Blocks that are open at the same time, in the order in which they end."""
+    path = tmp_path / "a.txt"
+    with atomic_write(path) as first:
+        with atomic_write(path) as second:
+            assert first != second
+            second.write_text("second")
+            first.write_text("first")
+        assert path.read_text() == "second"
+        assert first.exists()
+    assert path.read_text() == "first"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_failed_writer_takes_nothing_from_another_one(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic_write(path) as good:
+        with pytest.raises(KeyError), atomic_write(path) as bad:
+            bad.write_text("bad")
+            raise KeyError
+        good.write_text("good")
+    assert path.read_text() == "good"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_many_threads_write_one_path(tmp_path):
+    path, threads, rounds = tmp_path / "a.txt", 8, 25
+    texts = {str(number) * 5000 for number in range(threads)}
+    problems: list[Exception] = []
+    barrier = threading.Barrier(threads)
+
+    def work(number):
+        barrier.wait()
+        try:
+            for _ in range(rounds):
+                write(path, str(number) * 5000)
+                assert path.read_text() in texts
+        except Exception as error:
+            problems.append(error)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert problems == []
+    assert path.read_text() in texts
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_many_processes_write_one_path(tmp_path):
+    path = tmp_path / "a.txt"
+    code = ("import sys; from dgemma.files import atomic_write\n"
+            "for _ in range(100):\n"
+            "    with atomic_write(sys.argv[1]) as beside: beside.write_text(sys.argv[2] * 5000)")
+    running = [subprocess.Popen([sys.executable, "-c", code, path, str(number)]) for number in range(3)]
+    assert [process.wait(60) for process in running] == [0, 0, 0]
+    assert path.read_text() in {str(number) * 5000 for number in range(3)}
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ä" * 127, "🦆" * 63], ids=["ascii", "two bytes", "four bytes"])
+def test_a_name_as_long_as_names_can_be(tmp_path, name):
+    write(tmp_path / name, "text")
+    assert (tmp_path / name).read_text() == "text"
+    assert names(tmp_path) == [name]
+
+
+def test_a_name_that_is_too_long_is_known_before_the_work(tmp_path):
+    with pytest.raises(DgemmaError, match="File name too long"), atomic_write(tmp_path / ("x" * 256)):
+        pytest.fail("nobody works for a file that cannot be")
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from dgemma.chat import Tokenizer, normalise_messages, read_answer
@@ -25,7 +26,7 @@ from dgemma.nn.cache import check_cache_type
 if TYPE_CHECKING:
     from dgemma.weights.gguf_model import GGUFModel
 
-Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
+Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | torch.Tensor | np.ndarray
 
 
 class Model:
@@ -95,15 +96,17 @@ class Model:
     def prompt_ids(self, prompt: Prompt, *, thinking: bool = False, system: str | None = None,
                    tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The token ids that a prompt becomes: through the checkpoint's chat template unless it is ids already."""
-        if isinstance(prompt, torch.Tensor):
-            if prompt.ndim != 1 or prompt.is_floating_point():
-                raise DgemmaError(f"a prompt of token ids is one-dimensional integers, got {tuple(prompt.shape)} of "
-                                  f"{prompt.dtype}")
-            return prompt.tolist()
-        if isinstance(prompt, (list, tuple, range)) and len(prompt) and isinstance(prompt[0], int):
-            if not all(_is_token(item) for item in prompt):
+        given: Any = prompt
+        if isinstance(given, (torch.Tensor, np.ndarray)):
+            if given.ndim != 1 or "int" not in str(given.dtype):
+                raise DgemmaError(f"a prompt of token ids is one-dimensional integers, got {tuple(given.shape)} of "
+                                  f"{given.dtype}")
+            return given.tolist()
+        if isinstance(given, (list, tuple, range)) and len(given) and _is_number(given[0]):
+            numbers = [_plain_token(item) for item in given]
+            if not all(_is_token(item) for item in numbers):
                 raise DgemmaError("a prompt of token ids holds whole numbers only")
-            return list(prompt)  # type: ignore[arg-type]
+            return numbers
         if not isinstance(prompt, (str, list, tuple)):
             raise DgemmaError(f"a prompt is text, a list of messages or a list of token ids, not "
                               f"{type(prompt).__name__}")
@@ -133,6 +136,7 @@ class Model:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
             raise DgemmaError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
         prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=tools)
+        canvas = None if canvas is None else [_plain_token(item) for item in canvas]
         constraint = None
         try:
             merged = self.generation_config.replace(max_tokens=max_tokens, **settings)
@@ -182,6 +186,17 @@ class Model:
 
 def _is_token(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.generic, np.ndarray, torch.Tensor))
+
+
+def _plain_token(value: Any) -> Any:
+    """A number of numpy's or torch's as Python's own; anything else as it is."""
+    if isinstance(value, np.generic) or (isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0):
+        return value.item()
+    return value
 
 
 def parse_device(name: str | torch.device | None) -> torch.device:

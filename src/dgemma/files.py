@@ -8,19 +8,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dgemma.errors import DgemmaError
 
+_NAME_KEPT = 50  # characters, of up to 4 bytes: a file's name has 255 bytes at most
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """The path of an empty file beside ``path``: it takes ``path``'s place if the block succeeds, and goes if not.
 
-    The mode is that of any new file (by the umask), whatever the block's writer gives it. Raises DgemmaError naming
-    ``path`` when it is a folder or cannot be written, and for text that has no UTF-8 form.
+    Any number of threads and processes may write the same path at a time: each has a file of its own, and the last to
+    end wins. The mode is that of any new file (by the umask), whatever the block's writer gives it. Raises DgemmaError
+    naming ``path`` when it is a folder or cannot be written, and for text that has no UTF-8 form.
     """
     path = Path(path)
     beside = None
@@ -31,8 +35,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             raise DgemmaError(f"{path}: cannot be written: this is not a regular file")
         if "\0" in path.name:
             raise DgemmaError(f"{path!s:.80}: cannot be written: a file's name has no NUL character in it")
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with beside.open("wb") as file:
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # a name that is too long is known before the work, not when the file gets it
+        place = name_beside(path)
+        with place.open("xb") as file:
+            beside = place
             mode = _mode(file.fileno())
         yield beside
         if _mode(beside) != mode:  # some writers make a private file of their own and rename it
@@ -47,6 +54,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if beside is not None:
             with contextlib.suppress(OSError):  # the first error is the one to hear of
                 beside.unlink(missing_ok=True)
+
+
+def name_beside(path: Path) -> Path:
+    """A name in the same folder that nobody else uses, for what shall take ``path``'s place when it is complete.
+
+    It tells which file is meant and which process writes it, and is never too long where ``path``'s own is not.
+    """
+    return path.with_name(f"{path.name[:_NAME_KEPT]}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
 
 
 def make_folder(path: str | Path) -> Path:

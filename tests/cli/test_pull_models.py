@@ -186,6 +186,18 @@ def test_remove(hub, dgemma_command):
         assert outcome.code == 1 and words in outcome.err
 
 
+def test_remove_says_what_is_left_where_it_is(hub, dgemma_command):
+    for name in ("*Q4_K_M*", "mmproj*", "imatrix*", "README.md"):
+        dgemma_command("pull", GGUF, "--include", name)
+    outcome = dgemma_command("models", "remove", GGUF, "--yes")
+    assert outcome.code == 0
+    assert outcome.out.splitlines() == [
+        f"Removed {GGUF}:Q4_K_M: 300.0 kB freed",
+        f"Left where they are: 3 other files of {GGUF}, 1.0 kB (README.md, imatrix_unsloth.gguf, mmproj-F16.gguf); "
+        f"`hf cache rm model/{GGUF}` deletes all that is there."]
+    assert dgemma_command("models", "remove", GGUF, "--yes").code == 1
+
+
 @pytest.mark.parametrize(("answer", "left"), [("y", 1), ("n", 2), ("", 2)])
 def test_remove_asks(hub, dgemma_command, monkeypatch, answer, left):
     dgemma_command("pull", GGUF)

@@ -76,8 +76,6 @@ def test_pythons_own_library_is_there_and_every_twentieth_file_kept_apart():
 def test_files_and_folders_are_read_in_order(tmp_path):
     for name in ("b.py", "a.py", "c.txt"):
         (tmp_path / name).write_text(name)
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "d.py").write_text("a test")
     assert read_texts([str(tmp_path)]) == ([b"b.py"], [b"a.py"])
     assert read_texts([str(tmp_path), str(tmp_path / "c.txt")])[0] == [b"b.py", b"c.txt"]
 
@@ -94,3 +92,36 @@ def test_too_little_text_and_a_wrong_context_are_errors(tokenizer):
         TextSource([b"short"], [b"short"], tokenizer, 8, 1, 0, (3, 6))
     with pytest.raises(DgemmaError, match="the smaller first"):
         source(tokenizer, context=(6, 3))
+
+
+def found(texts):
+    train, kept = texts
+    return sorted([*train, *kept])
+
+
+@pytest.mark.parametrize("folder", ["test", "tests/deep", "site-packages/own", "above/dist-packages"])
+def test_no_file_of_the_users_is_left_out_whatever_its_folder_is_called(tmp_path, folder):
+    """As a folder below the one that is named, and as one above it."""
+    place = tmp_path / folder
+    place.mkdir(parents=True)
+    (tmp_path / "a.py").write_bytes(b"first")
+    for name in ("b.py", "c.py"):
+        (place / name).write_bytes(name.encode())
+    assert found(read_texts([str(tmp_path)])) == [b"b.py", b"c.py", b"first"]
+    assert found(read_texts([str(place)])) == [b"b.py", b"c.py"]
+
+
+def test_pythons_library_is_complete_wherever_it_is_installed_but_without_its_tests(tmp_path, monkeypatch):
+    library = tmp_path / "tests" / "lib"
+    for name in ("os.py", "json/decoder.py", "test/test_os.py", "idlelib/idle_test/a.py", "site-packages/numpy.py"):
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(name)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(library)})
+    assert found(read_texts(["python"])) == [b"json/decoder.py", b"os.py"]
+
+
+def test_a_folder_with_a_files_name_is_no_file(tmp_path):
+    (tmp_path / "package.py").mkdir()
+    for name in ("a.py", "package.py/b.py"):
+        (tmp_path / name).write_text(name)
+    assert found(read_texts([str(tmp_path)])) == [b"a.py", b"package.py/b.py"]

@@ -397,6 +397,21 @@ def test_reading_weights_shows_how_far_it_is(conversations, tmp_path):
     assert told[-1][0] == told[-1][1] > 0
 
 
+@pytest.mark.parametrize(("rank", "written"), [(0, {"preflight.json", "plan.json", ".lock"}), (1, set())])
+def test_of_several_processes_only_the_first_writes_what_was_checked(conversations, tmp_path, monkeypatch, rank,
+                                                                     written):
+    class ArrivedError(Exception):
+        pass
+
+    def shard(*_):
+        raise ArrivedError
+
+    monkeypatch.setattr(trainer_module, "shard", shard)
+    with pytest.raises(ArrivedError):
+        Trainer(tuned(conversations), tmp_path / "run", ranks=Ranks(torch.device("cpu"), rank, 2))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == written
+
+
 def test_a_gguf_file_is_trained_by_an_adapter_only(conversations):
     parts = dataclasses.replace(read_parts("sudoku"), gguf=object())
     with pytest.raises(DgemmaError, match="by an adapter only"):

@@ -85,7 +85,10 @@ def test_choosing_safetensors(hub):
     assert [file.name for file in plan.files] == [
         "chat_template.jinja", "config.json", "model.safetensors.index.json", "tokenizer.json",
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    hub.repos[PLAIN]["model.safetensors"] = b"one"
+    hub.repos[PLAIN]["model.safetensors"] = b"one"  # a stray one: the index names what counts
+    assert [file.name for file in plan_pull(PLAIN).files] == [file.name for file in plan.files]
+    for part in (1, 2):
+        del hub.repos[PLAIN][f"model-0000{part}-of-00002.safetensors"]
     assert [file.name for file in plan_pull(PLAIN).files][-2:] == ["tokenizer.json", "model.safetensors"]
 
 
@@ -322,6 +325,161 @@ def test_a_partial_file_that_is_not_the_beginning(hub, size):
         assert "diffuse-Q4_K_M.gguf arrived damaged (its SHA-256 is" in message
         assert not partial.exists()
     assert pull(GGUF, "Q4_K_M").read_bytes() == hub.repos[GGUF]["diffuse-Q4_K_M.gguf"]
+
+
+def answering(hub, times=1 << 30, **changes):
+    """Let the hub's answers to requests for a range be others: ``status``, ``data``, headers (None: without)."""
+    def alter(answer):
+        nonlocal times
+        if answer.wanted is None or times <= 0:
+            return
+        times -= 1
+        for name, value in changes.items():
+            if name in ("status", "data"):
+                setattr(answer, name, value)
+            else:
+                answer.headers.pop(name.replace("_", "-"), None)
+                if value is not None:
+                    answer.headers[name.replace("_", "-")] = value
+
+    hub.switches.alter = alter
+
+
+def begun(hub, size=100_000):
+    """A download of 300 000 bytes of which ``size`` have arrived."""
+    data = hub.repos[GGUF]["diffuse-Q4_K_M.gguf"]
+    partial = repo_folder(GGUF) / "blobs" / f"{blob_of('x.gguf', data)}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(data[:size])
+    return partial, data
+
+
+@pytest.mark.parametrize("changes", [
+    dict(Content_Range=None), dict(Content_Range="bytes 0-199999/300000"),
+    dict(Content_Range="bytes 100001-299999/300000"),
+    dict(Content_Range="bytes 100000-299999/300001"), dict(Content_Range="bytes 100000-300000/300000"),
+    dict(Content_Range="bytes 100000-99999/300000"), dict(Content_Range="bytes */300000"),
+    dict(Content_Range="items 100000-299999/300000"), dict(Content_Range="bytes 100000-/300000"),
+    dict(Content_Range="bytes -100000/300000"), dict(Content_Range=""), dict(Content_Encoding="gzip"),
+    dict(status=416), dict(status=416, Content_Range="bytes */300000"), dict(status=204, data=b""),
+    dict(status=200, data=b"<html>Log in to this network</html>"),
+], ids=str)
+def test_a_part_that_is_not_the_one_asked_for_is_not_taken(hub, changes):
+    """Whoever answers wrongly is asked for the whole file, of which what is here already is left out."""
+    _, data = begun(hub)
+    answering(hub, **changes)
+    assert pull(GGUF, "Q4_K_M").read_bytes() == data
+    assert [wanted for _, wanted in hub.downloads()] == ["bytes=100000-299999", None]
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (dict(Content_Range=None), "did not say which (no Content-Range)"),
+    (dict(Content_Range="bytes 0-199999/300000"), "sent bytes 0 to 199999 of the file, not those from 100000"),
+    (dict(Content_Range="bytes 100000-299999/300001"), "the server's file has 300001 bytes, not 300000"),
+])
+def test_a_server_that_is_always_wrong_spoils_nothing(hub, changes, words):
+    partial, data = begun(hub)
+    answering(hub, **changes)
+    right = hub.switches.alter
+
+    def alter(answer):
+        if answer.wanted is None:  # nor has it the whole file
+            answer.data = b"no such luck"
+        return right(answer)
+
+    hub.switches.alter = alter
+    message = refusal(pull, GGUF, "Q4_K_M")
+    assert "the download broke off after 100.0 kB of 300.0 kB" in message
+    assert words in message
+    assert partial.read_bytes() == data[:100_000]
+    hub.switches.alter = None
+    assert pull(GGUF, "Q4_K_M").read_bytes() == data
+
+
+def test_a_wrong_part_once_costs_no_more_than_a_try(hub):
+    _, data = begun(hub)
+    answering(hub, times=1, Content_Range="bytes 0-199999/300000")
+    notes = Notes()
+    assert pull(GGUF, "Q4_K_M", notes).read_bytes() == data
+    assert notes.notes == ["interrupted: the server sent bytes 0 to 199999 of the file, not those from 100000; "
+                           "trying again"]
+
+
+@pytest.mark.parametrize("total", ["300000", "*"])
+def test_a_part_that_is_shorter_than_asked_for_is_taken_and_the_rest_asked_for(hub, total):
+    _, data = begun(hub)
+
+    def alter(answer):
+        first = int(answer.wanted.removeprefix("bytes=").partition("-")[0])
+        end = min(first + 60_000, 300_000)
+        answer.headers["Content-Range"] = f"Bytes {first}-{end - 1}/{total}"
+        answer.data = data[first:end]
+
+    hub.switches.alter = alter
+    assert pull(GGUF, "Q4_K_M").read_bytes() == data
+    assert [wanted for _, wanted in hub.downloads()] == [
+        f"bytes={start}-299999" for start in (100_000, 160_000, 220_000, 280_000)]
+
+
+def test_more_bytes_than_the_part_has_are_left(hub):
+    _, data = begun(hub)
+
+    def alter(answer):
+        first = int(answer.wanted.removeprefix("bytes=").partition("-")[0])
+        if first == 100_000:
+            answer.headers["Content-Range"] = "bytes 100000-149999/300000"
+            answer.data = data[100_000:150_000] + b"rubbish"
+
+    hub.switches.alter = alter
+    assert pull(GGUF, "Q4_K_M").read_bytes() == data
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_page_instead_of_a_file_does_not_replace_what_has_arrived(hub, told):
+    """As a hotel's network does, for every request, with the page's length or without."""
+    partial, data = begun(hub)
+
+    def alter(answer):
+        answer.status, answer.data = 200, b"<html>Log in to this network</html>"
+        if not told:
+            answer.headers["Transfer-Encoding"] = "chunked"
+            answer.data = b"%x\r\n%s\r\n0\r\n\r\n" % (len(answer.data), answer.data)
+
+    hub.switches.alter = alter
+    refusal(pull, GGUF, "Q4_K_M")
+    assert partial.read_bytes() == data[:100_000]
+    hub.switches.alter = None
+    assert pull(GGUF, "Q4_K_M").read_bytes() == data
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_small_file_is_checked_by_what_git_calls_it(hub, name):
+    right = hub.repos[PLAIN][name]
+
+    def alter(answer):
+        if answer.name == name:
+            answer.data = bytes([right[0] ^ 1]) + right[1:]
+
+    hub.switches.alter = alter
+    message = refusal(pull, PLAIN)
+    assert f"{PLAIN}: {name} arrived damaged (its git SHA-1 is " in message
+    assert not (snapshot(PLAIN) / name).exists()
+    assert not any(path.name == blob_of(name, right) for path in (repo_folder(PLAIN) / "blobs").iterdir())
+    hub.switches.alter = None
+    pull(PLAIN)
+    assert (snapshot(PLAIN) / name).read_bytes() == right
+
+
+def test_a_small_file_that_is_empty_is_checked_too(hub):
+    hub.repos[PLAIN]["tokenizer_config.json"] = b""
+    pull(PLAIN)
+    assert (snapshot(PLAIN) / "tokenizer_config.json").read_bytes() == b""
+
+
+def test_a_hub_that_names_small_files_in_its_own_way_is_believed(hub, monkeypatch):
+    """A mirror's ids need not be git's."""
+    monkeypatch.setattr("hub_server.blob_of", lambda name, data: f"id-{len(data)}")
+    assert (pull(PLAIN) / "config.json").read_bytes() == hub.repos[PLAIN]["config.json"]
 
 
 def test_a_wrong_checksum(hub):

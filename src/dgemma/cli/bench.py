@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from dgemma.cli import options
-from dgemma.cli.output import print_json
+from dgemma.cli.output import need_stdout, print_json
+from dgemma.terminal import say
 
 
 def bench(
@@ -32,6 +33,8 @@ def bench(
     bandwidth, and the arithmetic at the processor's peak. Close other programs first.
     --busy tells what other programs cost: 1.00 x would be nothing beyond the share of the processors that they take.
     """
+    need_stdout()
+
     import torch
 
     from dgemma import bench as benchmark
@@ -54,26 +57,26 @@ def bench(
                     "work": {part: dataclasses.asdict(needs) for part, needs in work.items()},
                     "busy": beside and dataclasses.asdict(beside)})
         return
-    print(machine)
-    print(f"measured here: memory {bandwidth / 1e9:.1f} GB/s, arithmetic {peak / 1e12:.2f} TOP/s ({unit})\n")
-    print(f"{model}: canvas of {measured.canvas}, {context} tokens before it, {measured.threads} threads")
-    print(f"{'':16}{'seconds':>9}{'share':>8}{'floor':>9}{'x floor':>9}{'GB':>8}{'TOP':>8}")
+    say(machine)
+    say(f"measured here: memory {bandwidth / 1e9:.1f} GB/s, arithmetic {peak / 1e12:.2f} TOP/s ({unit})\n")
+    say(f"{model}: canvas of {measured.canvas}, {context} tokens before it, {measured.threads} threads")
+    say(f"{'':16}{'seconds':>9}{'share':>8}{'floor':>9}{'x floor':>9}{'GB':>8}{'TOP':>8}")
     total = sum(measured.parts.values())
     for part, seconds in measured.parts.items():
         needs = work[part]
         times = f"{seconds / least[part]:9.1f}" if least[part] > 1e-6 else f"{'':9}"
-        print(f"{part:16}{seconds:9.3f}{seconds / total:8.0%}{least[part]:9.3f}{times}{needs.nbytes / 1e9:8.2f}"
+        say(f"{part:16}{seconds:9.3f}{seconds / total:8.0%}{least[part]:9.3f}{times}{needs.nbytes / 1e9:8.2f}"
               f"{needs.operations / 1e12:8.3f}")
     step = measured.seconds_per_step
-    print(f"{'step (median)':16}{step:9.3f}{'':8}{least['step']:9.3f}{step / least['step']:9.1f}"
+    say(f"{'step (median)':16}{step:9.3f}{'':8}{least['step']:9.3f}{step / least['step']:9.1f}"
           f"{sum(needs.nbytes for needs in work.values()) / 1e9:8.2f}"
           f"{sum(needs.operations for needs in work.values()) / 1e12:8.3f}\n")
     if measured.prefill_tokens_per_second:
-        print(f"prompt: {measured.prefill_tokens_per_second:.0f} tokens/s (over {context} tokens); its cache takes "
+        say(f"prompt: {measured.prefill_tokens_per_second:.0f} tokens/s (over {context} tokens); its cache takes "
               f"{measured.cache_bytes / 1e6:.1f} MB")
-    print(f"at 16 steps a canvas: {measured.canvas / (16 * step):.1f} tokens/s")
+    say(f"at 16 steps a canvas: {measured.canvas / (16 * step):.1f} tokens/s")
     if beside:
         programs = f"{beside.loops} busy program{'s' if beside.loops > 1 else ''}"
-        print(f"beside {programs}: {beside.busy_seconds:.3f} s a step, {beside.slowdown:.2f} x the "
+        say(f"beside {programs}: {beside.busy_seconds:.3f} s a step, {beside.slowdown:.2f} x the "
               f"{beside.quiet_seconds:.3f} s without; the share of the processors that they take explains "
               f"{beside.explained:.2f} x, waiting costs {beside.ratio:.2f} x")

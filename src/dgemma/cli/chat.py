@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from dgemma.cli import options
-from dgemma.cli.output import print_text
+from dgemma.cli.input import has_stdin, recognise_stdin
+from dgemma.cli.output import is_terminal, need_stdout, print_text
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, json_bytes
+from dgemma.terminal import SafeConsole, say, say_error
 
 if TYPE_CHECKING:
     from dgemma.cli.session import AnyModel
@@ -32,7 +33,8 @@ HELP = '''/help             this
 /load FILE        go on with a kept one
 /clear            forget the conversation
 /exit             leave (Ctrl-D too)
-Ctrl-C stops an answer. \"\"\" starts and ends a message of several lines.'''
+Ctrl-C stops an answer. \"\"\" starts and ends a message of several lines. A message
+that begins with / is sent with // or in these quotes; a path (/etc/hosts) as it is.'''
 SETTINGS = ("max_tokens", *SAMPLER_SETTINGS)
 
 
@@ -63,8 +65,11 @@ def chat(
         settings["max_tokens"] = max_tokens
 
     from dgemma.cli.remote import open_model
-    from dgemma.cli.session import is_terminal, stop_on_interrupt
+    from dgemma.cli.session import stop_on_interrupt
 
+    need_stdout()
+    if not has_stdin():
+        raise DgemmaError("stdin is closed, and chat reads its messages there")
     live = visual and is_terminal()
     loaded = open_model(model, url=url, api_key=api_key, live=live, device=device, dtype=dtype, cache_type=cache_type,
                         adapter=adapter)
@@ -73,7 +78,10 @@ def chat(
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
-        Console().print(Text(loaded.name, "bold"), Text(": say something, /help for commands, /exit to leave"), sep="")
+        SafeConsole().print(Text(loaded.name, "bold"), Text(": say something, /help for commands, /exit to leave"),
+                            sep="")
+    else:
+        recognise_stdin()
     # Nothing that goes wrong with a message may cost the conversation. Ctrl-C never does more than stop an answer,
     # however often it comes: only at the prompt is it an exception.
     with stop_on_interrupt(loaded.cancel, insist=False):
@@ -91,13 +99,13 @@ def _talk(model: AnyModel, conversation: Conversation, live: bool, pace: float) 
             if message is None or not handle(model, conversation, message, live, pace):
                 return sound
         except KeyboardInterrupt:
-            typer.secho("(stopped)", dim=True, err=True)
+            say("(stopped)", dim=True, err=True)
         except DgemmaError as error:
             sound = False
-            typer.secho(f"Error: {error}", fg="red", err=True)
+            say_error(error)
         except (RuntimeError, MemoryError, ArithmeticError) as error:  # memory for so long a conversation, the device
             sound = False
-            typer.secho(f"Error: the answer failed ({type(error).__name__}: {error})", fg="red", err=True)
+            say(f"Error: the answer failed ({type(error).__name__}: {error})", fg="red", err=True)
 
 
 @dataclass
@@ -141,12 +149,23 @@ def checked(conversation: Conversation, model: AnyModel) -> Conversation:
 
 
 def handle(model: AnyModel, conversation: Conversation, message: str, live: bool, pace: float) -> bool:
-    """Carry out or answer what was entered; False means leave."""
-    if message.startswith("/"):
+    """Carry out or answer what was entered; False means leave.
+
+    A message may begin with a slash: as a path does (``/etc/hosts``), which no command's name has a second one in, or
+    by one more (``//help`` sends ``/help``).
+    """
+    if message.startswith("//"):
+        message = message[1:]
+    elif message.startswith("/") and not _is_path(message):
         return command(model, conversation, message)
     if message.strip():
         answer(model, conversation, message, live, pace)
     return True
+
+
+def _is_path(message: str) -> bool:
+    """Whether a message begins with a path of two parts at least, as in ``/etc/hosts``."""
+    return "/" in message.split(maxsplit=1)[0][1:]
 
 
 def _read_message() -> str | None:
@@ -156,13 +175,14 @@ def _read_message() -> str | None:
     interactive = sys.stdin.isatty()
     try:
         with interruptible():
-            line = input(">>> " if interactive else "")
+            line = _line(">>> ", interactive)
             if not line.lstrip().startswith('"""'):
                 return line
             lines = [line.lstrip()[3:]]
             while not lines[-1].rstrip().endswith('"""'):
-                lines.append(input("... " if interactive else ""))
-            return "\n".join([*lines[:-1], lines[-1].rstrip()[:-3]]).strip("\n")
+                lines.append(_line("... ", interactive))
+            text = "\n".join([*lines[:-1], lines[-1].rstrip()[:-3]]).strip("\n")
+            return f"/{text}" if text.startswith("/") else text  # whatever is between quotes is a message
     except EOFError:
         if interactive:
             print()
@@ -172,6 +192,16 @@ def _read_message() -> str | None:
     except KeyboardInterrupt:  # at the prompt: drop the line, as shells do
         print()
         return ""
+
+
+def _line(prompt: str, interactive: bool) -> str:
+    """The next line of stdin without its end; raises EOFError after the last one."""
+    if interactive:
+        return input(prompt)
+    line = sys.stdin.readline()  # `input` would want a stdout and a stderr, too
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n").removesuffix("\r")
 
 
 def answer(model: AnyModel, conversation: Conversation, message: str, live: bool, pace: float = 0.0) -> None:
@@ -188,7 +218,7 @@ def answer(model: AnyModel, conversation: Conversation, message: str, live: bool
     if not live:
         print_text(generation.text)
     if stopped:
-        typer.secho("(stopped)", dim=True, err=True)
+        say("(stopped)", dim=True, err=True)
 
 
 def command(model: AnyModel, conversation: Conversation, line: str) -> bool:
@@ -198,34 +228,34 @@ def command(model: AnyModel, conversation: Conversation, line: str) -> bool:
     if name in ("exit", "quit", "bye"):
         return False
     if name in ("help", "?"):
-        typer.echo(HELP.format(settings=", ".join(SAMPLER_SETTINGS)))
+        say(HELP.format(settings=", ".join(SAMPLER_SETTINGS)))
     elif name == "system":
         conversation.system = rest or None
-        typer.echo("system message set" if rest else "no system message")
+        say("system message set" if rest else "no system message")
     elif name == "thinking":
         if rest not in ("on", "off"):
             raise DgemmaError("/thinking takes on or off")
         conversation.thinking = rest == "on"
-        typer.echo(f"thinking {rest}")
+        say(f"thinking {rest}")
     elif name == "seed":
         conversation.seed = checked(Conversation(seed=int(_number("/seed", rest, "int")) if rest else None), model).seed
-        typer.echo("random seeds" if conversation.seed is None else f"seed {conversation.seed}")
+        say("random seeds" if conversation.seed is None else f"seed {conversation.seed}")
     elif name == "set":
         _set(model, conversation, rest)
     elif name == "clear":
         conversation.messages = []
         model.prefixes.clear()
-        typer.echo("conversation forgotten")
+        say("conversation forgotten")
     elif name == "save":
         save(conversation, _path(rest, "save"))
-        typer.echo(f"{len(conversation.messages)} messages saved to {rest}")
+        say(f"{len(conversation.messages)} messages saved to {rest}")
     elif name == "load":
         loaded = load(_path(rest, "load"), model)
         for part in dataclasses.fields(Conversation):
             setattr(conversation, part.name, getattr(loaded, part.name))
-        typer.echo(f"{len(conversation.messages)} messages loaded from {rest}")
+        say(f"{len(conversation.messages)} messages loaded from {rest}")
     else:
-        raise DgemmaError(f"there is no command /{name}; /help lists them")
+        raise DgemmaError(f"there is no command /{name}; /help lists them (// sends a message that begins with /)")
     return True
 
 
@@ -233,7 +263,7 @@ def _set(model: AnyModel, conversation: Conversation, text: str) -> None:
     if not text:
         current = model.generation_config.replace(**conversation.settings)
         for name in SETTINGS:
-            typer.echo(f"{name} {getattr(current, name)}")
+            say(f"{name} {getattr(current, name)}")
         return
     name, _, value = text.partition(" ")
     name = name.replace("-", "_")
@@ -242,7 +272,7 @@ def _set(model: AnyModel, conversation: Conversation, text: str) -> None:
     kind = next(str(field.type) for field in dataclasses.fields(GenerationConfig) if field.name == name)
     settings = {**conversation.settings, name: _number(f"/set {name}", value, kind)}
     conversation.settings = checked(Conversation(settings=settings), model).settings
-    typer.echo(f"{name} {settings[name]}")
+    say(f"{name} {settings[name]}")
 
 
 def _number(what: str, text: str, kind: str) -> int | float:

@@ -8,7 +8,6 @@ Nothing that could steer a terminal gets through: what comes out is printable, o
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from rich.cells import cell_len
 
 from dgemma.chat.thoughts import CLOSE, HEADER, OPEN, STOPS
 from dgemma.diffusion.events import Denoised
+from dgemma.terminal import harmless, printable
 
 PieceOf = Callable[[int], tuple[bytes, bool]]
 Glyph = tuple[str, str]  # one character, and its look
@@ -29,7 +29,6 @@ SETTLED, LEANING, VAGUE = 0.1, 0.7, 2.0  # nats, at most; above VAGUE the best t
 DOT, RETURN = "·", "↵"
 TAB = "    "
 _LONGEST_SHAPE = 8  # dots
-_KEPT_FORMAT = {"\u200c", "\u200d"}  # joiners: Persian and emoji need them
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,6 @@ def spell(tokens: Iterable[tuple[int, str]], place: Place, piece_of: PieceOf, co
             length = position
     speller.flush(last=True)
     return Spelling(speller.glyphs, speller.place, False, length)
-
-
-def printable(text: str) -> str:
-    """`text` without anything that could steer a terminal, tabs and line breaks kept."""
-    return "".join(char if char in "\n\t" else _harmless(char) for char in text.replace("\r\n", "\n"))
 
 
 class _Speller:
@@ -163,7 +157,7 @@ class _Speller:
         elif firm and name == '<|"|>':  # a quotation mark in a tool call
             self._put('"', "marker")
         elif firm and name not in STOPS and name != "<pad>":
-            for char in _harmless_text(name):
+            for char in printable(name):
                 self._put(char, "marker")
         else:
             self._put(DOT, "noise")
@@ -205,32 +199,11 @@ class _Speller:
         elif char < " " and _RANK[look] < _RANK["fixed"]:
             self._put(DOT, look)
         else:
-            for harmless in _harmless(char):
-                self._put(harmless, look)
+            for shown in harmless(char):
+                self._put(shown, look)
 
     def _put(self, char: str, look: str) -> None:
         self.glyphs.append((char, look))
         line_start, begun = char == "\n", self.place.begun or char != "\n"
         if (line_start, begun) != (self.place.line_start, self.place.begun):
             self.place = replace(self.place, line_start=line_start, begun=begun)
-
-
-def _harmless_text(text: str) -> str:
-    return "".join(map(_harmless, text))
-
-
-def _harmless(char: str) -> str:
-    """A character that a terminal only shows; control characters get their pictures."""
-    code = ord(char)
-    if 0x20 <= code < 0x7F:
-        return char
-    if code < 0x20:
-        return "" if char == "\r" else chr(0x2400 + code)
-    category = unicodedata.category(char)
-    if category == "Cc":
-        return "␡" if code == 0x7F else "�"
-    if category in ("Cs", "Zl", "Zp") or (category == "Cn" and not 0x1F000 <= code <= 0x1FAFF):
-        return "�"  # unassigned, unless it is an emoji newer than Python's tables
-    if category == "Cf" and char not in _KEPT_FORMAT and not 0xE0020 <= code <= 0xE007F:
-        return ""  # direction marks would turn the rest of the screen round
-    return char

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dgemma.cli import options
-from dgemma.cli.output import print_json
+from dgemma.cli.output import need_stdout, print_json
 from dgemma.errors import DgemmaError
+from dgemma.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from dgemma.train.evaluate import BandScore
@@ -48,8 +49,8 @@ def sudoku(
 ) -> None:
     """Unseen Sudoku puzzles: how many are solved exactly, in how many steps."""
     settings = options.sampler_settings(locals())
+    need_stdout()
 
-    from rich.console import Console
     from rich.progress import Progress
 
     from dgemma.cli.session import load_model
@@ -62,7 +63,7 @@ def sudoku(
         if value is not None and puzzles is not None:
             raise DgemmaError(f"{name} is about generated puzzles; it cannot be used with --puzzles")
     loaded = load_model(model, device, dtype, cache_type, hint=False, adapter=adapter)
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+    with Progress(console=SafeConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         tasks: dict[str, int] = {}
 
         def report(name: str, done: int, total: int) -> None:
@@ -83,7 +84,6 @@ def sudoku(
 
 def _print_table(scores: dict[str, BandScore]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(caption="exact: all 81 digits right, with its 95 % interval; kept: no given changed",
@@ -96,7 +96,7 @@ def _print_table(scores: dict[str, BandScore]) -> None:
         table.add_row(band, str(score.count), f"{score.exact:.1%}", f"{low:.1%}-{high:.1%}", f"{score.givens_kept:.1%}",
                       f"{score.mean_steps:.1f}", f"{_percentile(score.steps, 0.5)}/{_percentile(score.steps, 0.9)}",
                       f"{score.seconds_per_puzzle:.3f}")
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 def _percentile(steps: dict[int, int], share: float) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma.cli.output import print_json
+from dgemma.cli.output import need_stdout, print_json
 from dgemma.config import SLIDING
 from dgemma.files import size_text
 
@@ -36,14 +36,15 @@ def inspect(
     from dgemma.weights.inspect import inspect_checkpoint
     from dgemma.weights.locate import locate
 
+    need_stdout()
     with LoadingBar("checking") as bar:
         report = inspect_checkpoint(locate(model), check=check, progress=bar.update)
     if json:
         print_json({"model": model, **report.to_dict()})
     else:
-        from rich.console import Console
+        from dgemma.terminal import SafeConsole
 
-        console = Console(highlight=False)
+        console = SafeConsole(highlight=False)
         console.width = min(console.width, _WIDTH) if console.is_terminal else _WIDTH
         show(report, model, console)
     if report.problems:

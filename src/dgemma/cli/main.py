@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
+from typer.core import TyperGroup
 
 from dgemma import __version__
 from dgemma.cli.bench import bench
 from dgemma.cli.chat import chat
+from dgemma.cli.doctor import doctor
 from dgemma.cli.evaluate import evaluate_app
 from dgemma.cli.inspect import inspect
 from dgemma.cli.merge import merge
 from dgemma.cli.models import models_app
+from dgemma.cli.output import give_up_stdout, occupy_descriptors
 from dgemma.cli.pull import pull
 from dgemma.cli.quantize import quantize
 from dgemma.cli.replay import replay
@@ -24,11 +28,29 @@ from dgemma.cli.run import run
 from dgemma.cli.serve import serve
 from dgemma.cli.train import train
 from dgemma.errors import DgemmaError
+from dgemma.terminal import printable, say, say_error, say_warning
 
-app = typer.Typer(name="dgemma", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+_CANNOT_WRITE = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+class Commands(TyperGroup):
+    """The commands, whose complaints about their arguments (a shell's ``*`` may be names of files) steer nothing."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # Typer's own kind, which it has from click, or from its copy of it; what it prints of one is the message.
+            if isinstance(message := getattr(error, "message", None), str):
+                setattr(error, "message", printable(message))  # noqa: B010
+            raise
+
+
+app = typer.Typer(name="dgemma", cls=Commands, no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False,
                   help="Run, watch and train DiffusionGemma: text by denoising a whole canvas at a time.",
                   context_settings={"help_option_names": ["-h", "--help"]})
-for command in (run, chat, serve, pull, inspect, quantize, merge, bench, replay, train):
+for command in (run, chat, serve, pull, inspect, quantize, merge, bench, replay, train, doctor):
     app.command()(command)
 app.add_typer(models_app, name="models")
 app.add_typer(evaluate_app, name="eval")
@@ -36,7 +58,7 @@ app.add_typer(evaluate_app, name="eval")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"dgemma {__version__}")
+        say(f"dgemma {__version__}")
         raise typer.Exit
 
 
@@ -50,9 +72,9 @@ def _say_warning(message: Warning | str, category: type[Warning], filename: str,
                  file: TextIO | None = None, line: str | None = None) -> None:
     """What the library has to say to its user, as one; all else as Python shows it."""
     if category is UserWarning and "dgemma" in Path(filename).parts:
-        typer.secho(f"Note: {message}", fg="yellow", err=True)
+        say_warning(message)
     else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+        sys.stderr.write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
 
 
 def main() -> None:
@@ -60,6 +82,7 @@ def main() -> None:
 
     Typer itself ends quietly on Ctrl-C (exit code 130) and when whoever reads the output has seen enough (1).
     """
+    occupy_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what an ASCII terminal cannot spell is escaped, not a traceback
             stream.reconfigure(errors="backslashreplace")
@@ -67,7 +90,13 @@ def main() -> None:
     try:
         app()
     except DgemmaError as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
+        say_error(error)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _CANNOT_WRITE:
+            raise
+        give_up_stdout()
+        say_error(f"the output cannot be written ({error.strerror})")
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from dgemma.cli.quantize import Bar, TypeName, show
 from dgemma.errors import DgemmaError
+from dgemma.terminal import say
 
 
 def merge(
@@ -42,4 +43,4 @@ def merge(
     if to_gguf:
         show(summary, out)
     else:
-        typer.echo(f"{out}: {size_text(written)}")
+        say(f"{out}: {size_text(written)}")

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma.cli.options import JsonOption
-from dgemma.cli.output import print_json
+from dgemma.cli.output import need_stdout, print_json
 from dgemma.memory import machine_memory
+from dgemma.terminal import SafeConsole, say
 
 if TYPE_CHECKING:
     from dgemma.weights.cache import LocalModel
 
+_LEFT_SHOWN = 5  # names
 models_app = typer.Typer(invoke_without_command=True)
 
 
@@ -25,6 +27,7 @@ def models(context: typer.Context, json: JsonOption = False) -> None:
     """
     if context.invoked_subcommand is not None:
         return
+    need_stdout()
     from dgemma.weights.cache import cache_folder, local_models
 
     found = local_models()
@@ -41,22 +44,30 @@ def remove(
     name: Annotated[str, typer.Argument(help="The model, as `dgemma models` names it.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a model from the Hugging Face cache, also one that has come only partly."""
+    """Delete a model from the Hugging Face cache, also one that has come only partly; and nothing else.
+
+    Other quantisations, vision towers and models of other kinds in the same repository stay.
+    """
     from dgemma.errors import DgemmaError
     from dgemma.files import size_text
-    from dgemma.weights.cache import find_local, remove_model
+    from dgemma.weights.cache import files_beside, find_local, remove_model
 
     model = find_local(name)
     if not model.bundled and not yes:
         if not _can_ask():
             raise DgemmaError(f"{model.name}: nothing was removed: add --yes, as there is nobody to ask")
         if not typer.confirm(f"Delete {model.name} ({size_text(model.size)}) from this machine?"):
-            typer.echo("Nothing was removed.")
+            say("Nothing was removed.")
             raise typer.Exit(1)
     freed = remove_model(model)
-    typer.echo(f"Removed {model.name}: {size_text(freed)} freed")
+    say(f"Removed {model.name}: {size_text(freed)} freed")
     if freed < model.size:
-        typer.echo("The rest is shared with other repositories of the cache; `hf cache prune` deletes what none uses.")
+        say("The rest is shared with other files of the cache; `hf cache prune` deletes what none uses.")
+    if left := files_beside(model):
+        names = ", ".join(list(left)[:_LEFT_SHOWN]) + (" …" if len(left) > _LEFT_SHOWN else "")
+        repo = model.name.split(":")[0]
+        say(f"Left where they are: {len(left)} other file{'s' if len(left) > 1 else ''} of {repo}, "
+                   f"{size_text(sum(left.values()))} ({names}); `hf cache rm model/{repo}` deletes all that is there.")
 
 
 def memory_needed(model: LocalModel) -> int | None:
@@ -87,14 +98,13 @@ def _fits(needed: int | None, available: int | None, total: int | None) -> str:
 
 
 def _show(found: list[LocalModel], available: int | None, total: int | None) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from dgemma.files import size_text
     from dgemma.weights.cache import cache_folder
 
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     rows = []
     for model in found:
         needed = memory_needed(model)

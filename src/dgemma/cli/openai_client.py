@@ -16,8 +16,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from dgemma.cli.drafts import printable
 from dgemma.errors import DgemmaError
+from dgemma.terminal import printable
 
 if TYPE_CHECKING:
     import httpx2

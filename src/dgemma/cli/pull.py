@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dgemma.terminal import say
+
 if TYPE_CHECKING:
     from dgemma.weights.hub import Plan
 
@@ -44,7 +46,7 @@ def pull(
         path = None if include else cached_path(repo, tag, loose=True)
         if path is None:
             raise
-        typer.echo(f"Complete on this machine; a newer version was not looked for: {error.reason}", err=True)
+        say(f"Complete on this machine; a newer version was not looked for: {error.reason}", err=True)
         _say_where(path, model)
         return
     _show(plan)
@@ -56,21 +58,21 @@ def pull(
 def _show(plan: Plan) -> None:
     from dgemma.files import size_text
 
-    typer.echo(f"{plan.model or plan.repo}, commit {plan.commit[:12]}")
+    say(f"{plan.model or plan.repo}, commit {plan.commit[:12]}")
     width = max(len(size_text(file.size)) for file in plan.files)
     for file in plan.files:
-        typer.echo(f"  {size_text(file.size):>{width}}  {file.name}")
+        say(f"  {size_text(file.size):>{width}}  {file.name}")
     to_fetch = plan.to_fetch
     count = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''}, {size_text(plan.size)}"
     if to_fetch == 0:
-        typer.echo(f"{count}: all here already")
+        say(f"{count}: all here already")
     elif to_fetch < plan.size:
-        typer.echo(f"{count}; {size_text(to_fetch)} to download, the rest is here already")
+        say(f"{count}; {size_text(to_fetch)} to download, the rest is here already")
     else:
-        typer.echo(f"{count} to download")
+        say(f"{count} to download")
 
 
 def _say_where(path: Path, model: str | None) -> None:
-    typer.echo(f"\n{path}")
+    say(f"\n{path}")
     if model is not None:
-        typer.echo(f'\nRun it:  dgemma run -m {model} "Why is the sky blue?"')
+        say(f'\nRun it:  dgemma run -m {model} "Why is the sky blue?"')

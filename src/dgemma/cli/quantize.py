@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+
+from dgemma.terminal import SafeConsole, say, say_warning
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -52,9 +53,9 @@ def show(summary: Summary, out: Path) -> None:
              f"{total.nbytes / 1e6:,.1f} MB") for name, total in summary.types.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
-        typer.echo("  ".join(text.rjust(width) if column else text.ljust(width)
+        say("  ".join(text.rjust(width) if column else text.ljust(width)
                              for column, (text, width) in enumerate(zip(row, widths, strict=True))))
-    typer.echo(f"{out}: {_size(summary.nbytes)}, {summary.bits_per_weight:.2f} bits per weight, "
+    say(f"{out}: {_size(summary.nbytes)}, {summary.bits_per_weight:.2f} bits per weight, "
                f"{_duration(summary.seconds)}")
     if summary.left_out:
         _note(f"The vision tower ({summary.left_out} tensors) was left out: a GGUF file holds text weights only.")
@@ -67,7 +68,7 @@ class Bar:
     """Progress on stderr if that is a terminal; nothing elsewhere. A context manager."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = SafeConsole(stderr=True)
         self._progress: Progress | None = None
 
     def __enter__(self) -> Bar:
@@ -94,7 +95,7 @@ class Bar:
 
 
 def _note(text: str) -> None:
-    typer.secho(f"Note: {text}", fg="yellow", err=True)
+    say_warning(text)
 
 
 def _size(nbytes: int) -> str:

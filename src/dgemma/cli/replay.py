@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from dgemma.cli.output import print_text
+from dgemma.terminal import SafeConsole
 
 LONGEST_GAP = 1.0  # seconds between two events of a replay, whatever happened in between
 
@@ -27,7 +28,6 @@ def replay(
     ] = True,
 ) -> None:
     """Watch a recorded answer come into focus again."""
-    from rich.console import Console
 
     from dgemma.cli.canvas import LiveCanvas
     from dgemma.diffusion.trace import read_trace
@@ -36,7 +36,7 @@ def replay(
     if speed <= 0:
         raise DgemmaError(f"--speed must be above 0, not {speed:g}")
     trace = read_trace(file)
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     if not (visual and console.is_terminal and not console.is_dumb_terminal):
         print_text(_text_of(trace))
         return

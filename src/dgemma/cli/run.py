@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from dgemma.cli import options
-from dgemma.cli.output import print_json, print_text
+from dgemma.cli.input import has_stdin, stdin_text
+from dgemma.cli.output import is_terminal, need_stdout, print_json, print_text
 from dgemma.errors import DgemmaError
 
 
@@ -43,10 +44,11 @@ def run(
     For example: dgemma run "Solve 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     """
     settings = options.sampler_settings(locals())
+    need_stdout()
     text = _prompt_text(prompt)
 
     from dgemma.cli.remote import RemoteModel, known, open_model, refuse_with_url
-    from dgemma.cli.session import follow, is_terminal
+    from dgemma.cli.session import follow
 
     live = visual and not json and is_terminal()
     if url is not None:
@@ -65,13 +67,9 @@ def run(
 
 def _prompt_text(prompt: str | None) -> str:
     if prompt in (None, "-"):
-        if sys.stdin.isatty() and prompt is None:
+        if prompt is None and has_stdin() and sys.stdin.isatty():
             raise DgemmaError('no prompt: give one, as in dgemma run "…", or pipe one in')
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise DgemmaError(f"the prompt on stdin is not {error.encoding} text ({error.reason} at byte "
-                              f"{error.start})") from error
+        prompt = stdin_text()
     if not prompt or not prompt.strip():
         raise DgemmaError("the prompt is empty")
     return prompt

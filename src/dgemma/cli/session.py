@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from dgemma.machine import signals_handled
+from dgemma.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,7 +39,7 @@ def load_model(name: str | None, device: str | None = None, dtype: str | None = 
     import dgemma
 
     if name is None and hint:
-        Console(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True, markup=False)
+        SafeConsole(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True, markup=False)
     with LoadingBar() as bar:
         model = dgemma.load(BUNDLED if name is None else name, device=device, dtype=dtype,
                             cache_type=cache_type, adapter=adapter, progress=bar.update)
@@ -58,7 +58,7 @@ def _say_if_tight(model: Model) -> None:
     available, _ = machine_memory()
     if not weights or available is None or weights + working_memory(weights) <= available:
         return
-    Console(stderr=True, highlight=False).print(
+    SafeConsole(stderr=True, highlight=False).print(
         f"Note: this model wants about {size_text(weights + working_memory(weights))} of memory and "
         f"{size_text(available)} are available. It runs all the same, but what does not fit is read from the disk "
         "again in every step: expect that to decide the speed. Closing programs or a smaller quantisation helps.",
@@ -73,7 +73,7 @@ class LoadingBar:
     def __init__(self, what: str = "loading") -> None:
         self._what = what
         self._began = time.monotonic()
-        self._console = Console(stderr=True)
+        self._console = SafeConsole(stderr=True)
         self._progress: Progress | None = None
 
     def __enter__(self) -> LoadingBar:
@@ -110,33 +110,20 @@ def stop_on_interrupt(stop: Callable[[], None], insist: bool) -> Iterator[None]:
 
     ``stop`` runs in a signal handler, in the middle of anything: it must not wait for a lock.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
     def interrupted(*_: Any) -> None:
         if insist:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         stop()
 
-    previous = signal.signal(signal.SIGINT, interrupted)
-    try:
+    with signals_handled(interrupted, signal.SIGINT):
         yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """While this lasts Ctrl-C is a KeyboardInterrupt, whatever it is around it."""
-    if threading.current_thread() is not threading.main_thread():
+    with signals_handled(signal.default_int_handler, signal.SIGINT):
         yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def piece_of(model: AnyModel) -> Callable[[int], tuple[bytes, bool]]:
@@ -147,7 +134,7 @@ def piece_of(model: AnyModel) -> Callable[[int], tuple[bytes, bool]]:
 
 def _viewer(model: AnyModel) -> LiveCanvas | PlainText:
     """What shows the model's events: the live canvas, or text as it comes from a server without drafts."""
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     if getattr(model, "has_drafts", True):
         from dgemma.cli.canvas import LiveCanvas
 
@@ -255,8 +242,3 @@ def _close(events: Iterable[Event]) -> None:
     close = getattr(events, "close", None)
     if close is not None:
         close()
-
-
-def is_terminal() -> bool:
-    """Whether stdout is a terminal that a live canvas can be drawn on."""
-    return sys.stdout.isatty()

@@ -10,6 +10,7 @@ import typer
 
 from dgemma.cli import options
 from dgemma.errors import DgemmaError
+from dgemma.terminal import SafeConsole, say
 
 if TYPE_CHECKING:
     from dgemma.chat import Tokenizer
@@ -68,7 +69,7 @@ def train(
     folder = out or Path("runs") / str(read_yaml(recipe).get("name") or recipe.stem)
     with joined(device) as ranks, LoadingBar() as bar:
         if ranks.is_main:
-            finished = run(recipe, folder, ranks, typer.echo, bar.update)
+            finished = run(recipe, folder, ranks, say, bar.update)
         else:
             finished = run(recipe, folder, ranks, lambda text: None)
     if not finished:
@@ -92,8 +93,8 @@ def _show_plan(recipe: Path, device: str | None) -> None:
     with joined(device) as ranks:
         for name, plan in plans(recipe, ranks).items():
             if ranks.is_main:
-                typer.echo(f"{name}\n" if name else "", nl=False)
-                typer.echo(plan.text(available_memory(ranks.device)))
+                say(f"{name}\n" if name else "", nl=False)
+                say(plan.text(available_memory(ranks.device)))
 
 
 def _preview_data(data: list[str], model: str, count: int, skip_bad: bool) -> None:
@@ -123,17 +124,16 @@ def _preview_recipe(path: Path, count: int) -> None:
     while len(examples) < max(count, 1):
         examples += source.batch(step)
         step += 1
-    typer.echo(f"{path}{f', variant {name}' if name else ''}: {'; '.join(left_out)}")
+    say(f"{path}{f', variant {name}' if name else ''}: {'; '.join(left_out)}")
     _show(examples, parts.tokenizer, count, [])
 
 
 def _show(examples: Sequence[Example], tokenizer: Tokenizer, count: int, left_out: list[str]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from dgemma.train.preview import preview, summary
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, markup=False, soft_wrap=True)
     for text in preview(examples, tokenizer, count):
         console.print(text)
     for name, value in summary(examples):

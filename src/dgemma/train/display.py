@@ -74,9 +74,9 @@ class Display:
     """Shows a run from ``first_step`` to ``last_step`` for as long as the ``with`` lasts, on stdout by default."""
 
     def __init__(self, title: str, first_step: int, last_step: int, console: Console | None = None) -> None:
-        from rich.console import Console
+        from dgemma.terminal import SafeConsole
 
-        self._console = console or Console(highlight=False)
+        self._console = console or SafeConsole(highlight=False)
         self._title, self._step, self._last_step = title, first_step, last_step
         self._values: Mapping[str, float] = {}
         self._seconds_per_step = self._tokens_per_second = 0.0

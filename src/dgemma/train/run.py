@@ -6,7 +6,7 @@ Works on recipes and files; knows nothing of networks and steps.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from dgemma import __version__
 from dgemma.bench import processor_text
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, json_bytes
+from dgemma.machine import peak_memory
 from dgemma.train.recipe import DATA, Recipe
 from dgemma.train.sources import Listed
 
@@ -45,26 +47,25 @@ class RunFolder:
     def alone(self) -> Iterator[None]:
         """Keep other processes from training in this folder; raises DgemmaError where one does."""
         path = self.folder / ".lock"
+        lock = FileLock(path)
         try:
-            file = path.open("a")
-        except OSError as error:
-            raise DgemmaError(f"{path}: cannot be written ({error.strerror or error})") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            lock.acquire(timeout=0)
+        except (OSError, NotImplementedError) as error:  # that of a lock that is held is an OSError, too
+            if not os.access(path if path.exists() else self.folder, os.W_OK):
+                raise DgemmaError(f"{path}: cannot be written") from error
+            if isinstance(error, Timeout) and path.exists():
                 raise DgemmaError(f"{self.folder}: another process is training in this folder") from error
-            except OSError:  # a file system without locks
-                pass
+            # Otherwise it is a file system without locks.
+        try:
             yield
+        finally:
+            lock.release()
 
     def memory(self, device: torch.device) -> int:
         """The most bytes that this process has held so far, on the GPU if it trains on one."""
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device)
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_memory()
 
     def changes(self, before: Mapping[str, Any]) -> Iterator[str]:
         """What another recipe said differently, setting by setting."""

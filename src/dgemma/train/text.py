@@ -20,20 +20,24 @@ from dgemma.train.turns import Turn
 
 PYTHON = "python"  # the name of the sources of Python's library
 HELD_OUT = 20  # one file of so many is kept for validation
+# Folders of the library that are not the library itself
+_NOT_PYTHONS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 
 
 def read_texts(paths: Sequence[str], suffix: str = ".py") -> tuple[list[bytes], list[bytes]]:
-    """Files, and those with ``suffix`` below folders, in order -> what to train on and what to validate on.
+    """Files, and all with ``suffix`` below folders, in order -> what to train on and what to validate on.
 
-    ``"python"`` means the library of the Python that runs, without its tests and what is installed beside it. Raises
+    ``"python"`` means the library of the Python that runs, without its tests and what is installed beside it; of a
+    folder that the user names nothing is left out, whatever the folders above and below it are called. Raises
     DgemmaError naming a path that cannot be read, and when there are not two files.
     """
     found: list[Path] = []
     for name in paths:
         place = Path(sysconfig.get_paths()["stdlib"]) if name == PYTHON else Path(name)
         if place.is_dir():
+            left_out = _NOT_PYTHONS if name == PYTHON else frozenset()
             found += sorted(file for file in place.rglob(f"*{suffix}")
-                            if not {"test", "tests", "idle_test", "site-packages", "dist-packages"} & set(file.parts))
+                            if file.is_file() and not left_out & set(file.relative_to(place).parts))
         else:
             found.append(place)
     try:

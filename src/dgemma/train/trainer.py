@@ -29,7 +29,9 @@ from torch import Tensor
 from dgemma.api import Parts
 from dgemma.errors import DgemmaError
 from dgemma.files import make_folder, size_text
+from dgemma.machine import signals_handled
 from dgemma.memory import release_freed
+from dgemma.terminal import say
 from dgemma.train.display import Display
 from dgemma.train.distributed import Ranks, collect, gathered, shard, spread
 from dgemma.train.evaluation import Evaluator
@@ -113,7 +115,7 @@ class Trainer:
         recipe = self.recipe
         began, first = time.monotonic(), self.seconds
         with self._held as stack:
-            stack.enter_context(self._stoppable())
+            stack.enter_context(signals_handled(self.stop, signal.SIGINT, signal.SIGTERM))
             journal = self._journal = stack.enter_context(self._open_journal()) if self.ranks.is_main else None
             if self.ranks.is_main:
                 stack.enter_context(self._display)
@@ -364,7 +366,7 @@ class Trainer:
     def _note(self, text: str) -> None:
         """Say something before the display is there."""
         if self.ranks.is_main:
-            print(text, flush=True)
+            say(text)
 
     @cached_property
     def _data(self) -> str | None:
@@ -376,15 +378,6 @@ class Trainer:
             return self.recipe.max_steps
         assert self.recipe.epochs is not None and isinstance(self.source, Listed)
         return max(1, math.ceil(self.recipe.epochs * self.source.steps_per_epoch))
-
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        previous = {name: signal.signal(name, self.stop) for name in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for name, handler in previous.items():
-                signal.signal(name, handler)
 
     @contextmanager
     def _open_journal(self) -> Iterator[Journal]:

@@ -7,7 +7,6 @@ Reads no tensor and asks nobody.
 
 from __future__ import annotations
 
-import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,8 +18,10 @@ from dgemma.config import read_json
 from dgemma.errors import CheckpointError
 from dgemma.files import atomic_write, json_bytes
 from dgemma.weights.locate import (
+    GgufModel,
     bundled_models,
     bundled_path,
+    checkpoint_files,
     choose_gguf,
     find_tagged,
     gguf_models,
@@ -157,41 +158,82 @@ def find_local(name: str) -> LocalModel:
 
 
 def remove_model(model: LocalModel) -> int:
-    """Delete a model of the cache, whole or partly fetched, and nothing that others need; the bytes that are free now.
+    """Delete a model of the cache, whole or partly fetched, in all its revisions; the bytes that are free now.
 
-    Raises CheckpointError for a bundled one, and when something cannot be deleted.
+    Its own files go and nothing else: not what other models of the repository are made of (`files_beside` tells what is
+    left), nor contents that another file or revision shares. The repository's folder goes with its last file. Not by
+    way of the hub library's ``delete_revisions``: that knows revisions only, deletes with the last one what others are
+    fetching, and takes a commit's name for unique, which it is not among copies of a repository.
+    Raises CheckpointError for a bundled model, and when something cannot be deleted.
     """
     if model.bundled:
         raise CheckpointError(f"{model.name}: this model ships with the package and cannot be removed")
-    folder = repo_folder(model.name.split(":")[0])
+    folder = _folder_of(model)
     before = _disk_use(folder)
     try:
-        if all(other.name == model.name for other in _models_in(folder)):
-            shutil.rmtree(folder)
-            shutil.rmtree(cache_folder() / ".locks" / folder.name, ignore_errors=True)
-        else:
-            _remove_files(folder, set(model.files))
+        _remove_files(folder, model.name)
+        _remove_empty(folder)
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be removed ({error.strerror or error})") from error
     return before - _disk_use(folder)
 
 
+def files_beside(model: LocalModel) -> dict[str, int]:
+    """What else is in the repository's folder of a model and belongs to no model: name -> bytes.
+
+    A vision tower, files of another architecture, the card.
+    """
+    folder = _folder_of(model)
+    found: dict[str, int] = {}
+    for snapshot in _snapshots(folder):
+        known = {name for files in _files_by_model(folder, snapshot).values() for name in files}
+        found |= {name: size_of(snapshot / name) for name in _files(snapshot) if name not in known}
+    return dict(sorted(found.items()))
+
+
 def _models_in(folder: Path) -> list[LocalModel]:
     """The models in a repository's folder of the cache; where several snapshots have one, the one in use."""
-    repo = folder.name.removeprefix("models--").replace("--", "/", 1)
+    repo = _repo_of(folder)
     found: dict[str, LocalModel] = {}
     for index, path in enumerate(_snapshots(folder)):
         wanted = _wanted(folder) if index == 0 else {}
-        known = sorted({*_files(path), *wanted})
-        checkpoint = tuple(name for name in known if not name.lower().endswith(".gguf"))
+        known = _known(path, wanted)
+        checkpoint = tuple(checkpoint_files(known))
         if is_checkpoint(checkpoint) and repo not in found and _is_ours(path / "config.json"):
             found[repo] = _local(repo, SAFETENSORS, None, path, checkpoint, wanted)
-        models = [model for model in gguf_models(known) if _is_our_gguf(path / model.files[0])]
-        for model in models:
-            name = f"{repo}:{tag_of(model, models)}"
+        for name, model in _ggufs(repo, path, known).items():
             if name not in found:
                 found[name] = _local(name, GGUF, model.tag, path, model.files, wanted, whole=model.complete)
     return [found[name] for name in sorted(found, key=str.lower)]
+
+
+def _ggufs(repo: str, snapshot: Path, known: Iterable[str]) -> dict[str, GgufModel]:
+    """The GGUF models of ours in a snapshot, by the names that they have here."""
+    models = [model for model in gguf_models(known) if _is_our_gguf(snapshot / model.files[0])]
+    return {f"{repo}:{tag_of(model, models)}": model for model in models}
+
+
+def _files_by_model(folder: Path, snapshot: Path) -> dict[str, list[str]]:
+    """The files of each model in a snapshot. Of a checkpoint also those that are there without its weights."""
+    repo = _repo_of(folder)
+    known = _known(snapshot, _wanted(folder) if snapshot in _snapshots(folder)[:1] else {})
+    found = {name: list(model.files) for name, model in _ggufs(repo, snapshot, known).items()}
+    checkpoint = checkpoint_files(known)
+    if _is_ours(snapshot / "config.json") and ((snapshot / "config.json").is_file() or is_checkpoint(checkpoint)):
+        found[repo] = checkpoint
+    return found
+
+
+def _known(snapshot: Path, wanted: Wanted) -> list[str]:
+    return sorted({*_files(snapshot), *wanted})
+
+
+def _repo_of(folder: Path) -> str:
+    return folder.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def _folder_of(model: LocalModel) -> Path:
+    return repo_folder(model.name.split(":")[0])
 
 
 def _local(name: str, kind: str, quantisation: str | None, snapshot: Path, files: tuple[str, ...], wanted: Wanted,
@@ -267,26 +309,51 @@ def _is_our_gguf(file: Path) -> bool:
     return rest[12 : 12 + length] == ARCHITECTURE.encode()
 
 
-def _remove_files(folder: Path, names: set[str]) -> None:
-    """Take files out of all snapshots, and delete the contents that no other name stands for."""
+def _remove_files(folder: Path, model: str) -> None:
+    """Take a model's files out of all snapshots, and delete the contents that no other name stands for."""
     wanted = _wanted(folder)
-    blobs = {folder / "blobs" / blob for name, (blob, _) in wanted.items() if name in names}
-    kept = {folder / "blobs" / blob for name, (blob, _) in wanted.items() if name not in names}
-    for snapshot in _snapshots(folder):
+    snapshots = {snapshot: _files_by_model(folder, snapshot) for snapshot in _snapshots(folder)}
+    names = {file for models in snapshots.values() for file in models.get(model, ())}
+    blobs = {blob for name, (blob, _) in wanted.items() if name in names}
+    kept = {blob for name, (blob, _) in wanted.items() if name not in names}
+    for snapshot, models in snapshots.items():
+        # In another revision the same file may have another name (where there are two of one quantisation).
+        own = {file for files in models.values() if names & {*files} for file in files}
         for path in [path for path in snapshot.rglob("*") if path.is_symlink() or path.is_file()]:
-            remove = path.relative_to(snapshot).as_posix() in names
-            if path.is_symlink():
-                blob = Path(os.path.normpath(path.parent / path.readlink()))
+            remove = path.relative_to(snapshot).as_posix() in own
+            if (blob := _blob_of(path, folder)) is not None:
                 (blobs if remove else kept).add(blob)
             if remove:
                 path.unlink()
+    for blob in blobs - kept:
+        (folder / "blobs" / blob).unlink(missing_ok=True)
+        partial_of(folder, blob).unlink(missing_ok=True)
+    note_finished(folder, names)
+
+
+def _blob_of(path: Path, folder: Path) -> str | None:
+    """The blob that a snapshot's file is a link to; None for one that holds its contents itself, or links elsewhere."""
+    if not path.is_symlink():
+        return None
+    target = path.parent / path.readlink()
+    return target.name if target.parent.resolve() == (folder / "blobs").resolve() else None
+
+
+def _remove_empty(folder: Path) -> None:
+    """Delete the snapshots of a repository's folder in which nothing is left, and the folder after the last of them."""
+    for snapshot in _snapshots(folder):
         for inner in sorted((path for path in snapshot.rglob("*") if path.is_dir()), reverse=True):
             with suppress(OSError):  # not empty
                 inner.rmdir()
-    for blob in blobs - kept:
-        blob.unlink(missing_ok=True)
-        partial_of(folder, blob.name).unlink(missing_ok=True)
-    note_finished(folder, names)
+        if any(snapshot.iterdir()) or _wanted(folder):  # what is wanted belongs to a snapshot, even to an empty one
+            continue
+        snapshot.rmdir()
+        for reference in [path for path in (folder / "refs").rglob("*") if path.is_file()]:
+            if reference.read_text(encoding="utf-8", errors="replace").strip() == snapshot.name:
+                reference.unlink()
+    if not _snapshots(folder) and not any((folder / "blobs").glob("*.incomplete")):  # those somebody may be fetching
+        shutil.rmtree(folder)
+        shutil.rmtree(cache_folder() / ".locks" / folder.name, ignore_errors=True)
 
 
 def _wanted(folder: Path) -> dict[str, tuple[str, int]]:
@@ -309,5 +376,6 @@ def _write_wanted(folder: Path, files: Wanted) -> None:
 
 
 def _disk_use(folder: Path) -> int:
-    """The bytes of all files in a folder, each counted once."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    """The bytes of all files in a repository's folder, each counted once; not which commit it is at."""
+    return sum(path.stat().st_size for path in folder.rglob("*")
+               if path.is_file() and not path.is_symlink() and folder / "refs" not in path.parents)

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import size_text
 from dgemma.weights.cache import alone, cache_folder, cached_path, note_finished, note_wanted, partial_of, repo_folder
-from dgemma.weights.locate import SINGLE_FILE, choose_gguf, gguf_models, is_checkpoint, tag_of
+from dgemma.weights.locate import SINGLE_FILE, checkpoint_files, choose_gguf, gguf_models, is_checkpoint, tag_of
 from dgemma.weights.progress import ProgressDisplay
 from dgemma.weights.transfer import (
     Listener,
@@ -30,6 +30,7 @@ from dgemma.weights.transfer import (
     verify,
 )
 
+_GIT_NAME = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*")  # what may become a file's name in the cache
 
 
@@ -49,6 +50,11 @@ class HubFile:
     size: int
     blob: str
     sha256: str | None = None
+
+    @property
+    def checksum(self) -> str | None:
+        """What its contents are checked by: the SHA-256 of a large file, of others what git calls them."""
+        return self.sha256 or (self.blob if _GIT_NAME.fullmatch(self.blob) else None)
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,10 @@ def plan_pull(repo: str, tag: str | None = None, include: Sequence[str] = ()) ->
         if not chosen:
             raise CheckpointError(f"{repo}: no file matches {' or '.join(include)}; there are {_listed(names)}")
         whole = [gguf for gguf in gguf_models(chosen) if gguf.complete]
-        if not is_checkpoint(chosen) or not {*_checkpoint_files(names)} <= {*chosen}:
+        if not is_checkpoint(chosen) or not {*checkpoint_files(names)} <= {*chosen}:
             model = f"{repo}:{tag_of(whole[0], gguf_models(names))}" if whole else None
     elif tag is None and is_checkpoint(names):
-        chosen = _checkpoint_files(names)
+        chosen = checkpoint_files(names)
     else:
         models = gguf_models(names)
         if not models and tag is not None and is_checkpoint(names):
@@ -126,14 +132,6 @@ def plan_pull(repo: str, tag: str | None = None, include: Sequence[str] = ()) ->
     # Small files first: they tell what the large ones are for.
     order = sorted((files[name] for name in chosen), key=lambda file: (file.sha256 is not None, file.name))
     return Plan(repo, commit, tuple(order), model)
-
-
-def _checkpoint_files(names: Sequence[str]) -> list[str]:
-    """What a checkpoint in safetensors form takes: no PyTorch pickles, no pictures of the card, nothing in folders."""
-    chosen = [name for name in names if "/" not in name and name.endswith((".json", ".jinja", ".safetensors"))]
-    if SINGLE_FILE in chosen:  # that is the one which is read, whatever stands beside it
-        chosen = [name for name in chosen if not name.endswith(".safetensors") or name == SINGLE_FILE]
-    return chosen
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -258,10 +256,10 @@ def _fetch_blob(plan: Plan, file: HubFile, folder: Path, listener: Listener) -> 
         raise CheckpointError(f"{plan.repo}: the download broke off after {size_text(size_of(partial))} of "
                               f"{size_text(file.size)} of {file.name} ({error}); the same command goes on from "
                               "there") from error
-    if file.sha256 is not None:
+    if file.checksum is not None:
         listener.begin(f"checking {base}", 0, file.size)
         try:
-            verify(partial, file.sha256, listener)
+            verify(partial, file.checksum, listener)
         except TransferError as error:
             partial.unlink()
             raise CheckpointError(f"{plan.repo}: {file.name} arrived damaged ({error}); it was deleted, so that the "

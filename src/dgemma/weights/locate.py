@@ -18,6 +18,7 @@ from dgemma.fields import is_there, read_json, shown
 _BUNDLED = Path(__file__).resolve().parents[1] / "models"
 _HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<tag>[^:\\\s]+))?")
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.IGNORECASE)
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _QUANTISATION = re.compile(r"(?<![A-Z0-9])((?:UD-)?(?:(?:I?Q|TQ)\d+(?:_[A-Z0-9]+)*|BF16|FP?16|FP?32|MXFP4(?:_MOE)?))"
                            r"(?![A-Z0-9])", re.IGNORECASE)
 # GGUF files that hold no language model: a vision tower, and statistics that quantising takes.
@@ -171,6 +172,18 @@ def choose_gguf(models: Sequence[GgufModel], tag: str | None, repo: str, place: 
         raise CheckpointError(f"{repo}: there is no GGUF file {tag!r} {place}; there are {tags}")
     raise CheckpointError(f"{repo}: {'several' if tag is None else f'{tag!r} can mean several'} GGUF models {place}: "
                           f"{tags}; name one, as in {repo}:{tag_of(found[0], models)}")
+
+
+def checkpoint_files(names: Iterable[str]) -> list[str]:
+    """Of a repository's files, those of its checkpoint in safetensors form: what is fetched, and removed, as one.
+
+    No PyTorch pickles, no card and its pictures, nothing in folders; of the weights those that are read.
+    """
+    chosen = [name for name in names if "/" not in name and name.endswith((".json", ".jinja", ".safetensors"))]
+    if SINGLE_FILE not in chosen:
+        return chosen
+    sharded = INDEX_FILE in chosen and any(_SHARD.fullmatch(name) for name in chosen)
+    return [name for name in chosen if not name.endswith(".safetensors") or (name != SINGLE_FILE) == sharded]
 
 
 def is_checkpoint(names: Iterable[str]) -> bool:

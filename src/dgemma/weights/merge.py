@@ -6,7 +6,6 @@ Works on files, a few rows or one file at a time, and never holds a network; kno
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from dgemma.config import load_model_config
 from dgemma.errors import CheckpointError, DgemmaError
-from dgemma.files import atomic_write, make_folder
+from dgemma.files import atomic_write, make_folder, name_beside
 from dgemma.kernels.packed_grad import pieces
 from dgemma.nn.adapters import Factors
 from dgemma.weights.adapters import read_adapter
@@ -149,7 +148,7 @@ def _merged(tensor: Tensor, change: Factors) -> Tensor:
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place when the block succeeds, and goes when it does not."""
-    beside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    beside = name_beside(out)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DgemmaError(f"{out}: this exists already; give the name of a new folder to write to")

@@ -26,9 +26,10 @@ class ProgressDisplay(Listener):
 
     def __init__(self) -> None:
         from huggingface_hub import constants
-        from rich.console import Console
 
-        self._console = Console(stderr=True, highlight=False)
+        from dgemma.terminal import SafeConsole
+
+        self._console = SafeConsole(stderr=True, highlight=False)
         self._silent = bool(constants.HF_HUB_DISABLE_PROGRESS_BARS)
         self._bar: Progress | None = None
         self._what = ""

@@ -7,7 +7,9 @@ download has fetched (its version 2 never does), which nobody wants to hear who 
 from __future__ import annotations
 
 import hashlib
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ _LONGEST_WAIT = 30.0
 # The most to ask for at once: content delivery networks refuse answers of more than 50 GB.
 _MOST_AT_ONCE = 40_000_000_000
 _PIECE = 4 << 20  # bytes hashed at a time
+_GIT_DIGITS = 40  # of a SHA-1
+_CONTENT_RANGE = re.compile(r"\s*bytes\s+(?P<first>\d{1,18})-(?P<last>\d{1,18})/(?P<total>\d{1,18}|\*)\s*",
+                            re.IGNORECASE | re.ASCII)
 _PASSING = (408, 429, 500, 502, 503, 504)  # what a server answers that may answer better in a moment
 
 
@@ -42,16 +47,19 @@ class TransferError(Exception):
 def download(url: str, target: Path, size: int, listener: Listener) -> None:
     """Make ``target`` the ``size`` bytes that stand at ``url``; those that it holds already are not fetched again.
 
-    Tries again by itself when the connection breaks; whatever ends it, what has arrived stays in ``target``.
-    Raises TransferError when nothing more arrives, the HTTP client's errors when the server refuses, and OSError when
-    the file cannot be written.
+    Tries again by itself when the connection breaks; whatever ends it, what has arrived stays in ``target``, and no
+    byte is added that the server does not say belongs there. Raises TransferError when nothing more arrives, the HTTP
+    client's errors when the server refuses, and OSError when the file cannot be written.
     """
     if size_of(target) > size:
         target.unlink()
     target.touch()
-    failures = 0
+    failures, ranges = 0, True
     while (before := size_of(target)) < size:
-        trouble = _stream(url, target, before, size, listener)
+        try:
+            trouble = _stream(url, target, before, size, listener, ranges)
+        except _WrongAnswerError as error:  # whoever cannot do ranges may have the whole file
+            trouble, ranges = str(error), not ranges
         if trouble is None:
             continue
         failures = 1 if size_of(target) > before else failures + 1
@@ -61,17 +69,20 @@ def download(url: str, target: Path, size: int, listener: Listener) -> None:
         time.sleep(min(_WAIT * 2 ** (failures - 1), _LONGEST_WAIT))
 
 
-def verify(path: Path, sha256: str, listener: Listener) -> None:
-    """Read a file and raise TransferError unless it has this checksum."""
-    digest = hashlib.sha256()
+def verify(path: Path, checksum: str, listener: Listener) -> None:
+    """Read a file and raise TransferError unless it has this checksum: a SHA-256, or the SHA-1 that git gives it."""
+    if len(checksum) == _GIT_DIGITS:
+        kind, digest = "git SHA-1", hashlib.sha1(b"blob %d\0" % size_of(path), usedforsecurity=False)
+    else:
+        kind, digest = "SHA-256", hashlib.sha256()
     done = 0
     with path.open("rb", buffering=0) as file:
         while piece := file.read(_PIECE):
             digest.update(piece)
             done += len(piece)
             listener.advance(done)
-    if digest.hexdigest() != sha256.lower():
-        raise TransferError(f"its SHA-256 is {digest.hexdigest()[:16]}…, but should be {sha256[:16]}…")
+    if digest.hexdigest() != checksum.lower():
+        raise TransferError(f"its {kind} is {digest.hexdigest()[:16]}…, but should be {checksum[:16]}…")
 
 
 def size_of(path: Path) -> int:
@@ -98,30 +109,38 @@ def is_network_trouble(error: BaseException) -> bool:
             or any(kind.__name__ == "TransportError" for kind in type(error).__mro__))
 
 
-def _stream(url: str, target: Path, start: int, size: int, listener: Listener) -> str | None:
-    """Append to ``target`` what one request brings; what went wrong with the network, None if nothing did."""
+def _stream(url: str, target: Path, start: int, size: int, listener: Listener, ranges: bool) -> str | None:
+    """Append to ``target`` what one request brings; what went wrong with the network, None if nothing did.
+
+    Without ``ranges`` the whole file is asked for. Raises _WrongAnswerError, with nothing written, for an answer that
+    is not it.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     headers: dict[str, Any] = build_hf_headers(library_name="dgemma", library_version=__version__)
     headers["Accept-Encoding"] = "identity"  # a range of a compressed file would be of no use
     end = min(size, start + _MOST_AT_ONCE)
-    if start or end < size:
+    if ranges and (start or end < size):
         headers["Range"] = f"bytes={start}-{end - 1}"
     try:
         with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
                                   follow_redirects=True) as response:
-            if response.status_code == 416:  # there is less than we have: not the same file
-                target.unlink()
-                target.touch()
-                return "the server has less of the file than has arrived before"
+            if response.status_code == 416:  # the whole file will tell whether there really is less of it
+                raise _WrongAnswerError("the server says that it has less of the file than has arrived before")
             if response.status_code >= 400:
                 response.read()
             hf_raise_for_status(response)
-            if response.status_code != 206:
-                start, end = 0, size  # it does not do ranges
-            with open(target, "ab" if start else "wb") as file:
+            skip = 0
+            if response.status_code == 206:
+                end = min(end, _answered_end(response.headers, start, size))
+            else:
+                _check_whole(response.status_code, response.headers, size)
+                skip, end = start, size  # it does not do ranges: what is here already comes once more
+            with open(target, "ab") as file:
                 for chunk in response.iter_bytes():
+                    if skip:
+                        skip, chunk = max(skip - len(chunk), 0), chunk[skip:]
                     chunk = chunk[: end - start]
                     file.write(chunk)
                     start += len(chunk)
@@ -131,6 +150,46 @@ def _stream(url: str, target: Path, start: int, size: int, listener: Listener) -
             raise
         return first_line(error)
     return None if start == end else "the connection was closed early"
+
+
+class _WrongAnswerError(Exception):
+    """An answer that does not hold what was asked for; nothing of it is used."""
+
+
+def _answered_end(headers: Mapping[str, str], start: int, size: int) -> int:
+    """Where the part of a file ends that a 206 holds, if it is the one from ``start`` of ``size`` bytes.
+
+    Between us and the hub there are content delivery networks, mirrors and proxies, and some give another part.
+    """
+    told = headers.get("content-range")
+    if told is None:
+        raise _WrongAnswerError("the server sent a part of the file and did not say which (no Content-Range)")
+    found = _CONTENT_RANGE.fullmatch(told)
+    if found is None or int(found["first"]) > int(found["last"]):
+        raise _WrongAnswerError(f"the server sent a part of the file that makes no sense (Content-Range: {told[:80]})")
+    if found["total"] != "*" and int(found["total"]) != size:
+        raise _WrongAnswerError(f"the server's file has {found['total']} bytes, not {size}")
+    if int(found["first"]) != start or int(found["last"]) >= size:
+        raise _WrongAnswerError(f"the server sent bytes {found['first']} to {found['last']} of the file, not those "
+                                f"from {start}")
+    if encoding := _encoding(headers):  # a range counts the bytes of what is compressed
+        raise _WrongAnswerError(f"the server sent a part of the file compressed ({encoding[:40]})")
+    return int(found["last"]) + 1
+
+
+def _check_whole(status: int, headers: Mapping[str, str], size: int) -> None:
+    """Refuse what cannot be the whole file: a login page, a notice, another file."""
+    if status != 200:
+        raise _WrongAnswerError(f"the server answered with status {status}")
+    length = "" if _encoding(headers) else headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length) != size:
+        raise _WrongAnswerError(f"the server's file has {length} bytes, not {size}")
+
+
+def _encoding(headers: Mapping[str, str]) -> str:
+    """How an answer is compressed although we asked for it as it is; empty if it is not."""
+    encoding = headers.get("content-encoding", "").strip().lower()
+    return "" if encoding == "identity" else encoding
 
 
 def first_line(error: BaseException) -> str:
