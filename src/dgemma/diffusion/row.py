@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dgemma import seeds
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.constraint import Constraint
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
@@ -146,7 +147,7 @@ class Row:
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.request.seed)
+        self.generator = seeds.generator(self.request.seed)
         self.context = list(self.request.prompt_ids)
 
     def seconds(self) -> float:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dgemma import seeds
 from dgemma.errors import DgemmaError
 from dgemma.kernels import PackedWeight, Weight, linear
 from dgemma.kernels.experts import DENSE_EXPERTS, mix_experts
@@ -113,7 +114,7 @@ def attach(network: DiffusionTransformer, config: AdapterConfig, seed: int = 0) 
         raise DgemmaError("this network has an adapter already: detach or merge it first")
     places = adaptable(network)
     names = config.names(places)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     network.requires_grad_(False)
     with torch.inference_mode(False):  # tensors made within it could never be trained
         for name in names:
