@@ -25,6 +25,7 @@ class Settings:
     rate_limit: float = 0.0  # requests a minute that one client may make, 0: any
     allowed_origins: tuple[str, ...] = ()  # web pages that browsers may call from; ("*",): all
     access_log: bool = True
+    share_system_prompts: bool = False  # what one key's system prompt was read to is found by the others
     adapters_from: Path | None = None  # where clients may have adapters loaded from; None: nowhere
 
     def __post_init__(self) -> None:
