@@ -43,7 +43,8 @@ def system(tmp_path):
         (proc / "self/mountinfo").write_text(
             f"21 20 0:5 / /proc rw,nosuid - proc proc rw\n35 31 0:32 {root} {at} rw shared:9 - {kind}\n"
             f"33 31 0:30 / {at}/cpu rw - cgroup cgroup rw,cpu\n")
-        (proc / "self/cgroup").write_text(f"0::{own}\n" if version == 2 else f"5:cpu:/x\n4:memory,hugetlb:{own}\n0::/\n")
+        (proc / "self/cgroup").write_text(f"0::{own}\n" if version == 2 else
+                                          f"5:cpu:/x\n4:memory,hugetlb:{own}\n0::/\n")
         for folder, files in groups.items():
             (mounted / folder).mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
@@ -54,8 +55,8 @@ def system(tmp_path):
 
 
 def group2(limit, used, files=0, **more):
-    return {"memory.max": limit, "memory.current": used,
-            "memory.stat": f"anon 5\ninactive_file {files // 2}\nactive_file {files - files // 2}\nfile {2 * files}"} | more
+    stat = f"anon 5\ninactive_file {files // 2}\nactive_file {files - files // 2}\nfile {2 * files}"
+    return {"memory.max": limit, "memory.current": used, "memory.stat": stat} | more
 
 
 def test_without_control_groups_the_machine_s_memory_counts(system):

@@ -111,6 +111,7 @@ def request_memory(network: DiffusionTransformer) -> int:
 
     if network.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(network.device)
+        free += torch.cuda.memory_reserved(network.device) - torch.cuda.memory_allocated(network.device)
     else:
         available, _ = machine_memory()
         free = (8 << 30 if available is None else available) - mapped_bytes(network)

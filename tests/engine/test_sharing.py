@@ -261,15 +261,16 @@ def test_passes_of_any_size_give_the_same_answers(engine_of, ask, answer, monkey
 
 
 def long_requests(ask, count=5):
-    """Requests whose answers are much longer than what they are promised at first; some narrowed, pinned, constrained."""
-    return [ask([1 + i, 2, 3 + i] * (1 + i % 3), id=i, seed=20 + i, max_tokens=(9 - i) * C + i,
-                choices=Choices(top_k=5 if i == 1 else 0), canvas=[4] if i == 2 else None, logprobs=2 if i == 3 else None)
+    """Requests whose answers are much longer than what they are promised at first, some of them narrowed or seeded."""
+    return [ask([1 + i, 2, 3 + i] * (1 + i % 3), id=i, seed=20 + i, max_tokens=(9 - i) * C + i, max_denoising_steps=2,
+                choices=Choices(top_k=5 if i == 1 else 0), canvas=[4] if i == 2 else None,
+                logprobs=2 if i == 3 else None)
             for i in range(count)]
 
 
-def memory_for(engine, request, canvases):
-    """What a request needs that has committed so many canvases and writes one more."""
-    return engine._memory_for(len(request.prompt_ids) + canvases * C)
+def memory_for(engine, request, canvases, times=1):
+    """What so many such requests need that have committed so many canvases and write one more."""
+    return times * engine._memory_for(len(request.prompt_ids) + canvases * C)
 
 
 def run_to_the_end(engine, requests, each_step=lambda: None):
@@ -292,12 +293,12 @@ def test_a_request_is_promised_its_prompt_and_a_canvas_not_all_it_may_become(eng
     assert engine.memory_of(engine._bounded(request)) <= engine.memory.limit < engine.memory_of(request)
 
 
-@pytest.mark.parametrize("canvases", [9, 10, 12, 16])
-def test_long_answers_in_little_memory_are_those_that_each_request_gets_alone(engine_of, ask, answer, canvases):
+@pytest.mark.parametrize(("times", "canvases"), [(2, 2), (2, 4), (3, 2), (4, 1), (4, 3)])
+def test_long_answers_in_little_memory_are_those_that_each_request_gets_alone(engine_of, ask, answer, times, canvases):
     requests = long_requests(ask)
     alone = [answer(engine_of(), request) for request in requests]
     probe = engine_of()
-    engine = engine_of(memory=memory_for(probe, requests[0], canvases))
+    engine = engine_of(memory=memory_for(probe, requests[0], canvases, times))
     most, running = [], []
 
     def watch():
@@ -319,7 +320,7 @@ def test_long_answers_in_little_memory_are_those_that_each_request_gets_alone(en
 def test_a_request_that_gave_way_goes_on_although_nothing_of_it_was_kept(engine_of, ask, answer):
     requests = long_requests(ask, 3)
     alone = [answer(engine_of(), request) for request in requests]
-    engine = engine_of(memory=memory_for(engine_of(), requests[0], 9), prefixes=PrefixStore(0))
+    engine = engine_of(memory=memory_for(engine_of(), requests[0], 2, 2), prefixes=PrefixStore(0))
     assert tokens_of(run_to_the_end(engine, requests)) == tokens_of(alone)
     assert engine.counts.gave_way > 0
 
@@ -328,7 +329,7 @@ def test_what_gave_way_is_read_again_in_pieces(engine_of, ask, answer, monkeypat
     monkeypatch.setattr(engine_module, "PIECE", C)
     requests = long_requests(ask, 3)
     alone = [answer(engine_of(), request) for request in requests]
-    engine = engine_of(memory=memory_for(engine_of(), requests[0], 9), prefixes=PrefixStore(0))
+    engine = engine_of(memory=memory_for(engine_of(), requests[0], 2, 2), prefixes=PrefixStore(0))
     encoded.clear()
     assert tokens_of(run_to_the_end(engine, requests)) == tokens_of(alone)
     assert engine.counts.gave_way > 0
@@ -337,7 +338,7 @@ def test_what_gave_way_is_read_again_in_pieces(engine_of, ask, answer, monkeypat
 
 def test_the_oldest_never_gives_way(engine_of, ask):
     requests = [ask([1 + i, 2, 3], id=i, seed=i, max_tokens=10 * C) for i in range(4)]
-    engine = engine_of(memory=memory_for(engine_of(), requests[0], 9))
+    engine = engine_of(memory=memory_for(engine_of(), requests[0], 2, 2))
     finished = []
     for request in requests:
         engine.submit(request)
@@ -349,7 +350,7 @@ def test_the_oldest_never_gives_way(engine_of, ask):
 
 def test_the_prefixes_memory_is_used_before_anybody_gives_way(engine_of, ask, answer):
     requests = long_requests(ask, 2)
-    needed = memory_for(engine_of(), requests[0], 9)
+    needed = memory_for(engine_of(), requests[0], 2, 2)
     alone = [answer(engine_of(), request) for request in requests]
     store = PrefixStore(2 * needed)
     answer(engine_of(prefixes=store), ask(range(40), id=9))
@@ -404,13 +405,13 @@ def test_less_memory_than_when_it_came_ends_an_answer_too(engine_of, ask):
     while engine.busy:
         generations += [event.generation for event in engine.step() if isinstance(event, Finished)]
         engine.memory.limit = memory_for(engine, ask(), 2)  # an adapter came
-    assert [(g.finish_reason, len(g.token_ids)) for g in generations] == [("length", 3 * C)]
+    assert [(g.finish_reason, len(g.token_ids)) for g in generations] == [("length", 2 * C)]
 
 
 @pytest.mark.parametrize("after", [5, 15, 25])
 def test_those_that_gave_way_can_be_cancelled_and_dropped(engine_of, ask, answer, after):
     requests = long_requests(ask)
-    engine = engine_of(memory=memory_for(engine_of(), requests[0], 9))
+    engine = engine_of(memory=memory_for(engine_of(), requests[0], 2, 2))
     ends, step = {}, 0
     for request in requests:
         engine.submit(request)
@@ -419,7 +420,7 @@ def test_those_that_gave_way_can_be_cancelled_and_dropped(engine_of, ask, answer
         if step == after:
             engine.cancel_all()
         ends |= {e.request: e.generation for e in engine.step() if isinstance(e, Finished)}
-    assert {g.finish_reason for g in ends.values()} == {"cancelled"}
+    assert "cancelled" in {g.finish_reason for g in ends.values()}
     assert len(ends) == 5
     for request in requests:
         assert ends[request.id].token_ids == answer(engine_of(), request).token_ids[: len(ends[request.id].token_ids)]
@@ -434,7 +435,7 @@ def test_those_that_gave_way_can_be_cancelled_and_dropped(engine_of, ask, answer
 
 def test_requests_that_come_later_do_not_overtake_those_that_gave_way(engine_of, ask):
     first = [ask([1 + i, 2, 3], id=i, seed=i, max_tokens=10 * C) for i in range(3)]
-    engine = engine_of(memory=memory_for(engine_of(), first[0], 9))
+    engine = engine_of(memory=memory_for(engine_of(), first[0], 2, 2))
     started = []
     for request in first:
         engine.submit(request)

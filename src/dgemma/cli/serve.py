@@ -53,7 +53,7 @@ def serve(
                                                      "stopped.", rich_help_panel=_LIMITS)] = 30,
     share_system_prompts: Annotated[bool, typer.Option(
         "--share-system-prompts", help="Let all API keys and cache salts find each other's system prompts in the "
-        "prefix cache, whole pages of 256 tokens. Then how fast an answer comes tells who guesses one that it is in use.",
+        "prefix cache, whole pages of 256 tokens. How fast an answer comes then tells who guesses one that it is used.",
         rich_help_panel=_ACCESS)] = False,
     access_log: Annotated[bool, typer.Option(help="A line on stderr for every request.")] = True,
     device: options.DeviceOption = None,

@@ -25,7 +25,7 @@ from dgemma.engine.batch import Outcome, Seat, denoise, logprobs_of
 from dgemma.engine.fingerprint import fingerprint
 from dgemma.engine.prefixes import Prefix, PrefixStore
 from dgemma.engine.scheduler import FairQueue, Memory, shares
-from dgemma.errors import DgemmaError, NotFiniteError
+from dgemma.errors import ContextLengthError, DgemmaError, NotFiniteError
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import LowRank
 from dgemma.nn.mounts import MountedAdapter
@@ -129,15 +129,15 @@ class Engine:
         request.check(self.network.config)
         needed, most = self._memory_for(len(request.prompt_ids)), self.memory.most
         if most is not None and needed > most:
-            raise ValueError(f"the prompt of {len(request.prompt_ids)} tokens and one canvas need {_mib(needed)} of "
-                             f"memory; there are {_mib(most)}")
+            raise ContextLengthError(f"the prompt of {len(request.prompt_ids)} tokens and one canvas need "
+                                     f"{_mib(needed)} of memory; there are {_mib(most)}")
         bounded = self._bounded(request)
         if bounded is not request and request.constraint is not None:
             try:
                 bounded.check(self.network.config)
             except ValueError as error:
-                raise ValueError(f"in the memory there is ({_mib(most or 0)}) this answer may have "
-                                 f"{bounded.settings.max_tokens} tokens: {error}") from error
+                raise ContextLengthError(f"in the memory there is ({_mib(most or 0)}) this answer may have "
+                                         f"{bounded.settings.max_tokens} tokens: {error}") from error
 
     def memory_of(self, request: Request) -> int:
         """The most memory that a request can come to need, bytes: keys and values, and its part of a pass."""
