@@ -241,7 +241,8 @@ def test_json_is_one_object(run, single):
     data = json.loads(result.output)
     assert data["parameters"]["text"] == inspect_checkpoint(single).text_parameters
     assert data["config"]["vocab_size"] == 300
-    assert data["memory"][0]["total"] == sum(data["memory"][0][key] for key in ("weights", "kv_cache", "working"))
+    assert data["memory"][0]["total"] == sum(data["memory"][0][key] for key in
+                                               ("weights", "kv_cache", "working", "program"))
     assert data["problems"] == []
     assert data["model"] == str(single)
     assert set(data) == {"model", *(field.name for field in dataclasses.fields(inspect_checkpoint(single)))}
