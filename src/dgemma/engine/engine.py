@@ -304,7 +304,8 @@ class Engine:
             needed = self._memory_for(tokens)
             if not self.memory.fits(needed):
                 return
-            weights = weights or self._look_at_weights()
+            # Looking takes some ms: whoever joins others finds the network that they run on.
+            weights = weights or (self._weights if self._seats else None) or self._look_at_weights()
             prefix = self._prefix(row.request, weights)
             if self._paused:
                 seat = self._paused.pop(0)
