@@ -166,7 +166,10 @@ class Model:
     def _run(self, requests: list[Request]) -> Iterator[Event]:
         # An engine of its own for every call: a caller who stops listening leaves nothing behind in another's batch.
         # It is known before the first event is asked for, so that a cancel can never come too early.
-        engine = Engine(self.network, self.decode, prefixes=self.prefixes, find_stop=self.find_stop)
+        # What prefixes take is measured as used, or is theirs to take yet.
+        memory = request_memory(self.network) + self.prefixes.spare
+        memory = max(memory - self.prefixes.budget, memory // 2)
+        engine = Engine(self.network, self.decode, prefixes=self.prefixes, find_stop=self.find_stop, memory=memory)
         with self._adding:
             self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
         return engine.run(requests)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dgemma import seeds
 from dgemma.config import FULL, GenerationConfig
 from dgemma.diffusion.sampler import EntropyBoundSampler
 from dgemma.engine.engine import PIECE
@@ -67,7 +68,7 @@ def measure(network: DiffusionTransformer, *, context: int = 64, canvas: int | N
         torch.set_num_threads(threads)
     config = network.config
     width = config.canvas_length if canvas is None else canvas
-    draw = torch.Generator().manual_seed(0)
+    draw = seeds.generator(0)
     device = network.device
 
     def tokens(count: int) -> torch.Tensor:

@@ -4,55 +4,164 @@ from __future__ import annotations
 
 import os
 import sys
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dgemma.nn import DiffusionTransformer
 
 
-# Where control groups keep their limit and what is used, in their second and first version
-_CGROUPS = {Path("/sys/fs/cgroup"): ("memory.max", "memory.current"),
-            Path("/sys/fs/cgroup/memory"): ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+@dataclass(frozen=True)
+class _Names:
+    """What a version of control groups calls things. Of several limits the smallest counts."""
+
+    limits: tuple[str, ...]
+    used: str
+    files: tuple[str, ...]  # in memory.stat: files that are cached, the group's children's included
 
 
-def machine_memory() -> tuple[int | None, int | None]:
-    """This machine's memory in bytes, what is available now and all of it; None where it cannot be told."""
+_V2 = _Names(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
+_V1 = _Names(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+
+
+def machine_memory(proc: Path = Path("/proc")) -> tuple[int | None, int | None]:
+    """This machine's memory in bytes, what is available now and all of it; None where it cannot be told.
+
+    A container, or any other control group that this process is in, may have less than its machine.
+    """
     available = total = None
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
         available, total = (int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
     except (OSError, KeyError, ValueError):  # not Linux: all of it, where the system tells
         if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
             available = total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for folder, names in _CGROUPS.items():  # a container may have less than its machine
-        try:
-            limit, used = (int((folder / name).read_text()) for name in names)
-            lines = (folder / "memory.stat").read_text().splitlines()
-            files = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
-        except (OSError, ValueError):
+    for folder, names in _own_groups(proc):
+        limit = min((limit for name in names.limits if (limit := _number(folder / name)) is not None), default=None)
+        if limit is None:
             continue
-        left = max(limit - used + files, 0)  # the files that are cached are let go first
-        return left if available is None else min(available, left), limit if total is None else min(total, limit)
+        left = limit
+        if (used := _number(folder / names.used)) is not None:
+            left = min(max(limit - used + _cached_files(folder, names), 0), limit)  # these files are let go first
+        available = left if available is None else min(available, left)
+        total = limit if total is None else min(total, limit)
     return available, total
+
+
+def _own_groups(proc: Path) -> Iterator[tuple[Path, _Names]]:
+    """The folders of the memory control groups that this process is in: the innermost, and all around it."""
+    try:
+        mounts = [line.split(" ") for line in (proc / "self/mountinfo").read_text().splitlines()]
+        groups = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+    except OSError:  # not Linux
+        return
+    for fields in mounts:
+        # "36 35 0:31 ROOT MOUNTED options … - TYPE source super-options"
+        dash = fields.index("-") if "-" in fields else len(fields)
+        if len(fields) < dash + 4 or dash < 5:
+            continue
+        root, mounted, kind, options = fields[3], Path(_unescaped(fields[4])), fields[dash + 1], fields[dash + 3]
+        for group in groups:
+            if len(group) < 3:
+                continue
+            controllers = group[1].split(",")
+            second = kind == "cgroup2" and group[0] == "0"
+            if not (second or (kind == "cgroup" and "memory" in options.split(",") and "memory" in controllers)):
+                continue
+            # What is mounted may be a part of the tree only, as in a container: then paths begin there.
+            inside = group[2].removeprefix(root) if f"{group[2]}/".startswith(f"{root}/") else group[2]
+            folder = mounted / inside.strip("/")
+            for at in (folder, *folder.parents):
+                if at.is_relative_to(mounted) and at.is_dir():
+                    yield at, _V2 if second else _V1
+
+
+def _unescaped(path: str) -> str:
+    r"""A path of /proc/self/mountinfo, where blanks are "\040"."""
+    return path.encode().decode("unicode_escape") if "\\" in path else path
+
+
+def _number(path: Path) -> int | None:
+    """The number that a file holds; None for "max", for what is more than any machine has, and without the file."""
+    try:
+        number = int(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return number if number < 1 << 60 else None
+
+
+def _cached_files(folder: Path, names: _Names) -> int:
+    try:
+        lines = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+    except OSError:
+        return 0
+    return sum(int(line[1]) for line in lines if len(line) == 2 and line[0] in names.files)
 
 
 def request_memory(network: DiffusionTransformer) -> int:
     """Memory for the requests that a network answers and for what they leave to be read again, in bytes.
 
-    Four fifths of what is free once the network is there. Packed weights stay in their file, whose pages count as
-    free memory although every step needs them.
+    Four fifths of what is free once the network is there, with all its weights in memory.
     """
     import torch
 
-    from dgemma.nn.packed import packed_bytes
-
     if network.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(network.device)
+        free += torch.cuda.memory_reserved(network.device) - torch.cuda.memory_allocated(network.device)
     else:
         available, _ = machine_memory()
-        free = (8 << 30 if available is None else available) - packed_bytes(network)
+        free = (8 << 30 if available is None else available) - mapped_bytes(network)
     return max(free * 4 // 5, 64 << 20)
+
+
+def mapped_bytes(network: DiffusionTransformer, maps: Path = Path("/proc/self/maps")) -> int:
+    """Bytes of a network's weights that are not memory of this process, but of files mapped into it.
+
+    Their pages count as free memory, whether they have been read yet or not, although every step needs them. Where the
+    system does not tell what is mapped, all weights count.
+    """
+    tensors = list(_weights(network))
+    try:
+        regions = _mapped_files(maps)
+    except OSError:
+        return sum(tensor.nbytes for tensor in tensors)
+    starts = [start for start, _ in regions]
+    found = 0
+    for tensor in tensors:
+        place = bisect_right(starts, tensor.data_ptr()) - 1
+        if place >= 0 and tensor.data_ptr() < regions[place][1]:
+            found += tensor.nbytes
+    return found
+
+
+def _weights(network: DiffusionTransformer) -> Iterator[Tensor]:
+    """Every tensor of a network that is in this machine's memory, packed ones too, each memory once."""
+    from dgemma.kernels import PackedWeight
+
+    seen: set[int] = set()
+    for module in network.modules():
+        packed = (value.data for value in vars(module).values() if isinstance(value, PackedWeight))
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *packed):
+            if tensor.device.type == "cpu" and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                yield tensor
+
+
+def _mapped_files(maps: Path) -> list[tuple[int, int]]:
+    """Where files are mapped into this process' memory: beginnings and ends, in order."""
+    regions = []
+    for line in maps.read_text().splitlines():
+        # "7f00-7f10 rw-p 00000000 08:01 INODE PATH"
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[4] != "0" and not fields[5].startswith(("/dev/zero", "/memfd:", "/dev/shm")):
+            start, end = (int(number, 16) for number in fields[0].split("-"))
+            regions.append((start, end))
+    return sorted(regions)
 
 
 def release_freed() -> None:

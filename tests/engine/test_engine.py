@@ -519,3 +519,10 @@ def test_the_engine_decodes_the_answer_with_its_prompt(tiny_network, ask, answer
     generation = answer(Engine(tiny_network, decode), ask(PROMPT))
     assert heard == [(PROMPT, generation.token_ids)]
     assert (generation.text, generation.reasoning, generation.tool_calls) == ("text", "thought", [{"name": "tool"}])
+
+
+def test_every_bit_of_a_seed_decides_the_answer(engine_of, ask, answer):
+    wanted = [3, 3 + 2**32, 3 + 2**33, 3 + 2**62, 2**63 - 1]
+    answers = [answer(engine_of(), ask(seed=seed, max_tokens=2 * C)).token_ids for seed in wanted]
+    assert len(set(map(tuple, answers))) == len(wanted)
+    assert answer(engine_of(), ask(seed=wanted[3], max_tokens=2 * C)).token_ids == answers[3]

@@ -110,7 +110,7 @@ def test_what_is_in_use_stays(tiny_network, random_ids):
 def test_without_its_sliding_layers_a_page_serves_longer_contexts_only(store, tiny_network, random_ids):
     context = random_ids(1, 4 * W)[0].tolist()
     _, prefix = read(store, tiny_network, context)
-    first = next(iter(store._tops[None].values()))
+    first = next(store._nodes())
     store._forget_sliding(first)
     assert store.open(context[:PAGE], tiny_network).cache.length == 0
     known = store.open(context, tiny_network).cache
@@ -177,3 +177,55 @@ def test_what_is_forgotten_while_it_is_used_counts_no_more(store, tiny_network, 
     store.clear()
     prefix.close()
     assert store.nbytes == store.spare == 0
+
+
+# Tenants
+
+
+@torch.inference_mode()
+def test_a_tenant_finds_nothing_that_another_has_read(store, tiny_network, random_ids):
+    context = random_ids(1, 4 * PAGE)[0].tolist()
+    for tenant in ("a", "b"):
+        prefix = store.open(context, tiny_network, tenant=tenant)
+        assert prefix.cache.length == 0
+        tiny_network.encode_rows([(context, prefix.cache)])
+        prefix.keep(context)
+        assert store.open(context[:7], tiny_network, tenant=tenant).cache.length == 7
+    assert store.open(context, tiny_network).cache.length == 0
+
+
+@pytest.mark.parametrize(("shared", "found"), [(0, 0), (PAGE - 1, 0), (PAGE, PAGE), (2 * PAGE + 3, 2 * PAGE),
+                                               (4 * PAGE, 4 * PAGE)])
+@torch.inference_mode()
+def test_whole_pages_of_a_shared_beginning_are_found_by_all(store, tiny_network, random_ids, shared, found):
+    context = random_ids(1, 4 * PAGE)[0].tolist()
+    first = store.open(context, tiny_network, tenant="a", shared=shared)
+    for start in range(0, len(context), 3):  # also in pieces that end within a page
+        tiny_network.encode_rows([(context[start : start + 3], first.cache)])
+        first.keep(context)
+    other = store.open(context, tiny_network, tenant="b", shared=shared)
+    assert other.cache.length == found
+    tiny_network.encode_rows([(context[found:], other.cache)] if found < len(context) else [([1], other.cache)])
+    assert store.open(context, tiny_network, tenant="a", shared=shared).cache.length == len(context)
+    # Who knows a shared page but for one token learns nothing.
+    guess = [*context[: PAGE - 1], (context[PAGE - 1] + 1) % 50, *context[PAGE:]]
+    assert store.open(guess, tiny_network, tenant="b", shared=shared).cache.length == 0
+
+
+@torch.inference_mode()
+def test_tenants_and_trees_that_are_empty_leave_nothing_behind(tiny_network, random_ids):
+    store = PrefixStore()
+    context = random_ids(1, 3 * PAGE)[0].tolist()
+    for tenant in range(20):
+        for shared in (0, PAGE):
+            prefix = store.open(context, tiny_network, tenant=f"tenant {tenant}", shared=shared)
+            while prefix.cache.length < len(context):
+                tiny_network.encode_rows([(context[prefix.cache.length :], prefix.cache)])
+                prefix.keep(context)
+            prefix.close()
+    nodes = list(store._nodes())
+    assert len(nodes) == 1 + 20 * 3 + 20 * 2
+    assert store.nbytes == store.spare == sum(node.page.nbytes for node in nodes)
+    store.shrink(0)
+    assert store.nbytes == 0
+    assert not store._tops

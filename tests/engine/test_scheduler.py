@@ -66,3 +66,43 @@ def test_memory_is_promised_up_to_its_limit_but_one_request_may_always_run():
     assert memory.fits(40)
     assert not memory.fits(41)
     assert Memory(None).fits(10**15)
+
+
+@pytest.fixture
+def rows_of(ask):
+    """A function that pushes rows, given as (client, user, id), into a new queue."""
+
+    def make(*rows):
+        queue = FairQueue()
+        for client, user, id in rows:
+            queue.push(Row(ask(id=id, client=client, user=user), tiny_config()))
+        return queue
+
+    return make
+
+
+def test_a_client_s_users_take_turns(rows_of):
+    queue = rows_of(*[("a", "greedy", id) for id in range(4)], ("a", "x", 10), ("a", "y", 20), ("a", "x", 11))
+    assert drained(queue) == [0, 10, 20, 1, 11, 2, 3]
+
+
+def test_invented_users_do_not_push_another_client_back(rows_of):
+    queue = rows_of(*[("a", f"user {id}", id) for id in range(50)], ("b", "", 100), ("b", "", 101), ("b", "me", 102))
+    order = drained(queue)
+    assert [order.index(id) for id in (100, 102, 101)] == [1, 3, 5]
+    assert sorted(order[6:]) == list(range(3, 50))
+
+
+def test_users_of_one_name_at_two_clients_are_two(rows_of):
+    assert drained(rows_of(("a", "me", 0), ("a", "me", 1), ("b", "me", 2))) == [0, 2, 1]
+
+
+def test_clients_keep_their_turn_however_rows_come_and_go(rows_of, ask):
+    queue = rows_of(("a", "x", 0), ("a", "y", 1), ("b", "", 2))
+    assert queue.pop().request.id == 0
+    queue.push(Row(ask(id=3, client="a", user="x"), tiny_config()))
+    assert [row.request.id for row in queue.remove(lambda row: row.request.id == 2)] == [2]
+    queue.push(Row(ask(id=4, client="b", user="z"), tiny_config()))
+    assert len(queue) == 3
+    assert drained(queue) == [1, 4, 3]
+    assert not list(queue)

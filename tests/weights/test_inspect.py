@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from dgemma.weights.inspect import (
     working_bytes,
 )
 from dgemma.weights.load import load_network
+from dgemma.weights.locate import locate
 
 PUBLISHED = {  # the 26B-A4B model's config.json, as far as the text network goes
     "model_type": "diffusion_gemma",
@@ -237,7 +241,8 @@ def test_json_is_one_object(run, single):
     data = json.loads(result.output)
     assert data["parameters"]["text"] == inspect_checkpoint(single).text_parameters
     assert data["config"]["vocab_size"] == 300
-    assert data["memory"][0]["total"] == sum(data["memory"][0][key] for key in ("weights", "kv_cache", "working"))
+    assert data["memory"][0]["total"] == sum(data["memory"][0][key] for key in
+                                               ("weights", "kv_cache", "working", "program"))
     assert data["problems"] == []
     assert data["model"] == str(single)
     assert set(data) == {"model", *(field.name for field in dataclasses.fields(inspect_checkpoint(single)))}
@@ -252,3 +257,19 @@ def test_problems_make_the_exit_code_1(run, single, copy_of, rewrite, options):
     assert "model.decoder.norm.weight in model.safetensors: expected [64], found [65]" in result.output
     assert "model.decoder.layers.0.layer_scalar" in result.output
     assert "No problems found" not in result.output
+
+
+def test_the_memory_that_is_said_is_about_what_an_answer_takes():
+    """In a process of its own, the program and its libraries included."""
+    run = """
+import dgemma
+dgemma.load("sudoku").generate("Hi", max_tokens=9, max_denoising_steps=2)
+with open("/proc/self/status") as file:
+    print(dict(line.split(":", 1) for line in file)["VmHWM"].split()[0])
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc")
+    used = 1024 * int(subprocess.run([sys.executable, "-c", run], check=True, capture_output=True, text=True).stdout)
+    report = inspect_checkpoint(locate("sudoku"), [300])
+    said = next(need.total for need in report.memory if need.dtype == str(report.config.dtype))
+    assert said == pytest.approx(used, rel=0.3)

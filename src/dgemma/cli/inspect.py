@@ -90,9 +90,9 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
         _print(console, "Types", ["part", "type", ">tensors", ">size"], [
             (part.part, part.dtype, f"{part.tensors:,}", size_text(part.nbytes)) for part in report.parts])
     _print(console, "Memory to run the text network (one conversation)",
-           [">context", "dtype", ">weights", ">KV cache", ">working", ">total"], [
+           [">context", "dtype", ">weights", ">KV cache", ">working", ">program", ">total"], [
                (f"{need.context:,}", need.dtype,
-                *map(size_text, (need.weights, need.kv_cache, need.working, need.total)))
+                *map(size_text, (need.weights, need.kv_cache, need.working, need.program, need.total)))
                for need in sorted(report.memory, key=lambda need: need.context)])
     if any(need.dtype == "packed" for need in report.memory):
         console.print(Text("packed: on the CPU, weights as they are in the file; bfloat16: on a GPU", "dim"))

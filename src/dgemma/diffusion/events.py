@@ -97,6 +97,7 @@ class Failed:
 
     request: int
     error: str
+    told: str | None = None  # what whoever asked may read of it; ``error`` may tell of our insides
 
 
 Event = CanvasStarted | Denoised | CanvasCommitted | Finished | Failed

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dgemma import seeds
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.constraint import Constraint
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
@@ -63,7 +64,9 @@ class Request:
     marks those that must not change. ``seed`` fixes all of the request's randomness. ``logprobs`` asks for the
     log-probability of every answer token and of so many alternatives; ``constraint`` says what the answer may be;
     ``stop`` ends it before any of these strings; without ``drafts`` no Denoised events are made. Requests of one
-    ``client`` wait for each other, not those of another for them. ``adapter`` is put on the network for this request.
+    ``client`` wait for each other, not those of another for them; within a client the same goes for its ``user``s.
+    What this request reads is read again by those of its ``tenant`` only, but for its first ``shared`` tokens.
+    ``adapter`` is put on the network for this request.
     """
 
     id: int
@@ -78,6 +81,9 @@ class Request:
     stop: tuple[str, ...] = ()
     drafts: bool = True
     client: str = ""
+    user: str = ""
+    tenant: str = ""
+    shared: int = 0
     adapter: MountedAdapter | None = None
 
     def check(self, config: ModelConfig) -> None:
@@ -146,7 +152,7 @@ class Row:
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.request.seed)
+        self.generator = seeds.generator(self.request.seed)
         self.context = list(self.request.prompt_ids)
 
     def seconds(self) -> float:

@@ -28,17 +28,19 @@ class AdapterShelf:
         self._places = adaptable(network)
         self._fixed = bool(adapters(network))  # one is on already, and always
         self._config = network.config
-        self._known: dict[str, tuple[MountedAdapter, str]] = {}  # and where it was read
+        # And where it was read. Replaced, never changed: several threads read it.
+        self._known: dict[str, tuple[MountedAdapter, str]] = {}
 
     def paths(self) -> dict[str, str]:
         """Where each adapter was read."""
-        return {name: path for name, (_, path) in list(self._known.items())}
+        return {name: path for name, (_, path) in self._known.items()}
 
     def get(self, name: str) -> MountedAdapter:
         """The adapter that has the name now; raises `UnknownAdapterError`."""
-        if name not in self._known:
+        known = self._known.get(name)
+        if known is None:
             raise UnknownAdapterError(f"there is no adapter {name!r}")
-        return self._known[name][0]
+        return known[0]
 
     def offers(self, adapter: MountedAdapter) -> bool:
         """Whether it has its name now."""
@@ -62,11 +64,11 @@ class AdapterShelf:
     def put(self, adapter: MountedAdapter, path: str | Path) -> MountedAdapter | None:
         """Let an adapter have its name; the one that had it before."""
         before = self._known.get(adapter.name)
-        self._known[adapter.name] = (adapter, str(path))
+        self._known = {**self._known, adapter.name: (adapter, str(path))}
         return before and before[0]
 
     def take(self, name: str) -> MountedAdapter:
         """Take a name away, and return what had it; raises `UnknownAdapterError`."""
         adapter = self.get(name)
-        del self._known[name]
+        self._known = {known: what for known, what in self._known.items() if known != name}
         return adapter

@@ -27,7 +27,11 @@ class Seat:
 
     row: Row
     prefix: Prefix
-    memory: int  # bytes promised to it
+    memory: int = 0  # bytes promised to it
+    tokens: int = 0  # how many it may hold in these
+    most: int = 0  # how many it can come to hold
+    age: int = 0  # whoever came later has a larger one
+    stalled: bool = False  # it cannot go on before others have given memory back
     guide: Guide | None = None
     soft: Tensor | None = None  # [C, D] self-conditioning; None while no canvas is open
     noise: tuple[Tensor, Tensor] | None = None  # drawn for the step that comes; kept if that has to be run again
@@ -40,6 +44,11 @@ class Seat:
         """Tokens that must be read before a canvas can be opened."""
         return len(self.row.context) - self.prefix.cache.length
 
+    @property
+    def reads_long(self) -> bool:
+        """Whether it has to read a prompt, or again what it let go; else it is a canvas at most."""
+        return self.unread > (self.row.config.canvas_length if self.row.canvas_index else 0)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -47,6 +56,7 @@ class Outcome:
 
     event: Denoised | None  # None when the request does not want to hear of drafts
     done: bool  # the canvas is finished
+    finite: bool = True  # if not, the step has come to nothing: the seat is as it was
 
 
 def denoise(network: DiffusionTransformer, sampler: Sampler, seats: Sequence[Seat]) -> list[Outcome]:
@@ -58,7 +68,7 @@ def denoise(network: DiffusionTransformer, sampler: Sampler, seats: Sequence[Sea
     fresh = torch.stack([seat.noise[1] for seat in seats if seat.noise]).to(device)
     soft = torch.stack([seat.soft for seat in seats if seat.soft is not None])
     hidden = network.denoise_rows(canvas, [seat.prefix.cache for seat in seats], soft)
-    stats = _predictions(network, seats, hidden)
+    stats, finite = _predictions(network, seats, hidden)
     if any(row.pinned is not None for row in rows):
         none = torch.zeros(canvas.shape[1], dtype=torch.bool)
         pinned = torch.stack([none if row.pinned is None else row.pinned for row in rows]).to(device)
@@ -68,9 +78,12 @@ def denoise(network: DiffusionTransformer, sampler: Sampler, seats: Sequence[Sea
     next_canvas, accepted = sampler.advance(stats, fresh, settings)
     done = sampler.done(stats, [row.history for row in rows], settings)
 
-    columns = [t.cpu() for t in (stats.argmax, next_canvas, stats.entropy, accepted)]
+    *columns, finite = [t.cpu() for t in (stats.argmax, next_canvas, stats.entropy, accepted, finite)]
     outcomes = []
-    for index, seat in enumerate(seats):
+    for index, (seat, sound) in enumerate(zip(seats, finite.tolist(), strict=True)):
+        if not sound:
+            outcomes.append(Outcome(None, False, finite=False))
+            continue
         seat.soft, seat.hidden, seat.noise = stats.soft[index], hidden[index], None
         event = seat.row.advance(*(column[index] for column in columns))
         outcomes.append(Outcome(event, done[index] or seat.row.step == settings[index].max_denoising_steps))
@@ -85,9 +98,15 @@ def logprobs_of(network: DiffusionTransformer, seat: Seat, count: int) -> list[T
                           count)
 
 
-def _predictions(network: DiffusionTransformer, seats: Sequence[Seat], hidden: Tensor) -> CanvasStats:
-    """Every row's predictions: most rows' in one walk over the vocabulary, narrowed ones' each by itself."""
-    narrow = [index for index, seat in enumerate(seats) if _narrows(seat)]
+def _predictions(network: DiffusionTransformer, seats: Sequence[Seat], hidden: Tensor) -> tuple[CanvasStats, Tensor]:
+    """Every row's predictions, and whether all of a row's numbers are finite [B].
+
+    Most rows are predicted in one walk over the vocabulary, narrowed ones each by itself.
+    """
+    finite = hidden.isfinite().flatten(1).all(1)
+    special = any(_narrows(seat) or seat.guide is not None for seat in seats)  # their choices are made on the host
+    sound = finite.tolist() if special else [True] * len(seats)
+    narrow = [index for index, seat in enumerate(seats) if sound[index] and _narrows(seat)]
     plain = [index for index in range(len(seats)) if index not in narrow]
     stats: CanvasStats | None = None
     if plain:
@@ -102,12 +121,14 @@ def _predictions(network: DiffusionTransformer, seats: Sequence[Seat], hidden: T
         stats = CanvasStats(*(torch.cat([getattr(part, name) for part in parts])[order]
                               for name in ("argmax", "sample", "entropy", "soft")))
     assert stats is not None
+    finite &= stats.entropy.isfinite().all(1) & stats.soft.isfinite().flatten(1).all(1)
+    sound = finite.tolist() if special else sound
     for index, seat in enumerate(seats):
-        if seat.guide is not None:
+        if seat.guide is not None and sound[index]:
             _guide(network, seat, hidden[index], stats, index)
         if seat.row.request.choices.temperature == 0:
             stats.sample[index] = stats.argmax[index]
-    return stats
+    return stats, finite
 
 
 def _sharpness(seats: Sequence[Seat], device: torch.device) -> Tensor | None:

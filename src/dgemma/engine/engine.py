@@ -7,8 +7,10 @@ for two functions that turn an answer's tokens into it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
+from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +22,14 @@ from dgemma.diffusion.events import Event, Failed, Finished, Generation
 from dgemma.diffusion.row import FindStop, Request, Row
 from dgemma.diffusion.sampler import EntropyBoundSampler, Sampler
 from dgemma.engine.batch import Outcome, Seat, denoise, logprobs_of
-from dgemma.engine.prefixes import PrefixStore
+from dgemma.engine.fingerprint import fingerprint
+from dgemma.engine.prefixes import Prefix, PrefixStore
 from dgemma.engine.scheduler import FairQueue, Memory, shares
+from dgemma.errors import ContextLengthError, DgemmaError, NotFiniteError
 from dgemma.nn import DiffusionTransformer
+from dgemma.nn.adapters import LowRank
 from dgemma.nn.mounts import MountedAdapter
-from dgemma.nn.rows import row_bytes
+from dgemma.nn.rows import PAGE, row_bytes
 from dgemma.weights.inspect import working_bytes
 
 # A prompt's and an answer's token ids, the stop strings -> the answer's (text, reasoning, tool calls)
@@ -53,6 +58,7 @@ class Counts:
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
+    gave_way: int = 0  # times that a request let its memory go for others, to go on later
 
 
 class Engine:
@@ -61,7 +67,12 @@ class Engine:
     A request's randomness is its own, so its tokens do not depend on who shares the batch (up to rounding, which in
     bfloat16 can tip a choice). ``prefixes`` may outlive the engine. With ``isolate``, whatever goes wrong inside a
     request ends that one with a Failed event; without, it is raised. ``between`` is called between the passes of a
-    step; it may `submit`, `cancel` and `retire`.
+    step; it may `submit`, `cancel` and `retire`. With ``whole_pages`` only these are told of what was read before.
+
+    A request is promised memory for its prompt and a canvas, and more as canvases follow, to the oldest first; ``lent``
+    bytes of that are the prefixes' as long as nobody needs them. Whoever there is none for waits until others have
+    finished; when all wait the youngest gives way: what it has read is let go, and read again when there is room. It
+    has lost nothing then, and its tokens are the same. An answer ends where the memory of all would end.
 
     Requests of different adapters share steps, but not passes: a pass is of one adapter's requests, which is put on the
     network for it. Between two steps the network is as it was found.
@@ -69,16 +80,20 @@ class Engine:
 
     def __init__(self, network: DiffusionTransformer, decode: Decode, max_batch: int = 32,
                  prefixes: PrefixStore | None = None, sampler: Sampler | None = None, *,
-                 find_stop: FindStop | None = None, memory: int | None = None, isolate: bool = False,
-                 between: Callable[[], None] | None = None):
+                 find_stop: FindStop | None = None, memory: int | None = None, lent: int = 0, isolate: bool = False,
+                 whole_pages: bool = False, between: Callable[[], None] | None = None):
         self.network, self.decode, self.find_stop, self.max_batch = network, decode, find_stop, max_batch
         self.prefixes = prefixes or PrefixStore()
         self.sampler = sampler or EntropyBoundSampler()
-        self.isolate, self.between = isolate, between
-        self.memory = Memory(memory)
+        self.isolate, self.whole_pages, self.between = isolate, whole_pages, between
+        self.memory = Memory(memory, lent)
+        self._prefix_budget = self.prefixes.budget
         self.counts = Counts()
         self._waiting = FairQueue()
         self._seats: list[Seat] = []
+        self._paused: list[Seat] = []  # those that gave way, the oldest first; they come before what waits
+        self._ages = itertools.count()
+        self._weights: bytes | None = None  # the network's fingerprint, when it was last looked at
         self._events: list[Event] = []  # of the step that runs
         self._cancelled: set[int] = set()
         self._mounted: MountedAdapter | None = None
@@ -90,11 +105,11 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is running or waiting."""
-        return bool(self._seats or self._waiting)
+        return bool(self._seats or self._paused or self._waiting)
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._paused)
 
     @property
     def running(self) -> int:
@@ -107,22 +122,43 @@ class Engine:
 
     def enqueue(self, request: Request) -> None:
         """Queue a request that `check` has found nothing wrong with."""
-        self._waiting.push(Row(request, self.network.config))
+        self._waiting.push(Row(self._bounded(request), self.network.config))
 
     def check(self, request: Request) -> None:
         """Raises ValueError when the network cannot run a request, or not in the memory there is."""
         request.check(self.network.config)
-        needed = self.memory_of(request)
-        if self.memory.limit is not None and needed > self.memory.limit:
-            raise ValueError(f"the prompt of {len(request.prompt_ids)} tokens and up to {request.settings.max_tokens} "
-                             f"more need {needed >> 20} MiB of memory; there are {self.memory.limit >> 20} MiB")
+        needed, most = self._memory_for(len(request.prompt_ids)), self.memory.most
+        if most is not None and needed > most:
+            raise ContextLengthError(f"the prompt of {len(request.prompt_ids)} tokens and one canvas need "
+                                     f"{_mib(needed)} of memory; there are {_mib(most)}")
+        bounded = self._bounded(request)
+        if bounded is not request and request.constraint is not None:
+            try:
+                bounded.check(self.network.config)
+            except ValueError as error:
+                raise ContextLengthError(f"in the memory there is ({_mib(most or 0)}) this answer may have "
+                                         f"{bounded.settings.max_tokens} tokens: {error}") from error
 
     def memory_of(self, request: Request) -> int:
         """The most memory that a request can come to need, bytes: keys and values, and its part of a pass."""
+        return self._memory_for(self._most_tokens(request))
+
+    def _most_tokens(self, request: Request) -> int:
+        """The most tokens whose keys and values a request can come to hold."""
         config = self.network.config
         canvases = -(-request.settings.max_tokens // config.canvas_length)
         tokens = len(request.prompt_ids) + (canvases - 1) * config.canvas_length
-        return self._memory_for(min(tokens, config.max_position_embeddings))
+        return min(tokens, config.max_position_embeddings)
+
+    def _bounded(self, request: Request) -> Request:
+        """The request, its answer no longer than all the memory there is allows: with it its length, and form, end."""
+        most, canvas = self.memory.most, self.network.config.canvas_length
+        if most is None or self.memory_of(request) <= most:
+            return request
+        prompt = len(request.prompt_ids)
+        following = range((self._most_tokens(request) - prompt) // canvas + 1)  # canvases behind the first
+        count = bisect_right(following, most, key=lambda more: self._memory_for(prompt + more * canvas))
+        return replace(request, settings=request.settings.replace(max_tokens=max(count, 1) * canvas))
 
     def _memory_for(self, tokens: int) -> int:
         config, item = self.network.config, self.network.dtype.itemsize
@@ -151,6 +187,11 @@ class Engine:
             if self.memory.limit is not None and self.adopted[adapter] == 1:
                 self.memory.limit -= adapter.nbytes
 
+    def all_adopted(self) -> list[MountedAdapter]:
+        """The adapters that take memory now; from any thread."""
+        with self._adopting:
+            return list(self.adopted)
+
     def retire(self, adapter: MountedAdapter) -> None:
         """Undo an `adopt`: no more requests come because of it. What the adapter holds is let go after the last one."""
         self.retired.append(adapter)
@@ -159,7 +200,7 @@ class Engine:
     def _let_go(self) -> None:
         if not self.retired:
             return
-        rows = [*(seat.row for seat in self._seats), *self._waiting]
+        rows = [*(seat.row for seat in [*self._seats, *self._paused]), *self._waiting]
         used = {row.request.adapter for row in rows}
         for adapter in [adapter for adapter in self.retired if adapter not in used]:
             self.retired.remove(adapter)
@@ -192,7 +233,8 @@ class Engine:
 
     def clear(self) -> list[int]:
         """Drop every request, without an event; their ids."""
-        rows = [seat.row for seat in self._seats] + self._waiting.remove(lambda _: True)
+        rows = [seat.row for seat in [*self._seats, *self._paused]] + self._waiting.remove(lambda _: True)
+        self._paused.clear()
         for seat in list(self._seats):
             self._leave(seat)
         self._let_go()
@@ -211,6 +253,7 @@ class Engine:
         self._events = []
         try:
             self._drop_cancelled()
+            self._grow()
             self._admit()
             self._read()
             self._open()
@@ -230,6 +273,10 @@ class Engine:
                 self.between()
             going_on = [seat for seat in group if not (self._stop or seat.row.request.id in self._cancelled)]
             for seat, outcome in self._each(going_on, self._denoise):
+                if not outcome.finite:
+                    self._not_finite(seat, f"while step {seat.row.step + 1} of canvas {seat.row.canvas_index + 1} was "
+                                           "computed")
+                    continue
                 if outcome.event is not None:
                     self._events.append(outcome.event)
                 if outcome.done:
@@ -244,21 +291,96 @@ class Engine:
                 for start in range(0, len(group), together)]
 
     def _admit(self) -> None:
-        """Seat what waits, in order, while there are seats and memory."""
-        while len(self._seats) < self.max_batch and (row := self._waiting.peek()) is not None:
-            needed = self.memory_of(row.request)
+        """Seat what waits, in order, while there are seats and memory; those that run already come first."""
+        if any(seat.stalled for seat in self._seats):
+            return
+        weights: bytes | None = None
+        while len(self._seats) < self.max_batch:
+            row = self._paused[0].row if self._paused else self._waiting.peek()
+            if row is None:
+                return
+            most = self._most_tokens(row.request)
+            tokens = min(len(row.context) + row.config.canvas_length, most)
+            needed = self._memory_for(tokens)
             if not self.memory.fits(needed):
                 return
-            self._seats.append(Seat(row, self.prefixes.open((), self.network, row.request.adapter), needed))
-            self._waiting.pop()
-            self.memory.reserved += needed
-            self.counts.prompt_tokens += len(row.context)
+            # Looking takes some ms: whoever joins others finds the network that they run on.
+            weights = weights or (self._weights if self._seats else None) or self._look_at_weights()
+            prefix = self._prefix(row.request, weights)
+            if self._paused:
+                seat = self._paused.pop(0)
+                seat.prefix = prefix
+            else:
+                seat = Seat(self._waiting.pop(), prefix, age=next(self._ages))
+                self.counts.prompt_tokens += len(row.context)
+            seat.memory, seat.tokens, seat.most = needed, tokens, most
+            self._promise(needed)
+            self._seats.append(seat)
+
+    def _prefix(self, request: Request, weights: bytes) -> Prefix:
+        return self.prefixes.open((), self.network, request.adapter, request.tenant, request.shared, weights)
+
+    def _nothing(self, row: Row) -> Prefix:
+        """What a row that does not run has read."""
+        return self._prefix(row.request, b"")
+
+    def _look_at_weights(self) -> bytes:
+        """The network's fingerprint. If it is another one now, what was worked out from weights is not used again."""
+        now = fingerprint(self.network)
+        if now != self._weights:
+            parts = [part for adapter in self.all_adopted() for part in adapter.parts.values() if part is not None]
+            for module in (module for part in [self.network, *parts] for module in part.modules()):
+                if isinstance(module, LowRank):
+                    module.forget()
+            self._weights = now
+        return now
+
+    # Memory: it is promised as it comes to be needed
+
+    def _promise(self, size: int) -> None:
+        """Promise so many bytes more (or fewer), some of those that prefixes are kept in if there are no others."""
+        self.memory.reserved += size
+        if self.memory.lent:
+            self.prefixes.budget = self._prefix_budget - self.memory.borrowed
+            self.prefixes.trim()
+
+    def _grow(self) -> None:
+        """Promise what the canvases that follow need, to the oldest request first; see to it that one can go on."""
+        while self._seats:
+            short = False
+            for seat in sorted(self._seats, key=_age):
+                tokens = min(len(seat.row.context) + seat.row.config.canvas_length, seat.most)
+                seat.stalled = False
+                if tokens <= seat.tokens:
+                    continue
+                needed = self._memory_for(tokens)
+                if short or not self.memory.fits(needed - seat.memory):
+                    short = seat.stalled = True
+                    continue
+                self._promise(needed - seat.memory)
+                seat.memory, seat.tokens = needed, tokens
+            if not all(seat.stalled for seat in self._seats):
+                return
+            youngest = max(self._seats, key=_age)
+            if len(self._seats) > 1:
+                self._give_way(youngest)
+                continue
+            # It is alone, and there is less memory than when it came.
+            youngest.row.finish_reason = "length"
+            self._alone(youngest, self._finish)
+
+    def _give_way(self, seat: Seat) -> None:
+        """Let go of what a request has read; it goes on later, from its committed tokens and where its noise stands."""
+        self._leave(seat)
+        seat.prefix, seat.memory, seat.tokens, seat.stalled = self._nothing(seat.row), 0, 0, False
+        insort(self._paused, seat, key=_age)
+        self.counts.gave_way += 1
 
     # Reading: prompts, and finished canvases that another one follows
 
     def _read(self) -> None:
         """A causal pass (of each adapter's) over some of what is unread: finished canvases whole, prompts in shares."""
-        work = {seat: seat.unread for seat in self._seats if seat.unread and seat.row.canvas_index}
+        work = {seat: seat.unread for seat in self._seats if seat.unread and not (seat.reads_long or seat.stalled)}
         prompts = self._prompts()
         opened = sum(seat.soft is not None for seat in self._seats)
         # Beside canvases to denoise, reading may take a step half as long again.
@@ -266,29 +388,36 @@ class Engine:
         work.update(zip(prompts, shares([seat.unread for seat in prompts], budget), strict=True))
         for group in _by_adapter([seat for seat, count in work.items() if count]):
             for seat, count in self._each(group, lambda seats: self._encode([(seat, work[seat]) for seat in seats])):
+                if count is None:
+                    self._not_finite(seat, f"while canvas {seat.row.canvas_index} was read" if seat.row.canvas_index
+                                     else "while the prompt was read")
+                    continue
                 self.counts.read_tokens += 0 if seat.row.canvas_index else count
                 self._alone(seat, lambda seat: seat.prefix.keep(seat.row.context))
 
     def _take_over(self, seat: Seat) -> None:
         """Go on from what others have read of the same prompt by now."""
-        seat.cached_tokens += seat.prefix.extend(seat.row.context)
+        gain = seat.prefix.extend(seat.row.context)
+        seat.cached_tokens += 0 if seat.row.canvas_index else gain  # later it is what this request has read itself
 
-    def _encode(self, work: list[tuple[Seat, int]]) -> list[int]:
+    def _encode(self, work: list[tuple[Seat, int]]) -> list[int | None]:
+        """How many tokens of each were read, None where that came to numbers that are none."""
         self._mount(work[0][0].row.request.adapter)
-        self.network.encode_rows([(seat.row.context[seat.prefix.cache.length :][:count], seat.prefix.cache)
-                                  for seat, count in work])
-        return [count for _, count in work]
+        finite = self.network.encode_rows([(seat.row.context[seat.prefix.cache.length :][:count], seat.prefix.cache)
+                                           for seat, count in work])
+        return [count if good else None for (_, count), good in zip(work, finite, strict=True)]
 
     def _prompts(self) -> list[Seat]:
         """Whose prompt is to be read now. Who would read much the same as another waits, and then takes that over."""
         chosen: list[Seat] = []
-        for seat in [seat for seat in self._seats if seat.unread and not seat.row.canvas_index]:
+        for seat in [seat for seat in self._seats if seat.reads_long and not seat.stalled]:
             if not self._alone(seat, self._take_over):
                 continue
-            context = seat.row.context
+            context, request = seat.row.context, seat.row.request
             half = len(context) - seat.unread // 2
-            if seat.unread and not any(context[:half] == other.row.context[:half] for other in chosen
-                                       if other.row.request.adapter is seat.row.request.adapter):
+            others = [other.row for other in chosen if other.row.request.adapter is request.adapter
+                      and (other.row.request.tenant == request.tenant or half <= request.shared)]
+            if seat.unread and not any(context[:half] == other.context[:half] for other in others):
                 chosen.append(seat)
         return chosen
 
@@ -296,8 +425,8 @@ class Engine:
 
     def _open(self) -> None:
         """Open a canvas for every request that has read all it has to, or has it from another one now."""
-        for seat in [seat for seat in self._seats if seat.soft is None]:
-            if seat.unread and not seat.row.canvas_index and not self._alone(seat, self._take_over):
+        for seat in [seat for seat in self._seats if seat.soft is None and not seat.stalled]:
+            if seat.reads_long and not self._alone(seat, self._take_over):
                 continue
             if not seat.unread:
                 self._alone(seat, self._open_canvas)
@@ -305,7 +434,7 @@ class Engine:
     def _open_canvas(self, seat: Seat) -> None:
         config, row = self.network.config, seat.row
         if row.canvas_index == 0:
-            self.counts.cached_tokens += seat.cached_tokens
+            self.counts.cached_tokens += self._told_cached(seat)
             if row.request.constraint is not None:
                 seat.guide = row.request.constraint.guide(row.room)
         known = None if seat.guide is None else seat.guide.template(config.canvas_length, row.room)
@@ -349,7 +478,9 @@ class Engine:
             return everything or row.request.id in cancelled
 
         for row in self._waiting.remove(goes):
-            self._seats.append(Seat(row, self.prefixes.open((), self.network), 0))
+            self._seats.append(Seat(row, self._nothing(row)))
+        self._seats += [seat for seat in self._paused if goes(seat.row)]
+        self._paused = [seat for seat in self._paused if not goes(seat.row)]
         for seat in [seat for seat in self._seats if goes(seat.row)]:
             seat.row.finish_reason = "cancelled"
             if seat.soft is not None and seat.row.step:
@@ -365,14 +496,22 @@ class Engine:
         if not self.isolate:
             raise error
         log.error("request %d failed", seat.row.request.id, exc_info=error)
-        self._events.append(Failed(seat.row.request.id, f"{type(error).__name__}: {error}"))
+        told = str(error) if isinstance(error, DgemmaError) else None
+        self._events.append(Failed(seat.row.request.id, f"{type(error).__name__}: {error}", told))
         self.counts.failed += 1
         self._leave(seat)
+
+    def _not_finite(self, seat: Seat, when: str) -> None:
+        """End a request whose numbers are none."""
+        half = ", or too large for float16 (load the model in bfloat16)" if self.network.dtype is torch.float16 else ""
+        self._fail(seat, NotFiniteError(
+            f"the network's numbers are not finite (NaN or infinity) {when}: its weights are probably damaged{half}; "
+            "dgemma inspect --check finds out which"))
 
     def _leave(self, seat: Seat) -> None:
         self._seats.remove(seat)
         seat.prefix.close()
-        self.memory.reserved -= seat.memory
+        self._promise(-seat.memory)
 
     def _finished(self, seat: Seat) -> Finished:
         row = seat.row
@@ -384,7 +523,10 @@ class Engine:
             text=text, reasoning=reasoning, tool_calls=tool_calls, token_ids=row.token_ids, finish_reason=reason,
             steps=row.steps, tokens_per_forward=len(row.token_ids) / forwards if forwards else 0.0,
             prompt_tokens=len(row.request.prompt_ids), seconds=row.seconds(), seed=row.request.seed,
-            stop_token_id=row.stop_token_id, cached_tokens=seat.cached_tokens, logprobs=seat.logprobs))
+            stop_token_id=row.stop_token_id, cached_tokens=self._told_cached(seat), logprobs=seat.logprobs))
+
+    def _told_cached(self, seat: Seat) -> int:
+        return seat.cached_tokens // PAGE * PAGE if self.whole_pages else seat.cached_tokens
 
     def _alone(self, seat: Seat, work: Callable[[Seat], None]) -> bool:
         """Do something for one seat, and whether it went well; what goes wrong in it is the seat's own."""
@@ -413,6 +555,14 @@ class Engine:
             log.warning("a pass of %d requests failed (%s: %s); trying halves", len(seats), type(error).__name__, error)
             half = len(seats) // 2
             return self._each(seats[:half], work) + self._each(seats[half:], work)
+
+
+def _age(seat: Seat) -> int:
+    return seat.age
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
 
 
 def _by_adapter(seats: Iterable[Seat]) -> list[list[Seat]]:

@@ -2,7 +2,11 @@
 
 A tree of pages (`dgemma.nn.rows`): a node is up to `PAGE` tokens, its children what followed on them. A new context
 goes on from its longest common beginning with anything in the tree, to the token. What was read with an adapter is in
-a tree of that adapter's own. Works on token ids and pages; knows nothing of requests.
+a tree of that adapter's own, and so is what was read by weights that have changed since. Works on token ids and pages;
+knows nothing of requests.
+
+What one tenant has read no other one finds, or he could guess at another's prompt by how fast his own is answered. The
+beginning of a context may be open to all, a system prompt: whole pages of it, found only by who has each to the token.
 
 Pages are shared, never copied, so what is in the tree and in use at the same time costs its memory once, and that is
 its user's. Two things are let go when the rest is too much: single pages' sliding layers (most of a page's memory, and
@@ -16,12 +20,15 @@ import itertools
 import threading
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
+from dgemma.engine.fingerprint import fingerprint
 from dgemma.nn import rows
 from dgemma.nn.rows import Page, RowCache
 from dgemma.nn.transformer import DiffusionTransformer
 
+Top = tuple[bytes, object]  # what a tree was read by: the network's fingerprint, the adapter (None: none)
 _NEAR = 4  # how many neighbours on either side are looked at
 
 
@@ -31,7 +38,7 @@ class _Node:
     page: Page
     lighter: Page  # the same without its sliding layers
     siblings: _Children  # where it stands itself
-    children: _Children = field(default_factory=lambda: _Children())
+    children: _Children  # what follows, read by the same tenant; behind what all may find also by tenant
     holders: int = 0  # contexts in use that go through this node
     used: int = 0  # when the node was last part of a context
     known: bool = True  # whether it stands in the tree
@@ -44,10 +51,31 @@ class _Node:
 
 
 class _Children(dict[tuple[int, ...], _Node]):
-    """Nodes by their tokens, which stand in order, too: whoever shares most with a text is next to its place there."""
+    """Nodes by their tokens, which stand in order, too: whoever shares most with a text is next to its place there.
 
-    def __init__(self) -> None:
+    ``tenants``: what follows and only its tenant may find. None of these is empty: ``home`` is where this one stands.
+    """
+
+    def __init__(self, home: tuple[dict[Any, _Children], Any, _Children | None] | None = None) -> None:
         self.order: list[tuple[int, ...]] = []
+        self.tenants: dict[str, _Children] = {}
+        self.home = home
+
+    def line(self, tenant: str) -> _Children:
+        """What follows and the tenant has read; empty, and not kept, if he has read nothing."""
+        found = self.tenants.get(tenant)
+        return _Children((self.tenants, tenant, self)) if found is None else found
+
+    def settle(self) -> None:
+        """Keep this one where it stands from now on, or keep it no longer if it is empty."""
+        at: _Children | None = self
+        while at is not None and at.home is not None:
+            place, key, outer = at.home
+            if at or at.tenants:
+                place[key] = at
+            else:
+                place.pop(key, None)
+            at = outer
 
     def add(self, node: _Node) -> None:
         self[node.tokens] = node
@@ -82,32 +110,36 @@ class PrefixStore:
         self.budget = budget
         self.nbytes = self.spare = self.hits = self.hit_tokens = 0
         self.version = 0  # of what is known: what has not changed need not be looked up again
-        self._tops: dict[object, _Children] = {}  # by adapter, None for the network alone
+        self._tops: dict[Top, _Children] = {}
         self._clock = itertools.count(1)
         self._lock = threading.RLock()
 
-    def open(self, context: Sequence[int], network: DiffusionTransformer, adapter: object = None) -> Prefix:
+    def open(self, context: Sequence[int], network: DiffusionTransformer, adapter: object = None, tenant: str = "",
+             shared: int = 0, weights: bytes | None = None) -> Prefix:
         """A cache that holds as much of the beginning of ``context`` as is known, read with ``adapter`` (None: none).
 
-        Two adapters are the same if they are the same object.
+        Two adapters are the same if they are the same object. What this one reads only its ``tenant`` finds again, but
+        for the whole pages of its first ``shared`` tokens. ``weights`` is the network's `fingerprint`, if it is known.
         """
+        weights = fingerprint(network) if weights is None else weights
         with self._lock:
-            prefix = Prefix(self, network.new_row(), adapter)
+            prefix = Prefix(self, network.new_row(), (weights, adapter), tenant, shared)
             prefix.extend(context)
             return prefix
 
     def clear(self) -> None:
         """Forget everything (what is in use stays with those who use it)."""
         with self._lock:
-            for adapter in list(self._tops):
+            for _, adapter in list(self._tops):
                 self.forget(adapter)
 
     def forget(self, adapter: object) -> None:
         """Forget what was read with an adapter (what is in use stays with those who use it)."""
         with self._lock:
-            for node in _below(self._tops.pop(adapter, _Children())):
-                self._count(node, -1)
-                node.known = False
+            for top in [top for top in self._tops if top[1] is adapter]:
+                for node in _below(self._tops.pop(top)):
+                    self._count(node, -1)
+                    node.known = False
             self.version += 1
 
     def trim(self) -> None:
@@ -140,9 +172,10 @@ class PrefixStore:
         return True
 
     def _forget(self, node: _Node) -> bool:
-        if node.children or node.holders or not node.known:
+        if node.children or node.children.tenants or node.holders or not node.known:
             return False
         node.siblings.take(node.tokens)
+        node.siblings.settle()
         self._count(node, -1)
         node.known = False
         return True
@@ -156,13 +189,23 @@ class PrefixStore:
         for top in self._tops.values():
             yield from _below(top)
 
-    def _find(self, context: Sequence[int], adapter: object) -> list[tuple[_Node, int]]:
-        """The nodes along ``context`` and how many tokens of each agree with it; only the last may agree in part."""
+    def _top(self, top: Top) -> _Children:
+        found = self._tops.get(top)
+        return _Children((self._tops, top, None)) if found is None else found
+
+    def _find(self, context: Sequence[int], top: Top, tenant: str, shared: int) -> list[tuple[_Node, int]]:
+        """The nodes along ``context`` and how many tokens of each agree with it; only the last may agree in part.
+
+        The first ``shared`` pages are those that all may find.
+        """
         path: list[tuple[_Node, int]] = []
-        children, position = self._tops.get(adapter, _Children()), 0
+        children, position = self._top(top), 0
         while position < len(context):
+            children = children.line(tenant) if len(path) == shared else children
             rest = tuple(context[position : position + rows.PAGE])
             node, count = children.get(rest), len(rest)
+            if node is None and len(path) < shared:
+                break
             if node is None:
                 node, count = children.closest(rest)
             if node is None or not count:
@@ -178,8 +221,9 @@ class PrefixStore:
 class Prefix:
     """What one request has read, and its hold on the tree: what it uses is not let go. `close` ends it."""
 
-    def __init__(self, store: PrefixStore, cache: RowCache, adapter: object):
-        self._store, self.cache, self._adapter = store, cache, adapter
+    def __init__(self, store: PrefixStore, cache: RowCache, top: Top, tenant: str, shared: int):
+        self._store, self.cache, self._top = store, cache, top
+        self._tenant, self._shared = tenant, shared // rows.PAGE
         self._held: list[_Node] = []
         self._asked, self._hit = (-1, 0), False
 
@@ -190,7 +234,7 @@ class Prefix:
             if self._asked == (store.version, len(context)):
                 return 0  # nothing new is known
             self._asked = (store.version, len(context))
-            path = store._find(context, self._adapter)
+            path = store._find(context, self._top, self._tenant, self._shared)
             while path and not self._usable(path):
                 path.pop()
             known = sum(count for _, count in path)
@@ -226,18 +270,23 @@ class Prefix:
         store, cache = self._store, self.cache
         with store._lock:
             now = next(store._clock)
-            children, path = store._tops.setdefault(self._adapter, _Children()), []
+            children, path = store._top(self._top), []
             for index, page in enumerate(cache.pages):
+                if index < self._shared and page.count < rows.PAGE:
+                    break  # nobody else may see where it ends
+                children = children.line(self._tenant) if index == self._shared else children
                 tokens = tuple(context[index * rows.PAGE : index * rows.PAGE + page.count])
                 node = children.get(tokens)
                 if node is None:
                     # A shorter end that this page goes on from becomes this page.
                     shorter = children.shorter(tokens)
-                    node = _Node(tokens, page, page, children) if shorter is None else children.take(shorter)
+                    node = _Node(tokens, page, page, children, _Children()) if shorter is None else (
+                        children.take(shorter))
                     if shorter is not None:
                         store._count(node, -1)
                     node.tokens, node.page, node.lighter = tokens, page, page.without_sliding(cache.config)
                     children.add(node)
+                    children.settle()
                     store._count(node, 1)
                     store.version += 1
                     node.seen = now
@@ -271,11 +320,12 @@ class Prefix:
 
 def _below(top: _Children) -> Iterator[_Node]:
     """All nodes of a tree."""
-    waiting = list(top.values())
+    waiting = [top]
     while waiting:
-        node = waiting.pop()
-        waiting += node.children.values()
-        yield node
+        children = waiting.pop()
+        waiting += children.tenants.values()
+        waiting += (node.children for node in children.values())
+        yield from children.values()
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -10,41 +10,55 @@ from dgemma.diffusion.row import Row
 
 
 class FairQueue:
-    """Waiting rows: first come, first served within a client, and the clients take turns."""
+    """Waiting rows: first come, first served within a user; a client's users take turns, and so do the clients.
+
+    A client with many users has one turn as every other client has, and its users share that.
+    """
 
     def __init__(self) -> None:
-        self._lines: OrderedDict[str, deque[Row]] = OrderedDict()  # the client whose turn it is stands first
+        # client -> user -> rows; whose turn it is stands first, and no line is empty
+        self._clients: OrderedDict[str, OrderedDict[str, deque[Row]]] = OrderedDict()
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return sum(map(len, self._lines()))
 
     def __iter__(self) -> Iterator[Row]:
-        return itertools.chain.from_iterable(self._lines.values())
+        return itertools.chain.from_iterable(self._lines())
+
+    def _lines(self) -> Iterator[deque[Row]]:
+        return itertools.chain.from_iterable(users.values() for users in self._clients.values())
 
     def push(self, row: Row) -> None:
-        self._lines.setdefault(row.request.client, deque()).append(row)
+        users = self._clients.setdefault(row.request.client, OrderedDict())
+        users.setdefault(row.request.user, deque()).append(row)
 
     def peek(self) -> Row | None:
         """The row that comes next. It stays next until it is taken, so nobody is overtaken for being large."""
-        return next(iter(self._lines.values()))[0] if self._lines else None
+        return next(self._lines())[0] if self._clients else None
 
     def pop(self) -> Row:
-        """Take the row that comes next; its client goes to the end of the line."""
-        client, line = self._lines.popitem(last=False)
+        """Take the row that comes next; its user goes to the end of the client's line, the client to that of all."""
+        client, users = self._clients.popitem(last=False)
+        user, line = users.popitem(last=False)
         row = line.popleft()
         if line:
-            self._lines[client] = line
+            users[user] = line
+        if users:
+            self._clients[client] = users
         return row
 
     def remove(self, wanted: Callable[[Row], bool]) -> list[Row]:
         """Take out all rows of a kind."""
-        gone = [row for line in self._lines.values() for row in line if wanted(row)]
-        for client, line in list(self._lines.items()):
-            rest = deque(row for row in line if not wanted(row))
-            if rest:
-                self._lines[client] = rest
-            else:
-                del self._lines[client]
+        gone = [row for row in self if wanted(row)]
+        for client, users in list(self._clients.items()):
+            for user, line in list(users.items()):
+                rest = deque(row for row in line if not wanted(row))
+                if rest:
+                    users[user] = rest
+                else:
+                    del users[user]
+            if not users:
+                del self._clients[client]
         return gone
 
 
@@ -62,11 +76,21 @@ def shares(unread: Sequence[int], budget: int) -> list[int]:
 
 
 class Memory:
-    """Memory promised to requests, bytes. ``limit`` None: there is no limit."""
+    """Memory promised to requests, bytes. ``limit`` None: there is no limit; ``lent`` more are another's if need be."""
 
-    def __init__(self, limit: int | None):
-        self.limit, self.reserved = limit, 0
+    def __init__(self, limit: int | None, lent: int = 0):
+        self.limit, self.lent, self.reserved = limit, lent, 0
+
+    @property
+    def most(self) -> int | None:
+        """What one request alone may have."""
+        return None if self.limit is None else self.limit + self.lent
+
+    @property
+    def borrowed(self) -> int:
+        """How much of what is lent has been promised."""
+        return 0 if self.limit is None else min(max(self.reserved - self.limit, 0), self.lent)
 
     def fits(self, size: int) -> bool:
         """Whether so much more may be promised; one request alone always may."""
-        return self.limit is None or not self.reserved or self.reserved + size <= self.limit
+        return self.most is None or not self.reserved or self.reserved + size <= self.most

@@ -6,6 +6,7 @@ One `Service` holds a model and its adapters, and answers any number of requests
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import logging
 import queue
@@ -39,6 +40,21 @@ class Overloaded(Exception):  # noqa: N818  (nothing is wrong with the request)
     def __init__(self, message: str, retry_after: float, stopping: bool = False):
         super().__init__(message)
         self.retry_after, self.stopping = retry_after, stopping
+
+
+class Admission:
+    """Whether a request has been taken, for whoever must know before its first event comes.
+
+    ``deciding``: it will be told. ``decided`` is set as soon as the request waits for its turn.
+    """
+
+    def __init__(self) -> None:
+        self.deciding = False
+        self.decided = asyncio.Event()
+
+
+# Where `Service.stream` tells that it has taken a request; what it refuses it raises.
+admission: contextvars.ContextVar[Admission | None] = contextvars.ContextVar("admission", default=None)
 
 
 @dataclass(frozen=True)
@@ -76,13 +92,13 @@ class Service:
         self.model, self.prefixes = model, model.prefixes
         self.prefixes.budget = memory // PREFIX_SHARE
         self.engine = Engine(model.network, model.decode, max_num_seqs, self.prefixes, find_stop=model.find_stop,
-                             memory=memory - self.prefixes.budget, isolate=True, between=self._receive)
-        self.most = max_num_seqs + max_queue
+                             memory=memory - self.prefixes.budget, lent=self.prefixes.budget, isolate=True,
+                             whole_pages=True, between=self._receive)
         self.adapters = AdapterShelf(model.network)
         self._adapter_requests: Counter[str] = Counter()
         self._changing = threading.Lock()  # what an adapter's name means; its requests reach the inbox before its end
         self._inbox: queue.SimpleQueue[Request | _Retired | int | None] = queue.SimpleQueue()
-        self._mail: dict[int, _Mailbox] = {}
+        self._mail = _Mail(max_num_seqs + max_queue)
         self._ids = itertools.count(1)
         self._thread = threading.Thread(target=self._work, daemon=True, name="dgemma-engine")
         self._stopping = self._cut = self._last = self._gone = False
@@ -106,10 +122,11 @@ class Service:
 
     def _adapter_stats(self) -> dict[str, AdapterStats]:
         sizes: Counter[str] = Counter()
-        for adapter in list(self.engine.adopted):
+        for adapter in self.engine.all_adopted():
             sizes[adapter.name] += adapter.nbytes
-        used = Counter(mailbox.adapter.name for mailbox in list(self._mail.values()) if mailbox.adapter is not None)
-        requests = dict(self._adapter_requests)
+        used = Counter(mailbox.adapter.name for mailbox in self._mail.all() if mailbox.adapter is not None)
+        with self._changing:
+            requests = self._adapter_requests.copy()
         return {name: AdapterStats(sizes[name], used[name], requests.get(name, 0))
                 for name in [*sizes, *(requests.keys() - sizes)]}
 
@@ -157,29 +174,28 @@ class Service:
         Its adapter stays its own even if that is not offered any more. Raises `Overloaded` when the queue is full,
         ValueError when the network, or its memory, cannot run it. Closing the iterator cancels the request within one
         step. Of drafts (Denoised) that were not fetched in time only the last is kept, so a slow reader costs no more
-        memory than the answer takes.
+        memory than the answer takes. Whether it is taken is decided before the first event: see `admission`.
         """
+        told = admission.get()
+        if told is not None:
+            told.deciding = True
+        self._refuse(request)
         await asyncio.to_thread(self.engine.check, request)  # a constraint may have to be worked out
-        if self._stopping or self._gone:
-            raise Overloaded("the server is stopping", 10.0, stopping=True)
-        if len(self._mail) >= self.most:
-            raise Overloaded(f"{len(self._mail)} requests are running or waiting, and no more can wait",
-                             self._patience())
-        mine = sum(mailbox.client == request.client for mailbox in self._mail.values())
-        if 2 * mine >= self.most and 4 * len(self._mail) >= 3 * self.most:  # leave room for somebody else
-            raise Overloaded(f"{mine} requests of yours are running or waiting already", self._patience())
         with self._changing:
             request = replace(request, id=next(self._ids))
-            mailbox = self._mail[request.id] = _Mailbox(asyncio.get_running_loop(), request.client, request.adapter)
+            mailbox = _Mailbox(asyncio.get_running_loop(), request)
+            self._refuse(request, mailbox)
             if self._gone:  # just now: nobody would ever answer
-                del self._mail[request.id]
-                raise Overloaded("the server is stopping", 10.0, stopping=True)
+                self._mail.pop(request.id)
+                raise _stopping()
             self._inbox.put(request)
             if (adapter := request.adapter) is not None:
                 self._count_request(adapter.name)
                 if not self.adapters.offers(adapter):  # not any more, since the request came
                     self.engine.adopt(adapter)
                     self._inbox.put(_Retired(adapter))
+        if told is not None:
+            told.decided.set()
         over = False
         try:
             while not over:
@@ -188,14 +204,14 @@ class Service:
                 yield event
         finally:
             if not over:
-                self._mail.pop(request.id, None)
+                self._mail.pop(request.id)
                 self._inbox.put(request.id)
 
     async def stop(self, grace: float = 30.0) -> int:
         """Take no more requests, wait for those that run; after ``grace`` seconds end them. How many were cut short."""
         self._stopping = True
         end = time.monotonic() + grace
-        while self._mail and self.healthy and time.monotonic() < end:
+        while len(self._mail) and self.healthy and time.monotonic() < end:
             await asyncio.sleep(0.02)
         cut = len(self._mail)
         self._cut = True
@@ -203,6 +219,13 @@ class Service:
         while self.healthy:
             await asyncio.sleep(0.02)
         return cut
+
+    def _refuse(self, request: Request, mailbox: _Mailbox | None = None) -> None:
+        """Raise `Overloaded` if a request cannot be taken now; if it can, and has a mailbox, put that in its place."""
+        if self._stopping or self._gone:
+            raise _stopping()
+        if (refusal := self._mail.refusal(request, mailbox)) is not None:
+            raise Overloaded(refusal, self._patience())
 
     def _patience(self) -> float:
         """Seconds until about as many requests have ended as run at a time."""
@@ -214,7 +237,7 @@ class Service:
             self._serve()
         finally:
             self._gone = True
-            self._deliver([Failed(request, "the engine has stopped") for request in list(self._mail)])
+            self._deliver([Failed(mailbox.request, "the engine has stopped") for mailbox in self._mail.all()])
 
     def _serve(self) -> None:
         """What has come in, a step, what came out."""
@@ -248,7 +271,7 @@ class Service:
                 self.engine.cancel(item)
 
     def _submit(self, request: Request) -> None:
-        if request.id not in self._mail:
+        if self._mail.get(request.id) is None:
             return  # given up before it was seen
         try:
             self.engine.enqueue(request)  # checked before it was put in the inbox
@@ -260,7 +283,7 @@ class Service:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Event]]] = {}
         for event in events:
             over = isinstance(event, (Finished, Failed))
-            mailbox = self._mail.pop(event.request, None) if over else self._mail.get(event.request)
+            mailbox = self._mail.pop(event.request) if over else self._mail.get(event.request)
             if isinstance(event, Finished):
                 self._seconds += 0.1 * (event.generation.seconds - self._seconds)
             if mailbox is not None:
@@ -270,7 +293,7 @@ class Service:
                 loop.call_soon_threadsafe(_put_all, letters)
             except RuntimeError:  # the loop is closed: nobody waits there any more
                 for _, event in letters:
-                    self._mail.pop(event.request, None)
+                    self._mail.pop(event.request)
                     self.engine.cancel(event.request)
 
 
@@ -284,8 +307,9 @@ class _Retired:
 class _Mailbox:
     """Events on their way to one caller; used in the caller's loop only."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, client: str, adapter: MountedAdapter | None):
-        self.loop, self.client, self.adapter = loop, client, adapter
+    def __init__(self, loop: asyncio.AbstractEventLoop, request: Request):
+        self.loop, self.request, self.client, self.user = loop, request.id, request.client, request.user
+        self.adapter = request.adapter
         self._events: deque[Event] = deque()
         self._some = asyncio.Event()
 
@@ -300,6 +324,51 @@ class _Mailbox:
             self._some.clear()
             await self._some.wait()
         return self._events.popleft()
+
+
+class _Mail:
+    """The mailboxes of all requests that run or wait, at most ``most``; for any thread."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._boxes: dict[int, _Mailbox] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._boxes)
+
+    def all(self) -> list[_Mailbox]:
+        with self._lock:
+            return list(self._boxes.values())
+
+    def get(self, request: int) -> _Mailbox | None:
+        return self._boxes.get(request)
+
+    def pop(self, request: int) -> _Mailbox | None:
+        with self._lock:
+            return self._boxes.pop(request, None)
+
+    def refusal(self, request: Request, mailbox: _Mailbox | None) -> str | None:
+        """Why there is no place for a request now; None if there is one, which its mailbox then takes.
+
+        Who has half of all places, or more, leaves room for somebody else: a user a quarter of them, a client, whose
+        users any number of names can be invented for, an eighth.
+        """
+        with self._lock:
+            taken = len(self._boxes)
+            if taken >= self.most:
+                return f"{taken} requests are running or waiting, and no more can wait"
+            users = [box.user for box in self._boxes.values() if box.client == request.client]
+            for mine, part in ((users.count(request.user), 4), (len(users), 8)):
+                if 2 * mine >= self.most and part * taken >= (part - 1) * self.most:
+                    return f"{mine} requests of yours are running or waiting already"
+            if mailbox is not None:
+                self._boxes[mailbox.request] = mailbox
+            return None
+
+
+def _stopping() -> Overloaded:
+    return Overloaded("the server is stopping", 10.0, stopping=True)
 
 
 def _put_all(letters: list[tuple[_Mailbox, Event]]) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dgemma import seeds
 from dgemma.errors import DgemmaError
 from dgemma.kernels import PackedWeight, Weight, linear
 from dgemma.kernels.experts import DENSE_EXPERTS, mix_experts
@@ -113,7 +114,7 @@ def attach(network: DiffusionTransformer, config: AdapterConfig, seed: int = 0) 
         raise DgemmaError("this network has an adapter already: detach or merge it first")
     places = adaptable(network)
     names = config.names(places)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     network.requires_grad_(False)
     with torch.inference_mode(False):  # tensors made within it could never be trained
         for name in names:
@@ -241,7 +242,7 @@ class LowRank(nn.Module):
         self.a = nn.Parameter(drawn.to(device))
         self.b = nn.Parameter(torch.zeros(*stack, outputs, rank, device=device))
         self.magnitude: nn.Parameter | None = None
-        self._lengths: dict[int | None, tuple[tuple[int, ...], Tensor]] = {}
+        self._lengths: dict[int | None, tuple[Any, Tensor]] = {}
         if config.dora:
             lengths = torch.stack([self._length(weight[e], e) for e in range(stack[0])]) if stack else (
                 self._length(weight, None))
@@ -278,15 +279,21 @@ class LowRank(nn.Module):
         self._lengths.clear()
 
     def _length(self, weight: Weight, expert: int | None) -> Tensor:
-        """The rows' lengths; kept as long as nobody trains and A and B stay what they are."""
+        """The rows' lengths; kept as long as nobody trains and A, B and the matrix stay what they are."""
         a, b = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
         if torch.is_grad_enabled():
             self._lengths.clear()
             return _row_lengths(weight, a, b, self.scale)
-        state = (self.a._version, self.b._version, self.a.data_ptr(), self.b.data_ptr())
+        matrix = weight.data if isinstance(weight, PackedWeight) else weight
+        state = (*map(_state, (self.a, self.b, matrix)), self.scale)
         if expert not in self._lengths or self._lengths[expert][0] != state:
             self._lengths[expert] = (state, _row_lengths(weight, a, b, self.scale))
         return self._lengths[expert][1]
+
+
+def _state(tensor: Tensor) -> tuple[int, int | None]:
+    """Where a tensor is, and how often autograd has seen it change (which nobody counts of some)."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 class _LowRankSum(torch.autograd.Function):

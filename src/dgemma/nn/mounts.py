@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from dgemma import seeds
 from dgemma.nn.adapters import AdapterConfig, ExpertAdapter, Factors, LowRank
 from dgemma.nn.block import Experts
 
@@ -42,7 +43,7 @@ def mountable(name: str, places: Places, config: AdapterConfig, factors: Mapping
     """The adapter of these factors for the network of these places, which may be working meanwhile."""
     parts: dict[nn.Module, nn.Module | None] = {module: None for module, _ in places.values()}
     plain = replace(config, dora=False)  # the magnitudes are known: no lengths of rows are needed
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     # In inference mode nobody counts a tensor's versions, which DoRA's lengths are kept by.
     with torch.inference_mode(False), torch.no_grad():
         for place, known in factors.items():

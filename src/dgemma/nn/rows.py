@@ -183,11 +183,18 @@ class Passes:
                 new.append((kept[0][:, :, span], kept[1][:, :, span]))
         return out
 
-    def finish(self) -> None:
-        """Make an encoder pass' tokens part of the past, of all caches or, should it fail, of none."""
-        made = [cache.with_tokens(new) for cache, new in zip(self.caches, self._new, strict=True)]
+    def finish(self, fine: Tensor) -> list[bool]:
+        """Make an encoder pass' tokens part of the past, of all caches or, should it fail, of none.
+
+        A row that is not ``fine`` [N] in all its tokens is left out; which ones are.
+        """
+        alright = fine.tolist()
+        rows = [all(alright[span]) for span in self._spans]
+        made = [cache.with_tokens(new) if good else cache.pages
+                for cache, new, good in zip(self.caches, self._new, rows, strict=True)]
         for cache, pages in zip(self.caches, made, strict=True):
             cache.pages = pages
+        return rows
 
     def _grouped(self, query: Tensor, key: Tensor) -> list[_Group]:
         """Rows with little to attend to, of one count, together; every other row by itself."""

@@ -107,12 +107,15 @@ class DiffusionTransformer(nn.Module):
         cache.finish(plan)
         return x
 
-    def encode_rows(self, rows: Sequence[tuple[Sequence[int], RowCache]]) -> None:
-        """Causal pass over the tokens of several requests at once, appended to each one's own cache."""
+    def encode_rows(self, rows: Sequence[tuple[Sequence[int], RowCache]]) -> list[bool]:
+        """Causal pass over the tokens of several requests at once, appended to each one's own cache.
+
+        Returns for each whether its hidden states are finite; a cache whose are not stays as it was.
+        """
         passes = Passes([cache for _, cache in rows], [len(ids) for ids, _ in rows], self.device, causal=True)
         token_ids = torch.tensor([[token for ids, _ in rows for token in ids]], device=self.device)
-        self._blocks(self.embed(token_ids), passes.positions, passes.attend, encoding=True)
-        passes.finish()
+        hidden = self._blocks(self.embed(token_ids), passes.positions, passes.attend, encoding=True)
+        return passes.finish(hidden[0].isfinite().all(-1))
 
     def denoise(self, canvas_ids: Tensor, cache: KVCache, soft: Tensor | None = None) -> Tensor:
         """Bidirectional pass over a canvas [B, C], reading the cache and leaving it as it is -> hidden [B, C, D].

@@ -36,6 +36,8 @@ Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False,
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 TopK = Annotated[int, Field(ge=-1, le=2**31 - 1, description="0 or -1: all tokens.")]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="Fixes all randomness; drawn and reported when left out.")]
+CacheSalt = Annotated[str, Field(min_length=1, max_length=1000, description="What this request reads is found again "
+                                 "in the prefix cache by requests of the same salt (and key) only.")]
 # The first mistake in a list ends its reading: a list of a million mistakes would take a minute, and gigabytes.
 Listed = Annotated[list[T], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -103,6 +105,7 @@ class SamplerFields(RequestBody):
     t_max: Positive | None = None
     stability_threshold: Annotated[int, Field(ge=0, le=10_000)] | None = None
     confidence_threshold: Positive | None = None
+    cache_salt: CacheSalt | None = None
 
     def sampler(self) -> dict[str, Any]:
         """The settings that were given, for `Model.request`."""
@@ -133,9 +136,20 @@ def unknown_model(name: str, service: Service, settings: Settings, param: str = 
     return ApiError(404, f"the model {name!r} does not exist here: this server has {known}", param, "model_not_found")
 
 
-def client_of(http: HttpRequest, user: str | None = None) -> str:
-    """Whose request this is, for the engine's fair order: API key or address, and the user whom the client names."""
-    return f"{http.scope.get('dgemma.client', '')}/{(user or '')[:_USER_LENGTH]}"
+@dataclasses.dataclass(frozen=True)
+class Caller:
+    """Whose request this is: for the engine's fair order, and for what it may find of what was read before."""
+
+    client: str  # an API key's number; the address where no keys are needed
+    user: str  # whom the client names: his turn is a part of the client's, whatever the name
+    tenant: str  # the key, and the salt that the request names; without keys all clients are one tenant
+
+
+def client_of(http: HttpRequest, user: str | None = None, salt: str | None = None) -> Caller:
+    """Who asks; ``user`` and ``salt`` are what the body says of it."""
+    key = http.scope.get("dgemma.key")
+    own = "" if key is None else f"key {key}"
+    return Caller(own or http.scope.get("dgemma.client", ""), (user or "")[:_USER_LENGTH], f"{own}/{salt or ''}")
 
 
 def choice_seeds(seed: int | None, count: int) -> list[int]:
@@ -155,7 +169,8 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
                          max_tokens: int | None = None, max_tokens_param: str = "max_tokens",
                          format_param: str = "response_format",
                          temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
-                         logit_bias: Mapping[str, float] | None = None, **options: Any) -> Request:
+                         logit_bias: Mapping[str, float] | None = None, client: Caller | None = None,
+                         **options: Any) -> Request:
     """The checked request, its prompt rendered and tokenised in another thread.
 
     ``param``, ``max_tokens_param`` and ``format_param`` are what this API calls prompt, length limit and form of the
@@ -185,7 +200,18 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
                        param if room < 1 else max_tokens_param, "context_length_exceeded")
     if request.settings.max_tokens > room:  # the checkpoint's own default asks for more than there is
         request = dataclasses.replace(request, settings=request.settings.replace(max_tokens=room))
-    return dataclasses.replace(request, adapter=adapter)
+    shared = system_tokens(service.model.tokenizer, request.prompt_ids) if settings.share_system_prompts else 0
+    return dataclasses.replace(request, adapter=adapter, shared=shared,
+                               **({} if client is None else dataclasses.asdict(client)))
+
+
+def system_tokens(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> int:
+    """How many tokens the beginning of a prompt with its system turn has; 0 without one."""
+    begin, end = tokenizer.token_to_id("<|turn>"), tokenizer.token_to_id("<turn|>")
+    first = next((place for place, token in enumerate(prompt_ids[:2]) if token == begin), None)  # behind <bos>
+    if first is None or not tokenizer.decode(prompt_ids[first + 1 : first + 9]).startswith("system"):
+        return 0
+    return next((place + 1 for place, token in enumerate(prompt_ids) if token == end), 0)
 
 
 async def prompt_tokens(service: Service, settings: Settings, prompt: Prompt, bos: bool = True, *,

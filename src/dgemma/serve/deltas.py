@@ -25,6 +25,7 @@ from dgemma.serve.tally import tally
 
 log = logging.getLogger("dgemma.serve")
 
+_IN_THE_LOG = "the server's log says why"
 LEAST_LOGPROB = -9999.0  # what OpenAI writes for a token that cannot be: JSON has no -inf
 
 
@@ -96,6 +97,8 @@ class Done:
 class Broken:
     """The request failed inside the engine, whose log says why: the last piece."""
 
+    told: str | None = None  # why, if the client may know
+
 
 Delta = Reasoning | Text | ToolCall | Draft | Done | Broken
 
@@ -114,8 +117,8 @@ class Answer:
 class BrokenAnswerError(Exception):
     """The engine could not finish this answer."""
 
-    def __init__(self) -> None:
-        super().__init__("the engine could not finish this answer: the server's log says why")
+    def __init__(self, told: str | None = None) -> None:
+        super().__init__(f"the engine could not finish this answer: {told or _IN_THE_LOG}")
 
 
 async def collect(stream: AsyncIterator[Delta]) -> Answer:
@@ -133,7 +136,7 @@ async def collect(stream: AsyncIterator[Delta]) -> Answer:
         elif isinstance(delta, Done):
             answer.done = delta
         elif isinstance(delta, Broken):
-            raise BrokenAnswerError
+            raise BrokenAnswerError(delta.told)
     if answer.done is None:
         raise BrokenAnswerError
     return answer
@@ -167,7 +170,7 @@ async def deltas(service: Service, request: Request, tokenizer: Tokenizer, *, to
                 pieces = reader.finish()
             elif isinstance(event, Failed):
                 log.error("an answer could not be finished: %s", event.error)  # an exception's words: not for clients
-                yield Broken()
+                yield Broken(event.told)
                 return
             for piece in pieces:
                 if isinstance(piece, Called):

@@ -84,6 +84,7 @@ class Gate:
                 raise ApiError(401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
                                headers={"WWW-Authenticate": "Bearer"})
             client = f"{number}@{address}"
+            scope["dgemma.key"] = number
         scope["dgemma.client"] = client
         wait = self.rates.wait(client)
         if wait > 0:

@@ -116,7 +116,7 @@ async def _request(service: Service, settings: Settings, body: MessagesBody, htt
         top_p=body.top_p, stop=tuple(body.stop_sequences or ()), seed=body.seed,
         response_format=form and {"type": "json_schema", "json_schema": {"schema": form.schema_}},
         format_param="output_config.format",
-        client=client_of(http, user), **_prompt_options(body), **body.sampler())
+        client=client_of(http, user, body.cache_salt), **_prompt_options(body), **body.sampler())
     # Clients of this API always name a limit, often one beyond the context: such an answer ends with the context.
     limit = min(body.max_tokens, context_limit(service, settings) - len(request.prompt_ids))
     return dataclasses.replace(request, settings=request.settings.replace(max_tokens=limit))

@@ -45,7 +45,7 @@ class MessageRendering:
         elif isinstance(delta, ToolCall):
             yield from self._call(delta)
         elif isinstance(delta, Broken):
-            yield _error("api_error", str(BrokenAnswerError()))
+            yield _error("api_error", str(BrokenAnswerError(delta.told)))
         elif isinstance(delta, Done):
             yield from self._close()
             if delta.finish_reason == "cancelled":

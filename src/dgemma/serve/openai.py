@@ -187,7 +187,7 @@ def _choices(body: CompletionFields, http: HttpRequest) -> dict[str, Any]:
     form, param = answer_format(body)
     return {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "logit_bias": body.logit_bias,
             "response_format": form, "format_param": param, "stop": body.stop or (),
-            "client": client_of(http, body.user), **body.sampler()}
+            "client": client_of(http, body.user, body.cache_salt), **body.sampler()}
 
 
 async def _respond(http: HttpRequest, settings: Settings, body: CompletionFields, rendering: Rendering,

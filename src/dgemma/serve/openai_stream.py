@@ -141,7 +141,7 @@ class Rendering:
             if isinstance(piece, Draft):
                 yield {**self._chunk(), "dgemma": {"draft": {"index": index, **dataclasses.asdict(piece)}}}
             elif isinstance(piece, Broken):
-                raise BrokenAnswerError
+                raise BrokenAnswerError(piece.told)
             else:
                 if isinstance(piece, Done):
                     counts[index] = _finished(piece).usage

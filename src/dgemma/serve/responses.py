@@ -104,7 +104,7 @@ async def _request(service: Service, settings: Settings, body: ResponsesBody, ht
             stop=body.stop or (), seed=body.seed, logprobs=logprobs, response_format=response_format(body),
             format_param="text.format",
             thinking=effort not in (None, "none", "minimal"), tools=declared_tools(body),
-            client=client_of(http, body.user or body.safety_identifier), **body.sampler())
+            client=client_of(http, body.user or body.safety_identifier, body.cache_salt), **body.sampler())
     except ApiError as error:
         if error.param and error.param.startswith("messages"):  # what the library calls them
             error.param = "input"

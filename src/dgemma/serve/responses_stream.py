@@ -48,7 +48,7 @@ class ResponseRendering:
             yield from self._end(delta)
         elif isinstance(delta, Broken):
             yield from self._close("incomplete")
-            yield from self._fail(str(BrokenAnswerError()))
+            yield from self._fail(str(BrokenAnswerError(delta.told)))
 
     def _grow(self, kind: str, text: str, logprobs: list[dict[str, Any]] | None) -> Iterator[Event]:
         if self._open != kind:

@@ -27,6 +27,7 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()  # names in Host beside this machine's own, where no key is needed; ("*",): all
     access_log: bool = True
     debug_requests: Path | None = None  # a file that every request is written to, its rendered prompt with it
+    share_system_prompts: bool = False  # what one key's system prompt was read to is found by the others
     adapters_from: Path | None = None  # where clients may have adapters loaded from; None: nowhere
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from dgemma.engine.service import Admission, admission
 from dgemma.serve.errors import ApiError, as_api_error, error_body, error_response, to_json
 from dgemma.serve.settings import Settings
 from dgemma.serve.tally import note_error
@@ -25,7 +27,7 @@ EVENT_CONTENT: dict[str, Any] = {"text/event-stream": {"schema": {
     "type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "JSON"}},
     "required": ["data"]}}}
 
-_REFUSAL = 0.05  # seconds within which an engine that is full has said so
+_REFUSAL = 0.05  # seconds within which a stream that nobody decides about has failed, if it fails at once
 _FAREWELL = 1.0  # seconds that the last words to a client may take
 
 
@@ -42,18 +44,31 @@ class Merged(Generic[T]):
         self._idle = set(range(len(streams)))  # streams whose next piece nobody has asked for yet
 
     async def open(self) -> None:
-        """Begin all streams; what one of them raises at once is raised here."""
-        self._ask()
-        if self._waiting:
-            done, _ = await asyncio.wait(self._waiting, timeout=_REFUSAL, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                error = task.exception()
-                if error is not None and not isinstance(error, StopAsyncIteration):
-                    raise error
+        """Begin all streams; what one of them raises before its request has been taken is raised here."""
+        answers = [Admission() for _ in self._streams]
+        self._ask(answers)
+        known = [asyncio.ensure_future(_decided(task, answers[index])) for task, index in self._waiting.items()]
+        try:
+            timeout: float | None = _REFUSAL
+            waiting = set(known)
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
+                for task in done:
+                    task.result()
+                # However long it takes to decide: an error in a stream that has begun is not seen by most clients.
+                waiting = {task for task in waiting if answers[known.index(task)].deciding}
+                timeout = None
+        finally:
+            for task in known:
+                task.cancel()
+            await asyncio.gather(*known, return_exceptions=True)
 
-    def _ask(self) -> None:
-        for index in self._idle:
-            self._waiting[asyncio.ensure_future(self._streams[index].__anext__())] = index
+    def _ask(self, answers: Sequence[Admission] = ()) -> None:
+        for index in sorted(self._idle):
+            context = contextvars.copy_context()
+            if answers:
+                context.run(admission.set, answers[index])
+            self._waiting[asyncio.create_task(_next(self._streams[index]), context=context)] = index
         self._idle.clear()
 
     def __aiter__(self) -> AsyncIterator[tuple[int, T]]:
@@ -81,6 +96,23 @@ class Merged(Generic[T]):
         self._waiting.clear()
         for stream in self._streams:
             await stream.aclose()
+
+
+async def _next(stream: AsyncGenerator[T, None]) -> T:
+    return await anext(stream)
+
+
+async def _decided(first: asyncio.Task[Any], answer: Admission) -> None:
+    """Wait until a stream's first piece is there, or it is told that it will come; raises what the stream raises."""
+    told = asyncio.ensure_future(answer.decided.wait())
+    try:
+        await asyncio.wait({first, told}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        told.cancel()
+    if first.done() and not first.cancelled():
+        error = first.exception()
+        if error is not None and not isinstance(error, StopAsyncIteration):
+            raise error
 
 
 class ClientGoneError(Exception):
@@ -128,8 +160,9 @@ def event(data: Any, name: str | None = None) -> bytes:
 class EventStream(Response):
     """A response of server-sent events: the bytes that ``events`` makes of ``source``'s pieces.
 
-    ``source`` is begun before the headers are sent: what it raises then becomes an ordinary error. An error later on
-    becomes a last event. ``ping`` (None: nothing) is sent when nothing else has been for some time.
+    ``source`` is begun before the headers are sent, which wait until its requests have been taken: what it raises till
+    then becomes an ordinary error. An error later on becomes a last event. ``ping`` (None: nothing) is sent when nothing
+    else has been for some time.
     """
 
     media_type = "text/event-stream"
@@ -143,7 +176,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self.source), contextlib.aclosing(self.events):
             try:
-                await self.source.open()
+                await while_connected(receive, self.source.open(), self.settings.timeout)
+            except ClientGoneError:
+                scope["dgemma.gone"] = True
+                return
             except Exception as error:
                 await error_response(as_api_error(error), scope["path"])(scope, receive, send)
                 return

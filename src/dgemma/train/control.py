@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgemma import seeds
 from dgemma.api import Model, Prompt
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig, ModelConfig
@@ -42,7 +43,7 @@ class _Row:
     stop_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.request.seed)
+        self.generator = seeds.generator(self.request.seed)
 
     def take(self, token: int) -> None:
         """The next token; none is taken once the answer is finished."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dgemma import seeds
 from dgemma.errors import DgemmaError
 from dgemma.kernels import PackedWeight
 from dgemma.nn import DiffusionTransformer
@@ -160,7 +161,7 @@ def adapters_count_once(bench: Bench) -> Check:
 
     A new adapter adds nothing, so its B is random while it is looked at.
     """
-    places, generator = adaptable(bench.network), torch.Generator().manual_seed(bench.seed)
+    places, generator = adaptable(bench.network), seeds.generator(bench.seed)
     chosen = {name.rpartition(".")[2]: name for name, adapter in adapters(bench.network).items() if adapter.b.ndim == 2}
     distances = {}
     for name in chosen.values():

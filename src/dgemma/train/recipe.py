@@ -289,8 +289,8 @@ def recipe_of(data: Mapping[str, Any], path: Path, where: str | None = None) -> 
     for name in ("batch_size", "save_every", "max_steps", "micro_batch"):
         if (value := getattr(recipe, name)) is not None and value < 1:
             raise DgemmaError(f"{where}: {name} must be at least 1, got {value}")
-    if recipe.seed < 0:
-        raise DgemmaError(f"{where}: seed must be at least 0, got {recipe.seed}")
+    if not 0 <= recipe.seed < 2**63:
+        raise DgemmaError(f"{where}: seed must be a whole number from 0 to 2^63 - 1, got {recipe.seed}")
     if (recipe.max_steps is None) == (recipe.epochs is None):
         raise DgemmaError(f"{where}: say how long to train: either max_steps or epochs")
     endless = isinstance(recipe.data, (SudokuData, TextData))

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dgemma import seeds
 from dgemma.api import Model, Parts, read_parts
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import (
@@ -158,7 +159,7 @@ def initialise(network: DiffusionTransformer, seed: int) -> None:
     the residual stream grows slowly with depth; query and key norms make attention scores start near unit size,
     since there is no 1/√d in the softmax.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     depth = 2 * len(network.layers)
     with torch.no_grad():
         for name, parameter in network.named_parameters():

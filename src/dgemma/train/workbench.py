@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dgemma import seeds
 from dgemma.config import SLIDING
 from dgemma.errors import DgemmaError
 from dgemma.kernels import PackedWeight
@@ -51,7 +52,7 @@ class Bench:
         """The same noise every time; ``t`` 0 corrupts nothing and 1 everything, ``conditioned`` none or all rows."""
         rows, width = self.batch.canvas.shape
         noise = draw_noise(self.objective, rows, width, self.network.config.vocab_size,
-                           torch.Generator().manual_seed(self.seed)).to(self.network.device)
+                           seeds.generator(self.seed)).to(self.network.device)
         if t is not None:  # and no canvas of the sampler's own making
             noise = dataclasses.replace(noise, draw=torch.full_like(noise.draw, 1.0 - t),
                                         t=torch.full_like(noise.t, t), rolled=torch.zeros_like(noise.rolled))

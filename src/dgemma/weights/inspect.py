@@ -51,6 +51,8 @@ PARTS: tuple[str, ...] = ("embedding", "attention", "dense MLP", "experts", "rou
                           "self-conditioning", "vision")
 NOT_FINITE = "tensors with numbers that are infinite or no numbers (NaN)"
 ITEM_SIZES = {"bfloat16": 2, "float32": 4}
+LIBRARIES = 240 << 20
+TOKEN_BYTES = 1300
 _CONTEXTS = (4_096, 32_768, 131_072)
 
 
@@ -93,10 +95,11 @@ class MemoryNeed:
     weights: int
     kv_cache: int
     working: int
+    program: int = 0  # this program, its libraries and the tokenizer
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.working
+        return self.weights + self.kv_cache + self.working + self.program
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,8 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None, *, c
         parameters=parameters,
         stored=_stored(contents),
         files={path.name: path.stat().st_size for path in contents.files if path.is_file()},
-        memory=memory_needs(config, sum(parameters.values()) - parameters["vision"], contexts),
+        memory=memory_needs(config, sum(parameters.values()) - parameters["vision"], contexts, program_bytes(
+            tokenizer)),
         generation=load_generation_config(folder, config),
         tokenizer=tokenizer,
         problems=tuple(problems),
@@ -243,12 +247,14 @@ def _inspect_gguf(path: Path, contexts: Sequence[int] | None, check: bool,
     types = {part.dtype: [p for p in parts if p.dtype == part.dtype] for part in parts}
     stored = sorted((StoredAs(dtype, sum(p.tensors for p in own), sum(p.nbytes for p in own))
                      for dtype, own in types.items()), key=lambda entry: -entry.nbytes)
-    memory = memory_needs(config, sum(parameters.values()), contexts)
+    program = program_bytes(tokenizer)
+    memory = memory_needs(config, sum(parameters.values()), contexts, program)
     if any(entry.dtype not in UNPACKED for entry in stored):
         # Packed on the CPU: activations in float32, the cache in bfloat16. In bfloat16 as a whole on a GPU.
         weights = sum(entry.nbytes for entry in stored)
         memory = (*(MemoryNeed("packed", need.context, weights, kv_cache_bytes(config, need.context, "bf16"),
-                               working_bytes(config, need.context, 4)) for need in memory if need.dtype == "bfloat16"),
+                               working_bytes(config, need.context, 4), program)
+                    for need in memory if need.dtype == "bfloat16"),
                   *(need for need in memory if need.dtype == "bfloat16"))
     return CheckpointReport(
         folder=file.path,
@@ -284,13 +290,22 @@ def layer_groups(config: ModelConfig) -> tuple[LayerGroup, ...]:
     return tuple(LayerGroup(tuple(indices), layer) for layer, indices in groups.items())
 
 
-def memory_needs(config: ModelConfig, parameters: int, contexts: Iterable[int] | None = None) -> tuple[MemoryNeed, ...]:
+def program_bytes(tokenizer: TokenizerFacts | None) -> int:
+    """What torch and the other libraries take, and a tokenizer of so many tokens with about twice as many merges.
+
+    Both measured: torch 2.13 without a GPU, one thread, after an answer; `tokenizers` 0.22 while it reads its file.
+    """
+    return LIBRARIES + TOKEN_BYTES * (0 if tokenizer is None else tokenizer.vocab_size)
+
+
+def memory_needs(config: ModelConfig, parameters: int, contexts: Iterable[int] | None = None,
+                 program: int = 0) -> tuple[MemoryNeed, ...]:
     """The memory to run, for every dtype and context length; None: a few usual lengths up to the longest."""
     longest = config.max_position_embeddings
     lengths = [*(n for n in _CONTEXTS if n < longest), longest] if contexts is None else list(contexts)
     return tuple(
         MemoryNeed(dtype, length, parameters * size, kv_cache_bytes(config, length, size),
-                   working_bytes(config, length, size))
+                   working_bytes(config, length, size), program)
         for dtype, size in ITEM_SIZES.items() for length in lengths)
 
 
