@@ -213,7 +213,14 @@ class Tokenizer:
             "enable_thinking": thinking,
             "add_generation_prompt": add_generation_prompt,
         }
-        return templates.render(self.chat_templates[name], variables, self.source)
+        try:
+            return templates.render(self.chat_templates[name], variables, self.source)
+        except DgemmaError:
+            # Not every template knows of arguments that stayed text because they were broken.
+            mended = [_without_text_arguments(message) for message in messages]
+            if mended == messages:
+                raise
+            return templates.render(self.chat_templates[name], {**variables, "messages": mended}, self.source)
 
     def _require_template(self) -> None:
         if not self.chat_templates:
@@ -258,6 +265,15 @@ class _Typed:
         for stretch in re.split(f"([{''.join(self._spellings)}])", prompt):
             if stretch:
                 yield self._spellings.get(stretch, stretch), stretch in self._spellings
+
+
+def _without_text_arguments(message: dict) -> dict:
+    """The message with no arguments in its tool calls where they are text."""
+    if "tool_calls" not in message:
+        return message
+    calls = [{**call, "function": {**call["function"], "arguments": {}}}
+             if isinstance(call["function"]["arguments"], str) else call for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
 
 
 def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:

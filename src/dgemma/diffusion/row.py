@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ class Request:
     log-probability of every answer token and of so many alternatives; ``constraint`` says what the answer may be;
     ``stop`` ends it before any of these strings; without ``drafts`` no Denoised events are made. Requests of one
     ``client`` wait for each other, not those of another for them. ``adapter`` is put on the network for this request.
+    ``tools`` are the declarations of the tools that the answer may call, for whoever reads it (None: ask the prompt).
     """
 
     id: int
@@ -79,6 +81,12 @@ class Request:
     drafts: bool = True
     client: str = ""
     adapter: MountedAdapter | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What reading the answer needs to know beside the prompt, as keywords of `dgemma.chat.read_answer`."""
+        return {} if self.tools is None else {"tools": self.tools, "form": self.constraint is not None}
 
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError, saying what is wrong, unless the network can run this request."""
@@ -122,7 +130,7 @@ class Request:
 
 
 # A prompt's and an answer's tokens and the stop strings -> how many of the answer's to keep; None: none was met
-FindStop = Callable[[list[int], list[int], tuple[str, ...]], int | None]
+FindStop = Callable[..., int | None]  # of prompt ids, token ids, stop strings and a request's `reading`
 
 
 @dataclass(eq=False)  # a row is itself: comparing tensors, or what is not set yet, would fail
@@ -232,7 +240,7 @@ class Row:
         before = len(self.token_ids)
         self.token_ids += kept
         if self.request.stop and find_stop is not None:
-            length = find_stop(self.request.prompt_ids, self.token_ids, self.request.stop)
+            length = find_stop(self.request.prompt_ids, self.token_ids, self.request.stop, **self.request.reading)
             if length is not None:
                 length = max(length, before)  # it may lie in what was held back as a possible call; that is committed
                 kept, self.token_ids = kept[: length - before], self.token_ids[:length]
