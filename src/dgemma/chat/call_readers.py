@@ -42,6 +42,10 @@ _PLAIN_ARGUMENT = re.compile(_KEY.pattern + rf"""["']?\s*:\s*(?:{re.escape(QUOTE
 # What a call written as JSON may hold, at its top and inside; anything more and it is other JSON.
 
 
+class NoCallError(ValueError):
+    """It can be read, and is no call."""
+
+
 class OpenError(ValueError):
     """A string without an end: more text could bring it."""
 
@@ -140,6 +144,8 @@ class Healer(Notation):
                 if key[0] in named:
                     raise ValueError("a key twice")
                 named[key[0]], at = self.value(self.colon(key[1], MAX_DEPTH), MAX_DEPTH)
+            elif named and self.opens_string(at):
+                raise NoCallError("a value without a name behind one with a name")
             elif named or not (self.opens_string(at) or self.text.startswith(("{", "["), at)
                                or NUMBER.match(self.text, at) or _word(self.text, at) in self.words):
                 raise ValueError("no value")
@@ -504,7 +510,7 @@ def _bound(values: list[Any], named: dict[str, Any], tool: Tool | None) -> dict[
         bound = [{**dict(zip(order, values, strict=False)), **named} for order in fitting]
         ways += [way for way in bound if tool.required <= {*way}]
     if len({json.dumps(way, sort_keys=True) for way in ways}) != 1:
-        raise ValueError("values without names")
+        raise NoCallError("values without names")
     return ways[0]
 
 

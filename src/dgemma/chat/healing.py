@@ -11,7 +11,7 @@ import json
 import re
 from typing import Any
 
-from dgemma.chat.call_readers import Guesser, Healer, OpenError, Weigher
+from dgemma.chat.call_readers import Guesser, Healer, NoCallError, OpenError, Weigher
 from dgemma.chat.tools import CLOSE, MAX_DEPTH, NAME, Called, Reading, Tools
 
 _BETWEEN = re.compile(rf"(?:[\s,;]|{re.escape(CLOSE)}|<channel\|>)*")  # what may stand between two calls
@@ -20,10 +20,6 @@ _OUTER = {"name", "function", "arguments", "parameters", "type", "id", "index"}
 _INNER = _OUTER - {"function", "id", "index"}
 # Ways to read one text that are tried before it is given up as unclear, and characters read on these ways.
 _MOST_WAYS, _MOST_READ = 200, 300_000
-
-
-class NoCallError(ValueError):
-    """It can be read, and is no call."""
 
 
 class UnclearError(ValueError):
