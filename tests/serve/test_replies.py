@@ -1,4 +1,4 @@
-"""One reader of replies: Python, a whole answer and a stream say the same; and what is broken in history ends nothing."""
+"""One reader of replies: Python, a whole answer and a stream say the same; broken history ends nothing."""
 
 import json
 import re
