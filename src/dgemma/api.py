@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dgemma.chat import Tokenizer, normalise_messages, read_answer
+from dgemma.chat import Tokenizer, normalise_messages, normalise_tools, read_answer
 from dgemma.config import GenerationConfig, ModelConfig, load_generation_config, load_model_config
 from dgemma.diffusion.events import Event, Finished, Generation
 from dgemma.diffusion.row import Choices, Request
@@ -157,7 +157,8 @@ class Model:
                 secrets.randbits(32) if seed is None else seed, None if canvas is None else list(canvas),
                 None if pinned is None else [bool(pin) for pin in pinned],
                 Choices(temperature, top_k, top_p, tuple((logit_bias or {}).items())), logprobs, constraint,
-                (stop,) if isinstance(stop, str) else tuple(stop), drafts, client)
+                (stop,) if isinstance(stop, str) else tuple(stop), drafts, client,
+                tools=None if tools is None and constraint is None else tuple(normalise_tools(tools) or ()))
             request.check(self.config)
         except (TypeError, ValueError) as error:
             raise DgemmaError(str(error)) from error
@@ -174,17 +175,23 @@ class Model:
             self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
         return engine.run(requests)
 
-    def decode(self, prompt_ids: list[int], token_ids: list[int],
-               stop: Sequence[str] = ()) -> tuple[str, str | None, list[dict[str, Any]]]:
-        """The text, reasoning and tool calls of an answer's tokens, ended before any of the ``stop`` strings."""
-        answer = read_answer(self.tokenizer, prompt_ids, token_ids, stop=stop)
+    def decode(self, prompt_ids: list[int], token_ids: list[int], stop: Sequence[str] = (),
+               tools: Sequence[dict[str, Any]] | None = None,
+               form: bool = False) -> tuple[str, str | None, list[dict[str, Any]]]:
+        """The text, reasoning and tool calls of an answer's tokens, ended before any of the ``stop`` strings.
+
+        ``tools``: the declared tools (None: those that the prompt declares). ``form``: the answer has to have a form,
+        so that calls stand between their marks only.
+        """
+        answer = read_answer(self.tokenizer, prompt_ids, token_ids, tools, stop, form)
         return answer.text, answer.reasoning, answer.tool_calls
 
-    def find_stop(self, prompt_ids: list[int], token_ids: list[int], stop: Sequence[str]) -> int | None:
+    def find_stop(self, prompt_ids: list[int], token_ids: list[int], stop: Sequence[str],
+                  tools: Sequence[dict[str, Any]] | None = None, form: bool = False) -> int | None:
         """How many of an answer's tokens to keep because a stop string was met; None if none was."""
         from dgemma.chat.reply import find_stop
 
-        return find_stop(self.tokenizer, prompt_ids, token_ids, stop)
+        return find_stop(self.tokenizer, prompt_ids, token_ids, stop, tools, form)
 
 
 def _is_token(value: object) -> bool:

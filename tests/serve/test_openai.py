@@ -324,7 +324,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(scripted_client, fields, par
     ([], "messages"), ([{"role": "alien", "content": "x"}], "messages[0].role"), ([{"role": "user"}], "messages[0]"),
     ([HELLO[0], {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
      "messages[1].content"),
-    ([{"role": "tool", "content": "x", "tool_call_id": "y"}], "messages[0]"),
+    ([{"role": "tool", "content": "x"}], "messages[0]"),
     ([{"role": "user", "content": "x" * 8000}], "max_tokens"), ([{"role": "user", "content": "x" * 8150}], "messages"),
     ([{"role": "user", "content": "x" * 10000}], "messages"),
 ])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dgemma.chat.reply import ReplyReader, Said, Thought
+from dgemma.chat.reply import DeclaredTools, ReplyReader, Said, Thought
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.chat.tools import Called
 
@@ -22,9 +22,9 @@ class Answer:
 
 
 def read_answer(tokenizer: Tokenizer, prompt_ids: list[int], token_ids: list[int],
-                tools: Sequence[str] | None = None, stop: Sequence[str] = ()) -> Answer:
+                tools: DeclaredTools | None = None, stop: Sequence[str] = (), form: bool = False) -> Answer:
     """Read an answer's tokens (without the stop token); the arguments are those of `ReplyReader`."""
-    reader = ReplyReader(tokenizer, prompt_ids, tools, stop)
+    reader = ReplyReader(tokenizer, prompt_ids, tools, stop, form)
     pieces = [*reader.feed(token_ids), *reader.finish()]
     return Answer(
         "".join(piece.text for piece in pieces if isinstance(piece, Said)),

@@ -3,16 +3,19 @@
 Works on: plain dictionaries in the OpenAI / transformers style. Knows nothing of: templates, tokens.
 
 Afterwards every message has a role among `ROLES`; content that is a string or a list of typed parts; tool calls
-with a dictionary of arguments; and only the thoughts that a template may still show. The input is never changed.
+with a dictionary of arguments (or their text, where they are broken); and only the thoughts that a template may still
+show. The input is never changed.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dgemma.chat.thoughts import OPEN, split_thoughts
+from dgemma.chat.tools import MAX_DEPTH
 from dgemma.errors import DgemmaError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -21,17 +24,25 @@ _THOUGHT_KEYS = ("reasoning", "reasoning_content", "thinking")
 # OpenAI's names of parts (those of its newer API among them), and the names that templates know.
 _PART_TYPES = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "text",
                "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+# What a tool's name cannot hold: it ends at a brace, a mark would be one, and what is no character cannot be written.
+_UNWRITABLE = re.compile(r"[{}\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ue000-\uf8ff]|<\||\|>")
+_UNKNOWN_TOOL = "tool"  # stands for the name of a tool whose call is no longer in the conversation
 
 
 def normalise_messages(
-    conversation: str | Sequence[Mapping[str, Any]], system: str | None = None
+    conversation: str | Sequence[Mapping[str, Any]], system: str | None = None, strict: bool = False
 ) -> list[dict]:
     """The conversation as a list of messages.
 
     A string is one user message. `system`, if given, becomes the first message. Thoughts are taken out of what
     the assistant said; those from before the last user message are dropped, since they are never sent back, and
     later ones (of a turn that goes on after a tool call) are kept under `reasoning` and `reasoning_content` for
-    the template to decide. Raises `DgemmaError`, naming the message and what is wrong with it.
+    the template to decide.
+
+    What is broken in what was said before must not end a conversation: arguments that are no JSON object stay text (or
+    are none where there is nothing in them), an assistant without content said "", and a tool's answer may stand
+    without its call. With ``strict``, for data to learn from, these are errors, too. Raises `DgemmaError`, naming the
+    message and what is wrong with it.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
@@ -42,7 +53,7 @@ def normalise_messages(
     if not conversation:
         raise DgemmaError("messages is empty: give at least one message")
 
-    messages = [_message(message, f"message {index}") for index, message in enumerate(conversation)]
+    messages = [_message(message, f"message {index}", strict) for index, message in enumerate(conversation)]
     last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
     names: dict[str | int | None, str] = {}  # tool call id -> the tool's name
     for index, message in enumerate(messages):
@@ -52,18 +63,20 @@ def normalise_messages(
         for call in message.get("tool_calls", ()):
             names[call.get("id")] = call["function"]["name"]
         if message["role"] == "tool" and not message.get("name"):
-            if _call_id(message, "tool_call_id", f"message {index}") not in names:
+            call_id = _call_id(message, "tool_call_id", f"message {index}")
+            if call_id not in names and (strict or call_id is None):
                 raise DgemmaError(
                     f"message {index}: a tool message needs the `tool_call_id` of an earlier call, or `name`"
                 )
-            message["name"] = names[message["tool_call_id"]]
+            message["name"] = names.get(call_id, _UNKNOWN_TOOL)
     return messages
 
 
 def normalise_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict] | None:
     """Tool declarations as `{"type": "function", "function": {"name", …}}` each; None when there are none.
 
-    A bare `{"name": …, "parameters": …}` is wrapped. Raises `DgemmaError` naming the tool and what is wrong.
+    A bare `{"name": …, "parameters": …}` is wrapped. Raises `DgemmaError` naming the tool and what is wrong: a name
+    that the model's notation cannot hold, too.
     """
     if tools is None:
         return None
@@ -82,6 +95,12 @@ def _tool(tool: Any, where: str) -> dict:
         raise DgemmaError(
             f"{where}: must be {{'type': 'function', 'function': {{'name': …, 'parameters': …}}}}"
         )
+    name = function["name"]
+    if name != name.strip() or _UNWRITABLE.search(name):
+        raise DgemmaError(
+            f"{where}: the name {name!r} cannot be written in a call: a name has no braces, no blanks around it, no"
+            " line breaks or other control characters, and no marks such as <|tool_call>"
+        )
     # A bare declaration may carry the outer type; null stands for what is absent.
     kept = {
         key: value
@@ -91,7 +110,7 @@ def _tool(tool: Any, where: str) -> dict:
     return {"type": "function", "function": kept}
 
 
-def _message(message: Any, where: str) -> dict:
+def _message(message: Any, where: str, strict: bool) -> dict:
     if not isinstance(message, Mapping):
         raise DgemmaError(f"{where}: must be a dictionary with role and content, not {_type(message)}")
     # APIs send null for what is absent, and templates then print "None": drop those.
@@ -104,22 +123,24 @@ def _message(message: Any, where: str) -> dict:
     if not isinstance(message.get("name", ""), str):
         raise DgemmaError(f"{where}: name must be a string, not {_type(message['name'])}")
     if "tool_calls" in message:
-        message["tool_calls"] = _tool_calls(message["tool_calls"], role, where)
+        message["tool_calls"] = _tool_calls(message["tool_calls"], role, where, strict)
         if not message["tool_calls"]:
             del message["tool_calls"]
-    message["content"] = _content(message, where)
+    message["content"] = _content(message, where, strict)
     if role == "assistant":
         _take_out_thoughts(message)
     return message
 
 
-def _content(message: dict, where: str) -> str | list[dict] | dict:
+def _content(message: dict, where: str, strict: bool) -> str | list[dict] | dict:
     content = message.get("content")
     if content is None and message["role"] == "assistant":
         if isinstance(message.get("refusal"), str):
             return message["refusal"]
         if "tool_calls" in message or any(k in message for k in _THOUGHT_KEYS):
             return ""
+    if content is None and message["role"] in ("assistant", "tool") and not strict:
+        return ""
     if content is None:
         raise DgemmaError(f"{where}: content is missing")
     if isinstance(content, str):
@@ -159,29 +180,65 @@ def _part(part: Any, where: str) -> dict:
     return part
 
 
-def _tool_calls(calls: Any, role: str, where: str) -> list[dict]:
+def _tool_calls(calls: Any, role: str, where: str, strict: bool) -> list[dict]:
     if role != "assistant":
         raise DgemmaError(f"{where}: only an assistant message may have tool_calls, not {role}")
     if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
         raise DgemmaError(f"{where}: tool_calls must be a list, not {_type(calls)}")
-    return [_tool_call(call, f"{where}, tool call {index}") for index, call in enumerate(calls)]
+    return [_tool_call(call, f"{where}, tool call {index}", strict) for index, call in enumerate(calls)]
 
 
-def _tool_call(call: Any, where: str) -> dict:
+def _tool_call(call: Any, where: str, strict: bool) -> dict:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DgemmaError(f"{where}: must be {{'id': …, 'function': {{'name': …, 'arguments': …}}}}")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):  # OpenAI sends them as JSON text
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
-            raise DgemmaError(f"{where}: arguments are not valid JSON: {error}") from error
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, Mapping):
-        raise DgemmaError(f"{where}: arguments must be a dictionary, not {_type(arguments)}")
+    arguments = _arguments(function.get("arguments"), where, strict)
     named = {} if call.get("id") is None else {"id": _call_id(call, "id", where)}
-    return {**named, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    return {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _arguments(given: Any, where: str, strict: bool) -> dict[str, Any] | str:
+    """A call's arguments: a dictionary, given as such or as JSON text; what is broken stays text."""
+    wrong = ""
+    arguments = given
+    if isinstance(given, str):  # OpenAI sends them as JSON text
+        try:
+            arguments = json.loads(given) if given.strip() else {}
+        except (ValueError, RecursionError) as error:
+            wrong = f"arguments are not valid JSON: {error}"
+    arguments = {} if arguments is None else arguments
+    if not wrong and not isinstance(arguments, Mapping):
+        wrong = f"arguments must be a dictionary, not {_type(arguments)}"
+    elif not wrong and _deeper(arguments, MAX_DEPTH):
+        wrong = f"arguments are nested deeper than {MAX_DEPTH} levels"
+    if not wrong:
+        return dict(arguments)
+    if strict:
+        raise DgemmaError(f"{where}: {wrong}")
+    if isinstance(arguments, Sequence) and not arguments:
+        return {}
+    text = given if isinstance(given, str) else _as_json(given)
+    # A template puts braces around a text: those of the object that it was to be are not said twice.
+    text = text.strip().removeprefix("{").removesuffix("}").strip()
+    return text or {}
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether something is nested deeper than that; however deep it is, this is not."""
+    level = [value]
+    for _ in range(levels):
+        level = [item for outer in level for item in (outer.values() if isinstance(outer, Mapping) else outer)
+                 if isinstance(item, (Mapping, list, tuple))]
+        if not level:
+            return False
+    return True
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):  # nothing that came as JSON
+        return ""
 
 
 def _call_id(owner: Mapping[str, Any], key: str, where: str) -> str | int | None:

@@ -1,29 +1,31 @@
 """An answer read canvas by canvas: what the model thinks, says and calls, as soon as it is sure.
 
-Works on token ids, where a control token and the same characters typed as text are different things. Knows nothing of:
-the engine, wire formats.
+The one reader of replies, for the library and every API. Works on token ids, where a control token and the same
+characters typed as text are different things. Knows nothing of: the engine, wire formats.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dgemma.chat import thoughts, tools
 from dgemma.chat.speech import Said, Speech, Spelt
 from dgemma.chat.thoughts import Channel
 from dgemma.chat.tokenizer import Tokenizer
-from dgemma.chat.tools import Called, read_calls
+from dgemma.chat.tools import Called, Tool, read_calls, tools_of, weigh_calls
 
 __all__ = ["Called", "Piece", "ReplyReader", "Said", "Thought", "declared_tools", "find_stop"]
 
 _MARKS = (thoughts.OPEN, thoughts.CLOSE, tools.OPEN, tools.CLOSE, tools.QUOTE)
-_PRIVATE = range(0xE000, 0xF8FF)
-_DECLARED = re.compile(r"\s*declaration:\s*([^\s{]+)\s*\{")
+_DECLARED = re.compile(r"\s*declaration:\s*([^{]*[^\s{])\s*\{")
 _NAME_TOKENS = 200  # tokens in which a declaration's name is sure to stand
+_MOST_ENDS = 8  # closing marks in one call, of which only the last closes it
+
+DeclaredTools = Iterable[str | Tool | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,14 @@ class Thought:
 Piece = Thought | Said | Called
 
 
-def find_stop(tokenizer: Tokenizer, prompt_ids: list[int], token_ids: list[int], stop: Sequence[str]) -> int | None:
+def find_stop(tokenizer: Tokenizer, prompt_ids: list[int], token_ids: list[int], stop: Sequence[str],
+              tools: DeclaredTools | None = None, form: bool = False) -> int | None:
     """How many of an answer's tokens it takes to complete the first stop string; None when none is met.
 
     Stop strings count in what is said, not in thoughts and calls. Who reads the kept tokens with the same ``stop`` gets
-    the text before it.
+    the text before it. ``tools`` and ``form`` are as for `ReplyReader`.
     """
-    reader = ReplyReader(tokenizer, prompt_ids, stop=stop)
+    reader = ReplyReader(tokenizer, prompt_ids, tools, stop, form)
     reader.feed(token_ids)
     return reader.stop_place
 
@@ -60,21 +63,24 @@ class ReplyReader:
 
     The pieces of an answer, those of a kind put together, do not depend on how it was cut into canvases. A call is
     given when it is closed; a character when its last byte is there. A call that cannot be read is text, marks and
-    all; one within a thought is thought.
+    all; one within a thought is thought, unless the answer ends with it and the thought was never closed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], tools: Sequence[str] | None = None,
-                 stop: Sequence[str] = ()):
-        """The prompt tells whether a thought was already open, and which tools there are unless ``tools`` names them.
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], tools: DeclaredTools | None = None,
+                 stop: Sequence[str] = (), form: bool = False):
+        """The prompt tells whether a thought was already open, and which tools there are unless ``tools`` does, as
+        names or as declarations in OpenAI's form. Where there are any, a call is of one of them.
 
-        ``stop``: nothing from any of these strings on is said.
+        ``stop``: nothing from any of these strings on is said. ``form``: the answer has to have a form, which may look
+        like a call; only what stands between marks is one then.
         """
         self._tokenizer = tokenizer
         self._marks = {tokenizer.token_to_id(mark): mark for mark in _MARKS}
-        self._tools = frozenset(declared_tools(tokenizer, prompt_ids) if tools is None else tools)
+        self._tools = tools_of(declared_tools(tokenizer, prompt_ids) if tools is None else tools)
         self._channel = Channel(inside_thought(tokenizer, prompt_ids))
-        self._speech = Speech(self._tools, stop)
-        self._call: list[tuple[Spelt, bool]] | None = None  # an open call: its text, and what of it are marks
+        self._speech = Speech({} if form else self._tools, stop)
+        self._call: list[Spelt] | None = None  # an open call, from its opening mark on
+        self._in_thought: list[Spelt] | None = None  # what follows such a mark in a thought that is still open
         self._run: list[Spelt] = []  # text since the last mark that was not passed on yet
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._half: tuple[int, int] | None = None  # the tokens of a character that is not complete
@@ -100,7 +106,7 @@ class ReplyReader:
             self._count += 1
             if mark is not None:
                 self._pass_run(final=True)
-                self._mark(Spelt(mark, [(place, place + 1)] * len(mark)))
+                self._mark(Spelt(mark, [(place, place + 1)] * len(mark), [True] * len(mark)))
             elif not self._tokenizer.is_special(token):  # fill and the like mean nothing here
                 self._spell(self._tokenizer.token_bytes(token), place)
         self._pass_run(final=False)
@@ -109,7 +115,8 @@ class ReplyReader:
     def finish(self) -> list[Piece]:
         """What was held back, now that nothing follows."""
         self._pass_run(final=True)
-        self._end_call(closed=False)
+        self._end_thought()
+        self._end_call(final=True)
         self._pieces += self._speech.pause()
         return self._taken()
 
@@ -117,7 +124,8 @@ class ReplyReader:
         text = self._bytes.decode(data)
         start = self._half[0] if self._half else place
         if text:
-            self._run.append(Spelt(text, [(start, place + 1), *[(place, place + 1)] * (len(text) - 1)]))
+            places = [(start, place + 1), *[(place, place + 1)] * (len(text) - 1)]
+            self._run.append(Spelt(text, places, [False] * len(text)))
             start = place
         self._half = (start, place + 1) if self._bytes.getstate()[0] else None
 
@@ -125,53 +133,102 @@ class ReplyReader:
         """Pass text on; ``final``: no more bytes of its last character can come."""
         if final and self._half:
             broken = self._bytes.decode(b"", True)
-            self._run.append(Spelt(broken, [self._half] * len(broken)))
+            self._run.append(Spelt(broken, [self._half] * len(broken), [False] * len(broken)))
             self._half = None
         run, self._run = self._run, []
         if run:
             self._text(Spelt.joined(run))
 
-    def _text(self, text: Spelt, mark: bool = False) -> None:
-        if self._channel.open:
-            if thought := self._channel.thought(text.text):
-                self._pieces.append(Thought(thought))
+    def _text(self, text: Spelt) -> None:
+        if self._channel.open and self._in_thought is not None:
+            self._in_thought.append(text)
+        elif self._channel.open:
+            self._think(text.text)
         elif self._call is not None:
-            self._call.append((text, mark))
+            self._call.append(text)
         else:
             self._pieces += self._speech.add(text)
 
+    def _think(self, text: str) -> None:
+        if thought := self._channel.thought(text):
+            self._pieces.append(Thought(thought))
+
     def _mark(self, mark: Spelt) -> None:
         if mark.text == thoughts.OPEN:
-            self._end_call(closed=False)
+            self._release_thought()
+            self._end_call(final=True)
             self._pieces += self._speech.pause()
             self._channel.enter()
-        elif mark.text == thoughts.CLOSE:
+        elif mark.text == thoughts.CLOSE and self._channel.open:
+            self._release_thought()
             self._channel.leave()
-        elif mark.text == tools.OPEN and not self._channel.open:
-            self._end_call(closed=False)
+            self._speech.begin_afresh()
+        elif mark.text == thoughts.CLOSE and self._call is not None:
+            self._text(mark)
+        elif mark.text == thoughts.CLOSE:
+            pass  # it closes nothing
+        elif mark.text == tools.OPEN and self._channel.open:
+            self._in_thought = self._in_thought or []
+            self._in_thought.append(mark)
+        elif mark.text == tools.OPEN:
+            self._end_call(final=True)
             self._pieces += self._speech.pause()
-            self._call = [(mark, True)]
+            self._call = [mark]
         else:
-            self._text(mark, mark=True)
+            self._text(mark)
             if mark.text == tools.CLOSE:
-                self._end_call(closed=True)
+                self._end_call(final=False)
 
-    def _end_call(self, closed: bool) -> None:
-        if self._call is None:
+    def _end_call(self, final: bool) -> None:
+        """At a closing mark, or where (``final``) nothing more of the call can come."""
+        if self._call is None or (found := self._read_call(self._call, final)) is None:
             return
-        parts, self._call = self._call, None
-        calls = self._calls(parts[1:-1] if closed else parts[1:], closed)
+        calls, rest = found
+        self._call = None
         self._pieces += calls
-        if not calls:
-            self._pieces += self._speech.add(Spelt.joined([text for text, _ in parts]))
+        if calls:
+            self._speech.begin_afresh()
+        if rest:
+            self._pieces += self._speech.add(Spelt.joined(rest))
 
-    def _calls(self, parts: list[tuple[Spelt, bool]], closed: bool) -> list[Called]:
-        plain = "".join(text.text for text, mark in parts if not mark)
-        # Every mark begins with "<". A private character behind each "<" of ordinary text keeps it from reading as one.
-        guard = next(chr(code) for code in _PRIVATE if chr(code) not in plain)
-        source = "".join(text.text if mark else text.text.replace("<", f"<{guard}") for text, mark in parts)
-        return [replace(call, name=call.name.replace(guard, ""), arguments=_without(call.arguments, guard))
-                for call in read_calls(source, closed, self._tools)]
+    def _read_call(self, parts: list[Spelt], final: bool) -> tuple[list[Called], list[Spelt]] | None:
+        """The calls in what follows an opening mark, and what behind them is none of theirs; None if more must be seen.
+
+        Where it ends without an end to a string or a bracket, a closing mark may belong to the string.
+        """
+        ends = [place for place, part in enumerate(parts) if part.text == tools.CLOSE and part.marks[0]]
+        closed = bool(ends) and ends[-1] == len(parts) - 1
+        whole = Spelt.joined(parts[1 : -1 if closed else None]).guarded(self._tools)
+        reading = weigh_calls(whole.source, closed, whole.tools)
+        if not final and reading is not None and reading.open and len(ends) < _MOST_ENDS:
+            return None
+        if reading is not None and reading.calls:
+            return whole.restored(reading.calls), []
+        # What was missing is missing: the first closing mark is the call's.
+        end = ends[0] if ends else len(parts)
+        first = Spelt.joined(parts[1:end]).guarded(self._tools)
+        calls = first.restored(read_calls(first.source, bool(ends), first.tools.values()))
+        return (calls, parts[end + 1 :]) if calls else ([], parts)
+
+    def _end_thought(self) -> None:
+        """The answer is over: calls that end it are calls, though the thought before them was never closed."""
+        held, self._in_thought = self._in_thought or [], None
+        calls: list[Called] = []
+        starts = [place for place, part in enumerate(held) if part.text == tools.OPEN and part.marks[0]]
+        for start in reversed(starts):
+            found, rest = self._read_call(held[start:], final=True) or ([], [])
+            if not found or Spelt.joined(rest).text.strip():
+                break
+            calls, held = [*found, *calls], held[:start]
+        for part in held:
+            self._think(part.text)
+        self._pieces += calls
+
+    def _release_thought(self) -> None:
+        """What was held back in a thought is thought."""
+        held, self._in_thought = self._in_thought, None
+        for part in held or ():
+            self._think(part.text)
 
     def _taken(self) -> list[Piece]:
         """The pieces so far, neighbours of a kind joined."""
@@ -193,13 +250,3 @@ def inside_thought(tokenizer: Tokenizer, prompt_ids: list[int]) -> bool:
     opened, closed = tokenizer.token_to_id(thoughts.OPEN), tokenizer.token_to_id(thoughts.CLOSE)
     last = next((token for token in reversed(prompt_ids) if token in (opened, closed)), None)
     return last is not None and last == opened
-
-
-def _without(value: Any, guard: str) -> Any:
-    if isinstance(value, str):
-        return value.replace(guard, "")
-    if isinstance(value, list):
-        return [_without(item, guard) for item in value]
-    if isinstance(value, dict):
-        return {key.replace(guard, ""): _without(item, guard) for key, item in value.items()}
-    return value

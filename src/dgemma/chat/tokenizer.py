@@ -228,7 +228,14 @@ class Tokenizer:
             "enable_thinking": thinking,
             "add_generation_prompt": add_generation_prompt,
         }
-        return templates.render(self.chat_templates[name], variables, self.source)
+        try:
+            return templates.render(self.chat_templates[name], variables, self.source)
+        except DgemmaError:
+            # Not every template knows of arguments that stayed text because they were broken.
+            mended = [_without_text_arguments(message) for message in messages]
+            if mended == messages:
+                raise
+            return templates.render(self.chat_templates[name], {**variables, "messages": mended}, self.source)
 
     def _require_template(self) -> None:
         if not self.chat_templates:
@@ -290,6 +297,15 @@ def _make_special(backend: tokenizers.Tokenizer, roles: Mapping[str, str]) -> No
     new = [token for token in wanted if token not in special and backend.token_to_id(token) is not None]
     if new:
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
+
+
+def _without_text_arguments(message: dict) -> dict:
+    """The message with no arguments in its tool calls where they are text."""
+    if "tool_calls" not in message:
+        return message
+    calls = [{**call, "function": {**call["function"], "arguments": {}}}
+             if isinstance(call["function"]["arguments"], str) else call for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
 
 
 def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,7 @@ class Request:
     ``client`` wait for each other, not those of another for them; within a client the same goes for its ``user``s.
     What this request reads is read again by those of its ``tenant`` only, but for its first ``shared`` tokens.
     ``adapter`` is put on the network for this request.
+    ``tools`` are the declarations of the tools that the answer may call, for whoever reads it (None: ask the prompt).
     """
 
     id: int
@@ -85,6 +87,12 @@ class Request:
     tenant: str = ""
     shared: int = 0
     adapter: MountedAdapter | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What reading the answer needs to know beside the prompt, as keywords of `dgemma.chat.read_answer`."""
+        return {} if self.tools is None else {"tools": self.tools, "form": self.constraint is not None}
 
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError, saying what is wrong, unless the network can run this request."""
@@ -128,7 +136,7 @@ class Request:
 
 
 # A prompt's and an answer's tokens and the stop strings -> how many of the answer's to keep; None: none was met
-FindStop = Callable[[list[int], list[int], tuple[str, ...]], int | None]
+FindStop = Callable[..., int | None]  # of prompt ids, token ids, stop strings and a request's `reading`
 
 
 @dataclass(eq=False)  # a row is itself: comparing tensors, or what is not set yet, would fail
@@ -238,7 +246,7 @@ class Row:
         before = len(self.token_ids)
         self.token_ids += kept
         if self.request.stop and find_stop is not None:
-            length = find_stop(self.request.prompt_ids, self.token_ids, self.request.stop)
+            length = find_stop(self.request.prompt_ids, self.token_ids, self.request.stop, **self.request.reading)
             if length is not None:
                 length = max(length, before)  # it may lie in what was held back as a possible call; that is committed
                 kept, self.token_ids = kept[: length - before], self.token_ids[:length]

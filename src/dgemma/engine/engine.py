@@ -33,7 +33,8 @@ from dgemma.nn.rows import PAGE, row_bytes
 from dgemma.weights.inspect import working_bytes
 
 # A prompt's and an answer's token ids, the stop strings -> the answer's (text, reasoning, tool calls)
-Decode = Callable[[list[int], list[int], tuple[str, ...]], tuple[str, str | None, list[dict[str, Any]]]]
+# Of prompt ids, token ids, stop strings and a request's `reading`.
+Decode = Callable[..., tuple[str, str | None, list[dict[str, Any]]]]
 
 # Numbers of hidden states that a CPU works on at a time. More rows in a pass reuse weights better, but beyond about so
 # many its matrices leave the caches: at the 26B's width 4 canvases cost 1.6 s each, 8 cost 1.9 (1 alone: 1.8).
@@ -515,7 +516,8 @@ class Engine:
 
     def _finished(self, seat: Seat) -> Finished:
         row = seat.row
-        text, reasoning, tool_calls = self.decode(row.request.prompt_ids, row.token_ids, row.request.stop)
+        text, reasoning, tool_calls = self.decode(row.request.prompt_ids, row.token_ids, row.request.stop,
+                                                  **row.request.reading)
         forwards, reason = sum(row.steps), row.finish_reason or "stop"
         self.counts.finished += reason != "cancelled"
         self.counts.cancelled += reason == "cancelled"

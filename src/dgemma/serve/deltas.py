@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dgemma.chat import Tokenizer
-from dgemma.chat.reply import Called, ReplyReader, Said, Thought, inside_thought
+from dgemma.chat.reply import Called, DeclaredTools, ReplyReader, Said, Thought, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.diffusion.events import CanvasCommitted, Denoised, Event, Failed, Finished, Generation, TokenLogprob
 from dgemma.diffusion.row import Request
@@ -142,17 +142,17 @@ async def collect(stream: AsyncIterator[Delta]) -> Answer:
     return answer
 
 
-async def deltas(service: Service, request: Request, tokenizer: Tokenizer, *, tools: Sequence[str] | None = None,
+async def deltas(service: Service, request: Request, tokenizer: Tokenizer, *, tools: DeclaredTools | None = None,
                  drafts_per_second: float = 0) -> AsyncGenerator[Delta, None]:
     """The request's answer piece by piece; the last one is Done or Broken.
 
-    ``tools``: names of the declared tools. At most so many Drafts come in a second (0: none). Closing the iterator
-    cancels the request within one step. Before the first piece it raises `Overloaded`, or DgemmaError for a request
-    that the engine cannot run.
+    ``tools``: the declared tools, or their names (None: the request's). At most so many Drafts come in a second (0:
+    none). Closing the iterator cancels the request within one step. Before the first piece it raises `Overloaded`, or
+    DgemmaError for a request that the engine cannot run.
     """
     request = replace(request, drafts=drafts_per_second > 0)
-    # An answer that has to have a form holds no calls, even if the form looks like one.
-    reader = ReplyReader(tokenizer, request.prompt_ids, tools if request.constraint is None else (), request.stop)
+    reader = ReplyReader(tokenizer, request.prompt_ids, request.tools if tools is None else tools, request.stop,
+                         form=request.constraint is not None)
     logprobs: list[TokenLogprob] = []
     calls = 0
     clock = asyncio.get_running_loop().time
@@ -193,7 +193,7 @@ def answering(service: Service, request: Request, declared: Sequence[dict[str, A
               drafts_per_second: float = 0) -> AsyncGenerator[Delta, None]:
     """`deltas` as the formats ask for them: ``declared``: tools in OpenAI's form; ``one_call``: the first only."""
     stream = deltas(service, request, service.model.tokenizer,
-                    tools=[tool["function"]["name"] for tool in declared or ()], drafts_per_second=drafts_per_second)
+                    tools=declared or (), drafts_per_second=drafts_per_second)
     return first_call_only(stream) if one_call else stream
 
 

@@ -33,16 +33,18 @@ class RedactedThinkingBlock(Body):
 
 
 class ToolUseBlock(Body):
+    """``input`` is an object; whatever else it is, the conversation goes on."""
+
     type: Literal["tool_use"]
     id: str
     name: Annotated[str, Field(min_length=1)]
-    input: dict[str, Any]
+    input: Any = None
 
 
 class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | Listed[TextBlock] = ""
+    content: str | Listed[TextBlock] | None = None
     is_error: bool | None = None
 
 
@@ -58,7 +60,7 @@ class UserMessage(Body):
 
 class AssistantMessage(Body):
     role: Literal["assistant"]
-    content: str | Listed[AssistantBlock]
+    content: str | Listed[AssistantBlock] | None = None
 
 
 class SystemMessage(Body):
@@ -149,20 +151,19 @@ def conversation(body: CountBody) -> list[dict[str, Any]]:
     turns = Turns()
     if body.system:
         turns.say("system", _texts(body.system))
-    for index, message in enumerate(body.messages):
-        if isinstance(message.content, str):
-            turns.say(message.role, [message.content])
+    for message in body.messages:
+        if message.content is None or isinstance(message.content, str):
+            turns.say(message.role, [message.content or ""])
             continue
-        for place, block in enumerate(message.content):
+        for block in message.content:
             if isinstance(block, TextBlock):
                 turns.say(message.role, [block.text])
             elif isinstance(block, ThinkingBlock):
                 turns.think(block.thinking)
             elif isinstance(block, ToolUseBlock):
                 turns.call(block.id, block.name, block.input)
-            elif isinstance(block, ToolResultBlock) and not turns.answer(block.tool_use_id, _result(block)):
-                raise _refusal(f"messages[{index}].content[{place}].tool_use_id",
-                               f"no tool_use block before it has the id {block.tool_use_id!r}")
+            elif isinstance(block, ToolResultBlock):
+                turns.answer(block.tool_use_id, _result(block))
     if body.messages[-1].role == "assistant":
         raise _refusal(f"messages[{len(body.messages) - 1}].role",
                        "the last message must be the user's: the beginning of an answer cannot be given")
@@ -184,8 +185,8 @@ def _refusal(field: str, why: str) -> ApiError:
     return ApiError(400, f"{field}: {why}", field)  # Anthropic's errors name the field in the message only
 
 
-def _texts(content: str | list[TextBlock]) -> list[str]:
-    return [content] if isinstance(content, str) else [block.text for block in content]
+def _texts(content: str | list[TextBlock] | None) -> list[str]:
+    return [content] if isinstance(content, str) else [block.text for block in content or ()]
 
 
 def _result(block: ToolResultBlock) -> str | dict[str, str]:

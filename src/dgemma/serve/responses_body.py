@@ -5,7 +5,6 @@ Works on: JSON bodies. Knows nothing of: HTTP, the engine.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -29,24 +28,26 @@ Part = Annotated[InputText | Refusal, Field(discriminator="type")]
 
 
 class MessageItem(Body):
-    """A message; its type may be left out."""
+    """A message; its type may be left out, and the assistant may have said nothing."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | Listed[Part]
+    content: str | Listed[Part] | None = None
 
 
 class FunctionCallItem(Body):
+    """``arguments`` are JSON text; whatever else they are, the conversation goes on."""
+
     type: Literal["function_call"]
     call_id: str
     name: Annotated[str, Field(min_length=1)]
-    arguments: str
+    arguments: Any = None
 
 
 class FunctionCallOutputItem(Body):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | Listed[InputText]
+    output: str | Listed[InputText] | None = None
 
 
 class ReasoningItem(Body):
@@ -166,14 +167,15 @@ def conversation(body: ResponsesBody) -> list[dict[str, Any]]:
         return turns.messages
     for index, item in enumerate(body.input):
         if isinstance(item, MessageItem):
+            if item.content is None and item.role != "assistant":
+                raise ApiError(400, "content is missing", f"input[{index}].content")
             turns.say("system" if item.role == "developer" else item.role, _texts(item.content))
         elif isinstance(item, ReasoningItem):
             turns.think("\n\n".join(part.text for part in item.content or item.summary or ()))
         elif isinstance(item, FunctionCallItem):
-            turns.call(item.call_id, item.name, _arguments(item.arguments, f"input[{index}].arguments"))
-        elif not turns.answer(item.call_id, "\n".join(_texts(item.output))):
-            raise ApiError(400, f"no function_call before it has the call_id {item.call_id!r}",
-                           f"input[{index}].call_id")
+            turns.call(item.call_id, item.name, item.arguments)
+        else:
+            turns.answer(item.call_id, "\n".join(_texts(item.output)))
     if not turns.messages:
         raise ApiError(400, "there is nothing to answer", "input")
     return turns.messages
@@ -201,17 +203,7 @@ def response_format(body: ResponsesBody) -> dict[str, Any] | None:
     return None if form is None or form.type == "text" else {"type": form.type}
 
 
-def _arguments(text: str, where: str) -> dict[str, Any]:
-    try:
-        arguments = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"these arguments are not valid JSON: {error}", where) from error
-    if not isinstance(arguments, dict):
-        raise ApiError(400, f"arguments must be a JSON object, not {type(arguments).__name__}", where)
-    return arguments
-
-
-def _texts(content: str | list[Part] | list[InputText]) -> list[str]:
+def _texts(content: str | list[Part] | list[InputText] | None) -> list[str]:
     if isinstance(content, str):
         return [content]
-    return [part.refusal if isinstance(part, Refusal) else part.text for part in content]
+    return [part.refusal if isinstance(part, Refusal) else part.text for part in content or ()]

@@ -17,7 +17,6 @@ class Turns:
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
-        self._calls: set[str] = set()  # ids of tool calls
 
     def say(self, role: str, texts: Iterable[str] = ()) -> dict[str, Any]:
         """Adds text to the last message if it is this role's, to a new one if not; returns the message."""
@@ -31,15 +30,11 @@ class Turns:
         message = self.say("assistant")
         message["reasoning"] = "\n\n".join(filter(None, [message.get("reasoning"), text]))
 
-    def call(self, call_id: str, name: str, arguments: dict[str, Any]) -> None:
-        """Adds a tool call to the assistant's present message."""
+    def call(self, call_id: str, name: str, arguments: Any) -> None:
+        """Adds a tool call to the assistant's present message; the arguments may be broken."""
         calls = self.say("assistant").setdefault("tool_calls", [])
         calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
-        self._calls.add(call_id)
 
-    def answer(self, call_id: str, content: str | dict[str, str]) -> bool:
-        """Adds a tool's answer; False when no call before it has that id."""
-        if call_id not in self._calls:
-            return False
+    def answer(self, call_id: str, content: str | dict[str, str]) -> None:
+        """Adds a tool's answer; its call may have been trimmed from the conversation."""
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
-        return True

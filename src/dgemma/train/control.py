@@ -128,7 +128,8 @@ class CausalModel:
                 for index, row in enumerate(rows)]
 
     def _generation(self, row: _Row) -> Generation:
-        text, reasoning, tool_calls = self._model.decode(row.request.prompt_ids, row.token_ids)
+        text, reasoning, tool_calls = self._model.decode(row.request.prompt_ids, row.token_ids, row.request.stop,
+                                                        **row.request.reading)
         canvas, rest = divmod(row.passes, self.config.canvas_length)
         return Generation(
             text=text, reasoning=reasoning, tool_calls=tool_calls, token_ids=row.token_ids,

@@ -184,7 +184,7 @@ def _from_json(value: Any, what: str) -> Any:
 
 def _check(messages: list[dict[str, Any]]) -> tuple[int, ...]:
     """The indices of the messages to learn from; raises when there is nothing to learn or no way to learn it."""
-    normal = normalise_messages(messages)
+    normal = normalise_messages(messages, strict=True)
     trained = []
     for index, message in enumerate(normal):
         parts = message["content"] if isinstance(message["content"], list) else []

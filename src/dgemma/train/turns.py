@@ -109,9 +109,9 @@ def _read_back(tokenizer: Tokenizer, context: list[int], said: list[int], writte
                thought: str) -> None:
     """Raises unless who reads the model's answers would read this one as it was written: templates leave out what they
     do not know of."""
-    answer = read_answer(tokenizer, context, said, tools=())
     message = normalise_messages([written])[0]
     calls = [call["function"] for call in message.get("tool_calls", ())]
+    answer = read_answer(tokenizer, context, said, tools=[call["name"] for call in calls], form=True)
     wrong = None
     if _letters(answer.text) != _letters(message["content"]):
         wrong = f"the text {answer.text[:60]!r}"
