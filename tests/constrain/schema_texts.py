@@ -6,9 +6,9 @@ import random
 import jsonschema
 import numpy as np
 
-from dgemma.constrain.automaton import FAR, Effort, compile_language
+from dgemma.constrain import _compiled
+from dgemma.constrain.automaton import FAR
 from dgemma.constrain.reading import TableReader
-from dgemma.constrain.schema import schema_language
 from dgemma.constrain.stacks import StackReader
 from dgemma.constrain.vocabulary import Vocabulary
 
@@ -17,14 +17,10 @@ DRAFTS = {"draft7": jsonschema.Draft7Validator, "draft2019-09": jsonschema.Draft
           "draft2020-12": jsonschema.Draft202012Validator}
 
 
-def reader_of(schema, longest=None):
+def reader_of(schema):
     """The language's reader, byte by byte; raises DgemmaError."""
-    effort = Effort()
-    language, rules = schema_language(schema, longest, effort)
-    automaton = compile_language(language, effort)
-    if not rules:
-        return TableReader(automaton, BYTES, ())
-    return StackReader(automaton, {name: compile_language(rule, effort) for name, rule in rules.items()}, BYTES, ())
+    automaton, rules = _compiled({"type": "json_schema", "schema": schema})
+    return StackReader(automaton, rules, BYTES, ()) if rules else TableReader(automaton, BYTES, ())
 
 
 def empty(reader):
@@ -62,7 +58,7 @@ def some_texts(reader, seed, count=20, longest=80):
             yield text.decode()
 
 
-def invalid_text(schema, reader, draft, seed=0, count=20, registry=None):
+def invalid_text(schema, reader, draft, seed=0, count=20):
     """A text of the language that the schema does not accept; None if none is found."""
     valid = DRAFTS[draft](schema)
     for text in some_texts(reader, seed, count):

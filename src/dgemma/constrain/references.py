@@ -81,15 +81,11 @@ class Places:
         entered = place.entered
         if dynamic and (url, fragment) in self._moving:
             url = next((outer for outer in entered if (outer, fragment) in self._moving), url)
-        if self._dynamic and url not in entered:
-            entered = (*entered, url)
-        if not fragment:
-            return self.add(self._resources[url], url, entered, reference)
-        if not fragment.startswith("/"):
+        if fragment and not fragment.startswith("/"):
             if (url, unquote(fragment)) not in self._anchors:
                 raise DgemmaError(f"{place.where} has the $ref {reference!r}, but there is nothing")
             target, base = self._anchors[url, unquote(fragment)]
-            return self.add(target, base, entered, reference)
+            return self._enter(target, base, entered, reference)
         target, base = self._resources[url], url
         for part in fragment.split("/")[1:]:
             name = unquote(part).replace("~1", "/").replace("~0", "~")
@@ -98,7 +94,13 @@ class Places:
                 target = target[int(name)] if isinstance(target, list) else target[name]
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 raise DgemmaError(f"{place.where} has the $ref {reference!r}, but there is nothing") from error
-        return self.add(target, base, entered, reference)
+        return self._enter(target, base, entered, reference)
+
+    def _enter(self, target: Any, base: str, entered: tuple[str, ...], where: str) -> int:
+        """The number of what was found; only the resource that it lies in is entered, none on the way to it."""
+        if self._dynamic and base not in entered and _identifier(target, self.old) is None:
+            entered = (*entered, base)
+        return self.add(target, base, entered, where)
 
     def recur(self, place: Place) -> int:
         """The number of what `$recursiveRef` points at: this resource, or the outermost that asks to be meant."""

@@ -117,7 +117,7 @@ _DAY = r"((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)|
 _DATE = rf"[1-9]\d{{3}}-{_DAY}"
 _TIME = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,30}[A-Za-z0-9])?"
-_HOST = rf"{_LABEL}(\.{_LABEL})+"
+_HOST = rf"({_LABEL}\.)+[A-Za-z]{{2,18}}"
 _URL_CHARS = r"[A-Za-z0-9_.~!$&'()*+,;=:@-]"
 _HOURS = r"\d{1,4}(H(\d{1,4}M(\d{1,4}S)?)?|M(\d{1,4}S)?|S)"
 _HEX = r"[0-9a-f]{1,4}"
@@ -137,6 +137,11 @@ FORMATS = {
 }
 _POINTER = r"(/[A-Za-z0-9_-]*)*"
 _UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-%s[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+_SCALAR = r'(true|false|null|-?(0|[1-9]\d{0,14})(\.\d{1,6})?|"[^"\\\x00-\x1f]*")'
+_DEEPER = _SCALAR
+for _ in range(2):
+    _DEEPER = (rf'({_SCALAR}|\[({_DEEPER}(, {_DEEPER})*)?\]|'
+               rf'\{{("[^"\\\x00-\x1f]*": {_DEEPER}(, "[^"\\\x00-\x1f]*": {_DEEPER})*)?\}})')
 FORMATS |= {
     "iri": FORMATS["uri"], "uri-reference": FORMATS["uri"], "iri-reference": FORMATS["uri"],
     "uri-template": FORMATS["uri"], "url": FORMATS["uri"], "idn-email": FORMATS["email"],
@@ -151,7 +156,8 @@ FORMATS |= {
     **dict.fromkeys(("ipvanynetwork", "ipv4network", "ipv4interface", "cidrv4"), rf"{_BYTE}(\.{_BYTE}){{3}}/32"),
     **dict.fromkeys(("ipv6network", "ipv6interface", "cidrv6"), rf"({_HEX}:){{7}}{_HEX}/128"),
     "e164": r"\+[1-9]\d{6,14}", "nanoid": r"[A-Za-z0-9_-]{21}", "ulid": r"[0-7][0-9A-HJKMNP-TV-Z]{25}",
-    "color": r"#[0-9a-f]{6}"}
+    "color": r"#[0-9a-f]{6}",
+    "json-string": _DEEPER}
 
 
 def integer(low: int | None = None, high: int | None = None) -> Node:
@@ -211,27 +217,23 @@ def multiples(of: Sequence[float], not_of: Sequence[float], whole: bool, low: De
         most = None if ceiling is None else ceiling // 1 - (below and ceiling.denominator == 1)
         return Both(integer(least, most), _rest(count, frozenset(rests)))
 
-    def fits(value: Fraction, text: str) -> bool:
-        if (floor_ is not None and (value < floor_ or (above and value == floor_))) or \
-                (ceiling is not None and (value > ceiling or (below and value == ceiling))):
-            return False
-        for number_, wanted in (*((unit, True) for unit in of), *((unit, False) for unit in not_of)):
-            about = float(text) / float(number_)
-            exactly = (value / _ratio(number_)).denominator == 1
-            if exactly != wanted or about.is_integer() != wanted:
-                return False
-        return True
-
     first = -_MOST_MULTIPLES // 2 if floor_ is None else -(-floor_ // step)
     if floor_ is None and ceiling is not None:
         first = min(first, ceiling // step - _MOST_MULTIPLES // 2)
+    last = first + _MOST_MULTIPLES if ceiling is None else min(first + _MOST_MULTIPLES, ceiling // step)
+    first += above and floor_ == first * step
+    last -= below and ceiling == last * step
+    places = max(0, -int(_PRECISE.divide(Decimal(step.numerator), step.denominator).as_tuple().exponent))
+    unit = int(step * 10**places)
     texts = []
-    for index in range(first, first + _MOST_MULTIPLES):
-        value = index * step
-        if ceiling is not None and value > ceiling:
-            break
-        text = f"{_PRECISE.divide(Decimal(value.numerator), value.denominator).normalize(_PRECISE):f}"
-        if len(text.strip("-0.")) <= FRACTION_DIGITS and fits(value, text):
+    for index in range(first, last + 1):
+        digits = f"{abs(index * unit):0{places + 1}d}"
+        text = digits[: len(digits) - places] + ("." + digits[len(digits) - places :] if places else "")
+        text = ("-" if index < 0 else "") + (text.rstrip("0").rstrip(".") if places else text)
+        value = float(text)
+        if len(digits) <= FRACTION_DIGITS and all((value / number_).is_integer() for number_ in of) and not any(
+                (value / number_).is_integer() or (index * step / ratio).denominator == 1
+                for number_, ratio in zip(not_of, others, strict=True)):
             texts.append(text)
     return finite(texts)
 

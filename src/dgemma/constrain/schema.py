@@ -66,10 +66,10 @@ _LISTED = 64  # values of a type that are told apart one by one
 _SUBSETS = 6  # different values of which every order is kept
 _CELLS = 3000  # copies of what is in an object or array, where its parts are counted
 _LETTERS = [f"[{chr(code)}{chr(code - 32)}]" for code in range(97, 123)]
-_FIRST = ["^$", "^[^a-zA-Z0-9]", "^[0-9]", *(f"^{letter}" for letter in _LETTERS)]  # of texts: no two hold for one
+# How a text begins: no two hold for one.
+_FIRST = ["^$", "^[^a-zA-Z0-9]", *(f"^{digit}" for digit in range(10)), *(f"^{letter}" for letter in _LETTERS)]
 _SECOND = ["($|[^a-zA-Z])", "[a-dA-D]", "[e-hE-H]", "[i-lI-L]", "[m-qM-Q]", "[r-zR-Z]"]
-_BEGINNINGS = [*_FIRST[:2], *(f"^{digit}" for digit in range(10)),
-               *(f"^{letter}{second}" for letter in _LETTERS for second in _SECOND)]
+_BEGINNINGS = [*_FIRST[:12], *(f"^{letter}{second}" for letter in _LETTERS for second in _SECOND)]
 _SAYS_NOTHING = frozenset({"$schema", "$id", "$anchor", "$dynamicAnchor", "$comment", "$defs", "definitions", "title",
                            "description", "default", "examples", "deprecated", "readOnly", "writeOnly"})
 
@@ -402,19 +402,25 @@ class _Compiler:
         forms, classes = self.shapes.of(demands), []
         shapes = [shape for kind in KINDS for shape in forms.get(kind, ())]
         meant = [shape for shape in shapes if shape.level >= OPEN] or shapes
-        for kind in dict.fromkeys(shape.kind for shape in meant):
+        kinds = dict.fromkeys(shape.kind for shape in meant)
+        fine = self.longest is None and len(kinds) < 3  # else there are many enough
+        deep = deep if fine else 0
+        for kind in kinds:
             if kind in ("boolean", "null"):
                 classes += [{"const": value} for value in ((True, False) if kind == "boolean" else (None,))]
             elif kind == "number":
-                bounds = [*range(10), *(step * size for size in (10, 100, 1000) for step in range(1, 10)),
-                          *(10**power for power in range(4, 16))]
-                edges = [*(-bound for bound in reversed(bounds)), *bounds[1:]] if self.longest is None else \
-                    [-1000, -100, -10, 0, *range(1, 10), 10, 100, 1000, 10000]
+                whole = all(shape.whole for shape in meant if shape.kind == kind) and fine
+                tens = [step * size for size in (10, 100, 1000) for step in (range(1, 10) if whole else (1,))]
+                bounds = [*range(1, 10), *tens, *(10**power for power in range(4, 16 if whole else 6))]
+                edges = [*(-bound for bound in reversed(bounds)), 0, *bounds]
                 classes += [{"type": "number", "minimum": low, "exclusiveMaximum": high}
                             for low, high in pairwise(edges)]
             elif kind == "string":
+                strings = [shape for shape in meant if shape.kind == kind]
+                plain = fine and not any(shape.forms or shape.patterns for shape in strings)
                 classes += [{"type": "string", "pattern": pattern}
-                            for pattern in (_BEGINNINGS if self.longest is None else _FIRST)]
+                            for pattern in (_BEGINNINGS if plain else _FIRST)
+                            if plain or any(self._begins(shape, pattern) for shape in strings)]
             elif kind == "array":
                 inner = self._classes(self.shapes.item_demands(
                     next(shape for shape in meant if shape.kind == kind), 0), where, deep - 1) if deep else [()]
@@ -424,11 +430,16 @@ class _Compiler:
         found = [self._demand(part, where) for part in classes]
         return [one for one in found if not self.shapes.impossible((*demands, *one))]
 
+    def _begins(self, shape: Shape, pattern: str) -> bool:
+        """Whether a string's shape, its format included, has texts with a beginning."""
+        text = self.shapes.text(replace(shape, patterns=(*shape.patterns, (pattern, True))), self.longest)
+        return bool(compile_language(text, self.effort).accepts.any())
+
     def _object_classes(self, shapes: Sequence[Shape], where: str, deep: int) -> list[Any]:
         """Objects are told apart by one property, or by how many they have."""
         names = [name for shape in shapes for name in (*shape.required, *(name for name, _ in shape.named))]
         if not names or not deep:
-            return [{"type": "object", "minProperties": size, "maxProperties": size} for size in range(4)]
+            return [{"type": "object", "minProperties": size, "maxProperties": size} for size in range(2)]
         name = names[0]
         inner: dict[Demands, None] = {}
         for shape in shapes:

@@ -635,6 +635,16 @@ class Shapes:
             kind = "number" if numeric else "string"
             yield only(kind, [Shape(kind, MEANT, forms=(inner,))])
 
+    def _content(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
+        """contentEncoding, contentMediaType: annotations, too."""
+        encoded = schema.get("contentEncoding") in ("base64", "base64url")
+        is_json = schema.get("contentMediaType") == "application/json"
+        if encoded and is_json:
+            raise DgemmaError(f"{place.where} uses 'contentMediaType' beside 'contentEncoding': this is not supported")
+        form = inner if encoded else "json-string" if is_json else None
+        if holds and form is not None and (key == "contentEncoding") == encoded:
+            yield only("string", [Shape("string", MEANT, forms=(form,))])
+
     def _items(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
         """prefixItems, items, additionalItems"""
         start, key_of_prefix = 0, "prefixItems"
@@ -799,6 +809,7 @@ _KEYWORDS: dict[str, _Keyword] = {
     **{key: _named(Shapes._bounds, key) for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")},
     "multipleOf": Shapes._multiple,
     "minLength": _named(Shapes._size, "minLength", "string"), "maxLength": _named(Shapes._size, "maxLength", "string"),
+    **{key: _named(Shapes._content, key) for key in ("contentEncoding", "contentMediaType")},
     "pattern": Shapes._pattern, "format": Shapes._format,
     "minItems": _named(Shapes._size, "minItems", "array"), "maxItems": _named(Shapes._size, "maxItems", "array"),
     **{key: _named(Shapes._items, key) for key in ("prefixItems", "items", "additionalItems")},
