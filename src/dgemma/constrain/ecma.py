@@ -46,7 +46,10 @@ _BINARY: dict[str, tuple[Ranges, Ranges]] = {
                                           (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F),
                                           (0x3000, 0x3000))),
     "Emoji": (_EMOJI, _SYMBOLS), "Emoji_Presentation": (_EMOJI, _SYMBOLS), "Extended_Pictographic": (_EMOJI, _SYMBOLS),
-    "RGI_Emoji": (_EMOJI, _SYMBOLS), "Emoji_Component": (_COMPONENT, _COMPONENT)}
+    "RGI_Emoji": (_EMOJI, _SYMBOLS), "Emoji_Component": (_COMPONENT, _COMPONENT),
+    **{name: (ranges, ranges) for names, ranges in (
+        (("Regional_Indicator", "RI"), ((0x1F1E6, 0x1F1FF),)), (("Emoji_Modifier", "EMod"), ((0x1F3FB, 0x1F3FF),)))
+       for name in names}}
 _BY_CATEGORY = {"Alphabetic": (("L", "Nl"), ("L", "Nl", "M", "So")), "Alpha": (("L", "Nl"), ("L", "Nl", "M", "So")),
                 "Uppercase": (("Lu",), ("Lu", "Nl", "So")),
                 "Lowercase": (("Ll",), ("Ll", "Lm", "Lo", "Nl", "So", "Mn")),

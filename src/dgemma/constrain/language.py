@@ -155,12 +155,13 @@ ANY_CHAR = complement(())
 
 
 def parse_regex(pattern: str, chars: Callable[[Ranges], Node] = Chars, search: bool = False,
-                wide: bool = False) -> Node:
+                wide: bool = False, longest: int | None = None) -> Node:
     r"""A regular expression in Python's or ECMA 262's syntax; the whole text must match, or with ``search`` some part.
 
     ``chars`` makes the leaf of a set of characters. The two disagree on what ``\d \w \s . $`` match beyond ASCII and at
     a last line break, and on letters that differ only in case: what is in this language is a match to both, and with
-    ``wide`` all that is a match to either. Raises DgemmaError for a syntax error and for what no automaton knows: back
+    ``wide`` all that is a match to either. With ``longest``, what may be repeated more often than that is repeated no
+    more often, unless it must be. Raises DgemmaError for a syntax error and for what no automaton knows: back
     references, atomic groups, looking back within a look ahead.
     """
     try:
@@ -170,7 +171,7 @@ def parse_regex(pattern: str, chars: Callable[[Ranges], Node] = Chars, search: b
     except (re.error, OverflowError, RecursionError, ValueError) as error:
         raise DgemmaError(f"the regular expression {pattern!r} cannot be read: {error}") from error
     gap = Repeat(chars(ANY_CHAR), 0, None) if search else EMPTY
-    reader = _Reader(pattern, chars, gap, wide, tree.state.flags)
+    reader = _Reader(pattern, chars, gap, wide, tree.state.flags, longest)
     node = reader.sequence(list(tree), True, True)
     return Watched(node) if reader.looked else node
 
@@ -184,8 +185,9 @@ class _Reader:
     """Python's parse of one pattern -> a tree."""
 
     def __init__(self, pattern: str, chars: Callable[[Ranges], Node], gap: Node, wide: bool, flags: int,
-                 looking: str = ""):
+                 longest: int | None, looking: str = ""):
         self.pattern, self.chars, self.wide, self.flags = pattern, chars, wide, flags
+        self.longest = longest
         self.gap = gap  # what may stand before and after the pattern where it is not anchored
         self.looking = looking  # "ahead" or "behind": this is what is looked for there
         self.looked = False  # whether the tree holds a Look
@@ -236,6 +238,8 @@ class _Reader:
                 return node
             case (op.MAX_REPEAT | op.MIN_REPEAT), (least, most, inner):
                 part = self.sequence(list(inner), False, False)
+                if self.longest is not None and not self.wide and most != op.MAXREPEAT:
+                    most = min(most, max(least, self.longest))
                 return Repeat(part, least, None if most == op.MAXREPEAT else most)
             case (op.ASSERT | op.ASSERT_NOT), (int(direction), inner):
                 return self.assertion(list(inner), kind is op.ASSERT_NOT, direction < 0)
@@ -251,7 +255,7 @@ class _Reader:
         """(?=…), (?!…), (?<=…), (?<!…)"""
         anything = Repeat(self.chars(ANY_CHAR), 0, None)
         inner = _Reader(self.pattern, self.chars, anything, self.wide != negated, self.flags,
-                        "behind" if behind else "ahead")
+                        self.longest, "behind" if behind else "ahead")
         part = inner.sequence(items, behind, not behind)
         return self.look(Watched(part) if inner.looked else part, negated, behind)
 

@@ -57,14 +57,14 @@ STRING = seq(QUOTE, Repeat(json_chars(ANY_CHAR), 0, None), QUOTE)
 
 
 def string(least: int = 0, most: int | None = None, patterns: Sequence[tuple[str, bool]] = (),
-           forms: Sequence[str] = (), excluded: Sequence[str] = ()) -> Node:
+           forms: Sequence[str] = (), excluded: Sequence[str] = (), longest: int | None = None) -> Node:
     """A JSON string of ``least`` to ``most`` characters; each pattern, if it says so, matches somewhere, or nowhere.
 
-    ``forms``: formats that it has; ``excluded``: what it is not.
+    ``forms``: formats that it has; ``excluded``: what it is not; ``longest``: as in `parse_regex`.
     """
     if most is not None and most < least:
         return Alt(())
-    parts = [parse_regex(pattern, json_chars, search=True) for pattern, matches in patterns if matches]
+    parts = [parse_regex(pattern, json_chars, search=True, longest=longest) for pattern, matches in patterns if matches]
     parts += [parse_regex(FORMATS[form], json_chars) for form in forms if form in FORMATS]
     if least or most is not None or not parts:
         parts.append(Repeat(json_chars(ANY_CHAR), least, most))
@@ -195,7 +195,7 @@ def fraction(low: Decimal | None, high: Decimal | None, above: bool, below: bool
 
 
 _MOST_REST = 1000  # a divisor up to this is counted with states
-_MOST_MULTIPLES = 20_000  # of what is listed instead
+_MOST_MULTIPLES, _MOST_ODD = 20_000, 1000  # of what is listed instead; of what shares few digits
 
 
 def multiples(of: Sequence[float], not_of: Sequence[float], whole: bool, low: Decimal | None, high: Decimal | None,
@@ -217,14 +217,15 @@ def multiples(of: Sequence[float], not_of: Sequence[float], whole: bool, low: De
         most = None if ceiling is None else ceiling // 1 - (below and ceiling.denominator == 1)
         return Both(integer(least, most), _rest(count, frozenset(rests)))
 
-    first = -_MOST_MULTIPLES // 2 if floor_ is None else -(-floor_ // step)
-    if floor_ is None and ceiling is not None:
-        first = min(first, ceiling // step - _MOST_MULTIPLES // 2)
-    last = first + _MOST_MULTIPLES if ceiling is None else min(first + _MOST_MULTIPLES, ceiling // step)
-    first += above and floor_ == first * step
-    last -= below and ceiling == last * step
     places = max(0, -int(_PRECISE.divide(Decimal(step.numerator), step.denominator).as_tuple().exponent))
     unit = int(step * 10**places)
+    many = _MOST_MULTIPLES if unit < 1000 else _MOST_ODD
+    first = -many // 2 if floor_ is None else -(-floor_ // step)
+    if floor_ is None and ceiling is not None:
+        first = min(first, ceiling // step - many // 2)
+    last = first + many if ceiling is None else min(first + many, ceiling // step)
+    first += above and floor_ == first * step
+    last -= below and ceiling == last * step
     texts = []
     for index in range(first, last + 1):
         digits = f"{abs(index * unit):0{places + 1}d}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from itertools import combinations, pairwise
-from math import ceil, floor
+from math import ceil, floor, inf
 from typing import Any, NamedTuple
 
 from dgemma.constrain.automaton import ADVICE, Automaton, Effort, TooLarge, compile_language
@@ -370,7 +370,7 @@ class Shapes:
         most = shape.most
         if most is not None and longest is not None:
             most = min(most, max(shape.least, longest))
-        return string(shape.least, most, shape.patterns, shape.forms, shape.excluded)
+        return string(shape.least, most, shape.patterns, shape.forms, shape.excluded, longest)
 
     # Schemas
 
@@ -439,8 +439,6 @@ class Shapes:
                 yield from _KEYWORDS[key](self, schema, place, inner, holds)
         for key in ("allOf", "anyOf", "oneOf"):
             if key in schema:
-                if not schema[key]:
-                    raise DgemmaError(f"{place.where}.{key} is an empty list")
                 parts = [Demand(self.places.part(place, inner, f"{key}[{index}]"), holds)
                          for index, inner in enumerate(schema[key])]
                 if key == "oneOf":
@@ -602,7 +600,7 @@ class Shapes:
     def _bounds(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
         if isinstance(inner, bool) and key.startswith("exclusive"):
             return  # draft 4's way, told where the bound is
-        if isinstance(inner, bool) or not isinstance(inner, (int, float)) or not abs(inner) <= 1e300:
+        if isinstance(inner, bool) or not isinstance(inner, (int, float)) or not abs(inner) < inf:
             raise DgemmaError(f"{place.where}.{key} is {inner!r}: it must be a number")
         strict = key.startswith("exclusive") or schema.get("exclusive" + key[0].upper() + key[1:]) is True
         lower = key.lower().endswith("minimum") == holds
@@ -613,7 +611,7 @@ class Shapes:
         yield only("number", [shape], holds)
 
     def _multiple(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
-        if isinstance(inner, bool) or not isinstance(inner, (int, float)) or not 0 < inner <= 1e300:
+        if isinstance(inner, bool) or not isinstance(inner, (int, float)) or not 0 < inner < inf:
             raise DgemmaError(f"{place.where}.multipleOf is {inner!r}: it must be a number above 0")
         yield only("number", [Shape("number", MEANT, of=(inner,)) if holds else
                               Shape("number", MEANT, not_of=(inner,))], holds)
