@@ -6,6 +6,7 @@ for. Knows nothing of JSON, tokens.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 
 import numpy as np
@@ -46,12 +47,18 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
     end = nfa.add(node.part, start)
     sought = nfa.sought
     bounds = {0, 256}
-    for edges in nfa.edges:
-        bounds.update(bound for low, high, _ in edges for bound in (low, high + 1))
+    for out in nfa.edges:
+        bounds.update(bound for low, high, _ in out for bound in (low, high + 1))
     for _, automaton in sought:
         bounds.update((np.flatnonzero(np.diff(automaton.byte_class)) + 1).tolist())
     starts = sorted(bounds)[:-1]
     byte_class = np.searchsorted(starts, np.arange(256), side="right") - 1
+    class_at = {low: index for index, low in enumerate([*starts, 256])}
+    edges: list[dict[int, list[int]]] = [{} for _ in nfa.edges]  # per state: byte class -> targets
+    for state, out in enumerate(nfa.edges):
+        for low, high, target in out:
+            for column in range(class_at[low], class_at[high + 1]):
+                edges[state].setdefault(column, []).append(target)
     # What has come true, whatever follows, is no longer an obligation.
     settled = [_always(automaton, effort) for _, automaton in sought]
     behind = [number for number, (look, _) in enumerate(sought) if look.behind]
@@ -87,6 +94,7 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
                 fewest[state].append(owed)
         return frozenset((state, owed) for state, sets in fewest.items() for owed in sets)
 
+    @functools.cache
     def advance(owed: frozenset[_Obligation], byte: int) -> frozenset[_Obligation] | None:
         left = set()
         for number, at in owed:
@@ -107,19 +115,18 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
     first = (closure({(start, frozenset())}, first_seen), first_seen)
     numbers, queue, rows, accepts = {first: 0}, [first], [], []
     for threads, seen in queue:  # grows while it is walked
-        row = []
-        for byte in starts:
-            following = tuple(_DEAD if at == _DEAD else sought[number][1].next_byte(at, byte)
+        row = [-1] * len(starts)
+        moves: dict[int, set[_Thread]] = defaultdict(set)
+        for state, owed in threads:
+            for column, targets in edges[state].items():
+                effort.spend(10 + 5 * len(targets) * (1 + len(owed)))
+                if (left := advance(owed, starts[column])) is not None:
+                    moves[column] |= {(target, left) for target in targets}
+        for column in sorted(moves):
+            following = tuple(_DEAD if at == _DEAD else sought[number][1].next_byte(at, starts[column])
                               for number, at in zip(behind, seen, strict=True))
-            moved: set[_Thread] = set()
-            for state, owed in threads:
-                targets = [target for low, high, target in nfa.edges[state] if low <= byte <= high]
-                effort.spend(10 + 10 * len(targets))
-                if targets and (left := advance(owed, byte)) is not None:
-                    moved |= {(target, left) for target in targets}
-            reached = closure(moved, following)
+            reached = closure(moves[column], following)
             if not reached:
-                row.append(-1)
                 continue
             key = (reached, following)
             if key not in numbers:
@@ -127,7 +134,7 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
                     raise TooLarge(f"the constraint's look-around needs more than {MAX_STATES} states: {ADVICE}")
                 numbers[key] = len(numbers)
                 queue.append(key)
-            row.append(numbers[key])
+            row[column] = numbers[key]
         rows.append(row)
         accepts.append(any(state == end and all(bool(sought[number][1].accepts[at]) != sought[number][0].negated
                                                 for number, at in owed) for state, owed in threads))
