@@ -93,14 +93,17 @@ def _compiled(form: Mapping[str, Any]) -> tuple[Automaton, dict[str, Automaton]]
     from dgemma.constrain.automaton import Effort, TooLarge, compile_language
 
     refusal: DgemmaError | None = None
+    tired = False  # the last one took all the time there is: only the shortest lengths are tried after it
     for longest in LENGTHS if form["type"] == "json_schema" else (None,):
+        if tired and longest != LENGTHS[-1]:
+            continue
         effort = Effort()
         try:
             language, rules = _language(form, longest, effort)
             automaton = compile_language(language, effort)
             return automaton, {name: compile_language(rule, effort) for name, rule in rules.items()}
         except TooLarge as error:
-            refusal = error
+            refusal, tired = error, effort.left < 0
     assert refusal is not None, "there is always a length to try"
     raise refusal
 

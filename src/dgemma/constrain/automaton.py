@@ -13,7 +13,21 @@ from itertools import pairwise
 
 import numpy as np
 
-from dgemma.constrain.language import Alt, Both, Call, Chars, Joined, Literal, Node, Ranges, Repeat, Seq
+from dgemma.constrain.language import (
+    Alt,
+    Both,
+    Call,
+    Chars,
+    Joined,
+    Literal,
+    Look,
+    Net,
+    Node,
+    Ranges,
+    Repeat,
+    Seq,
+    Watched,
+)
 from dgemma.errors import DgemmaError
 
 MAX_STATES = 10_000  # of a minimal automaton's construction; about a second's work
@@ -182,8 +196,13 @@ class _Nfa:
             return end
         if isinstance(node, Joined):
             return self._join(node, start)
+        if isinstance(node, Net):
+            return self._net(node, start)
+        if isinstance(node, Look):
+            raise DgemmaError("a look-around stands outside of any text")
         if id(node) not in self._products:
-            self._products[id(node)] = _product(node, self.effort)
+            self._products[id(node)] = _product(node, self.effort) if isinstance(node, Both) else _watched(
+                node, self.effort)
         return self._embed(self._products[id(node)], start)
 
     def _join(self, node: Joined, start: int) -> int:
@@ -202,6 +221,16 @@ class _Nfa:
         for one in (bare, behind):
             if one is not None:
                 self.empty[one].append(end)
+        return end
+
+    def _net(self, node: Net, start: int) -> int:
+        states = defaultdict(self.state)
+        self.empty[start].append(states[0])
+        end = self.state()
+        for source, part, target in node.ways:
+            self.empty[self.add(part, states[source])].append(states[target])
+        for one in node.ends:
+            self.empty[states[one]].append(end)
         return end
 
     def _repeat(self, node: Repeat, start: int) -> int:
@@ -369,6 +398,12 @@ def _same_future(table: np.ndarray, part: np.ndarray) -> np.ndarray:
         look = np.unique(np.concatenate([before[first[state] : first[state + 1]]
                                          for piece in moved for state in piece.tolist()])) if moved else look[:0]
     return part
+
+
+def _watched(node: Watched, effort: Effort) -> Automaton:
+    from dgemma.constrain.looking import compile_watched
+
+    return compile_watched(node, effort)
 
 
 def _product(node: Both, effort: Effort) -> Automaton:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from re import _constants as op  # type: ignore[attr-defined]  # the parser behind `re`: the syntax users know, kept
 from re import _parser as parser  # type: ignore[attr-defined]  # up to date for us, without a syntax of our own
 
+from dgemma.constrain.ecma import python_of
 from dgemma.errors import DgemmaError
 
 Ranges = tuple[tuple[int, int], ...]  # code points, both ends included, ascending, apart
@@ -81,7 +83,34 @@ class Call:
     rule: str
 
 
-Node = Literal | Chars | Seq | Alt | Repeat | Joined | Both | Call
+@dataclass(frozen=True)
+class Net:
+    """Numbered states with parts on the ways between them, each (state, part, state); from 0 to one of the ends."""
+
+    ways: tuple[tuple[int, Node, int], ...]
+    ends: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Nothing, where all the text that follows (``behind``: that came before) is in a language, or is not.
+
+    How far that text reaches says the Watched around it.
+    """
+
+    part: Node
+    negated: bool = False
+    behind: bool = False
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A part that holds Looks; neither it nor they may hold a Call."""
+
+    part: Node
+
+
+Node = Literal | Chars | Seq | Alt | Repeat | Joined | Both | Call | Net | Look | Watched
 EMPTY = Seq(())
 
 
@@ -125,50 +154,65 @@ def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
 ANY_CHAR = complement(())
 
 
-def parse_regex(pattern: str, chars: Callable[[Ranges], Node] = Chars, search: bool = False) -> Node:
-    r"""A regular expression in Python's syntax; the whole text must match, or with ``search`` some part of it.
+def parse_regex(pattern: str, chars: Callable[[Ranges], Node] = Chars, search: bool = False,
+                wide: bool = False, longest: int | None = None) -> Node:
+    r"""A regular expression in Python's or ECMA 262's syntax; the whole text must match, or with ``search`` some part.
 
-    ``chars`` makes the leaf of a set of characters. ``\d \w \s`` are ASCII and ``\D \W \S`` exclude every digit, word
-    character or space of Unicode; ``.`` excludes every line break; so a match is one to Python and to ECMA 262 alike.
-    Raises DgemmaError for a syntax error and for what no automaton knows: look-around, back references, word
-    boundaries, atomic groups, flags.
+    ``chars`` makes the leaf of a set of characters. The two disagree on what ``\d \w \s . $`` match beyond ASCII and at
+    a last line break, and on letters that differ only in case: what is in this language is a match to both, and with
+    ``wide`` all that is a match to either. With ``longest``, what may be repeated more often than that is repeated no
+    more often, unless it must be. Raises DgemmaError for a syntax error and for what no automaton knows: back
+    references, atomic groups, looking back within a look ahead.
     """
     try:
-        tree = parser.parse(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what may mean something else one day
+            tree = parser.parse(python_of(pattern, wide))
+    except (re.error, OverflowError, RecursionError, ValueError) as error:
         raise DgemmaError(f"the regular expression {pattern!r} cannot be read: {error}") from error
-    if tree.state.flags & ~re.UNICODE:
-        raise DgemmaError(f"the regular expression {pattern!r} sets flags: they are not supported")
     gap = Repeat(chars(ANY_CHAR), 0, None) if search else EMPTY
-    return _Reader(pattern, chars, gap).sequence(list(tree), True, True)
+    reader = _Reader(pattern, chars, gap, wide, tree.state.flags, longest)
+    node = reader.sequence(list(tree), True, True)
+    return Watched(node) if reader.looked else node
 
 
 _BEGINNINGS = ((op.AT, op.AT_BEGINNING), (op.AT, op.AT_BEGINNING_STRING))
 _ENDS = ((op.AT, op.AT_END), (op.AT, op.AT_END_STRING))
+_BREAK = ((10, 10),)
 
 
 class _Reader:
     """Python's parse of one pattern -> a tree."""
 
-    def __init__(self, pattern: str, chars: Callable[[Ranges], Node], gap: Node):
-        self.pattern, self.chars = pattern, chars
+    def __init__(self, pattern: str, chars: Callable[[Ranges], Node], gap: Node, wide: bool, flags: int,
+                 longest: int | None, looking: str = ""):
+        self.pattern, self.chars, self.wide, self.flags = pattern, chars, wide, flags
+        self.longest = longest
         self.gap = gap  # what may stand before and after the pattern where it is not anchored
+        self.looking = looking  # "ahead" or "behind": this is what is looked for there
+        self.looked = False  # whether the tree holds a Look
 
     def sequence(self, items: Sequence, first: bool, last: bool) -> Node:
         """Items in a row; ``first`` and ``last``: at the very beginning and end of the pattern."""
-        if first and items and items[0] in _BEGINNINGS:
-            return self.sequence_after(items[1:], last)
+        if first and items and items[0] in _BEGINNINGS and not self.flags & re.MULTILINE:
+            return self.sequence_after(items[1:], last, begins=True)
         if first and not (items and items[0][0] in (op.BRANCH, op.SUBPATTERN)):
-            return seq(self.gap, self.sequence_after(items, last))
+            return seq(self.gap, self.sequence_after(items, last, begins=self.gap == EMPTY))
         return self.sequence_after(items, last, first)
 
-    def sequence_after(self, items: Sequence, last: bool, first: bool = False) -> Node:
-        """`sequence` with its beginning settled, but for a group or branch there when ``first``."""
+    def sequence_after(self, items: Sequence, last: bool, first: bool = False, begins: bool = False) -> Node:
+        """`sequence` with its beginning settled, but for a group or branch there when ``first``.
+
+        ``begins``: nothing stands before it.
+        """
         parts = []
         end = len(items) - 1
         for index, (kind, value) in enumerate(items):
-            if last and index == end and (kind, value) in _ENDS:
-                return seq(*parts)
+            if last and index == end and (kind, value) in _ENDS and not self.flags & re.MULTILINE:
+                return seq(*parts, optional(self.set(_BREAK))) if self.wide else seq(*parts)
+            if begins and kind in (op.ASSERT, op.ASSERT_NOT) and value[1] and value[1][0] in _BEGINNINGS:
+                value = (value[0], list(value[1])[1:])
+            begins &= kind in (op.ASSERT, op.ASSERT_NOT)
             parts.append(self.item(kind, value, first and index == 0, last and index == end))
         if last and not (items and items[end][0] in (op.BRANCH, op.SUBPATTERN)):
             parts.append(self.gap)
@@ -177,24 +221,103 @@ class _Reader:
     def item(self, kind: object, value: object, first: bool, last: bool) -> Node:
         match kind, value:
             case op.LITERAL, int(code):
-                return self.set(((code, code),))
+                return self.set(self.folded(((code, code),), self.wide))
             case op.NOT_LITERAL, int(code):
-                return self.set(complement([(code, code)]))
+                return self.set(complement(self.folded(((code, code),), not self.wide)))
             case op.ANY, _:
-                return self.set(complement([(10, 10), (13, 13), (0x2028, 0x2029)]))
+                breaks = () if self.flags & re.DOTALL else _BREAK
+                return self.set(complement(breaks if self.wide else [*_BREAK, (13, 13), (0x2028, 0x2029)]))
             case op.IN, list(members):
-                return self.set(_members(members))
+                return self.set(self.members(members))
             case op.BRANCH, (_, branches):
                 return Alt(tuple(self.sequence(list(branch), first, last) for branch in branches))
-            case op.SUBPATTERN, (_, 0, 0, inner):
-                return self.sequence(list(inner), first, last)
+            case op.SUBPATTERN, (_, int(added), int(removed), inner):
+                before, self.flags = self.flags, (self.flags | added) & ~removed
+                node = self.sequence(list(inner), first, last)
+                self.flags = before
+                return node
             case (op.MAX_REPEAT | op.MIN_REPEAT), (least, most, inner):
                 part = self.sequence(list(inner), False, False)
+                if self.longest is not None and not self.wide and most != op.MAXREPEAT:
+                    most = min(most, max(least, self.longest))
                 return Repeat(part, least, None if most == op.MAXREPEAT else most)
-        names = {op.AT: "an anchor or a word boundary inside", op.ASSERT: "look-around", op.ASSERT_NOT: "look-around",
-                 op.GROUPREF: "a back reference", op.GROUPREF_EXISTS: "a back reference", op.SUBPATTERN: "flags"}
+            case (op.ASSERT | op.ASSERT_NOT), (int(direction), inner):
+                return self.assertion(list(inner), kind is op.ASSERT_NOT, direction < 0)
+            case op.FAILURE, _:
+                return Alt(())
+            case op.AT, where:
+                return self.anchor(where)
+        names = {op.GROUPREF: "a back reference", op.GROUPREF_EXISTS: "a back reference"}
         what = names.get(kind, str(kind).lower().replace("_", " "))  # type: ignore[call-overload]
         raise DgemmaError(f"the regular expression {self.pattern!r} uses {what}: this is not supported")
+
+    def assertion(self, items: list, negated: bool, behind: bool) -> Node:
+        """(?=…), (?!…), (?<=…), (?<!…)"""
+        anything = Repeat(self.chars(ANY_CHAR), 0, None)
+        inner = _Reader(self.pattern, self.chars, anything, self.wide != negated, self.flags,
+                        self.longest, "behind" if behind else "ahead")
+        part = inner.sequence(items, behind, not behind)
+        return self.look(Watched(part) if inner.looked else part, negated, behind)
+
+    def look(self, part: Node, negated: bool, behind: bool) -> Node:
+        if self.looking and (behind or self.looking == "behind"):
+            raise DgemmaError(f"the regular expression {self.pattern!r} uses an anchor, a word boundary or look-around "
+                              "inside look-around: this is not supported")
+        self.looked = True
+        return Look(part, negated, behind)
+
+    def anchor(self, where: object) -> Node:
+        r"""^, $, \b and \B amid a pattern."""
+        anything = Repeat(self.chars(ANY_CHAR), 0, None)
+        if where in (op.AT_BEGINNING, op.AT_BEGINNING_STRING):
+            lines = where is op.AT_BEGINNING and self.flags & re.MULTILINE
+            return self.look(Alt((EMPTY, seq(anything, self.set(_BREAK)))) if lines else EMPTY, False, True)
+        if where in (op.AT_END, op.AT_END_STRING):
+            lines = where is op.AT_END and self.flags & re.MULTILINE
+            line_break = optional(self.set(_BREAK)) if self.wide else EMPTY
+            return self.look(Alt((EMPTY, seq(self.set(_BREAK), anything))) if lines else line_break, False, False)
+
+        def word(wide: bool, behind: bool) -> tuple[Node, bool]:
+            """A word character there, surely or perhaps."""
+            letter = self.set(_unicode("WORD") if wide else _ASCII["WORD"])
+            return (seq(anything, letter) if behind else seq(letter, anything)), behind
+
+        def sides(before: bool, after: bool) -> Node:
+            """Whether a word character stands before and behind this place."""
+            return seq(*(self.look(part, not there, behind) for there, (part, behind) in
+                         ((before, word(before == self.wide, True)), (after, word(after == self.wide, False)))))
+
+        inside = where in (op.AT_NON_BOUNDARY,)
+        return Alt((sides(True, inside), sides(False, not inside)))
+
+    def members(self, members: list) -> Ranges:
+        """The characters of a parsed [...]"""
+        negated = bool(members) and members[0][0] is op.NEGATE
+        wide = self.wide != negated
+        ranges: list[tuple[int, int]] = []
+        for kind, value in members[negated:]:
+            if kind is op.LITERAL:
+                ranges.append((value, value))
+            elif kind is op.RANGE:
+                ranges.append(value)
+            else:
+                ranges += _category(str(value).removeprefix("CATEGORY_"), wide)
+        ranges = list(self.folded(ranges, wide))
+        return complement(ranges) if negated else union(ranges)
+
+    def folded(self, ranges: Iterable[tuple[int, int]], wide: bool) -> Ranges:
+        """Where case does not matter: these and the same letters in the other case."""
+        ranges = union(ranges)
+        if not self.flags & re.IGNORECASE:
+            return ranges
+        more = [(max(low, start) + shift, min(high, end) + shift) for low, high in ranges
+                for start, end, shift in ((65, 90, 32), (97, 122, -32)) if max(low, start) <= min(high, end)]
+        if wide and sum(high - low + 1 for low, high in ranges) > _FOLDED:
+            more.append((128, LAST))  # any of them may be meant
+        elif wide:
+            more += [(ord(one), ord(one)) for low, high in (*ranges, *more) for code in range(low, high + 1)
+                     for one in _cases(code)]
+        return union([*ranges, *more])
 
     def set(self, ranges: Ranges) -> Node:
         low, high = SURROGATES
@@ -203,18 +326,16 @@ class _Reader:
         return self.chars(ranges)
 
 
-def _members(members: list) -> Ranges:
-    """The characters of a parsed [...]"""
-    negated = bool(members) and members[0][0] is op.NEGATE
-    ranges: list[tuple[int, int]] = []
-    for kind, value in members[negated:]:
-        if kind is op.LITERAL:
-            ranges.append((value, value))
-        elif kind is op.RANGE:
-            ranges.append(value)
-        else:
-            ranges += _category(str(value).removeprefix("CATEGORY_"), wide=negated)
-    return complement(ranges) if negated else union(ranges)
+_FOLDED = 300  # characters whose other case is looked up one by one
+
+
+def _cases(code: int) -> Iterable[str]:
+    """What a character is in another case, to somebody."""
+    text = chr(code)
+    special = {"s": "\u017f", "k": "\u212a", "\u00e5": "\u212b"}
+    forms = (text.lower(), text.upper(), text.title(), text.casefold(), text.swapcase(), text.lower().upper(),
+             text.upper().lower(), special.get(text.lower(), text))
+    return [form for form in forms if len(form) == 1]
 
 
 def _category(name: str, wide: bool) -> Ranges:

@@ -6,7 +6,11 @@ Knows nothing of objects and arrays, nor of automata and tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from fractions import Fraction
+from math import gcd, lcm
+from typing import Any
 
 from dgemma.constrain.language import (
     ANY_CHAR,
@@ -15,6 +19,7 @@ from dgemma.constrain.language import (
     Both,
     Chars,
     Literal,
+    Net,
     Node,
     Ranges,
     Repeat,
@@ -24,7 +29,7 @@ from dgemma.constrain.language import (
     parse_regex,
     seq,
 )
-from dgemma.errors import DgemmaError
+from dgemma.constrain.values import dumps
 
 # Longer numbers would not survive being read as 64-bit integers and doubles.
 INTEGER_DIGITS, FRACTION_DIGITS = 18, 15
@@ -51,25 +56,68 @@ def json_chars(ranges: Ranges) -> Node:
 STRING = seq(QUOTE, Repeat(json_chars(ANY_CHAR), 0, None), QUOTE)
 
 
-def string(least: int = 0, most: int | None = None, pattern: str | None = None, form: str | None = None) -> Node:
-    """A JSON string of ``least`` to ``most`` characters that matches a pattern somewhere and has a format."""
-    parts: list[Node] = []
-    if pattern is not None:
-        parts.append(parse_regex(pattern, json_chars, search=True))
-    if form is not None and form not in MEANINGS:
-        parts.append(_format(form))
+def string(least: int = 0, most: int | None = None, patterns: Sequence[tuple[str, bool]] = (),
+           forms: Sequence[str] = (), excluded: Sequence[str] = (), longest: int | None = None) -> Node:
+    """A JSON string of ``least`` to ``most`` characters; each pattern, if it says so, matches somewhere, or nowhere.
+
+    ``forms``: formats that it has; ``excluded``: what it is not; ``longest``: as in `parse_regex`.
+    """
     if most is not None and most < least:
         return Alt(())
+    parts = [parse_regex(pattern, json_chars, search=True, longest=longest) for pattern, matches in patterns if matches]
+    parts += [parse_regex(FORMATS[form], json_chars) for form in forms if form in FORMATS]
     if least or most is not None or not parts:
         parts.append(Repeat(json_chars(ANY_CHAR), least, most))
-    return seq(QUOTE, functools.reduce(Both, parts), QUOTE)
+    node = functools.reduce(Both, parts)
+    for pattern, matches in patterns:
+        if not matches:
+            node = Both(node, parse_regex(pattern, json_chars, search=True, wide=True), negated=True)
+    if excluded:
+        node = Both(node, finite(dumps(text)[1:-1] for text in excluded), negated=True)
+    return seq(QUOTE, node, QUOTE)
+
+
+def _bytes(data: list[int]) -> Node:
+    """One of these bytes."""
+    return Literal(bytes(data)) if len(data) == 1 else Alt(tuple(Literal(bytes([byte])) for byte in sorted(data)))
+
+
+def finite(texts: Iterable[str]) -> Node:
+    """One of these texts; those with a common beginning or end share it."""
+    root: dict[int, Any] = {}
+    for text in texts:
+        node = root
+        for byte in literal(text).data:
+            node = node.setdefault(byte, {})
+        node[-1] = None
+    if not root:
+        return Alt(())
+    numbers: dict[Any, int] = {}
+    ways: list[tuple[int, Node, int]] = []
+
+    def number(node: dict[int, Any]) -> int:
+        """A state for each thing that may follow; the root comes last."""
+        ahead: dict[int, list[int]] = {}
+        for byte, following in node.items():
+            if byte >= 0:
+                ahead.setdefault(number(following), []).append(byte)
+        key = (-1 in node, tuple(sorted((target, tuple(sorted(data))) for target, data in ahead.items())))
+        if key not in numbers:
+            numbers[key] = len(numbers) + 1
+            for target, data in ahead.items():
+                ways.append((numbers[key], _bytes(data), target))
+        return numbers[key]
+
+    first = number(root)
+    ends = frozenset(state for (over, _), state in numbers.items() if over)
+    return Net((*ways, (0, EMPTY, first)), ends)
 
 
 _DAY = r"((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)|02-(0[1-9]|1\d|2[0-8]))"
 _DATE = rf"[1-9]\d{{3}}-{_DAY}"
 _TIME = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,30}[A-Za-z0-9])?"
-_HOST = rf"{_LABEL}(\.{_LABEL})+"
+_HOST = rf"({_LABEL}\.)+[A-Za-z]{{2,18}}"
 _URL_CHARS = r"[A-Za-z0-9_.~!$&'()*+,;=:@-]"
 _HOURS = r"\d{1,4}(H(\d{1,4}M(\d{1,4}S)?)?|M(\d{1,4}S)?|S)"
 _HEX = r"[0-9a-f]{1,4}"
@@ -87,14 +135,29 @@ FORMATS = {
     "ipv6": rf"({_HEX}:){{7}}{_HEX}",
     "uri": rf"https?://{_HOST}(:[1-9]\d{{0,3}})?(/{_URL_CHARS}*)*(\?{_URL_CHARS}*)?(#{_URL_CHARS}*)?",
 }
-# Names that JSON Schema does not know and that say how a string is meant, not how it is written.
-MEANINGS = ("password", "binary", "path", "file-path", "directory-path")
-
-
-def _format(name: str) -> Node:
-    if name not in FORMATS:
-        raise DgemmaError(f"format {name!r} is not supported (there are {', '.join(FORMATS)})")
-    return parse_regex(FORMATS[name], json_chars)
+_POINTER = r"(/[A-Za-z0-9_-]*)*"
+_UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-%s[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+_SCALAR = r'(true|false|null|-?(0|[1-9]\d{0,14})(\.\d{1,6})?|"[^"\\\x00-\x1f]*")'
+_DEEPER = _SCALAR
+for _ in range(2):
+    _DEEPER = (rf'({_SCALAR}|\[({_DEEPER}(, {_DEEPER})*)?\]|'
+               rf'\{{("[^"\\\x00-\x1f]*": {_DEEPER}(, "[^"\\\x00-\x1f]*": {_DEEPER})*)?\}})')
+FORMATS |= {
+    "iri": FORMATS["uri"], "uri-reference": FORMATS["uri"], "iri-reference": FORMATS["uri"],
+    "uri-template": FORMATS["uri"], "url": FORMATS["uri"], "idn-email": FORMATS["email"],
+    "idn-hostname": FORMATS["hostname"], "json-pointer": _POINTER,
+    "relative-json-pointer": rf"(0|[1-9]\d{{0,3}})(#|{_POINTER})", "regex": r"[A-Za-z0-9 _^$.-]*",
+    # Of other vocabularies: OpenAPI, pydantic, zod.
+    "byte": r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?",
+    "base64": r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?",
+    "base64url": r"([A-Za-z0-9_-]{4})*([A-Za-z0-9_-][AQgw]==|[A-Za-z0-9_-]{2}[AEIMQUYcgkosw048]=)?",
+    **{f"uuid{version}": _UUID % version for version in range(1, 9)},
+    **dict.fromkeys(("ipvanyaddress", "ipvanyinterface"), FORMATS["ipv4"]),
+    **dict.fromkeys(("ipvanynetwork", "ipv4network", "ipv4interface", "cidrv4"), rf"{_BYTE}(\.{_BYTE}){{3}}/32"),
+    **dict.fromkeys(("ipv6network", "ipv6interface", "cidrv6"), rf"({_HEX}:){{7}}{_HEX}/128"),
+    "e164": r"\+[1-9]\d{6,14}", "nanoid": r"[A-Za-z0-9_-]{21}", "ulid": r"[0-7][0-9A-HJKMNP-TV-Z]{25}",
+    "color": r"#[0-9a-f]{6}",
+    "json-string": _DEEPER}
 
 
 def integer(low: int | None = None, high: int | None = None) -> Node:
@@ -124,6 +187,72 @@ def number(low: Decimal | int | None = None, high: Decimal | int | None = None, 
     # A negative number's size lies between the bounds' sizes, the other way round.
     negative = _sizes(max(0, -high), below or high >= 0, -low, above, max(places, 0))
     return Alt((*_sizes(max(low, 0), above and low >= 0, high, below, max(places, 0)), *_signed(negative)))
+
+
+def fraction(low: Decimal | None, high: Decimal | None, above: bool, below: bool) -> Node:
+    """Numbers in a range that are no whole ones, with digits so few that a double keeps them."""
+    return Both(number(low, high, above, below), parse_regex(r"-?\d{1,9}\.\d{0,5}[1-9]"))
+
+
+_MOST_REST = 1000  # a divisor up to this is counted with states
+_MOST_MULTIPLES, _MOST_ODD = 20_000, 1000  # of what is listed instead; of what shares few digits
+
+
+def multiples(of: Sequence[float], not_of: Sequence[float], whole: bool, low: Decimal | None, high: Decimal | None,
+              above: bool, below: bool) -> Node:
+    """Numbers in a range that are multiples of all of these and of none of those.
+
+    A fraction's multiples are those that doubles take for some, too: 19.99 is none of 0.01 to most validators.
+    """
+    floor_, ceiling = (None if bound is None else Fraction(bound) for bound in (low, high))
+    units = [_ratio(unit) for unit in of] + ([Fraction(1)] if whole else [])
+    others = [_ratio(unit) for unit in not_of]
+    step = Fraction(lcm(*(unit.numerator for unit in units)), gcd(*(unit.denominator for unit in units))) if units \
+        else min(others) / 2
+    count = lcm(*(unit.numerator for unit in (*units, *others)))
+    if all(_is_whole(unit) for unit in (*of, *not_of)) and (units or count > 1) and count <= _MOST_REST:
+        rests = [rest for rest in range(count) if all(rest % unit == 0 for unit in units)
+                 and all(rest % unit for unit in others)]
+        least = None if floor_ is None else -(-floor_ // 1) + (above and floor_.denominator == 1)
+        most = None if ceiling is None else ceiling // 1 - (below and ceiling.denominator == 1)
+        return Both(integer(least, most), _rest(count, frozenset(rests)))
+
+    places = max(0, -int(_PRECISE.divide(Decimal(step.numerator), step.denominator).as_tuple().exponent))
+    unit = int(step * 10**places)
+    many = _MOST_MULTIPLES if unit < 1000 else _MOST_ODD
+    first = -many // 2 if floor_ is None else -(-floor_ // step)
+    if floor_ is None and ceiling is not None:
+        first = min(first, ceiling // step - many // 2)
+    last = first + many if ceiling is None else min(first + many, ceiling // step)
+    first += above and floor_ == first * step
+    last -= below and ceiling == last * step
+    texts = []
+    for index in range(first, last + 1):
+        digits = f"{abs(index * unit):0{places + 1}d}"
+        text = digits[: len(digits) - places] + ("." + digits[len(digits) - places :] if places else "")
+        text = ("-" if index < 0 else "") + (text.rstrip("0").rstrip(".") if places else text)
+        value = float(text)
+        if len(digits) <= FRACTION_DIGITS and all((value / number_).is_integer() for number_ in of) and not any(
+                (value / number_).is_integer() or (index * step / ratio).denominator == 1
+                for number_, ratio in zip(not_of, others, strict=True)):
+            texts.append(text)
+    return finite(texts)
+
+
+def _ratio(value: float) -> Fraction:
+    return Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
+
+
+def _is_whole(value: float) -> bool:
+    return _ratio(value).denominator == 1
+
+
+def _rest(count: int, rests: frozenset[int]) -> Node:
+    """Decimals whose rest after division by a number is one of these."""
+    ways = [(1 + rest, Literal(b"%d" % digit), 1 + (10 * rest + digit) % count)
+            for rest in range(count) for digit in range(10)]
+    # Multiples lie on both sides of zero alike, so a sign changes nothing.
+    return Net((*ways, (0, optional(literal("-")), 1)), frozenset(1 + rest for rest in rests))
 
 
 def _sizes(low: Decimal | int, above: bool, high: Decimal | int, below: bool, places: int) -> tuple[Node, ...]:

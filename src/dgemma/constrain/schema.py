@@ -1,50 +1,77 @@
 """A JSON schema as a language of JSON texts, every one of which the schema accepts.
 
 Not every text that it accepts: the language has one way to write a value. Properties come in the schema's order, ", "
-and ": " separate, and there is no other white space; what a schema does not mention is left out. A keyword that
-restricts and is not understood is an error, never ignored. Knows nothing of automata, tokens.
+and ": " separate, and there is no other white space; what a schema does not mention is left out, and where an author
+names keywords of one type only, values are of that type. What a schema means `shapes` works out. A keyword that
+restricts and cannot be kept is an error, never ignored. Knows nothing of automata, tokens.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
-from itertools import combinations
-from math import ceil, floor
+from itertools import combinations, pairwise, product
 from typing import Any
-from urllib.parse import unquote
 
-from dgemma.constrain.automaton import Effort
-from dgemma.constrain.language import EMPTY, Alt, Both, Call, Joined, Node, Repeat, literal, optional, seq
-from dgemma.constrain.scalars import INT32, STRING, integer, number, string
+from dgemma.constrain.automaton import Effort, TooLarge, compile_language
+from dgemma.constrain.language import (
+    EMPTY,
+    Alt,
+    Both,
+    Call,
+    Joined,
+    Net,
+    Node,
+    Repeat,
+    literal,
+    optional,
+    parse_regex,
+    seq,
+)
+from dgemma.constrain.references import Places
+from dgemma.constrain.scalars import (
+    FORMATS,
+    INT32,
+    QUOTE,
+    STRING,
+    finite,
+    fraction,
+    integer,
+    json_chars,
+    multiples,
+    number,
+)
+from dgemma.constrain.shapes import (
+    MAX_DEPTH,
+    OPEN,
+    Demand,
+    Demands,
+    Either,
+    Inside,
+    Shape,
+    Shapes,
+    value_of,
+    whole_bounds,
+)
+from dgemma.constrain.values import COLON, KINDS, dumps, identity
 from dgemma.errors import DgemmaError
 
+__all__ = ["COLON", "dumps", "json_object", "schema_language"]
+
 ANY = "any value"  # the rule of everything
-MAX_DEPTH = 40
+COMMA = literal(", ")
 _EFFORT = 1000  # of one part of a schema
-TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
-
-# What a keyword says about the type of value, where the schema does not.
-_TYPE_OF = {"properties": "object", "required": "object", "additionalProperties": "object", "minProperties": "object",
-            "maxProperties": "object", "unevaluatedProperties": "object",
-            "patternProperties": "object", "propertyNames": "object", "items": "array", "prefixItems": "array",
-            "minItems": "array", "maxItems": "array", "uniqueItems": "array", "pattern": "string",
-            "minLength": "string", "maxLength": "string", "format": "string", "minimum": "number",
-            "maximum": "number", "exclusiveMinimum": "number", "exclusiveMaximum": "number", "multipleOf": "number"}
-_SHARED = ("$ref", "allOf", "anyOf", "oneOf", "enum", "const", "type")
-_REFUSED = ("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "contains",
-            "minContains", "maxContains", "unevaluatedItems", "additionalItems", "$dynamicRef",
-            "$recursiveRef")
-_HIGHEST = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties")
-_LOWEST = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
-
-COMMA, COLON = literal(", "), ": "
-
-
-def dumps(value: Any) -> str:
-    """A value in the one way in which it is written here."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(", ", COLON))
+_LISTED = 64  # values of a type that are told apart one by one
+_SUBSETS = 6  # different values of which every order is kept
+_CELLS = 3000  # copies of what is in an object or array, where its parts are counted
+_LETTERS = [f"[{chr(code)}{chr(code - 32)}]" for code in range(97, 123)]
+# How a text begins: no two hold for one.
+_FIRST = ["^$", "^[^a-zA-Z0-9]", *(f"^{digit}" for digit in range(10)), *(f"^{letter}" for letter in _LETTERS)]
+_SECOND = ["($|[^a-zA-Z])", "[a-dA-D]", "[e-hE-H]", "[i-lI-L]", "[m-qM-Q]", "[r-zR-Z]"]
+_BEGINNINGS = [*_FIRST[:12], *(f"^{letter}{second}" for letter in _LETTERS for second in _SECOND)]
+_SAYS_NOTHING = frozenset({"$schema", "$id", "$anchor", "$dynamicAnchor", "$comment", "$defs", "definitions", "title",
+                           "description", "default", "examples", "deprecated", "readOnly", "writeOnly"})
 
 
 def json_object() -> tuple[Node, dict[str, Node]]:
@@ -60,87 +87,18 @@ def schema_language(schema: Any, longest: int | None = None,
     with its states.
     """
     compiler = _Compiler(schema, longest, effort or Effort())
-    return compiler.node(schema, "the schema"), compiler.rules
-
-
-def merge(one: Any, other: Any, where: str) -> Any:
-    """One schema that means both."""
-    if one is True or other is True:
-        return other if one is True else one
-    if one is False or other is False:
-        return False
-    if ("prefixItems" in one) != ("prefixItems" in other) and ("items" in one or "items" in other):
-        raise DgemmaError(f"{where} has 'prefixItems' and 'items' that must both hold: this is not supported")
-    for mine, its in ((one, other), (other, one)):
-        if "patternProperties" in mine and any(key in its for key in ("properties", "additionalProperties")):
-            raise DgemmaError(f"{where} has 'patternProperties' beside properties: this is not supported")
-    merged = {**one, **other}
-    for key in merged:
-        if key not in one or key not in other or one[key] == other[key]:
-            continue
-        mine, its = one[key], other[key]
-        if key == "required":
-            merged[key] = [*mine, *(name for name in its if name not in mine)]
-        elif key == "type":
-            merged[key] = _common_types(mine, its)
-        elif key == "enum":
-            merged[key] = [value for value in mine if any(_same(value, it) for it in its)]
-        elif key in ("items", "propertyNames"):
-            merged[key] = {"allOf": [mine, its]}
-        elif key in _HIGHEST:
-            merged[key] = max(mine, its)
-        elif key in _LOWEST:
-            merged[key] = min(mine, its)
-        elif key == "allOf":
-            merged[key] = [*mine, *its]
-        elif key in _SHARED or (key in _TYPE_OF and key not in ("properties", "additionalProperties")):
-            raise DgemmaError(f"{where} has two different {key!r} that must both hold: this is not supported")
-    if "properties" in merged:
-        merged["properties"] = {
-            name: _all_of([part for side in (one, other) if (part := _property(side, name)) is not None])
-            for name in {**one.get("properties", {}), **other.get("properties", {})}}
-    extras = [side["additionalProperties"] for side in (one, other) if "additionalProperties" in side]
-    if extras:
-        merged["additionalProperties"] = False if False in extras else _all_of(extras)
-    return merged
-
-
-def _property(schema: Mapping, name: str) -> Any:
-    """What a schema demands of a property; None: nothing."""
-    return schema.get("properties", {}).get(name, schema.get("additionalProperties"))
-
-
-def _all_of(schemas: list) -> Any:
-    return schemas[0] if len(schemas) == 1 or schemas[0] == schemas[1] else {"allOf": schemas}
-
-
-def _common_types(one: str | list, other: str | list) -> list[str]:
-    mine, its = ([names] if isinstance(names, str) else names for names in (one, other))
-    wide = {*its, *(["integer"] if "number" in its else [])}
-    return [name for name in [*mine, *(["integer"] if "number" in mine and "integer" in its else [])] if name in wide]
-
-
-def _closed(schema: Any) -> Any:
-    """A schema that is to be merged into another, whose properties an unevaluatedProperties of its own does not see."""
-    if not isinstance(schema, Mapping) or schema.get("unevaluatedProperties") is not False:
-        return schema
-    rest = {key: value for key, value in schema.items() if key != "unevaluatedProperties"}
-    return {**rest, "additionalProperties": rest.get("additionalProperties", False)}
-
-
-def _same(one: Any, other: Any) -> bool:
-    return isinstance(one, bool) == isinstance(other, bool) and one == other
+    return compiler.node((Demand(0),), "the schema"), compiler.rules
 
 
 def _map(key: Node, value: Node, least: int = 0, most: int | None = None) -> Node:
     """An object of any keys."""
-    pair = seq(key, literal(COLON), value)
-    return seq(literal("{"), _list([], pair, least, most), literal("}"))
+    return seq(literal("{"), _list([], seq(key, literal(COLON), value), least, most), literal("}"))
 
 
 def _list(first: Sequence[Node], item: Node | None, least: int, most: int | None) -> Node:
     """``least`` to ``most`` items with commas: the ``first`` ones, then ``item`` again and again (None: no more)."""
-    most = len(first) if item is None else most
+    if item is None:
+        most = len(first) if most is None else min(most, len(first))
     if most is not None and most < least:
         return Alt(())
     first = first if most is None else first[:most]
@@ -165,276 +123,448 @@ def _any_value() -> Node:
                 literal("true"), literal("false"), literal("null")))
 
 
+class _Walk:
+    """States of a Net by what they stand for."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[Any, int] = {}
+        self.ways: list[tuple[int, Node, int]] = []
+        self.todo: list[Any] = []
+
+    def __getitem__(self, state: Any) -> int:
+        if state not in self.numbers:
+            self.numbers[state] = len(self.numbers)
+            self.todo.append(state)
+        return self.numbers[state]
+
+    def explore(self, start: Any, ways: Callable[[Any], Iterator[tuple[Node, Any]]],
+                over: Callable[[Any], bool]) -> Node:
+        """The Net of all states that ``ways`` lead to."""
+        _ = self[start]
+        for state in self.todo:  # grows while it is walked
+            for part, target in ways(state):
+                self.ways.append((self[state], part, self[target]))
+                if len(self.ways) > 4 * _CELLS:
+                    raise TooLarge("the schema counts what is in an object or array in too many ways at once")
+        return Net(tuple(self.ways), frozenset(number for state, number in self.numbers.items() if over(state)))
+
+
 class _Compiler:
-    """One schema's way to a language; a reference to what is being read becomes a call of a rule."""
+    """One schema's way to a language; demands that are met again inside themselves become a call of a rule."""
 
     def __init__(self, root: Any, longest: int | None, effort: Effort):
-        self.root, self.longest, self.effort = root, longest, effort
+        self.longest, self.effort = longest, effort
+        self.places = Places(root)
+        self.shapes = Shapes(self.places, effort)
         self.rules: dict[str, Node] = {}
-        self._known: dict[str, Node] = {}  # references that were read
-        self._open: list[str] = []  # references that are being read
+        self._known: dict[Demands, Node] = {}
+        self._open: dict[Demands, str] = {}  # what is being read, and its rule's name
         self._recursive: set[str] = set()
         self._depth = 0
 
-    def node(self, schema: Any, where: str) -> Node:
-        if schema is True:
+    def node(self, demands: Demands, where: str) -> Node:
+        """The language of the values that satisfy all demands."""
+        demands = tuple(demand for demand in demands
+                        if not (demand.holds and self.places[demand.place].schema is True))
+        if not demands:
             self.rules.setdefault(ANY, _any_value())
             return Call(ANY)
-        if schema is False:
-            return Alt(())
-        if not isinstance(schema, Mapping):
-            raise DgemmaError(f"{where} must be an object, true or false, got {schema!r}")
-        for key in ("enum", "required", "allOf", "anyOf", "oneOf", "prefixItems"):
-            if key in schema and not isinstance(schema[key], list):
-                raise DgemmaError(f"{where} is not a valid JSON schema: {key} must be a list")
+        if demands in self._known:
+            return self._known[demands]
+        if demands in self._open:
+            self._recursive.add(self._open[demands])
+            return Call(self._open[demands])
+        name = self.places[demands[0].place].where if len(demands) == 1 else where
+        while name in self._open.values() or name in self.rules:
+            name += "'"
         self.effort.spend(_EFFORT)
-        self._depth += 1
         if self._depth > MAX_DEPTH:
             raise DgemmaError(f"{where} lies deeper than {MAX_DEPTH} levels")
+        self._depth += 1
+        self._open[demands] = name
         try:
-            return self._node(schema, where)
-        except DgemmaError:
-            raise
+            node = self._parts(demands, where)
         except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
             raise DgemmaError(f"{where} is not a valid JSON schema: {error}") from error
         finally:
             self._depth -= 1
-
-    def _node(self, schema: Mapping, where: str) -> Node:
-        for key in _REFUSED:
-            if key in schema:
-                raise DgemmaError(f"{where} uses {key!r}: this is not supported")
-        if schema.get("unevaluatedProperties", False) not in (True, False):
-            raise DgemmaError(f"{where} uses 'unevaluatedProperties' with a schema: this is not supported")
-        said = {key: value for key, value in schema.items() if key in _SHARED or key in _TYPE_OF}
-        if "$ref" in said:
-            pointer = said.pop("$ref")
-            if not said:
-                return self._reference(pointer, where)
-            return self.node(merge(_closed(self._target(pointer, where)), said, where), where)
-        if "allOf" in said:
-            for part in said.pop("allOf"):
-                said = merge(said, self._resolved(part, where), where)
-                self.effort.spend(_EFFORT + len(said.get("allOf", ())) if said else _EFFORT)
-            return self.node(said, where)
-        for key in ("anyOf", "oneOf"):
-            if key in said:
-                branches = said.pop(key)
-                if key == "oneOf":
-                    branches = self._exclusive([self._resolved(branch, where) for branch in branches], where)
-                return Alt(tuple(self.node(merge(said, self._resolved(branch, where), where) if said else branch,
-                                           f"{where}.{key}[{index}]") for index, branch in enumerate(branches)))
-        if "enum" in said or "const" in said:
-            return self._enumeration(said, where)
-        if not said:
-            return self.node(True, where)
-        types = said["type"] if "type" in said else list(dict.fromkeys(_TYPE_OF[key] for key in said))
-        types = [types] if isinstance(types, str) else types
-        for name in types:
-            if name not in TYPES:
-                raise DgemmaError(f"{where}.type is {name!r}; there are {', '.join(TYPES)}")
-        return Alt(tuple(self._typed(name, said, where) for name in types))
-
-    def _reference(self, pointer: str, where: str) -> Node:
-        if pointer in self._known:
-            return self._known[pointer]
-        if pointer in self._open:
-            self._recursive.add(pointer)
-            return Call(pointer)
-        self._open.append(pointer)
-        node = self.node(self._target(pointer, where), pointer)
-        self._open.remove(pointer)
-        if pointer in self._recursive:
-            self.rules[pointer] = node
-            node = Call(pointer)
-        self._known[pointer] = node
+            del self._open[demands]
+        if name in self._recursive:
+            self.rules[name] = node
+            node = Call(name)
+        self._known[demands] = node
         return node
 
-    def _target(self, pointer: str, where: str) -> Any:
-        if not isinstance(pointer, str) or not (pointer == "#" or pointer.startswith("#/")):
-            raise DgemmaError(f"{where} has the $ref {pointer!r}: only those within the schema (#/…) are supported")
-        target = self.root
-        for part in pointer.split("/")[1:]:
-            name = unquote(part).replace("~1", "/").replace("~0", "~")
-            try:
-                target = target[int(name)] if isinstance(target, list) else target[name]
-            except (KeyError, IndexError, ValueError, TypeError) as error:
-                raise DgemmaError(f"{where} has the $ref {pointer!r}, but there is nothing") from error
-        return target
+    def _parts(self, demands: Demands, where: str) -> Node:
+        """Schemas that do nothing but refer to others or list them keep that form; all others are taken apart."""
+        place = self.places[demands[0].place]
+        if len(demands) == 1 and demands[0].holds and isinstance(place.schema, Mapping):
+            said = [key for key in place.schema if key not in _SAYS_NOTHING]
+            inner = place.schema.get(said[0]) if len(said) == 1 else None
+            if said == ["$ref"]:
+                return self.node((Demand(self.places.refer(place, inner)),), where)
+            if said in (["allOf"], ["anyOf"], ["oneOf"]) and isinstance(inner, list) and inner:
+                key = said[0]
+                parts = [(Demand(self.places.part(place, part, f"{key}[{index}]")),)
+                         for index, part in enumerate(inner)]
+                if len(parts) == 1 or key == "anyOf" or (key == "oneOf" and self._apart(parts)):
+                    return Alt(tuple(self.node(part, f"{where}.{key}[{index}]") for index, part in enumerate(parts)))
+        forms = self.shapes.of(demands)
+        shapes = [shape for kind in KINDS for shape in forms.get(kind, ()) if not self.shapes.nothing(shape)]
+        meant = [shape for shape in shapes if shape.level >= OPEN]
+        return Alt(tuple(self._shape(shape, where) for shape in dict.fromkeys(meant or shapes)))
 
-    def _resolved(self, schema: Any, where: str) -> Any:
-        """A schema without a reference at its top, so that it can be merged."""
-        followed = 0
-        while isinstance(schema, Mapping) and "$ref" in schema:
-            followed += 1
-            if followed > MAX_DEPTH:
-                raise DgemmaError(f"{where} refers to itself without end")
-            rest = {key: value for key, value in schema.items() if key != "$ref"}
-            schema = merge(self._target(schema["$ref"], where), rest, where)
-        return _closed(schema)
+    def _apart(self, parts: Sequence[Demands]) -> bool:
+        """Whether no value satisfies two of these."""
+        return len(parts) <= _LISTED and all(self.shapes.impossible(tuple(dict.fromkeys((*one, *other))))
+                                             for one, other in combinations(parts, 2))
 
-    def _exclusive(self, branches: list, where: str) -> list:
-        """The branches of a oneOf, narrowed so that what one of them allows is nothing to any other."""
-        needed: list[list[str]] = [[] for _ in branches]
-        for (first, one), (second, other) in combinations(enumerate(branches), 2):
-            if one is False or other is False or self._apart(one, other, where):
+    def _shape(self, shape: Shape, where: str) -> Node:
+        if shape.fixed is not None:
+            return finite(shape.fixed)
+        return {"object": self._object, "array": self._array, "string": self._string,
+                "number": self._number}[shape.kind](shape, where)
+
+    def _string(self, shape: Shape, where: str) -> Node:
+        try:
+            forms = tuple(form for form in shape.forms if form in FORMATS)
+            if forms and (shape.patterns or shape.least or shape.most is not None or len(forms) > 1):
+                # A format is an annotation: where what else is said leaves none of the texts we write it as, it goes.
+                try:
+                    automaton = compile_language(self.shapes.text(shape, self.longest), self.effort)
+                    forms = forms if automaton.accepts.any() else ()
+                except TooLarge:
+                    forms = ()
+            return self.shapes.text(replace(shape, forms=forms), self.longest)
+        except TooLarge:
+            raise
+        except DgemmaError as error:
+            raise DgemmaError(f"{where}: {error}") from error
+
+    def _number(self, shape: Shape, where: str) -> Node:
+        if "int32" in shape.forms and shape.whole:
+            narrow = self.shapes.merge(shape, Shape("number", low=Decimal(INT32[0]), high=Decimal(INT32[1])))
+            shape = narrow or shape
+        if shape.of or shape.not_of:
+            if shape.whole is False:
+                raise DgemmaError(f"{where} uses 'multipleOf' beside numbers that are not whole: this is not supported")
+            return multiples(shape.of, shape.not_of, shape.whole is True, shape.low, shape.high, shape.above,
+                             shape.below)
+        if shape.whole:
+            return integer(*whole_bounds(shape))
+        make = number if shape.whole is None else fraction
+        return make(shape.low, shape.high, shape.above, shape.below)
+
+    # Arrays
+
+    def _array(self, shape: Shape, where: str) -> Node:
+        singles = max((start + 1 for start, stop, _ in shape.spans if stop is not None), default=0)
+        length = max([singles, *(start for start, stop, _ in shape.spans if stop is None)])
+        tail = self.shapes.item_demands(shape, length)
+        least, most = shape.least, shape.most
+        for index in range(length):
+            if self.shapes.impossible(self.shapes.item_demands(shape, index)):
+                length, most = index, index if most is None else min(most, index)
+                break
+        else:
+            spoken_of = any(stop is None for _, stop, _ in shape.spans) or not length
+            wanted = least > length or any(count for _, count, _ in shape.contains)
+            if not (spoken_of or wanted) or self.shapes.impossible(tail):
+                most = length if most is None else min(most, length)
+        if most is not None and most < least:
+            return Alt(())
+        first = [self.shapes.item_demands(shape, index) for index in range(length)]
+        shape = replace(shape, most=most)
+        if shape.unique and (most is None or most > 1):
+            return self._unique(shape, first, tail, where)
+        if shape.contains:
+            return self._counted_items(shape, first, tail, where, None)
+        nodes = [self._item(demands, index, where) for index, demands in enumerate(first)]
+        more = self.node(tail, f"{where}.items") if most is None or most > length else None
+        return seq(literal("["), _list(nodes, more, least, most), literal("]"))
+
+    def _item(self, demands: Demands, index: int, where: str) -> Node:
+        return self.node(demands, f"{where}[{index}]")
+
+    def _counted_items(self, shape: Shape, first: list[Demands], tail: Demands, where: str,
+                       classes: Sequence[Demands] | None, any_order: bool = False) -> Node:
+        """An array whose items are counted by what they satisfy, or each of another class than all before it.
+
+        A state: items read, as far as it matters; counts; the classes that are used up, as a set or as a number.
+        """
+        bound = max(len(first), shape.least, shape.most or 0, 1)
+        counters = shape.contains
+        sets = any_order and classes is not None
+
+        def counts(so_far: tuple[int, ...], demands: Demands) -> Iterator[tuple[Demands, tuple[int, ...]]]:
+            for choice in product((True, False), repeat=len(counters)):
+                more, reached = list(demands), list(so_far)
+                for index, (takes, (wanted, least, most)) in enumerate(zip(choice, counters, strict=True)):
+                    if takes:
+                        reached[index] += 1
+                        if reached[index] > (least if most is None else most):
+                            break
+                        more += wanted
+                    elif most is not None:
+                        more += self.shapes.denied(wanted)
+                else:
+                    yield tuple(dict.fromkeys(more)), tuple(reached)
+
+        def ways(state: tuple[int, tuple[int, ...], int]) -> Iterator[tuple[Node, Any]]:
+            place, so_far, used = state
+            if shape.most is not None and place >= shape.most:
+                return
+            if classes is not None and not sets:
+                if used + 1 < len(classes):
+                    yield EMPTY, (place, so_far, used + 1)
+                kinds = [(used, used + 1)] if used < len(classes) else []
+            elif classes is not None:
+                kinds = [(index, used | 1 << index) for index in range(len(classes)) if not used >> index & 1]
+            else:
+                kinds = [(None, 0)]
+            demands = first[place] if place < len(first) else tail
+            for kind, after in kinds:
+                extra = demands if kind is None else (*demands, *classes[kind])  # type: ignore[index]
+                for wanted, reached in counts(so_far, extra):
+                    if not self.shapes.impossible(wanted):
+                        node = self.node(wanted, f"{where}.items")
+                        yield seq(COMMA, node) if place else node, (min(place + 1, bound), reached, after)
+
+        def over(state: tuple[int, tuple[int, ...], int]) -> bool:
+            place, so_far, _ = state
+            return place >= shape.least and all(count >= least for count, (_, least, _) in
+                                                zip(so_far, counters, strict=True))
+
+        net = _Walk().explore((0, (0,) * len(counters), 0), ways, over)
+        return seq(literal("["), net, literal("]"))
+
+    def _unique(self, shape: Shape, first: list[Demands], tail: Demands, where: str) -> Node:
+        """No two items alike: each is of another class than those before it.
+
+        Where there are many values, classes come in one order, and two of a class do not come together.
+        """
+        if not first:
+            values = self._listed(tail)
+            if values is not None:
+                classes = [self._only(value, where) for value in values]
+                return self._counted_items(shape, first, tail, where, classes, len(values) <= _SUBSETS)
+            return self._counted_items(shape, first, tail, where, self._classes(tail, where, 2))
+        size = len(first) if shape.least <= len(first) else shape.least
+        each = [first[index] if index < len(first) else tail for index in range(size)]
+        if self._apart(each):
+            return self._array(replace(shape, unique=False, most=min(size, shape.most or size)), where)
+        listed = [self._listed(demands) for demands in each]
+        count = 1
+        for values in listed:
+            count *= len(values) if values is not None else 10**6
+        if count <= 1000:
+            found = []
+            for length in range(shape.least, min(size, size if shape.most is None else shape.most) + 1):
+                found += [dumps(list(values)) for values in product(*(one or [] for one in listed[:length]))
+                          if self.shapes.has(replace(shape, level=OPEN), list(values))]
+            return finite(found)
+        # Each place takes its own share of the classes.
+        classes = self._classes((Demand(self.shapes.made(Either(tuple(each)), self.places[0], where)),), where, 2)
+        shared = []
+        for index, demands in enumerate(each):
+            ways = tuple(merged for one in classes[index % len(classes)::size]
+                         if not self.shapes.impossible(merged := (*demands, *one)))
+            made = Demand(self.shapes.made(Either(ways), self.places[0], where))
+            shared.append((index, index + 1, (made,)))
+        return self._array(replace(shape, unique=False, spans=tuple(shared), most=min(size, shape.most or size)), where)
+
+    def _only(self, value: Any, where: str) -> Demands:
+        return self._demand({"const": value}, where)
+
+    def _demand(self, schema: Any, where: str) -> Demands:
+        return (Demand(self.shapes.made(schema, self.places[0], where)),)
+
+    def _listed(self, demands: Demands) -> list | None:
+        """All values that satisfy demands, if they are few."""
+        values: dict[Any, Any] = {}
+        for shapes in self.shapes.of(demands).values():
+            for shape in shapes:
+                if shape.fixed is not None:
+                    found = [value_of(text) for text in shape.fixed]
+                elif self.shapes.nothing(shape):
+                    continue
+                elif shape.kind == "number" and shape.whole and None not in (bounds := whole_bounds(shape)) and \
+                        bounds[1] - bounds[0] <= 2 * _LISTED:  # type: ignore[operator]
+                    found = [value for value in range(bounds[0], bounds[1] + 1)  # type: ignore[operator, arg-type]
+                             if self.shapes.has(shape, value)]
+                else:
+                    return None
+                values |= {identity(value): value for value in found}
+        return list(values.values())
+
+    def _classes(self, demands: Demands, where: str, deep: int) -> list[Demands]:
+        """Parts of the values that satisfy demands; none has two of them. The values of no class are left out."""
+        forms, classes = self.shapes.of(demands), []
+        shapes = [shape for kind in KINDS for shape in forms.get(kind, ())]
+        meant = [shape for shape in shapes if shape.level >= OPEN] or shapes
+        kinds = dict.fromkeys(shape.kind for shape in meant)
+        fine = self.longest is None and len(kinds) < 3  # else there are many enough
+        deep = deep if fine else 0
+        for kind in kinds:
+            if kind in ("boolean", "null"):
+                classes += [{"const": value} for value in ((True, False) if kind == "boolean" else (None,))]
+            elif kind == "number":
+                whole = all(shape.whole for shape in meant if shape.kind == kind) and fine
+                tens = [step * size for size in (10, 100, 1000) for step in (range(1, 10) if whole else (1,))]
+                bounds = [*range(1, 10), *tens, *(10**power for power in range(4, 16 if whole else 6))]
+                edges = [*(-bound for bound in reversed(bounds)), 0, *bounds]
+                classes += [{"type": "number", "minimum": low, "exclusiveMaximum": high}
+                            for low, high in pairwise(edges)]
+            elif kind == "string":
+                strings = [shape for shape in meant if shape.kind == kind]
+                plain = fine and not any(shape.forms or shape.patterns for shape in strings)
+                classes += [{"type": "string", "pattern": pattern}
+                            for pattern in (_BEGINNINGS if plain else _FIRST)
+                            if plain or any(self._begins(shape, pattern) for shape in strings)]
+            elif kind == "array":
+                inner = self._classes(self.shapes.item_demands(
+                    next(shape for shape in meant if shape.kind == kind), 0), where, deep - 1) if deep else [()]
+                classes += [{"const": []}, *(Inside(0, one) for one in inner)]
+            elif kind == "object":
+                classes += self._object_classes([shape for shape in meant if shape.kind == kind], where, deep)
+        found = [self._demand(part, where) for part in classes]
+        return [one for one in found if not self.shapes.impossible((*demands, *one))]
+
+    def _begins(self, shape: Shape, pattern: str) -> bool:
+        """Whether a string's shape, its format included, has texts with a beginning."""
+        text = self.shapes.text(replace(shape, patterns=(*shape.patterns, (pattern, True))), self.longest)
+        return bool(compile_language(text, self.effort).accepts.any())
+
+    def _object_classes(self, shapes: Sequence[Shape], where: str, deep: int) -> list[Any]:
+        """Objects are told apart by one property, or by how many they have."""
+        names = [name for shape in shapes for name in (*shape.required, *(name for name, _ in shape.named))]
+        if not names or not deep:
+            return [{"type": "object", "minProperties": size, "maxProperties": size} for size in range(2)]
+        name = names[0]
+        inner: dict[Demands, None] = {}
+        for shape in shapes:
+            inner |= dict.fromkeys(self._classes(self.shapes.value_demands(shape, name), where, deep - 1))
+        lacking = {"type": "object", "properties": {name: False}}
+        return [*(Inside(name, one) for one in inner), lacking]
+
+    # Objects
+
+    def _object(self, shape: Shape, where: str) -> Node:
+        names = dict.fromkeys(name for name, _ in shape.named)
+        names |= dict.fromkeys(shape.required)
+        keys = self.shapes.of(shape.keys).get("string", []) if shape.keys else None
+        listed = keys is not None and all(one.fixed is not None for one in keys)
+        if listed:
+            names |= dict.fromkeys(value_of(text) for one in keys or () for text in one.fixed or ())
+        declared: dict[str, Demands] = {}
+        for name in names:
+            demands = self.shapes.value_demands(shape, name)
+            if self.shapes.impossible(demands) or (shape.keys and not self.shapes.holds(shape.keys, name)):
+                if name in shape.required:
+                    return Alt(())
                 continue
-            name = None if True in (one, other) else next(self._told_by(one, other, where), None)
-            if name is None:
-                raise DgemmaError(f"{where}.oneOf[{first}] and [{second}] may both hold for a value, and only one may: "
-                                  "use anyOf, or a property that has other fixed values in each")
-            needed[first].append(name)
-            needed[second].append(name)
-        return [merge(branch, {"required": names}, where) if names else branch
-                for branch, names in zip(branches, needed, strict=True)]
-
-    def _apart(self, one: Any, other: Any, where: str) -> bool:
-        """Whether surely no value satisfies both."""
-        self.effort.spend(_EFFORT)
-        if one is False or other is False:
-            return True
-        if one is True or other is True:
-            return False
-        if not (_kinds(one) & _kinds(other)):
-            return True
-        mine, its = _fixed(one), _fixed(other)
-        if mine is not None and its is not None:
-            return not any(_same(value, it) for value in mine for it in its)
-        required = {*one.get("required", []), *other.get("required", [])}
-        if any(name in required for name in self._told_by(one, other, where)):
-            return True
-        return any(side.get("additionalProperties") is False and name not in side.get("properties", {})
-                   for side, its in ((one, other), (other, one)) for name in its.get("required", []))
-
-    def _told_by(self, one: Mapping, other: Mapping, where: str) -> Iterator[str]:
-        """The properties whose values show which of two schemas an object has."""
-        its = other.get("properties", {})
-        return (name for name, value in one.get("properties", {}).items() if name in its
-                and self._apart(self._resolved(value, where), self._resolved(its[name], where), where))
-
-    def _enumeration(self, said: Mapping, where: str) -> Node:
-        values = said.get("enum", [said.get("const")])
-        if "const" in said:
-            values = [value for value in values if _same(value, said["const"])]
-        others = [key for key in said if key not in ("enum", "const", "type")]
-        if others:
-            raise DgemmaError(f"{where} has {others[0]!r} beside fixed values: list only those that satisfy it")
-        types = said.get("type", TYPES)
-        types = [types] if isinstance(types, str) else types
-        return Alt(tuple(literal(dumps(value)) for value in values if any(_is(value, name) for name in types)))
-
-    def _typed(self, name: str, said: Mapping, where: str) -> Node:
-        if name == "object":
-            return self._object(said, where)
-        if name == "array":
-            return self._array(said, where)
-        if name == "string":
-            least, most = _count(said, "minLength", where) or 0, _count(said, "maxLength", where)
-            if most is not None and self.longest is not None:
-                most = min(most, max(least, self.longest))
-            try:
-                return string(least, most, said.get("pattern"), said.get("format"))
-            except DgemmaError as error:
-                raise DgemmaError(f"{where}: {error}") from error
-        if name in ("number", "integer"):
-            return self._number(name == "integer", said, where)
-        return Alt((literal("true"), literal("false"))) if name == "boolean" else literal("null")
-
-    def _number(self, whole: bool, said: Mapping, where: str) -> Node:
-        if said.get("multipleOf", 1) != 1 or ("multipleOf" in said and not whole):
-            raise DgemmaError(f"{where} uses 'multipleOf': this is not supported")
-        if whole and said.get("format") == "int32":
-            said = merge(said, {"minimum": INT32[0], "maximum": INT32[1]}, where)
-        bounds = {key: said[key] for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
-                  if key in said}
-        for key, value in bounds.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
-                raise DgemmaError(f"{where}.{key} is {value!r}: it must be a number")
-            bounds[key] = Decimal(repr(value))
-        low, above = max(((bounds[key], key != "minimum") for key in ("minimum", "exclusiveMinimum")
-                          if key in bounds), default=(None, False))
-        high, below = min(((bounds[key], key == "maximum") for key in ("maximum", "exclusiveMaximum")
-                           if key in bounds), default=(None, True))
-        below = not below
-        if whole:
-            return integer(None if low is None else floor(low) + 1 if above else ceil(low),
-                           None if high is None else ceil(high) - 1 if below else floor(high))
-        return number(low, high, above, below)
-
-    def _array(self, said: Mapping, where: str) -> Node:
-        least, most = _count(said, "minItems", where) or 0, _count(said, "maxItems", where)
-        if said.get("uniqueItems") and (most is None or most > 1):
-            raise DgemmaError(f"{where} uses 'uniqueItems': this is not supported")
-        first = [self.node(part, f"{where}.prefixItems[{index}]")
-                 for index, part in enumerate(said.get("prefixItems", []))]
-        items = said.get("items", not first or least > len(first))
-        item = None if items is False else self.node(items, f"{where}.items")
-        return seq(literal("["), _list(first, item, least, most), literal("]"))
-
-    def _object(self, said: Mapping, where: str) -> Node:
-        extra = said.get("additionalProperties", said.get("unevaluatedProperties", True))
-        required = said.get("required", [])
-        properties = {**said.get("properties", {}),
-                      **{name: extra for name in required if name not in said.get("properties", {})}}
-        absent = [name for name, value in properties.items() if value is False and name not in required]
-        properties = {name: value for name, value in properties.items() if name not in absent}
-        least, most = _count(said, "minProperties", where) or 0, _count(said, "maxProperties", where)
-        more = extra is not False and ("additionalProperties" in said or not properties)
-        key = STRING
-        if "patternProperties" in said:
-            patterns = said["patternProperties"]
-            if properties or len(patterns) != 1 or "propertyNames" in said or extra not in (True, False):
-                raise DgemmaError(f"{where} uses 'patternProperties' with more than one pattern or beside other "
-                                  "properties: this is not supported")
-            [(pattern, extra)] = patterns.items()
-            key, more = self._typed("string", {"pattern": pattern}, f"{where}.patternProperties"), True
-        if "propertyNames" in said:
-            if properties:
-                raise DgemmaError(f"{where} uses 'propertyNames' beside properties: this is not supported")
-            key = self.node({"allOf": [{"type": "string"}, said["propertyNames"]]}, f"{where}.propertyNames")
-        if absent and more:
-            key = Both(key, Alt(tuple(literal(dumps(name)) for name in absent)), negated=True)
-        if not properties:
-            if least > 1:  # a name could come twice
-                raise DgemmaError(f"{where} uses 'minProperties' above 1 without properties: this is not supported")
-            value = self.node(extra, f"{where}.additionalProperties") if more else Alt(())
-            return _map(key, value, least, most)
-        if least > len(set(required)) or (most is not None and (more or most < len(properties))):
-            raise DgemmaError(f"{where} uses 'minProperties' or 'maxProperties' beside properties that may be absent: "
-                              "this is not supported")
-        parts = [(seq(literal(dumps(name) + COLON), self.node(value, f"{where}.{name}")), name in required)
-                 for name, value in properties.items()]
-        if more:
-            other = Both(key, Alt(tuple(literal(dumps(name)) for name in properties)), negated=True)
-            pair = seq(other, literal(COLON), self.node(extra, f"{where}.additionalProperties"))
-            parts.append((seq(pair, Repeat(seq(COMMA, pair), 0, None)), False))
+            declared[name] = demands
+        parts = [(seq(literal(dumps(name) + COLON), self.node(demands, f"{where}.{name}")), name in shape.required)
+                 for name, demands in declared.items()]
+        least, most = shape.least, shape.most
+        missing = max(0, least - len(declared))
+        others: list[tuple[Node, Demands]] = []
+        if not listed and (most is None or most > len(set(shape.required))):
+            free = shape.loose or missing > 0 or not (declared or shape.matching)
+            others = self._regions(shape, names, keys, free, where)
+        values = [(key, self.node(demands, f"{where}.additionalProperties")) for key, demands in others]
+        if missing > 1 and values:
+            parts += self._distinct(values)
+            values, missing = [], 0
+        pairs = [seq(key, literal(COLON), value) for key, value in values]
+        extra = pairs[0] if len(pairs) == 1 else Alt(tuple(pairs)) if pairs else None
+        if least > len(parts) + (extra is not None):
+            return Alt(())
+        if not parts:
+            return seq(literal("{"), _list([], extra, least, most), literal("}"))
+        needed = sum(need for _, need in parts)
+        if most is not None and needed > most:
+            return Alt(())
+        if least > needed or (most is not None and (extra is not None or most < len(parts))):
+            return seq(literal("{"), self._counted_properties(parts, extra, least, most), literal("}"))
+        if extra is not None:
+            parts.append((seq(extra, Repeat(seq(COMMA, extra), 0, None)), False))
         return seq(literal("{"), Joined(tuple(parts), COMMA), literal("}"))
 
+    def _counted_properties(self, parts: Sequence[tuple[Node, bool]], extra: Node | None, least: int,
+                            most: int | None) -> Node:
+        """So many of these, in their order; of the extra ones, which may come twice, only one is sure to count."""
+        bound = least if most is None else most
+        if len(parts) * bound > _CELLS:
+            raise TooLarge("the schema has too many properties beside 'minProperties' or 'maxProperties'")
 
-def _fixed(schema: Mapping) -> list | None:
-    """The only values that a schema may allow, if it says so."""
-    return [schema["const"]] if "const" in schema else schema.get("enum")
+        def ways(state: tuple[int, int, int]) -> Iterator[tuple[Node, Any]]:
+            index, count, more = state
+            if most is not None and count + more >= most:
+                if all(not need for _, need in parts[index:]) and index < len(parts):
+                    yield EMPTY, (len(parts), count, more)
+                return
+            comma = [COMMA] if count + more else []
+            if index < len(parts):
+                part, need = parts[index]
+                yield seq(*comma, part), (index + 1, count + 1 if most is not None else min(count + 1, max(bound, 1)),
+                                          more)
+                if not need:
+                    yield EMPTY, (index + 1, count, more)
+            elif extra is not None:
+                yield seq(*comma, extra), (index, count, more + 1 if most is not None else 1)
 
+        def over(state: tuple[int, int, int]) -> bool:
+            index, count, more = state
+            return index == len(parts) and count + min(more, 1) >= least
 
-def _kinds(schema: Mapping) -> set[str]:
-    """The types of value that a schema may allow."""
-    names, fixed = schema.get("type", TYPES), _fixed(schema)
-    kinds = {"number" if name == "integer" else name for name in ([names] if isinstance(names, str) else names)}
-    return kinds if fixed is None else {name for name in kinds if any(_is(value, name) for value in fixed)}
+        return _Walk().explore((0, 0, 0), ways, over)
 
+    def _distinct(self, values: Sequence[tuple[Node, Node]]) -> list[tuple[Node, bool]]:
+        """Properties of which no two have the same name: their first letters ascend."""
+        parts: list[tuple[Node, bool]] = []
+        for beginning in _FIRST:
+            begins = seq(QUOTE, parse_regex(beginning, json_chars, search=True), QUOTE)
+            pairs = []
+            for key, value in values:
+                narrow = Both(key, begins)
+                if compile_language(narrow, self.effort).accepts.any():
+                    pairs.append(seq(narrow, literal(COLON), value))
+            if pairs:
+                parts.append((Alt(tuple(pairs)), False))
+        return parts
 
-def _count(said: Mapping, key: str, where: str) -> int | None:
-    value = said.get(key)
-    if value is not None and (isinstance(value, bool) or value != int(value) or value < 0):
-        raise DgemmaError(f"{where}.{key} must be a whole number, at least 0, got {value!r}")
-    return None if value is None else int(value)
+    def _regions(self, shape: Shape, names: Mapping[str, None], keys: Sequence[Shape] | None, free: bool,
+                 where: str) -> list[tuple[Node, Demands]]:
+        """The names that are not declared, by the patterns that match them, and what is demanded of their values.
 
+        ``free``: those that none does are among them.
+        """
+        base = STRING if keys is None else Alt(tuple(self._shape(one, f"{where}.propertyNames") for one in keys
+                                                     if one.fixed is None))
+        if names:
+            base = Both(base, Alt(tuple(literal(dumps(name)) for name in names)), negated=True)
+        patterns = list(dict.fromkeys([*(pattern for pattern, _ in shape.matching),
+                                       *(pattern for _, some, _ in shape.extras for pattern in some)]))
+        found: list[tuple[Node, Demands]] = []
 
-def _is(value: Any, name: str) -> bool:
-    """Whether a value is of a JSON schema type."""
-    if isinstance(value, bool):
-        return name == "boolean"
-    kinds = {"object": Mapping, "array": list, "string": str, "number": (int, float), "null": type(None)}
-    if name == "integer":
-        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return name in kinds and isinstance(value, kinds[name])
+        def divide(key: Node, left: Sequence[str], matching: tuple[str, ...]) -> None:
+            if (patterns or keys is not None) and not compile_language(key, self.effort).accepts.any():
+                return
+            if left:
+                for sure in (True, False):
+                    named = seq(QUOTE, parse_regex(left[0], json_chars, search=True, wide=not sure), QUOTE)
+                    divide(Both(key, named, negated=not sure), left[1:], (*matching, left[0]) if sure else matching)
+                return
+            demands = [demand for pattern, more in shape.matching if pattern in matching for demand in more]
+            for _, some, more in shape.extras:
+                if not any(pattern in matching for pattern in some):
+                    demands += more
+            every = tuple(dict.fromkeys(demands))
+            if (free or any(pattern in matching for pattern, _ in shape.matching)) and \
+                    not self.shapes.impossible(every):
+                found.append((key, every))
+
+        divide(base, patterns, ())
+        return found
+

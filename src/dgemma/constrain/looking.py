@@ -1,0 +1,170 @@
+"""Automata of languages that look ahead and back: obligations about the text to come, and what was read so far.
+
+A state is a set of threads, each a place and the obligations that it took on, beside the states of what is looked back
+for. Knows nothing of JSON, tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+
+import numpy as np
+
+from dgemma.constrain.automaton import ADVICE, MAX_STATES, Automaton, Effort, TooLarge, _compile, _minimal, _Nfa
+from dgemma.constrain.language import ANY_CHAR, Chars, Look, Node, Repeat, Watched
+
+_Obligation = tuple[int, int]  # what is looked for, and how far it was read
+_Thread = tuple[int, frozenset[_Obligation]]
+_DEAD = -1
+_MOST_THREADS = 2000  # of one state
+
+
+class _Watching(_Nfa):
+    """With edges that say what lies ahead or behind."""
+
+    def __init__(self, effort: Effort):
+        super().__init__(effort)
+        self.looks: dict[int, list[tuple[int, int]]] = defaultdict(list)  # state -> (what is looked for, target)
+        self.sought: list[tuple[Look, Automaton]] = []
+
+    def add(self, node: Node, start: int) -> int:
+        if not isinstance(node, Look):
+            return super().add(node, start)
+        end = self.state()
+        known = next((number for number, (look, _) in enumerate(self.sought) if look == node), None)
+        if known is None:
+            known = len(self.sought)
+            self.sought.append((node, _compile(node.part, self.effort)))
+        self.looks[start].append((known, end))
+        return end
+
+
+def compile_watched(node: Watched, effort: Effort) -> Automaton:
+    """The minimal automaton of a language with Looks; raises TooLarge."""
+    nfa = _Watching(effort)
+    start = nfa.state()
+    end = nfa.add(node.part, start)
+    sought = nfa.sought
+    bounds = {0, 256}
+    for out in nfa.edges:
+        bounds.update(bound for low, high, _ in out for bound in (low, high + 1))
+    for _, automaton in sought:
+        bounds.update((np.flatnonzero(np.diff(automaton.byte_class)) + 1).tolist())
+    starts = sorted(bounds)[:-1]
+    byte_class = np.searchsorted(starts, np.arange(256), side="right") - 1
+    class_at = {low: index for index, low in enumerate([*starts, 256])}
+    edges: list[dict[int, list[int]]] = [{} for _ in nfa.edges]  # per state: byte class -> targets
+    for state, out in enumerate(nfa.edges):
+        for low, high, target in out:
+            for column in range(class_at[low], class_at[high + 1]):
+                edges[state].setdefault(column, []).append(target)
+    # What has come true, whatever follows, is no longer an obligation.
+    settled = [_always(automaton, effort) for _, automaton in sought]
+    behind = [number for number, (look, _) in enumerate(sought) if look.behind]
+
+    def closure(threads: set[_Thread], seen: tuple[int, ...]) -> frozenset[_Thread]:
+        """With all that is reached without reading; ``seen``: the states of what is looked back for."""
+        found, todo = set(threads), list(threads)
+        while todo:
+            state, owed = todo.pop()
+            effort.spend(20)
+            reached: list[_Thread] = [(target, owed) for target in nfa.empty[state]]
+            for number, target in nfa.looks[state]:
+                look, automaton = sought[number]
+                if look.behind:
+                    at = seen[behind.index(number)]
+                    if (at != _DEAD and bool(automaton.accepts[at])) != look.negated:
+                        reached.append((target, owed))
+                elif 0 in settled[number]:
+                    if not look.negated:
+                        reached.append((target, owed))
+                else:
+                    reached.append((target, owed | {(number, 0)}))
+            for one in reached:
+                if one not in found:
+                    found.add(one)
+                    todo.append(one)
+        if len(found) > _MOST_THREADS:
+            raise TooLarge(f"the constraint's look-around is too large: {ADVICE}")
+        kept = [one for one in found if nfa.edges[one[0]] or one[0] == end]
+        fewest: dict[int, list[frozenset[_Obligation]]] = defaultdict(list)
+        for state, owed in sorted(kept, key=lambda one: len(one[1])):
+            if not any(less <= owed for less in fewest[state]):
+                fewest[state].append(owed)
+        return frozenset((state, owed) for state, sets in fewest.items() for owed in sets)
+
+    @functools.cache
+    def advance(owed: frozenset[_Obligation], byte: int) -> frozenset[_Obligation] | None:
+        left = set()
+        for number, at in owed:
+            look, automaton = sought[number]
+            following = automaton.next_byte(at, byte)
+            if following == _DEAD:
+                if look.negated:
+                    continue
+                return None
+            if following in settled[number]:
+                if look.negated:
+                    return None
+                continue
+            left.add((number, following))
+        return frozenset(left)
+
+    first_seen = tuple(0 for _ in behind)
+    first = (closure({(start, frozenset())}, first_seen), first_seen)
+    numbers, queue, rows, accepts = {first: 0}, [first], [], []
+    for threads, seen in queue:  # grows while it is walked
+        row = [-1] * len(starts)
+        moves: dict[int, set[_Thread]] = defaultdict(set)
+        for state, owed in threads:
+            for column, targets in edges[state].items():
+                effort.spend(10 + 5 * len(targets) * (1 + len(owed)))
+                if (left := advance(owed, starts[column])) is not None:
+                    moves[column] |= {(target, left) for target in targets}
+        for column in sorted(moves):
+            following = tuple(_DEAD if at == _DEAD else sought[number][1].next_byte(at, starts[column])
+                              for number, at in zip(behind, seen, strict=True))
+            reached = closure(moves[column], following)
+            if not reached:
+                continue
+            key = (reached, following)
+            if key not in numbers:
+                if len(numbers) >= MAX_STATES:
+                    raise TooLarge(f"the constraint's look-around needs more than {MAX_STATES} states: {ADVICE}")
+                numbers[key] = len(numbers)
+                queue.append(key)
+            row[column] = numbers[key]
+        rows.append(row)
+        accepts.append(any(state == end and all(bool(sought[number][1].accepts[at]) != sought[number][0].negated
+                                                for number, at in owed) for state, owed in threads))
+    return _minimal(np.array(rows, np.int32), byte_class, np.array(accepts), [[] for _ in rows])
+
+
+def _always(automaton: Automaton, effort: Effort) -> frozenset[int]:
+    """The states after which any text at all is accepted."""
+    anything = _compile(Repeat(Chars(ANY_CHAR), 0, None), effort)
+    free = {0} if _covers(automaton, 0, anything) else set()
+    for state in np.flatnonzero(automaton.accepts).tolist():
+        if state not in free and _covers(automaton, state, anything):
+            free.add(state)
+    return frozenset(free)
+
+
+def _covers(automaton: Automaton, state: int, anything: Automaton) -> bool:
+    pairs, todo = {(state, 0)}, [(state, 0)]
+    while todo:
+        one, other = todo.pop()
+        if anything.accepts[other] and not automaton.accepts[one]:
+            return False
+        for byte in range(256):
+            following = anything.next_byte(other, byte)
+            if following < 0:
+                continue
+            mine = automaton.next_byte(one, byte)
+            if mine < 0:
+                return False
+            if (mine, following) not in pairs:
+                pairs.add((mine, following))
+                todo.append((mine, following))
+    return True

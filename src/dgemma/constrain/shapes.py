@@ -1,0 +1,867 @@
+"""What a JSON schema demands of a value, worked out: for each JSON type, the shapes that a value may have.
+
+A schema is a logical formula over values. It is taken apart here into alternatives (`Shape`), each of one type and
+free of "and", "or" and "not": what it demands of the values inside an object or array stays a set of demands, taken
+apart when it is asked for. "Not" is pushed inwards until only single keywords are denied. Where a denial cannot be
+said exactly, the alternatives are fewer than they could be, never more. Knows nothing of languages of text but
+patterns, nor of how a value is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from fractions import Fraction
+from itertools import combinations, pairwise
+from math import ceil, floor, inf
+from typing import Any, NamedTuple
+
+from dgemma.constrain.automaton import ADVICE, Automaton, Effort, TooLarge, compile_language
+from dgemma.constrain.language import parse_regex
+from dgemma.constrain.references import Place, Places
+from dgemma.constrain.scalars import string
+from dgemma.constrain.values import KINDS, dumps, exact, identity, kind_of
+from dgemma.errors import DgemmaError
+
+TYPES = (*KINDS, "integer")
+MAX_DEPTH = 40
+_EFFORT = 1000  # of one part of a schema
+_MOST_SHAPES = 2000  # alternatives of one type
+_MOST_LEFT = 64  # alternatives that are kept where not all need to be
+_DEEP = 6  # levels on which a contradiction is looked for
+
+# How surely a type of value is what the schema's author had in mind.
+ASIDE, OPEN, MEANT, NAMED = -1, 0, 1, 2  # keywords only for other types; none at all; some for this type; "type"
+
+
+class Demand(NamedTuple):
+    """That a value satisfies the schema at a place, or that it does not."""
+
+    place: int
+    holds: bool = True
+
+
+Demands = tuple[Demand, ...]  # all of them
+
+
+@dataclass(frozen=True)
+class Either:
+    """A schema made here: one of these sets of demands."""
+
+    ways: tuple[Demands, ...]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A schema made here: an object that has this property, or an array this item, satisfying demands."""
+
+    key: str | int
+    demands: Demands
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What parts of a schema have looked at, which its unevaluated… keywords then leave alone."""
+
+    names: frozenset[str] = frozenset()
+    patterns: tuple[str, ...] = ()
+    items: int = 0  # the first ones
+    found: tuple[Demands, ...] = ()  # items that satisfy one of these
+    all_names: bool = False
+    all_items: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Values of one type; what is not said is free."""
+
+    kind: str
+    level: int = OPEN
+    fixed: tuple[str, ...] | None = None  # these values only, as JSON; nothing else is said then
+    least: int = 0  # characters, items or properties
+    most: int | None = None
+    # Strings. A pattern is found somewhere, or nowhere.
+    patterns: tuple[tuple[str, bool], ...] = ()
+    forms: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    # Numbers
+    whole: bool | None = None
+    low: Decimal | None = None
+    high: Decimal | None = None
+    above: bool = False  # not `low` itself
+    below: bool = False
+    of: tuple[float, ...] = ()  # a multiple of all these
+    not_of: tuple[float, ...] = ()
+    # Arrays
+    spans: tuple[tuple[int, int | None, Demands], ...] = ()  # items from … to before …
+    contains: tuple[tuple[Demands, int, int | None], ...] = ()  # so many items that satisfy this
+    unique: bool = False
+    # Objects
+    named: tuple[tuple[str, Demands], ...] = ()
+    matching: tuple[tuple[str, Demands], ...] = ()  # properties whose names match
+    extras: tuple[tuple[frozenset[str], tuple[str, ...], Demands], ...] = ()  # neither named so nor matching
+    keys: Demands = ()  # of every name
+    required: tuple[str, ...] = ()
+    loose: bool = False  # other properties are spoken of
+    seen: Seen = Seen()
+
+
+Forms = dict[str, list[Shape]]  # by type
+
+_FREE: Forms = {"object": [Shape("object")], "array": [Shape("array")], "string": [Shape("string")],
+                "number": [Shape("number")], "boolean": [Shape("boolean", fixed=("true", "false"))],
+                "null": [Shape("null", fixed=("null",))]}
+
+
+def only(kind: str, shapes: Sequence[Shape], holds: bool = True) -> Forms:
+    """A keyword for one type: it leaves all others alone; where it does not hold, the value is of that type."""
+    forms: Forms = {kind: list(shapes)}
+    if holds:
+        forms |= {other: [replace(shape, level=ASIDE) for shape in free] for other, free in _FREE.items()
+                  if other != kind}
+    return forms
+
+
+def union(parts: Iterable[Forms]) -> Forms:
+    """One of these."""
+    forms: dict[str, dict[Shape, None]] = {}
+    for part in parts:
+        for kind, shapes in part.items():
+            forms.setdefault(kind, {}).update(dict.fromkeys(shapes))
+    return {kind: list(shapes) for kind, shapes in forms.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def _finder(pattern: str, wide: bool) -> Automaton:
+    return compile_language(parse_regex(pattern, search=True, wide=wide))
+
+
+def matches(pattern: str, text: str, wide: bool = False) -> bool:
+    """Whether a pattern is surely found in a text; ``wide``: whether it may be."""
+    automaton, state = _finder(pattern, wide), 0
+    for byte in text.encode(errors="surrogatepass"):
+        state = automaton.next_byte(state, byte)
+        if state < 0:
+            return False
+    return bool(automaton.accepts[state])
+
+
+@functools.lru_cache(maxsize=4096)
+def value_of(text: str) -> Any:
+    return json.loads(text)
+
+
+def shortest_text(automaton: Automaton) -> str | None:
+    """One of the shortest texts of an automaton that calls nothing."""
+    before: dict[int, tuple[int, int]] = {0: (-1, 0)}
+    queue = [0]
+    for state in queue:
+        if automaton.accepts[state]:
+            data = bytearray()
+            while before[state][0] >= 0:
+                state, byte = before[state]
+                data.append(byte)
+            return bytes(reversed(data)).decode()
+        for byte in (*range(97, 123), *range(256)):
+            following = automaton.next_byte(state, byte)
+            if following >= 0 and following not in before:
+                before[following] = (state, byte)
+                queue.append(following)
+    return None
+
+
+class Shapes:
+    """All that is known of one document's demands."""
+
+    def __init__(self, places: Places, effort: Effort):
+        self.places, self.effort = places, effort
+        self._known: dict[Demands, Forms] = {}
+        self._single: dict[Demand, Forms] = {}
+        self._open: set[Demand] = set()
+        self._never: dict[Demands, bool] = {}
+        self._testing: set[Demands] = set()
+        self._strings: dict[Shape, bool] = {}
+        self._made: dict[Any, int] = {}  # schemas made here
+        self._depth = 0
+
+    def made(self, schema: Any, near: Place, where: str) -> int:
+        """The place of a schema made here, which refers to nothing by name."""
+        key = schema if isinstance(schema, (Either, Inside)) else identity(schema)
+        if key not in self._made:
+            self._made[key] = self.places.add(schema, near.base, near.entered, where)
+        return self._made[key]
+
+    def of(self, demands: Demands) -> Forms:
+        """The shapes of the values that satisfy all demands."""
+        if demands not in self._known:
+            forms = _FREE
+            for demand in demands:
+                forms = self.both(forms, self._one(demand))
+            self._known[demands] = forms
+        return self._known[demands]
+
+    def both(self, one: Forms, other: Forms) -> Forms:
+        """What is in both."""
+        forms: Forms = {}
+        for kind in one:
+            shapes: dict[Shape, None] = {}
+            for mine in one[kind]:
+                for its in other.get(kind, ()):
+                    self.effort.spend(50)
+                    merged = self.merge(mine, its)
+                    if merged is not None:
+                        shapes[merged] = None
+            if len(shapes) > _MOST_SHAPES:
+                raise TooLarge(f"the schema has too many alternatives: {ADVICE}")
+            if shapes:
+                forms[kind] = list(shapes)
+        return forms
+
+    def merge(self, one: Shape, other: Shape) -> Shape | None:
+        """The shape that is both; None where that is plainly nothing."""
+        level = max(one.level, other.level) if max(one.level, other.level) > OPEN else min(one.level, other.level)
+        seen = Seen(one.seen.names | other.seen.names, _joined(one.seen.patterns, other.seen.patterns),
+                    max(one.seen.items, other.seen.items), _joined(one.seen.found, other.seen.found),
+                    one.seen.all_names or other.seen.all_names, one.seen.all_items or other.seen.all_items)
+        if one.fixed is not None or other.fixed is not None:
+            first, rest = (one, other) if one.fixed is not None else (other, one)
+            assert first.fixed is not None, "one of them is"
+            fixed = tuple(text for text in first.fixed if self.has(rest, value_of(text)))
+            return Shape(one.kind, level, fixed, seen=seen) if fixed else None
+        low, above = max(((side.low, side.above) for side in (one, other) if side.low is not None),
+                         default=(None, False))
+        high, open_ = min(((side.high, not side.below) for side in (one, other) if side.high is not None),
+                          default=(None, True))
+        if one.whole is not None and other.whole is not None and one.whole != other.whole:
+            return None
+        most = min((side.most for side in (one, other) if side.most is not None), default=None)
+        least = max(one.least, other.least)
+        if (most is not None and most < least) or (low is not None and high is not None and low > high):
+            return None
+        names = list(dict.fromkeys(name for side in (one, other) for name, _ in side.named))
+        mine, its = dict(one.named), dict(other.named)
+        return Shape(
+            one.kind, level, None, least, most, _joined(one.patterns, other.patterns), _joined(one.forms, other.forms),
+            _joined(one.excluded, other.excluded), other.whole if one.whole is None else one.whole, low, high, above,
+            not open_, _joined(one.of, other.of), _joined(one.not_of, other.not_of), _joined(one.spans, other.spans),
+            _joined(one.contains, other.contains), one.unique or other.unique,
+            tuple((name, _joined(mine.get(name, ()), its.get(name, ()))) for name in names),
+            _joined(one.matching, other.matching), _joined(one.extras, other.extras), _joined(one.keys, other.keys),
+            _joined(one.required, other.required), one.loose or other.loose, seen)
+
+    # What an object or array demands of what is in it.
+
+    def value_demands(self, shape: Shape, name: str) -> Demands:
+        """Of the property of a name; where it is not sure whether a pattern matches it, what holds in either case."""
+        demands = list(dict(shape.named).get(name, ()))
+        for pattern, more in shape.matching:
+            if matches(pattern, name, wide=True):
+                demands += more
+        for names, patterns, more in shape.extras:
+            if name not in names and not any(matches(pattern, name) for pattern in patterns):
+                demands += more
+        return tuple(dict.fromkeys(demands))
+
+    def item_demands(self, shape: Shape, index: int) -> Demands:
+        return tuple(dict.fromkeys(demand for start, stop, demands in shape.spans
+                                   if start <= index and (stop is None or index < stop) for demand in demands))
+
+    # Whether a value satisfies.
+
+    def holds(self, demands: Demands, value: Any) -> bool:
+        """Whether a value surely satisfies all demands."""
+        return any(self.has(shape, value) for shape in self.of(demands).get(kind_of(value), ()))
+
+    def has(self, shape: Shape, value: Any) -> bool:
+        """Whether a value surely has a shape."""
+        self.effort.spend(20)
+        kind = kind_of(value)
+        if kind != shape.kind:
+            return False
+        if shape.fixed is not None:
+            return any(identity(value) == identity(value_of(text)) for text in shape.fixed)
+        if kind in ("boolean", "null"):
+            return True
+        if kind == "number":
+            return _in_range(shape, value)
+        size = len(value)
+        if size < shape.least or (shape.most is not None and size > shape.most):
+            return False
+        if kind == "string":
+            return value not in shape.excluded and all(
+                matches(pattern, value) if found else not matches(pattern, value, wide=True)
+                for pattern, found in shape.patterns)
+        if kind == "array":
+            if shape.unique and len({identity(item) for item in value}) < size:
+                return False
+            for demands, least, most in shape.contains:
+                denied = self.denied(demands)
+                if sum(self.holds(demands, item) for item in value) < least or (
+                        most is not None and size - sum(self.holds(denied, item) for item in value) > most):
+                    return False
+            return all(self.holds(self.item_demands(shape, index), item) for index, item in enumerate(value))
+        return all(name in value for name in shape.required) and all(
+            self.holds(shape.keys, name) and self.holds(self.value_demands(shape, name), item)
+            for name, item in value.items())
+
+    def denied(self, demands: Demands) -> Demands:
+        """That not all of these hold."""
+        if len(demands) == 1:
+            return (Demand(demands[0].place, not demands[0].holds),)
+        return (Demand(self.made(Either(tuple((Demand(place, not holds),) for place, holds in demands)),
+                                 self.places[0], "what is denied")),)
+
+    # Whether there is nothing that satisfies.
+
+    def impossible(self, demands: Demands) -> bool:
+        """Whether surely no value satisfies; False where that is not clear."""
+        if demands in self._never:
+            return self._never[demands]
+        if demands in self._testing or len(self._testing) > _DEEP:
+            return False
+        self._testing.add(demands)
+        try:
+            never = all(self.nothing(shape) for shapes in self.of(demands).values() for shape in shapes)
+        finally:
+            self._testing.remove(demands)
+        if never or not self._testing:
+            self._never[demands] = never
+        return never
+
+    def nothing(self, shape: Shape) -> bool:
+        """Whether surely no value has a shape."""
+        self.effort.spend(50)
+        if shape.fixed is not None:
+            return not shape.fixed
+        if shape.most is not None and shape.most < shape.least:
+            return True
+        if shape.kind == "string":
+            return len(shape.patterns) + bool(shape.excluded) > 1 and not self.writable(shape)
+        if shape.kind == "number":
+            if shape.low is None or shape.high is None:
+                return False
+            return shape.low > shape.high or (shape.low == shape.high and (shape.above or shape.below)) or (
+                shape.whole is True and whole_bounds(shape)[0] > whole_bounds(shape)[1])  # type: ignore[operator]
+        if shape.kind == "array":
+            return any(self.impossible(demands) for start, _, demands in shape.spans if start < shape.least) or any(
+                self.impossible(self.item_demands(shape, index)) for index in range(min(shape.least, _DEEP))) or any(
+                least and (self.impossible(demands) or shape.most == 0) for demands, least, _ in shape.contains)
+        if shape.most is not None and len(shape.required) > shape.most:
+            return True
+        return any(self.impossible(self.value_demands(shape, name)) or
+                   (shape.keys and not self.holds(shape.keys, name)) for name in shape.required)
+
+    def writable(self, shape: Shape) -> bool:
+        """Whether some text has a string's shape, its formats being left aside."""
+        plain = replace(shape, forms=(), level=OPEN, seen=Seen())
+        if plain not in self._strings:
+            try:
+                automaton = compile_language(self.text(plain), self.effort)
+            except TooLarge:
+                return True
+            self._strings[plain] = bool(automaton.accepts.any())
+        return self._strings[plain]
+
+    def text(self, shape: Shape, longest: int | None = None) -> Any:
+        """A string's shape as a language."""
+        most = shape.most
+        if most is not None and longest is not None:
+            most = min(most, max(shape.least, longest))
+        return string(shape.least, most, shape.patterns, shape.forms, shape.excluded, longest)
+
+    # Schemas
+
+    def _one(self, demand: Demand) -> Forms:
+        if demand not in self._single:
+            place = self.places[demand.place]
+            if demand in self._open:
+                raise DgemmaError(f"{place.where} refers to itself without end")
+            self.effort.spend(_EFFORT)
+            self._open.add(demand)
+            self._depth += 1
+            try:
+                if self._depth > 3 * MAX_DEPTH:
+                    raise DgemmaError(f"{place.where} lies deeper than {3 * MAX_DEPTH} levels")
+                self._single[demand] = self._schema(place, demand.holds)
+            except DgemmaError:
+                raise
+            except (TypeError, AttributeError, KeyError, ValueError, ArithmeticError) as error:
+                raise DgemmaError(f"{place.where} is not a valid JSON schema: {error}") from error
+            finally:
+                self._depth -= 1
+                self._open.remove(demand)
+        return self._single[demand]
+
+    def _schema(self, place: Place, holds: bool) -> Forms:
+        schema = place.schema
+        if isinstance(schema, Either):
+            parts = [self.of(demands) if holds else self.of(self.denied(demands)) for demands in schema.ways]
+            return union(parts) if holds else functools.reduce(self.both, parts, _FREE)
+        if isinstance(schema, Inside):
+            assert holds, "only what is wanted is made"
+            if isinstance(schema.key, str):
+                return {"object": [Shape("object", MEANT, named=((schema.key, schema.demands),),
+                                         required=(schema.key,))]}
+            span = (schema.key, schema.key + 1, schema.demands)
+            return {"array": [Shape("array", MEANT, least=schema.key + 1, spans=(span,))]}
+        if isinstance(schema, bool):
+            return _FREE if schema is holds else {}
+        if not isinstance(schema, Mapping):
+            raise DgemmaError(f"{place.where} must be an object, true or false, got {schema!r}")
+        for key in ("enum", "required", "allOf", "anyOf", "oneOf", "prefixItems"):
+            if key in schema and not isinstance(schema[key], list):
+                raise DgemmaError(f"{place.where} is not a valid JSON schema: {key} must be a list")
+        if not holds:
+            forms = union(self._clauses(schema, place, False))
+            return {kind: list(dict.fromkeys(replace(shape, seen=Seen()) for shape in shapes))
+                    for kind, shapes in forms.items()}
+        forms = functools.reduce(self.both, self._clauses(schema, place, True), _FREE)
+        return self._unevaluated(schema, place, forms)
+
+    def _clauses(self, schema: Mapping, place: Place, holds: bool) -> Iterator[Forms]:
+        """What each keyword demands; or, where they do not all hold, what the denial of each demands."""
+        def part(key: str, inner: Any = None) -> Demand:
+            return Demand(self.places.part(place, schema[key] if inner is None else inner, key), holds)
+
+        for key in ("$ref", "$dynamicRef", "$recursiveRef"):
+            if key in schema:
+                number = self.places.recur(place) if key == "$recursiveRef" else \
+                    self.places.refer(place, schema[key], dynamic=key == "$dynamicRef")
+                yield self._one(Demand(number, holds))
+                if self.places.old:
+                    return
+        yield from self._values(schema, place, holds)
+        for key, inner in schema.items():
+            if key in _KEYWORDS:
+                yield from _KEYWORDS[key](self, schema, place, inner, holds)
+        for key in ("allOf", "anyOf", "oneOf"):
+            if key in schema:
+                parts = [Demand(self.places.part(place, inner, f"{key}[{index}]"), holds)
+                         for index, inner in enumerate(schema[key])]
+                if key == "oneOf":
+                    yield self._exactly_one(parts, holds, place)
+                elif (key == "allOf") == holds:
+                    yield functools.reduce(self.both, map(self._one, parts), _FREE)
+                else:
+                    yield union(map(self._one, parts))
+        if "not" in schema:
+            inner = Demand(self.places.part(place, schema["not"], "not"), not holds)
+            yield {kind: [replace(shape, seen=Seen()) for shape in shapes] for kind, shapes in self._one(inner).items()}
+        if "if" in schema and ("then" in schema or "else" in schema or holds):
+            when = self.places.part(place, schema["if"], "if")
+            sides = []
+            for key, truth in (("then", True), ("else", False)):
+                forms = self._one(Demand(when, truth))
+                if key in schema:
+                    forms = self.both(forms, self._one(part(key)))
+                elif not holds:
+                    continue
+                sides.append(forms)
+            if "then" in schema or "else" in schema or self._looks_back:
+                yield union(sides)
+
+    @functools.cached_property
+    def _looks_back(self) -> bool:
+        """Whether it matters what parts of a schema have looked at."""
+        return "unevaluated" in json.dumps(self.places.root, default=str)
+
+    def _exactly_one(self, parts: list[Demand], holds: bool, place: Place) -> Forms:
+        denied = [Demand(place, not holds) for place, holds in parts]
+        if not holds:  # none, or two at once
+            affirmed = denied
+            none = functools.reduce(self.both, map(self._one, parts), _FREE)
+            pairs = [self.both(self._one(one), self._one(other)) for one, other in combinations(affirmed, 2)]
+            return union([none, *pairs])
+        ways = []
+        for index, one in enumerate(parts):
+            forms = self._one(one)
+            for other in range(len(parts)):
+                if other != index:
+                    forms = self._without(forms, parts[other], denied[other])
+            ways.append(forms)
+        found = union(ways)
+        if not found and any(self._one(part) for part in parts):
+            raise DgemmaError(f"{place.where}.oneOf: its branches allow the same values, and only one may")
+        return found
+
+    def _without(self, forms: Forms, other: Demand, denied: Demand) -> Forms:
+        """The shapes of values that are not of another schema."""
+        left: Forms = {}
+        for kind, shapes in forms.items():
+            kept: dict[Shape, None] = {}
+            for shape in shapes:
+                common = self.both({kind: [shape]}, self._one(other)).get(kind, [])
+                if all(self.nothing(one) for one in common):
+                    kept[shape] = None
+                    continue
+                for one in self.both({kind: [shape]}, self._one(denied)).get(kind, []):
+                    if not self.nothing(one):
+                        kept[one] = None
+            if kept:
+                left[kind] = list(kept)[:_MOST_LEFT + len(shapes)]
+        return left
+
+    def _unevaluated(self, schema: Mapping, place: Place, forms: Forms) -> Forms:
+        for key, kind in (("unevaluatedProperties", "object"), ("unevaluatedItems", "array")):
+            if key not in schema or (self.places.old and "$ref" in schema):
+                continue
+            demand = Demand(self.places.part(place, schema[key], key))
+            self._one(demand)  # it must be a schema
+            done = []
+            for shape in forms.get(kind, ()):
+                seen = shape.seen
+                level = MEANT if shape.level in (OPEN, ASIDE) else shape.level
+                if kind == "object":
+                    more = Shape(kind, level, loose=schema[key] is not False,
+                                 extras=() if seen.all_names else ((seen.names, seen.patterns, (demand,)),),
+                                 seen=Seen(all_names=True))
+                else:
+                    demands: Demands = (demand,)
+                    if seen.found:
+                        demands = (Demand(self.made(Either((*seen.found, demands)), place, f"{place.where}.{key}")),)
+                    more = Shape(kind, level, spans=() if seen.all_items else ((seen.items, None, demands),),
+                                 seen=Seen(all_items=True))
+                if (merged := self.merge(shape, more)) is not None:
+                    done.append(merged)
+            forms = {other: ([replace(shape, level=ASIDE if shape.level == OPEN else shape.level) for shape in shapes]
+                             if other != kind else done) for other, shapes in forms.items() if other != kind or done}
+        return forms
+
+    def _values(self, schema: Mapping, place: Place, holds: bool) -> Iterator[Forms]:
+        """type, enum, const"""
+        if "type" in schema:
+            names = [schema["type"]] if isinstance(schema["type"], str) else list(schema["type"])
+            for name in names:
+                if name not in TYPES:
+                    raise DgemmaError(f"{place.where}.type is {name!r}; there are {', '.join(TYPES)}")
+            if schema.get("nullable") is True:  # OpenAPI
+                names.append("null")
+            forms: Forms = {}
+            for kind, shapes in _FREE.items():
+                if (kind in names) == holds:
+                    forms[kind] = [replace(shape, level=NAMED if holds else OPEN) for shape in shapes]
+            if "integer" in names and "number" not in names:
+                forms["number"] = [Shape("number", NAMED if holds else OPEN, whole=holds)]
+            yield forms
+        for key in ("enum", "const"):
+            if key not in schema:
+                continue
+            values = schema[key] if key == "enum" else [schema[key]]
+            by_kind: dict[str, dict[Any, Any]] = {}
+            for value in values:
+                by_kind.setdefault(kind_of(value), {}).setdefault(identity(value), value)
+            if holds:
+                yield {kind: [Shape(kind, NAMED, tuple(map(dumps, found.values())))] for kind, found in by_kind.items()}
+            else:
+                yield {kind: shapes for kind in KINDS
+                       if (shapes := self._other_than(kind, list(by_kind.get(kind, {}).values()), place))}
+
+    def _other_than(self, kind: str, values: list, place: Place) -> list[Shape]:
+        """The shapes of a type's values but these."""
+        if not values:
+            return _FREE[kind]
+        if kind in ("boolean", "null"):
+            fixed = tuple(text for text in _FREE[kind][0].fixed or () if value_of(text) not in values)
+            return [Shape(kind, fixed=fixed)] if fixed else []
+        if kind == "string":
+            return [Shape(kind, excluded=tuple(values))]
+        if kind == "number":
+            bounds = [None, *sorted(map(exact, values)), None]
+            return [Shape(kind, low=low, high=high, above=low is not None, below=high is not None)
+                    for low, high in pairwise(bounds)]
+        forms: Forms = {kind: _FREE[kind]}
+        for value in values:
+            forms = self.both(forms, {kind: list(self._unlike(kind, value, place))})
+        return forms.get(kind, [])
+
+    def _unlike(self, kind: str, value: Any, place: Place) -> Iterator[Shape]:
+        """The shapes of arrays or objects other than one."""
+        def differs(inner: Any) -> Demands:
+            return (Demand(self.made({"const": inner}, place, place.where), False),)
+
+        if value:
+            yield Shape(kind, most=len(value) - 1)
+        if kind == "array":
+            for index, item in enumerate(value):
+                yield Shape(kind, least=index + 1, spans=((index, index + 1, differs(item)),))
+        else:
+            for name, item in value.items():
+                yield Shape(kind, named=((name, differs(item)),), required=(name,))
+        yield Shape(kind, least=len(value) + 1)
+
+    def _never_of(self, place: Place) -> Demands:
+        return (Demand(self.made(False, place, place.where)),)
+
+    # Keywords of one type
+
+    def _bounds(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
+        if isinstance(inner, bool) and key.startswith("exclusive"):
+            return  # draft 4's way, told where the bound is
+        if isinstance(inner, bool) or not isinstance(inner, (int, float)) or not abs(inner) < inf:
+            raise DgemmaError(f"{place.where}.{key} is {inner!r}: it must be a number")
+        strict = key.startswith("exclusive") or schema.get("exclusive" + key[0].upper() + key[1:]) is True
+        lower = key.lower().endswith("minimum") == holds
+        strict = strict == holds
+        bound = exact(inner)
+        shape = Shape("number", MEANT, low=bound, above=strict) if lower else \
+            Shape("number", MEANT, high=bound, below=strict)
+        yield only("number", [shape], holds)
+
+    def _multiple(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
+        if isinstance(inner, bool) or not isinstance(inner, (int, float)) or not 0 < inner < inf:
+            raise DgemmaError(f"{place.where}.multipleOf is {inner!r}: it must be a number above 0")
+        yield only("number", [Shape("number", MEANT, of=(inner,)) if holds else
+                              Shape("number", MEANT, not_of=(inner,))], holds)
+
+    def _size(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str, kind: str) -> Iterator[Forms]:
+        count = _count(inner, place, key)
+        if key.startswith("min") == holds:
+            yield only(kind, [Shape(kind, MEANT, least=count if holds else count + 1)], holds)
+        elif holds or count:
+            yield only(kind, [Shape(kind, MEANT, most=count if holds else count - 1)], holds)
+
+    def _pattern(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
+        _check_pattern(inner, place, "pattern")
+        yield only("string", [Shape("string", MEANT, patterns=((inner, holds),))], holds)
+
+    def _format(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
+        if holds and isinstance(inner, str):  # an annotation: it never fails
+            numeric = inner in ("int32", "int64", "float", "double", "decimal")
+            kind = "number" if numeric else "string"
+            yield only(kind, [Shape(kind, MEANT, forms=(inner,))])
+
+    def _content(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
+        """contentEncoding, contentMediaType: annotations, too."""
+        encoded = schema.get("contentEncoding") in ("base64", "base64url")
+        is_json = schema.get("contentMediaType") == "application/json"
+        if encoded and is_json:
+            raise DgemmaError(f"{place.where} uses 'contentMediaType' beside 'contentEncoding': this is not supported")
+        form = inner if encoded else "json-string" if is_json else None
+        if holds and form is not None and (key == "contentEncoding") == encoded:
+            yield only("string", [Shape("string", MEANT, forms=(form,))])
+
+    def _items(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
+        """prefixItems, items, additionalItems"""
+        start, key_of_prefix = 0, "prefixItems"
+        if key == "prefixItems" or isinstance(inner, list):
+            for index, item in enumerate(inner):
+                demand = Demand(self.places.part(place, item, f"{key}[{index}]"), holds)
+                self._shallow(demand)
+                span = ((index, index + 1, (demand,)),)
+                if holds:
+                    yield only("array", [Shape("array", MEANT, spans=span, seen=Seen(items=index + 1))])
+                elif (key == "items") == self.places.old:
+                    yield {"array": [Shape("array", MEANT, least=index + 1, spans=span)]}
+            return
+        if key == "additionalItems":
+            if not isinstance(schema.get("items"), list):
+                return
+            if not (holds or self.places.old):
+                return
+            key_of_prefix = "items"
+        if isinstance(schema.get(key_of_prefix), list):
+            start = len(schema[key_of_prefix])
+        demands = (Demand(self.places.part(place, inner, key), holds),)
+        self._shallow(demands[0])
+        if holds:
+            yield only("array", [Shape("array", MEANT, spans=((start, None, demands),), seen=Seen(all_items=True))])
+        elif start == 0:
+            yield {"array": [Shape("array", MEANT, contains=((demands, 1, None),))]}
+        else:
+            yield {"array": [Shape("array", MEANT, least=index + 1, spans=((index, index + 1, demands),))
+                             for index in (start, start + 1)]}
+
+    def _contains(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
+        least = _count(schema.get("minContains", 1), place, "minContains")
+        most = _count(schema["maxContains"], place, "maxContains") if "maxContains" in schema else None
+        if self.places.old:  # knows neither of the two
+            least, most = max(least, 1), most if holds else None
+        demands = (Demand(self.places.part(place, inner, "contains")),)
+        self._shallow(demands[0])
+        if holds:
+            seen = Seen(found=() if self.places.draft2019 else (demands,))
+            yield only("array", [Shape("array", MEANT, contains=((demands, least, most),), seen=seen)])
+            return
+        shapes = []
+        if least == 1:
+            shapes.append(Shape("array", MEANT, spans=((0, None, self.denied(demands)),)))
+        elif least:
+            shapes.append(Shape("array", MEANT, contains=((demands, 0, least - 1),)))
+        if most is not None:
+            shapes.append(Shape("array", MEANT, contains=((demands, most + 1, None),)))
+        yield {"array": shapes}
+
+    def _unique(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
+        if inner and holds:
+            yield only("array", [Shape("array", MEANT, unique=True)])
+        elif inner:  # two that are equal, of the simplest
+            simple = (None, True, 0, 1, "", "a")
+            twice = [(Demand(self.made({"const": value}, place, place.where)),) for value in simple]
+            yield {"array": [Shape("array", MEANT, least=2, spans=((0, 2, demands),)) for demands in twice]}
+
+    def _properties(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
+        named = [(name, (Demand(self.places.part(place, value, name), holds),)) for name, value in inner.items()]
+        for _, (demand,) in named:
+            self._shallow(demand)
+        if holds:
+            yield only("object", [Shape("object", MEANT, named=tuple(named), seen=Seen(names=frozenset(inner)))])
+        else:
+            yield {"object": [Shape("object", MEANT, named=(one,), required=(one[0],)) for one in named]}
+
+    def _pattern_properties(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
+        for pattern, value in inner.items():
+            _check_pattern(pattern, place, "patternProperties")
+            demands = (Demand(self.places.part(place, value, f"patternProperties.{pattern}"), holds),)
+            self._shallow(demands[0])
+            if holds:
+                yield only("object", [Shape("object", MEANT, matching=((pattern, demands),),
+                                            seen=Seen(patterns=(pattern,)))])
+            else:
+                name = shortest_text(_finder(pattern, False))
+                if name is not None:
+                    yield {"object": [Shape("object", MEANT, named=((name, demands),), required=(name,))]}
+
+    def _additional(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
+        names = frozenset(schema.get("properties", {}))
+        patterns = tuple(schema.get("patternProperties", {}))
+        demands = (Demand(self.places.part(place, inner, "additionalProperties"), holds),)
+        self._shallow(demands[0])
+        if holds:
+            yield only("object", [Shape("object", MEANT, extras=((names, patterns, demands),),
+                                        loose=inner is not False, seen=Seen(all_names=True))])
+        else:
+            yield {"object": [Shape("object", MEANT, named=((name, demands),), required=(name,))
+                              for name in self._new_names(names, patterns)]}
+
+    def _new_names(self, names: frozenset[str], patterns: tuple[str, ...]) -> list[str]:
+        """A name that is none of these and matches no pattern, if one is found at once."""
+        for name in ("other", "extra", "more", "x", "y", "Other", "0", "_", "-", "42", "ABC", "/"):
+            if name not in names and not any(matches(pattern, name, wide=True) for pattern in patterns):
+                return [name]
+        return []
+
+    def _keys(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
+        demands = (Demand(self.places.part(place, inner, "propertyNames"), holds),)
+        self._shallow(demands[0])
+        if holds:
+            yield only("object", [Shape("object", MEANT, keys=demands)])
+            return
+        for shape in self.of(demands).get("string", ()):
+            name = value_of(shape.fixed[0]) if shape.fixed else None
+            if name is None:
+                text = shortest_text(compile_language(self.text(replace(shape, forms=())), self.effort))
+                name = None if text is None else json.loads(text)
+            if name is not None:
+                yield {"object": [Shape("object", MEANT, required=(name,))]}
+
+    def _required(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
+        if not all(isinstance(name, str) for name in inner):
+            raise DgemmaError(f"{place.where}.required must list names")
+        if holds:
+            yield only("object", [Shape("object", MEANT if inner else OPEN, required=tuple(dict.fromkeys(inner)))])
+        else:
+            yield {"object": [self._lacking(name, place) for name in dict.fromkeys(inner)]}
+
+    def _lacking(self, name: str, place: Place) -> Shape:
+        return Shape("object", MEANT, named=((name, self._never_of(place)),))
+
+    def _dependent(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
+        """dependentRequired, dependentSchemas, dependencies: where a property is, more is demanded."""
+        if not holds and (key == "dependencies") != self.places.old:
+            return  # of another draft: it may mean nothing
+        for name, value in inner.items():
+            present = Shape("object", MEANT, required=(name,))
+            if isinstance(value, list):
+                if not all(isinstance(one, str) for one in value):
+                    raise DgemmaError(f"{place.where}.{key} must list names")
+                needed = Shape("object", MEANT, required=tuple(dict.fromkeys((name, *value))))
+                if holds:
+                    yield only("object", [self._lacking(name, place), needed])
+                else:
+                    yield self.both({"object": [present]},
+                                    {"object": [self._lacking(one, place) for one in dict.fromkeys(value)]})
+                continue
+            forms = self._one(Demand(self.places.part(place, value, f"{key}.{name}"), holds))
+            there = self.both({"object": [present]}, {"object": forms.get("object", [])})
+            yield only("object", [self._lacking(name, place), *there.get("object", [])]) if holds else there
+
+    def _shallow(self, demand: Demand) -> None:
+        """Say at once what is no schema at all."""
+        schema = self.places[demand.place].schema
+        if not isinstance(schema, (bool, Mapping, Either, Inside)):
+            raise DgemmaError(f"{self.places[demand.place].where} must be an object, true or false, got {schema!r}")
+
+
+_Keyword = Callable[[Shapes, Mapping, Place, Any, bool], Iterator[Forms]]
+
+
+def _named(method: Callable[..., Iterator[Forms]], *names: Any) -> _Keyword:
+    return lambda shapes, schema, place, inner, holds: method(shapes, schema, place, inner, holds, *names)
+
+
+# Reading a keyword of one type; "prefixItems", "items" and so on say by themselves where they begin.
+_KEYWORDS: dict[str, _Keyword] = {
+    **{key: _named(Shapes._bounds, key) for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")},
+    "multipleOf": Shapes._multiple,
+    "minLength": _named(Shapes._size, "minLength", "string"), "maxLength": _named(Shapes._size, "maxLength", "string"),
+    **{key: _named(Shapes._content, key) for key in ("contentEncoding", "contentMediaType")},
+    "pattern": Shapes._pattern, "format": Shapes._format,
+    "minItems": _named(Shapes._size, "minItems", "array"), "maxItems": _named(Shapes._size, "maxItems", "array"),
+    **{key: _named(Shapes._items, key) for key in ("prefixItems", "items", "additionalItems")},
+    "contains": Shapes._contains, "uniqueItems": Shapes._unique,
+    "minProperties": _named(Shapes._size, "minProperties", "object"),
+    "maxProperties": _named(Shapes._size, "maxProperties", "object"),
+    "properties": Shapes._properties, "patternProperties": Shapes._pattern_properties,
+    "additionalProperties": Shapes._additional, "propertyNames": Shapes._keys, "required": Shapes._required,
+    **{key: _named(Shapes._dependent, key) for key in ("dependentRequired", "dependentSchemas", "dependencies")},
+}
+
+
+def _joined(one: tuple, other: tuple) -> tuple:
+    """One after the other, without what is there already."""
+    if not other or one is other:
+        return one
+    return tuple(dict.fromkeys((*one, *other))) if one else other
+
+
+def whole_bounds(shape: Shape) -> tuple[int | None, int | None]:
+    """The least and the greatest whole number of a number's shape."""
+    low, high = shape.low, shape.high
+    return (None if low is None else floor(low) + 1 if shape.above else ceil(low),
+            None if high is None else ceil(high) - 1 if shape.below else floor(high))
+
+
+def _in_range(shape: Shape, value: float) -> bool:
+    number = exact(value)
+    if shape.low is not None and (number < shape.low or (shape.above and number == shape.low)):
+        return False
+    if shape.high is not None and (number > shape.high or (shape.below and number == shape.high)):
+        return False
+    is_whole = number == number.to_integral_value()
+    if shape.whole is not None and is_whole != shape.whole:
+        return False
+    ratio = Fraction(number)
+    for units, wanted in ((shape.of, True), (shape.not_of, False)):
+        for unit in units:
+            surely = (ratio / Fraction(exact(unit))).denominator == 1
+            if surely != wanted or (isinstance(unit, float) and (value / unit).is_integer() != wanted):
+                return False
+    return True
+
+
+def _count(value: Any, place: Place, key: str) -> int:
+    if isinstance(value, bool) or value != int(value) or value < 0:
+        raise DgemmaError(f"{place.where}.{key} must be a whole number, at least 0, got {value!r}")
+    return int(value)
+
+
+def _check_pattern(pattern: Any, place: Place, key: str) -> None:
+    if not isinstance(pattern, str):
+        raise DgemmaError(f"{place.where}.{key} must be a regular expression as text, got {pattern!r}")
+    try:
+        parse_regex(pattern, search=True)
+    except DgemmaError as error:
+        raise DgemmaError(f"{place.where}.{key}: {error}") from error
