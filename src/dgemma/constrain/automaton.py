@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -91,10 +91,9 @@ def compile_language(language: Node, effort: Effort | None = None) -> Automaton:
 
 
 def _compile(language: Node, effort: Effort) -> Automaton:
-    nfa = _Nfa(effort)
+    nfa = Nfa(effort)
     start = nfa.state()
-    end = nfa.add(language, start)
-    return _minimal(*_subsets(nfa, start, end))
+    return nfa.automaton(start, nfa.add(language, start))
 
 
 def utf8_sequences(ranges: Ranges) -> list[list[tuple[int, int]]]:
@@ -127,7 +126,7 @@ def _split(low: bytes, high: bytes) -> list[list[tuple[int, int]]]:
     return out + tail
 
 
-class _Nfa:
+class Nfa:
     """States with edges over bytes, empty edges and calls."""
 
     def __init__(self, effort: Effort):
@@ -184,7 +183,7 @@ class _Nfa:
             return self._join(node, start)
         if id(node) not in self._products:
             self._products[id(node)] = _product(node, self.effort)
-        return self._embed(self._products[id(node)], start)
+        return self.embed(self._products[id(node)], start)
 
     def _join(self, node: Joined, start: int) -> int:
         bare, behind = start, None  # where nothing stands yet, and where something does
@@ -226,7 +225,12 @@ class _Nfa:
         self.empty[start].append(end)
         return end
 
-    def _embed(self, automaton: Automaton, start: int) -> int:
+    def automaton(self, start: int, end: int) -> Automaton:
+        """The minimal deterministic one of what leads from a state to another."""
+        return _minimal(*_subsets(self, start, end))
+
+    def embed(self, automaton: Automaton, start: int, rules: Mapping[str, str] | None = None) -> int:
+        """Add an automaton as `add` does a language; ``rules``: what the rules that it calls are named here."""
         states = [self.state() for _ in automaton.accepts]
         end = self.state()
         self.empty[start].append(states[0])
@@ -235,12 +239,14 @@ class _Nfa:
             cuts = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), 256]
             self.edges[states[source]] += [(low, past - 1, states[row[low]]) for low, past in pairwise(cuts)
                                            if row[low] >= 0]
+            self.calls[states[source]] += [((rules or {}).get(rule, rule), states[back])
+                                           for rule, back in automaton.calls[source]]
         for state in np.flatnonzero(automaton.accepts):
             self.empty[states[state]].append(end)
         return end
 
 
-def _subsets(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list]]:
+def _subsets(nfa: Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list]]:
     """Deterministic: (table [S, K] with -1 for none, byte_class, accepts, calls)."""
     bounds = {0, 256}
     for edges in nfa.edges:

@@ -29,6 +29,8 @@ class Guide(Protocol):
     """One answer's way through a constraint, canvas by canvas."""
 
     finished: bool  # what was committed is valid and complete
+    least: int  # tokens of the shortest valid answer
+    may_be_empty: bool  # an answer of nothing is valid, but nobody asked for it
 
     def template(self, canvas: int, room: int) -> list[int | None]:
         """The tokens of the next canvas that are known before any is drawn; None where one is not. [canvas]
@@ -47,6 +49,10 @@ class Guide(Protocol):
 
     def commit(self, token_ids: list[int]) -> None:
         """A canvas is done and these (up to the stop token, which is not included) are its tokens."""
+        ...
+
+    def begin_with(self, token_ids: list[int]) -> None:
+        """The next canvas begins with these tokens, whatever is probable."""
         ...
 
 
