@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dgemma.chat import Tokenizer, normalise_messages, read_answer
+from dgemma.chat import Tokenizer, normalise_messages, normalise_tools, read_answer
+from dgemma.chat.reply import inside_thought
+from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.config import GenerationConfig, ModelConfig, load_generation_config, load_model_config
+from dgemma.constrain.choice import ToolChoice, calls_of, read_tool_choice, shown_tools
 from dgemma.diffusion.events import Event, Finished, Generation
-from dgemma.diffusion.row import Choices, Request
+from dgemma.diffusion.row import Choices, Request, Thoughts
 from dgemma.engine import Engine, PrefixStore
 from dgemma.errors import DgemmaError
 from dgemma.memory import request_memory
@@ -109,15 +112,17 @@ class Model:
                               f"{type(prompt).__name__}")
         conversation: Any = prompt if isinstance(prompt, str) else list(prompt)
         messages = normalise_messages(conversation, system=system)
-        return self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
+        shown = shown_tools(normalise_tools(tools), ToolChoice())
+        return self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=shown)
 
     def request(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                 thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
                 images: Sequence[Any] | None = None, canvas: Sequence[int | None] | None = None,
                 pinned: Sequence[bool] | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                 logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
-                response_format: Mapping[str, Any] | None = None, stop: str | Sequence[str] = (), drafts: bool = True,
-                client: str = "", **settings: Any) -> Request:
+                response_format: Mapping[str, Any] | None = None, tool_choice: Any = None,
+                parallel_tool_calls: bool = True, reasoning_budget: int | None = None, redraw_empty: bool = True,
+                stop: str | Sequence[str] = (), drafts: bool = True, client: str = "", **settings: Any) -> Request:
         """What `generate` asks of the engine, checked.
 
         ``seed`` fixes all randomness (drawn and reported when None). ``canvas`` seeds the first canvas with token ids
@@ -127,37 +132,60 @@ class Model:
         {"type": "json_schema", "json_schema": {"schema": …}}, {"type": "regex", "regex": …} or {"type": "choice",
         "choice": […]}. ``stop``: the answer ends before any of these strings. ``settings`` are sampler settings under
         the checkpoint's names (`GenerationConfig`). Raises DgemmaError on a bad argument.
+
+        ``tool_choice`` is "auto", "none" (the model is not told of the tools), "required", a tool by name ({"name": …})
+        or some of them ({"type": "allowed_tools", "mode": "auto" or "required", "tools": […]}). What must be called is
+        called once, or, without a name and with ``parallel_tool_calls``, as often as the model likes; its arguments
+        satisfy the tool's schema. So do those of tools declared ``strict``, whenever they are called. Beside a
+        ``response_format`` the answer is calls, or that.
+
+        ``reasoning_budget``: the most tokens that thoughts have together, their marks included; then the thought is
+        closed, and the answer follows. 0: no thinking. Thoughts always leave a canvas for the answer (half of
+        ``max_tokens`` where that is less than two). ``redraw_empty``: an answer that comes out empty at its first
+        canvas is drawn once more, narrower and from other noise.
         """
         if images:
             raise DgemmaError("this version reads text only: images are not supported yet")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
             raise DgemmaError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
-        prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=tools)
+        if reasoning_budget is not None and (type(reasoning_budget) is not int or reasoning_budget < 0):
+            raise DgemmaError(f"reasoning_budget must be a whole number of at least 0, got {reasoning_budget!r}")
+        thinking = thinking and reasoning_budget != 0
+        choice, declared = read_tool_choice(tool_choice), normalise_tools(tools)
+        prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=shown_tools(declared, choice))
         constraint = None
         try:
             merged = self.generation_config.replace(max_tokens=max_tokens, **settings)
         except ValueError as error:
             raise DgemmaError(str(error)) from error
-        if response_format is not None:
+        formed = response_format is not None and response_format != {"type": "text"}
+        calls = calls_of(declared, choice, parallel_tool_calls, formed)
+        thought_open = inside_thought(self.tokenizer, prompt_ids)
+        if formed or calls is not None:
             if self.tokenizer.vocab_size > self.config.vocab_size:
-                raise DgemmaError(f"response_format cannot be kept: the tokenizer has {self.tokenizer.vocab_size} "
-                                  f"tokens, the network {self.config.vocab_size}")
-            from dgemma.chat.reply import inside_thought
+                raise DgemmaError(f"{'response_format' if formed else 'tool_choice'} cannot be kept: the tokenizer has "
+                                  f"{self.tokenizer.vocab_size} tokens, the network {self.config.vocab_size}")
             from dgemma.constrain import constraint_of
 
-            constraint = constraint_of(response_format, self.tokenizer, merged.eos_token_id,
-                                       thinking=thinking, inside_thought=inside_thought(self.tokenizer, prompt_ids))
+            constraint = constraint_of(response_format, self.tokenizer, merged.eos_token_id, thinking=thinking,
+                                       inside_thought=thought_open, calls=calls)
         try:
             request = Request(
                 0, prompt_ids, merged,
                 secrets.randbits(32) if seed is None else seed, None if canvas is None else list(canvas),
                 None if pinned is None else [bool(pin) for pin in pinned],
                 Choices(temperature, top_k, top_p, tuple((logit_bias or {}).items())), logprobs, constraint,
-                (stop,) if isinstance(stop, str) else tuple(stop), drafts, client)
+                (stop,) if isinstance(stop, str) else tuple(stop), drafts, client,
+                thoughts=self._thoughts(thought_open, reasoning_budget), redraw_empty=redraw_empty)
             request.check(self.config)
         except (TypeError, ValueError) as error:
             raise DgemmaError(str(error)) from error
         return request
+
+    def _thoughts(self, inside: bool, budget: int | None) -> Thoughts | None:
+        """How this model's thoughts are told from what it says; None where it has no marks for them."""
+        opened, closed = self.tokenizer.token_to_id(OPEN), self.tokenizer.token_to_id(CLOSE)
+        return None if opened is None or closed is None else Thoughts(opened, closed, inside, budget)
 
     def _run(self, requests: list[Request]) -> Iterator[Event]:
         # An engine of its own for every call: a caller who stops listening leaves nothing behind in another's batch.

@@ -64,7 +64,7 @@ def denoise(network: DiffusionTransformer, sampler: Sampler, seats: Sequence[Sea
         pinned = torch.stack([none if row.pinned is None else row.pinned for row in rows]).to(device)
         _force(network, stats, pinned, canvas)
         fresh = torch.where(pinned, canvas, fresh)
-    settings = [row.request.settings for row in rows]
+    settings = [row.settings for row in rows]
     next_canvas, accepted = sampler.advance(stats, fresh, settings)
     done = sampler.done(stats, [row.history for row in rows], settings)
 

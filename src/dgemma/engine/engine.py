@@ -46,6 +46,7 @@ class Counts:
     steps: int = 0  # forward passes over canvases
     rows: int = 0  # canvases denoised by these, all together
     canvases: int = 0  # committed
+    redrawn: int = 0  # first canvases that came out empty, and were drawn again
     prompt_tokens: int = 0  # asked for
     cached_tokens: int = 0  # of these, read before by somebody
     read_tokens: int = 0  # of these, read here (the rest was cancelled before)
@@ -121,7 +122,10 @@ class Engine:
         """The most memory that a request can come to need, bytes: keys and values, and its part of a pass."""
         config = self.network.config
         canvases = -(-request.settings.max_tokens // config.canvas_length)
-        tokens = len(request.prompt_ids) + (canvases - 1) * config.canvas_length
+        behind = (canvases - 1) * config.canvas_length
+        if request.thoughts is not None:  # one that is cut off makes room for another canvas
+            behind = request.settings.max_tokens - 1
+        tokens = len(request.prompt_ids) + behind
         return self._memory_for(min(tokens, config.max_position_embeddings))
 
     def _memory_for(self, tokens: int) -> int:
@@ -308,6 +312,12 @@ class Engine:
             self.counts.cached_tokens += seat.cached_tokens
             if row.request.constraint is not None:
                 seat.guide = row.request.constraint.guide(row.room)
+        self._begin_canvas(seat)
+
+    def _begin_canvas(self, seat: Seat) -> None:
+        config, row = self.network.config, seat.row
+        if seat.guide is not None and row.closes_thought and row.request.thoughts is not None:
+            seat.guide.begin_with([row.request.thoughts.closed])
         known = None if seat.guide is None else seat.guide.template(config.canvas_length, row.room)
         self._events.append(row.start_canvas(known))
         seat.soft = torch.zeros(config.canvas_length, config.hidden_size, dtype=self.network.dtype,
@@ -323,7 +333,12 @@ class Engine:
     def _close(self, seat: Seat) -> None:
         """Hand out a finished canvas at once. If another one follows, it is read with the next step's pass."""
         row = seat.row
-        event = row.close_canvas(self.find_stop)
+        if self._came_out_empty(seat):
+            self.counts.redrawn += 1
+            row.redraw()
+            self._begin_canvas(seat)
+            return
+        event = row.close_canvas(self.find_stop, 0 if seat.guide is None else seat.guide.least)
         found = logprobs_of(self.network, seat, len(event.token_ids))
         if found is not None:
             event = replace(event, logprobs=found)
@@ -338,6 +353,20 @@ class Engine:
         self.counts.answer_tokens += len(event.token_ids)
         if row.finish_reason is not None:
             self._finish(seat)
+
+    def _came_out_empty(self, seat: Seat) -> bool:
+        """Whether the answer would end here, with nothing said, thought or called, and may be drawn once more."""
+        row = seat.row
+        request = row.request
+        if not request.redraw_empty or row.canvas_index or row.redrawn_steps is not None or request.canvas is not None:
+            return False
+        if seat.guide is not None and not seat.guide.may_be_empty:
+            return False  # its form allows nothing else
+        kept, _, reason = row.draft_end()
+        if reason is None:
+            return False
+        text, reasoning, tool_calls = self.decode(request.prompt_ids, kept, ())
+        return not (text.strip() or reasoning or tool_calls)
 
     # Leaving
 
@@ -377,14 +406,16 @@ class Engine:
     def _finished(self, seat: Seat) -> Finished:
         row = seat.row
         text, reasoning, tool_calls = self.decode(row.request.prompt_ids, row.token_ids, row.request.stop)
-        forwards, reason = sum(row.steps), row.finish_reason or "stop"
+        redrawn = row.redrawn_steps or 0
+        forwards, reason = sum(row.steps) + redrawn, row.finish_reason or "stop"
         self.counts.finished += reason != "cancelled"
         self.counts.cancelled += reason == "cancelled"
         return Finished(row.request.id, Generation(
             text=text, reasoning=reasoning, tool_calls=tool_calls, token_ids=row.token_ids, finish_reason=reason,
             steps=row.steps, tokens_per_forward=len(row.token_ids) / forwards if forwards else 0.0,
             prompt_tokens=len(row.request.prompt_ids), seconds=row.seconds(), seed=row.request.seed,
-            stop_token_id=row.stop_token_id, cached_tokens=seat.cached_tokens, logprobs=seat.logprobs))
+            stop_token_id=row.stop_token_id, cached_tokens=seat.cached_tokens, logprobs=seat.logprobs,
+            redrawn_steps=redrawn))
 
     def _alone(self, seat: Seat, work: Callable[[Seat], None]) -> bool:
         """Do something for one seat, and whether it went well; what goes wrong in it is the seat's own."""

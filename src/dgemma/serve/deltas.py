@@ -254,7 +254,7 @@ def _done(generation: Generation, request: Request, tokenizer: Tokenizer, stoppe
         reason = "tool_calls"
     thought = sum(_in_thought(tokenizer, request.prompt_ids, generation.token_ids))
     usage = Usage(generation.prompt_tokens, len(generation.token_ids), thought, generation.cached_tokens,
-                  sum(generation.steps))
+                  sum(generation.steps) + generation.redrawn_steps)
     return Done(reason, usage, stopped, generation.seed)
 
 
