@@ -22,6 +22,8 @@ def run(
     max_tokens: options.MaxTokensOption = None,
     system: options.SystemOption = None,
     thinking: options.ThinkingOption = False,
+    reasoning_budget: options.ReasoningBudgetOption = None,
+    redraw_empty: options.RedrawOption = True,
     visual: options.VisualOption = True,
     pace: options.PaceOption = 0.1,
     trace: options.TraceOption = None,
@@ -43,6 +45,10 @@ def run(
     For example: dgemma run "Solve 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     """
     settings = options.sampler_settings(locals())
+    if reasoning_budget is not None:
+        settings["reasoning_budget"] = reasoning_budget
+    if not redraw_empty:
+        settings["redraw_empty"] = False
     text = _prompt_text(prompt)
 
     from dgemma.cli.remote import RemoteModel, known, open_model, refuse_with_url

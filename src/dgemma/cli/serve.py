@@ -51,6 +51,7 @@ def serve(
                                                rich_help_panel=_LIMITS)] = 16,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that running answers have to finish when the server is "
                                                      "stopped.", rich_help_panel=_LIMITS)] = 30,
+    redraw_empty: options.RedrawOption = True,
     access_log: Annotated[bool, typer.Option(help="A line on stderr for every request.")] = True,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = None,
@@ -80,7 +81,7 @@ def serve(
     settings = Settings(
         tuple(served_model_name or [model or BUNDLED]), tuple(api_key or ()), max_model_len,
         round(max_body_mb * 1e6), timeout, rate_limit=rate_limit, allowed_origins=tuple(allowed_origins or ()),
-        access_log=access_log, adapters_from=adapters_from)
+        access_log=access_log, redraw_empty=redraw_empty, adapters_from=adapters_from)
     fixed, named = _adapters(adapter or (), settings)
     check_exposure(host, settings, allow_insecure)
     with bind(host, port) as listener:

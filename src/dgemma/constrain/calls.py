@@ -1,9 +1,9 @@
 """Calls of tools as a language: the model's own notation, with arguments that their JSON schemas accept.
 
-A call is `<|tool_call>call:NAME{key:<|"|>text<|"|>,n:3}<tool_call|>`: strings as they are between marks, bare keys, JSON's
-numbers and words, no white space. Its marks are single tokens, never text. Here each of them is one byte that no text
-has, so that a language with marks is an ordinary one to all that reads languages. The arguments' automaton is that of
-their JSON (`schema`), rewritten: what JSON escapes stands as it is. Knows nothing of token ids, canvases.
+A call is `<|tool_call>call:NAME{key:<|"|>text<|"|>,n:3}<tool_call|>`: strings as they are between marks, bare keys,
+JSON's numbers and words, no white space. Its marks are single tokens, never text. Here each of them is one byte that no
+text has, so that a language with marks is an ordinary one to all that reads languages. The arguments' automaton is that
+of their JSON (`schema`), rewritten: what JSON escapes stands as it is. Knows nothing of token ids, canvases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from dgemma.chat import thoughts, tools
 from dgemma.constrain.automaton import FAR, Automaton, Effort, Nfa, TooLarge, compile_language, nearest
 from dgemma.constrain.choice import CallableTool, Calls, ToolsError
-from dgemma.constrain.language import ANY_CHAR, Alt, Call, Chars, Literal, Repeat, complement, seq
+from dgemma.constrain.language import ANY_CHAR, Alt, Chars, Literal, Repeat, complement, seq
 from dgemma.constrain.schema import schema_language
 from dgemma.errors import DgemmaError
 
@@ -29,7 +29,7 @@ _NO_KEY = [(0, 0x20), (0x7F, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x2
            (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), *((ord(sign),) * 2 for sign in "{}[],:<>")]
 _TEXT = Repeat(Chars(ANY_CHAR), 0, None)
 _THOUGHT_BODY = Repeat(Alt((Chars(ANY_CHAR), _QUOTE)), 0, None)
-_LOOSE = Repeat(Alt((Chars(ANY_CHAR), _QUOTE)), 0, None)  # the inside of a call that is not held to anything
+_LOOSE = seq(Literal(b"{"), Repeat(Alt((Chars(ANY_CHAR), _QUOTE)), 0, None), Literal(b"}"))  # held to nothing
 _ESCAPES = {ord("n"): 10, ord("t"): 9, ord("r"): 13, ord("b"): 8, ord("f"): 12, 34: 34, 92: 92, ord("/"): ord("/")}
 _HEX = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
 
@@ -132,6 +132,7 @@ def _rewritten(json_text: Automaton, names: Mapping[str, str], effort: Effort) -
 # one that is a key, with the state of the automaton of bare keys (-1: this is none), which is written bare or between
 # marks; and, inside any of these, behind a backslash or within an escape of four digits.
 _OUT, _BEHIND_KEY, _VALUE, _BARE, _MARKED = range(5)
+_MARK = (MARKS[tools.QUOTE], MARKS[tools.QUOTE])  # an edge of a quote mark
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,10 @@ class _Rewriting:
         for low, high, target in self._ranges(place.state):
             if low == 34 and place.mode == _OUT:
                 if self.values[target]:
-                    nfa.edges[source].append((_QUOTE.data[0],) * 2 + (self._at(_Place(target, _VALUE)),))
+                    nfa.edges[source].append((*_MARK, self._at(_Place(target, _VALUE))))
                 if self.keys[target]:
                     nfa.empty[source].append(self._at(_Place(target, _BARE)))
-                    nfa.edges[source].append((_QUOTE.data[0],) * 2 + (self._at(_Place(target, _MARKED)),))
+                    nfa.edges[source].append((*_MARK, self._at(_Place(target, _MARKED))))
                 continue
             for byte in range(low, high + 1):
                 if byte in b" \t\n\r":
@@ -243,7 +244,7 @@ class _Rewriting:
                 self.nfa.empty[source].append(self._at(_Place(target, _BEHIND_KEY)))
         elif place.mode == _VALUE or place.key < 0 or not self.bare.accepts[place.key]:
             mode = _OUT if place.mode == _VALUE else _BEHIND_KEY
-            self.nfa.edges[source].append((_QUOTE.data[0],) * 2 + (self._at(_Place(target, mode)),))
+            self.nfa.edges[source].append((*_MARK, self._at(_Place(target, mode))))
 
     def _emit(self, source: int, place: _Place, low: int, high: int, target: int) -> None:
         """An edge over bytes of a string's text that do the same to both automata."""

@@ -97,18 +97,22 @@ def _name_of(said: Any, where: str) -> str:
     return name
 
 
-def shown_tools(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> list[dict[str, Any]] | None:
-    """The declarations that the model is told of, normalised ones of `normalise_tools`.
+def usable_tools(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> list[dict[str, Any]] | None:
+    """Of declarations ({"type": "function", "function": …}) those that the model is told of.
 
     None of them where none may be called; where only some may, these alone, but all beside one that is asked for by
-    name: what was called before stays declared. ``strict`` is about us, not for the model.
+    name: what was called before stays declared.
     """
     if not tools or choice.mode == "none":
         return None
-    if choice.allowed is not None and choice.mode != "function":
-        tools = [tool for tool in tools if tool["function"]["name"] in choice.allowed]
+    some = choice.allowed is not None and choice.mode != "function"
+    return [dict(tool) for tool in tools if not some or tool["function"]["name"] in (choice.allowed or ())] or None
+
+
+def shown_tools(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> list[dict[str, Any]] | None:
+    """`usable_tools` as the model reads them: ``strict`` is not for it."""
     return [{**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
-            for tool in tools] or None
+            for tool in usable_tools(tools, choice) or ()] or None
 
 
 def calls_of(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice, parallel: bool,

@@ -307,7 +307,7 @@ class Engine:
                 self._alone(seat, self._open_canvas)
 
     def _open_canvas(self, seat: Seat) -> None:
-        config, row = self.network.config, seat.row
+        row = seat.row
         if row.canvas_index == 0:
             self.counts.cached_tokens += seat.cached_tokens
             if row.request.constraint is not None:

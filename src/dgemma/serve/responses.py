@@ -17,6 +17,7 @@ from starlette.responses import Response
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
 from dgemma.serve.bodies import adapter_of, client_of, engine_request, refuse_unsupported
+from dgemma.serve.calling import choice_of, reasoning_budget
 from dgemma.serve.deltas import Delta, answering
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.responses_body import (
@@ -104,7 +105,9 @@ async def _request(service: Service, settings: Settings, body: ResponsesBody, ht
             stop=body.stop or (), seed=body.seed, logprobs=logprobs, response_format=response_format(body),
             format_param="text.format",
             thinking=effort not in (None, "none", "minimal"), tools=declared_tools(body),
-            client=client_of(http, body.user or body.safety_identifier), **body.sampler())
+            tool_choice=choice_of(body.tool_choice), parallel_tool_calls=body.parallel_tool_calls is not False,
+            reasoning_budget=reasoning_budget(body), client=client_of(http, body.user or body.safety_identifier),
+            **body.sampler())
     except ApiError as error:
         if error.param and error.param.startswith("messages"):  # what the library calls them
             error.param = "input"

@@ -25,6 +25,7 @@ class Settings:
     rate_limit: float = 0.0  # requests a minute that one client may make, 0: any
     allowed_origins: tuple[str, ...] = ()  # web pages that browsers may call from; ("*",): all
     access_log: bool = True
+    redraw_empty: bool = True  # draw an answer that comes out empty at its first canvas once more
     adapters_from: Path | None = None  # where clients may have adapters loaded from; None: nowhere
 
     def __post_init__(self) -> None:
