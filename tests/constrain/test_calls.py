@@ -216,11 +216,11 @@ def test_strict_tools_are_held_to_their_schema_wherever_they_are_called(byte_tok
     made = free(byte_tokenizer, tool("look", LOOK, strict=True), tool("any", {"type": "string"}))
     called = said = 0
     for seed in range(8):
-        def scores(canvas, vocab, generator, _):
+        def scores(canvas, vocab, generator, _, seed=seed):
             logits = torch.randn(canvas, vocab, generator=generator) * 3
             logits[5, opened] += 600
             logits[:40, STOPS] -= 9000
-            logits[11, byte_tokenizer.encode("l")] += 50 * (seed < 5)
+            logits[11, byte_tokenizer.encode("l")] += 500 * (seed < 5)
             return logits.log_softmax(-1)
 
         ids = free_text(made, byte_tokenizer, 120, 60, seed, scores)

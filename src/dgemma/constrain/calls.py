@@ -26,7 +26,8 @@ MARKS = {tools.OPEN: 0xF8, tools.CLOSE: 0xF9, tools.QUOTE: 0xFA, thoughts.OPEN: 
 _OPEN, _CLOSE, _QUOTE, _THINK, _THOUGHT = (Literal(bytes([byte])) for byte in MARKS.values())
 # What a bare key can be made of (`dgemma.chat.tools.KEY`): no white space of Unicode, and nothing with a meaning.
 _NO_KEY = [(0, 0x20), (0x7F, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
-           (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), *((ord(sign),) * 2 for sign in "{}[],:<>")]
+           (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xE000, 0xF8FF),
+           *((ord(sign), ord(sign)) for sign in "{}[],:<>()=;")]
 _TEXT = Repeat(Chars(ANY_CHAR), 0, None)
 _THOUGHT_BODY = Repeat(Alt((Chars(ANY_CHAR), _QUOTE)), 0, None)
 _LOOSE = seq(Literal(b"{"), Repeat(Alt((Chars(ANY_CHAR), _QUOTE)), 0, None), Literal(b"}"))  # held to nothing

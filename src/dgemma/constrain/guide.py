@@ -28,7 +28,7 @@ class TextConstraint:
 
     def __init__(self, make_graph: Callable[[], Graph], tokenizer: Tokenizer, what: str = "response_format",
                  free: bool = False):
-        self._make_graph, self._tokenizer, self._what, self._free = make_graph, tokenizer, what, free
+        self._make_graph, self._tokenizer, self._what, self.free = make_graph, tokenizer, what, free
         self._graph = make_graph()
 
     def guide(self, room: int) -> TextGuide:
@@ -39,7 +39,7 @@ class TextConstraint:
         if needed > room:
             raise ValueError(f"{self._what} asks for an answer of {needed} tokens or more, and there is room for "
                              f"{room}: raise max_tokens")
-        return TextGuide(self._graph, self._tokenizer, self._free)
+        return TextGuide(self._graph, self._tokenizer, self.free)
 
 
 class TextGuide:

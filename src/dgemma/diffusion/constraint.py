@@ -59,6 +59,8 @@ class Guide(Protocol):
 class Constraint(Protocol):
     """A form that answers must have; shared by any number of requests."""
 
+    free: bool  # it is text as any, but for the calls in it
+
     def guide(self, room: int) -> Guide:
         """A guide for one answer of at most ``room`` tokens; ValueError when no valid answer is so short."""
         ...

@@ -149,7 +149,8 @@ async def deltas(service: Service, request: Request, tokenizer: Tokenizer, *, to
     """
     request = replace(request, drafts=drafts_per_second > 0)
     # An answer that has to have a form holds no calls, even if the form looks like one.
-    reader = ReplyReader(tokenizer, request.prompt_ids, tools if request.constraint is None else (), request.stop)
+    formed = request.constraint is not None and not request.constraint.free
+    reader = ReplyReader(tokenizer, request.prompt_ids, () if formed else tools, request.stop)
     logprobs: list[TokenLogprob] = []
     calls = 0
     clock = asyncio.get_running_loop().time
