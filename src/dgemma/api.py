@@ -176,7 +176,8 @@ class Model:
                 None if pinned is None else [bool(pin) for pin in pinned],
                 Choices(temperature, top_k, top_p, tuple((logit_bias or {}).items())), logprobs, constraint,
                 (stop,) if isinstance(stop, str) else tuple(stop), drafts, client,
-                thoughts=self._thoughts(thought_open, reasoning_budget), redraw_empty=redraw_empty)
+                thoughts=self._thoughts(thought_open, reasoning_budget), redraw_empty=redraw_empty,
+                held=calls is not None)
             request.check(self.config)
         except (TypeError, ValueError) as error:
             raise DgemmaError(str(error)) from error
@@ -195,10 +196,13 @@ class Model:
             self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
         return engine.run(requests)
 
-    def decode(self, prompt_ids: list[int], token_ids: list[int],
-               stop: Sequence[str] = ()) -> tuple[str, str | None, list[dict[str, Any]]]:
-        """The text, reasoning and tool calls of an answer's tokens, ended before any of the ``stop`` strings."""
-        answer = read_answer(self.tokenizer, prompt_ids, token_ids, stop=stop)
+    def decode(self, prompt_ids: list[int], token_ids: list[int], stop: Sequence[str] = (),
+               held: bool = False) -> tuple[str, str | None, list[dict[str, Any]]]:
+        """The text, reasoning and tool calls of an answer's tokens, ended before any of the ``stop`` strings.
+
+        ``held``: a constraint made the calls.
+        """
+        answer = read_answer(self.tokenizer, prompt_ids, token_ids, stop=stop, held=held)
         return answer.text, answer.reasoning, answer.tool_calls
 
     def find_stop(self, prompt_ids: list[int], token_ids: list[int], stop: Sequence[str]) -> int | None:

@@ -96,6 +96,25 @@ def test_what_every_call_begins_with_stands_in_the_template(byte_tokenizer):
         "<|tool_call>call:l"
 
 
+def test_a_map_whose_keys_come_twice_is_still_a_call(byte_tokenizer):
+    schema = {"type": "object", "additionalProperties": {"type": "integer"}}
+    keys = byte_tokenizer.encode(":1,")
+
+    def short(canvas, vocab, generator, _):
+        logits = torch.randn(canvas, vocab, generator=generator)
+        logits[:-20, [*keys, byte_tokenizer.token_to_id('<|"|>')]] += 30
+        return logits.log_softmax(-1)
+
+    made, twice = constraint(required(tool("f", schema)), byte_tokenizer), 0
+    for seed in range(4):
+        ids = denoise(made, byte_tokenizer, 80, 80, seed, log_probs=short)
+        answer = read_answer(byte_tokenizer, [], ids, held=True)
+        assert len(answer.tool_calls) == 1
+        jsonschema.validate(answer.tool_calls[0]["arguments"], schema)
+        twice += byte_tokenizer.decode(ids).count('<|"|>:') > len(answer.tool_calls[0]["arguments"])
+    assert twice
+
+
 def test_one_call_or_several(byte_tokenizer):
     opened = byte_tokenizer.token_to_id("<|tool_call>")
 
@@ -305,8 +324,9 @@ _keys = st.text(st.sampled_from("ab :{}\"'\\<é日\n"), max_size=3)
 _schemas = st.recursive(_scalars, lambda inner: st.one_of(
     st.builds(lambda items: {"type": "array", "items": items, "maxItems": 3}, inner),
     st.builds(lambda parts: {"anyOf": parts}, st.lists(inner, min_size=1, max_size=2)),
-    st.builds(lambda named, extra: {"type": "object", "properties": named, "required": list(named)[::2]},
-              st.dictionaries(_keys, inner, max_size=3), st.booleans())), max_leaves=5)
+    st.builds(lambda value: {"type": "object", "additionalProperties": value}, inner),
+    st.builds(lambda named: {"type": "object", "properties": named, "required": list(named)[::2]},
+              st.dictionaries(_keys, inner, max_size=3))), max_leaves=5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -318,7 +338,7 @@ def test_calls_satisfy_random_schemas(named, seed, drawn, sharpness):
     made = constraint(required(tool("f", schema)), tokenizer)
     room = max(made._graph.distance(made._graph.start), 0) + seed % 40
     ids = denoise(made, tokenizer, room, 30, seed, sharpness, drawn)
-    answer = read_answer(tokenizer, [], ids)
+    answer = read_answer(tokenizer, [], ids, held=True)
     assert answer.text == ""
     assert len(answer.tool_calls) == 1
     jsonschema.validate(answer.tool_calls[0]["arguments"], schema)
@@ -383,3 +403,28 @@ def test_which_tools_may_be_called_and_which_are_shown():
             names(choice)
     with pytest.raises(ToolsError, match="no tools"):
         calls_of(None, read_tool_choice("required"), True, False)
+
+
+def test_free_text_that_is_valid_as_it_is_is_taken(byte_tokenizer):
+    def guide(*committed, room=60):
+        made = free(byte_tokenizer, tool("look", LOOK, strict=True)).guide(room)
+        made.template(20, room)
+        if committed:
+            made.commit(list(committed))
+        return made
+
+    def spelt(text):
+        return byte_tokenizer.encode(text)
+
+    call = '<|tool_call>call:look{q:<|"|>a<|"|>,n:3}<tool_call|>'
+    for text, taken in (("Hello", True), (f"So: {call} and", True), ("<|channel>thought\nhm<channel|>x", True),
+                        (call.replace("3", "99"), False), (call.replace("look", "list"), False),
+                        ("a<tool_call|>", False), (call.replace("n:3", "n:<turn|>"), False),
+                        ("Hello<turn|><|tool_call><|tool_call>", True)):
+        assert guide().takes(spelt(text), 20, 60) is taken, text
+    assert not guide(room=9).takes(spelt(call[:20]), 20, 9)  # it could not be completed
+    assert guide(room=3).takes(spelt("Hello"), 20, 3)
+    begun = guide(*spelt("<|tool_call>call:look"))
+    assert not begun.takes(spelt('{q:<|"|>'), 20, 60)  # what must stand there is chosen
+    formed = constraint(required(tool("look", LOOK)), byte_tokenizer).guide(60)
+    assert not formed.takes(spelt(call), 20, 60)

@@ -136,10 +136,9 @@ def test_messages_form_beside_tools_is_a_call_or_the_form(claude):
 def test_strict_tools_are_held_to_their_schema_when_the_model_calls_by_itself(client, model):
     tools = [{**tool, "function": {**tool["function"], "strict": True}} for tool in CHAT]
     mark = str(model.tokenizer.token_to_id("<|tool_call>"))
-    answer = client.chat.completions.create(model="sudoku", messages=HELLO, max_tokens=90, seed=1, tools=tools,
-                                            logit_bias={mark: 100, "1": -100, "50": -100, "106": -100},
-                                            extra_body=FAST).choices[0]
-    check([(call.function.name, call.function.arguments) for call in answer.message.tool_calls])
+    generation = model.generate(HELLO, max_tokens=90, seed=1, tools=tools, logit_bias={
+        int(mark): 100.0, 1: -1e6, 50: -1e6, 106: -1e6}, **FAST)
+    check([(call["name"], call["arguments"]) for call in generation.tool_calls])
     plain = client.chat.completions.create(model="sudoku", messages=HELLO, max_tokens=90, seed=1, tools=tools,
                                            logit_bias={mark: -100}).choices[0]
     assert plain.message.content

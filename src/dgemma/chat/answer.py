@@ -22,9 +22,10 @@ class Answer:
 
 
 def read_answer(tokenizer: Tokenizer, prompt_ids: list[int], token_ids: list[int],
-                tools: Sequence[str] | None = None, stop: Sequence[str] = ()) -> Answer:
+                tools: Sequence[str] | None = None, stop: Sequence[str] = (),
+                held: bool = False) -> Answer:
     """Read an answer's tokens (without the stop token); the arguments are those of `ReplyReader`."""
-    reader = ReplyReader(tokenizer, prompt_ids, tools, stop)
+    reader = ReplyReader(tokenizer, prompt_ids, tools, stop, held)
     pieces = [*reader.feed(token_ids), *reader.finish()]
     return Answer(
         "".join(piece.text for piece in pieces if isinstance(piece, Said)),

@@ -16,7 +16,7 @@ from dgemma.chat import thoughts, tools
 from dgemma.chat.speech import Said, Speech, Spelt
 from dgemma.chat.thoughts import Channel
 from dgemma.chat.tokenizer import Tokenizer
-from dgemma.chat.tools import Called, read_calls
+from dgemma.chat.tools import Called, held_call, read_calls
 
 __all__ = ["Called", "Piece", "ReplyReader", "Said", "Thought", "declared_tools", "find_stop"]
 
@@ -64,12 +64,12 @@ class ReplyReader:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], tools: Sequence[str] | None = None,
-                 stop: Sequence[str] = ()):
+                 stop: Sequence[str] = (), held: bool = False):
         """The prompt tells whether a thought was already open, and which tools there are unless ``tools`` names them.
 
-        ``stop``: nothing from any of these strings on is said.
+        ``stop``: nothing from any of these strings on is said. ``held``: a constraint made the calls.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer, self._held = tokenizer, held
         self._marks = {tokenizer.token_to_id(mark): mark for mark in _MARKS}
         self._tools = frozenset(declared_tools(tokenizer, prompt_ids) if tools is None else tools)
         self._channel = Channel(inside_thought(tokenizer, prompt_ids))
@@ -170,8 +170,9 @@ class ReplyReader:
         # Every mark begins with "<". A private character behind each "<" of ordinary text keeps it from reading as one.
         guard = next(chr(code) for code in _PRIVATE if chr(code) not in plain)
         source = "".join(text.text if mark else text.text.replace("<", f"<{guard}") for text, mark in parts)
+        calls = (held_call(source) if self._held and closed else []) or read_calls(source, closed, self._tools)
         return [replace(call, name=call.name.replace(guard, ""), arguments=_without(call.arguments, guard))
-                for call in read_calls(source, closed, self._tools)]
+                for call in calls]
 
     def _taken(self) -> list[Piece]:
         """The pieces so far, neighbours of a kind joined."""

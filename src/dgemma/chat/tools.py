@@ -46,15 +46,27 @@ def read_calls(source: str, closed: bool = True, tools: Collection[str] = ()) ->
         return heal_calls(source, closed, tools)
 
 
-def _well_formed(source: str, closed: bool) -> Called:
+def _well_formed(source: str, closed: bool, repeats: bool = False) -> Called:
     name = NAME.match(source)
     if not name or not closed:
         raise ValueError("no name or no end")
     notation = Notation(source)
+    notation.repeats = repeats
     arguments, at = notation.mapping(name.end(), MAX_DEPTH)
     if at != len(source):
         raise ValueError("more than a call")
     return Called(name.group(1), arguments)
+
+
+def held_call(source: str) -> list[Called]:
+    """The call that was made under a constraint: well formed, but a key that is not declared may come twice.
+
+    Then the later value counts, as in JSON: no constraint knows all keys before.
+    """
+    try:
+        return [_well_formed(source, True, repeats=True)]
+    except ValueError:
+        return []
 
 
 class Notation:
@@ -65,6 +77,7 @@ class Notation:
     """
 
     words: dict[str, Any] = {"null": None, "true": True, "false": False}  # noqa: RUF012  (never changed)
+    repeats = False  # a key may come twice
 
     def __init__(self, text: str):
         self.text = text
@@ -86,7 +99,7 @@ class Notation:
             if found:
                 at = self.sign(at, ",", depth)
             key, at = self.key(at)
-            if key in found:
+            if key in found and not self.repeats:
                 raise ValueError("a key twice")
             found[key], at = self.value(self.sign(at, ":", depth), depth)
         return found, end

@@ -80,6 +80,22 @@ class TextGuide:
         return Chosen(torch.tensor(head + paths.best), torch.tensor(head + paths.drawn),
                       torch.tensor([True] * len(head) + paths.fixed))
 
+    def takes(self, token_ids: list[int], canvas: int, room: int) -> bool:
+        """Whether text that is free but for its calls may be these tokens, as they are."""
+        graph = self._graph
+        with graph.lock:
+            if not self.may_be_empty or self._known(canvas, room):
+                return False
+            state = self._state
+            for place, token in enumerate(token_ids, start=1):
+                if token in graph.special.stops:
+                    return graph.accepts(state) and place <= room + 1
+                reached = graph.step(state, token)
+                if reached is None or graph.distance(reached) > room - place:
+                    return place > room and graph.accepts(state)
+                state = reached
+        return True
+
     def commit(self, token_ids: list[int]) -> None:
         """Take over a canvas' tokens; ValueError when they are not valid."""
         with self._graph.lock:

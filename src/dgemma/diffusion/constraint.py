@@ -30,7 +30,7 @@ class Guide(Protocol):
 
     finished: bool  # what was committed is valid and complete
     least: int  # tokens of the shortest valid answer
-    may_be_empty: bool  # an answer of nothing is valid, but nobody asked for it
+    may_be_empty: bool  # it is text that is free but for its calls: nobody asked for an answer of nothing
 
     def template(self, canvas: int, room: int) -> list[int | None]:
         """The tokens of the next canvas that are known before any is drawn; None where one is not. [canvas]
@@ -49,6 +49,10 @@ class Guide(Protocol):
 
     def commit(self, token_ids: list[int]) -> None:
         """A canvas is done and these (up to the stop token, which is not included) are its tokens."""
+        ...
+
+    def takes(self, token_ids: list[int], canvas: int, room: int) -> bool:
+        """Whether a canvas may be these tokens as they are; False where that is not worth asking."""
         ...
 
     def begin_with(self, token_ids: list[int]) -> None:

@@ -87,6 +87,7 @@ class Request:
     ``stop`` ends it before any of these strings; without ``drafts`` no Denoised events are made. Requests of one
     ``client`` wait for each other, not those of another for them. ``adapter`` is put on the network for this request.
     ``thoughts`` bounds them; with ``redraw_empty`` an answer that comes out empty at its first canvas is drawn again.
+    ``held``: the constraint makes the answer's calls of tools.
     """
 
     id: int
@@ -104,6 +105,7 @@ class Request:
     adapter: MountedAdapter | None = None
     thoughts: Thoughts | None = None
     redraw_empty: bool = False
+    held: bool = False
 
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError, saying what is wrong, unless the network can run this request."""

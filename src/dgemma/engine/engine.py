@@ -338,7 +338,8 @@ class Engine:
             row.redraw()
             self._begin_canvas(seat)
             return
-        event = row.close_canvas(self.find_stop, 0 if seat.guide is None else seat.guide.least)
+        bounded = seat.guide is not None and row.request.thoughts is not None
+        event = row.close_canvas(self.find_stop, seat.guide.least if seat.guide is not None and bounded else 0)
         found = logprobs_of(self.network, seat, len(event.token_ids))
         if found is not None:
             event = replace(event, logprobs=found)
@@ -405,7 +406,8 @@ class Engine:
 
     def _finished(self, seat: Seat) -> Finished:
         row = seat.row
-        text, reasoning, tool_calls = self.decode(row.request.prompt_ids, row.token_ids, row.request.stop)
+        text, reasoning, tool_calls = self.decode(row.request.prompt_ids, row.token_ids, row.request.stop,
+                                                  *([True] if row.request.held else []))
         redrawn = row.redrawn_steps or 0
         forwards, reason = sum(row.steps) + redrawn, row.finish_reason or "stop"
         self.counts.finished += reason != "cancelled"

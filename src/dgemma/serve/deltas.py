@@ -150,7 +150,8 @@ async def deltas(service: Service, request: Request, tokenizer: Tokenizer, *, to
     request = replace(request, drafts=drafts_per_second > 0)
     # An answer that has to have a form holds no calls, even if the form looks like one.
     formed = request.constraint is not None and not request.constraint.free
-    reader = ReplyReader(tokenizer, request.prompt_ids, () if formed else tools, request.stop)
+    reader = ReplyReader(tokenizer, request.prompt_ids, () if formed else tools, request.stop,
+                         held=request.held)
     logprobs: list[TokenLogprob] = []
     calls = 0
     clock = asyncio.get_running_loop().time
