@@ -91,9 +91,10 @@ def compile_language(language: Node, effort: Effort | None = None) -> Automaton:
 
 
 def _compile(language: Node, effort: Effort) -> Automaton:
-    nfa = Nfa(effort)
+    nfa = _Nfa(effort)
     start = nfa.state()
-    return nfa.automaton(start, nfa.add(language, start))
+    end = nfa.add(language, start)
+    return _minimal(*_subsets(nfa, start, end))
 
 
 def utf8_sequences(ranges: Ranges) -> list[list[tuple[int, int]]]:
@@ -126,7 +127,7 @@ def _split(low: bytes, high: bytes) -> list[list[tuple[int, int]]]:
     return out + tail
 
 
-class Nfa:
+class _Nfa:
     """States with edges over bytes, empty edges and calls."""
 
     def __init__(self, effort: Effort):
@@ -183,7 +184,7 @@ class Nfa:
             return self._join(node, start)
         if id(node) not in self._products:
             self._products[id(node)] = _product(node, self.effort)
-        return self.embed(self._products[id(node)], start)
+        return self._embed(self._products[id(node)], start)
 
     def _join(self, node: Joined, start: int) -> int:
         bare, behind = start, None  # where nothing stands yet, and where something does
@@ -229,7 +230,7 @@ class Nfa:
         """The minimal deterministic one of what leads from a state to another."""
         return _minimal(*_subsets(self, start, end))
 
-    def embed(self, automaton: Automaton, start: int, rules: Mapping[str, str] | None = None) -> int:
+    def _embed(self, automaton: Automaton, start: int, rules: Mapping[str, str] | None = None) -> int:
         """Add an automaton as `add` does a language; ``rules``: what the rules that it calls are named here."""
         states = [self.state() for _ in automaton.accepts]
         end = self.state()
@@ -246,7 +247,7 @@ class Nfa:
         return end
 
 
-def _subsets(nfa: Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list]]:
+def _subsets(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list]]:
     """Deterministic: (table [S, K] with -1 for none, byte_class, accepts, calls)."""
     bounds = {0, 256}
     for edges in nfa.edges:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dgemma.chat import thoughts, tools
-from dgemma.constrain.automaton import FAR, Automaton, Effort, Nfa, TooLarge, compile_language, nearest
+from dgemma.constrain.automaton import FAR, Automaton, Effort, _Nfa, TooLarge, compile_language, nearest
 from dgemma.constrain.choice import CallableTool, Calls, ToolsError
 from dgemma.constrain.language import ANY_CHAR, Alt, Chars, Literal, Repeat, complement, seq
 from dgemma.constrain.schema import schema_language
@@ -45,7 +45,7 @@ def calls_automaton(calls: Calls, form: tuple[Automaton, dict[str, Automaton]] |
     """
     free = not calls.required and form is None
     rules: dict[str, Automaton] = {} if form is None else dict(form[1])
-    nfa = Nfa(effort)
+    nfa = _Nfa(effort)
     start, once, closed = nfa.state(), nfa.state(), nfa.state()
     depths = [1]  # brackets that a part of a call can have open at a time
     for index, tool in enumerate(calls.tools):
@@ -58,7 +58,7 @@ def calls_automaton(calls: Calls, form: tuple[Automaton, dict[str, Automaton]] |
         else:
             made, brackets = _arguments(tool, index, rules, longest, effort,
                                         may_fail=form is not None and not calls.required)
-            at, depths = nfa.embed(made, at), depths + brackets
+            at, depths = nfa._embed(made, at), depths + brackets
         nfa.empty[nfa.add(_CLOSE, at)].append(closed)
     end = nfa.state()
     if free:
@@ -76,7 +76,7 @@ def calls_automaton(calls: Calls, form: tuple[Automaton, dict[str, Automaton]] |
         if calls.many:
             nfa.empty[closed].append(once)
         if form is not None:
-            nfa.empty[nfa.embed(form[0], start)].append(end)
+            nfa.empty[nfa._embed(form[0], start)].append(end)
     automaton = nfa.automaton(start, end)
     effort.states -= len(automaton.table)
     if effort.states < 0:
@@ -124,7 +124,7 @@ def _object_schema(tool: CallableTool) -> Mapping[str, Any]:
 
 def _rewritten(json_text: Automaton, names: Mapping[str, str], effort: Effort) -> Automaton:
     """An automaton of JSON texts as one of the notation of calls; ``names``: of rules, what they are called now."""
-    nfa = Nfa(effort)
+    nfa = _Nfa(effort)
     start = nfa.state()
     return nfa.automaton(start, _Rewriting(nfa, json_text, names).add(start))
 
@@ -149,7 +149,7 @@ class _Place:
 class _Rewriting:
     """An automaton of JSON texts, added to another as one of the notation of calls."""
 
-    def __init__(self, nfa: Nfa, json_text: Automaton, names: Mapping[str, str]):
+    def __init__(self, nfa: _Nfa, json_text: Automaton, names: Mapping[str, str]):
         self.nfa, self.json_text, self.names = nfa, json_text, names
         self.bare = compile_language(seq(Chars(complement([*_NO_KEY, (34, 34), (39, 39)])),
                                          Repeat(Chars(complement(_NO_KEY)), 0, None)))
