@@ -65,7 +65,7 @@ def run_dgemma(layers: int, steps: int) -> dict:
         network = DiffusionTransformer(config)
     network = network.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
     fill(network)
-    engine = Engine(network, lambda prompt, tokens, stop: ("", None, []))
+    engine = Engine(network)
     settings = GenerationConfig(max_denoising_steps=steps, confidence_threshold=1e-9, max_tokens=CANVAS)
     loaded, at = resident_bytes(), []
     for event in engine.run([Request(0, list(range(3, 3 + PROMPT)), settings, seed=0)]):

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dgemma.chat import Tokenizer, normalise_messages, normalise_tools, read_answer
+from dgemma.chat import AnswerReader, Tokenizer, normalise_messages, normalise_tools
+from dgemma.chat.reply import inside_thought
+from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.config import GenerationConfig, ModelConfig, load_generation_config, load_model_config
+from dgemma.constrain.choice import ToolChoice, calls_of, read_tool_choice, shown_tools, usable_tools
 from dgemma.diffusion.events import Event, Finished, Generation
-from dgemma.diffusion.row import Choices, Request
+from dgemma.diffusion.row import Choices, Request, Thoughts
 from dgemma.engine import Engine, PrefixStore
 from dgemma.errors import DgemmaError
 from dgemma.memory import request_memory
@@ -112,15 +115,17 @@ class Model:
                               f"{type(prompt).__name__}")
         conversation: Any = prompt if isinstance(prompt, str) else list(prompt)
         messages = normalise_messages(conversation, system=system)
-        return self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
+        shown = shown_tools(normalise_tools(tools), ToolChoice())
+        return self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=shown)
 
     def request(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                 thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
                 images: Sequence[Any] | None = None, canvas: Sequence[int | None] | None = None,
                 pinned: Sequence[bool] | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                 logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
-                response_format: Mapping[str, Any] | None = None, stop: str | Sequence[str] = (), drafts: bool = True,
-                client: str = "", **settings: Any) -> Request:
+                response_format: Mapping[str, Any] | None = None, tool_choice: Any = None,
+                parallel_tool_calls: bool = True, reasoning_budget: int | None = None, redraw_empty: bool = True,
+                stop: str | Sequence[str] = (), drafts: bool = True, client: str = "", **settings: Any) -> Request:
         """What `generate` asks of the engine, checked.
 
         ``seed`` fixes all randomness (drawn and reported when None). ``canvas`` seeds the first canvas with token ids
@@ -130,27 +135,44 @@ class Model:
         {"type": "json_schema", "json_schema": {"schema": …}}, {"type": "regex", "regex": …} or {"type": "choice",
         "choice": […]}. ``stop``: the answer ends before any of these strings. ``settings`` are sampler settings under
         the checkpoint's names (`GenerationConfig`). Raises DgemmaError on a bad argument.
+
+        ``tool_choice`` is "auto", "none" (the model is not told of the tools), "required", a tool by name ({"name": …})
+        or some of them ({"type": "allowed_tools", "mode": "auto" or "required", "tools": […]}). What must be called is
+        called once, or, without a name and with ``parallel_tool_calls``, as often as the model likes; its arguments
+        satisfy the tool's schema. So do those of tools declared ``strict``, whenever they are called. Beside a
+        ``response_format`` the answer is calls, or that.
+
+        ``reasoning_budget``: the most tokens that thoughts have together, their marks included; then the thought is
+        closed, and the answer follows. 0: no thinking. Thoughts always leave a canvas for the answer (half of
+        ``max_tokens`` where that is less than two). ``redraw_empty``: an answer that comes out empty at its first
+        canvas is drawn once more, narrower and from other noise.
         """
         if images:
             raise DgemmaError("this version reads text only: images are not supported yet")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
             raise DgemmaError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
-        prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=tools)
+        if reasoning_budget is not None and (type(reasoning_budget) is not int or reasoning_budget < 0):
+            raise DgemmaError(f"reasoning_budget must be a whole number of at least 0, got {reasoning_budget!r}")
+        thinking = thinking and reasoning_budget != 0
+        choice, declared = read_tool_choice(tool_choice), normalise_tools(tools)
+        prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=shown_tools(declared, choice))
         canvas = None if canvas is None else [_plain_token(item) for item in canvas]
         constraint = None
         try:
             merged = self.generation_config.replace(max_tokens=max_tokens, **settings)
         except ValueError as error:
             raise DgemmaError(str(error)) from error
-        if response_format is not None:
+        formed = response_format is not None and response_format != {"type": "text"}
+        calls = calls_of(declared, choice, parallel_tool_calls, formed)
+        thought_open = inside_thought(self.tokenizer, prompt_ids)
+        if formed or calls is not None:
             if self.tokenizer.vocab_size > self.config.vocab_size:
-                raise DgemmaError(f"response_format cannot be kept: the tokenizer has {self.tokenizer.vocab_size} "
-                                  f"tokens, the network {self.config.vocab_size}")
-            from dgemma.chat.reply import inside_thought
+                raise DgemmaError(f"{'response_format' if formed else 'tool_choice'} cannot be kept: the tokenizer has "
+                                  f"{self.tokenizer.vocab_size} tokens, the network {self.config.vocab_size}")
             from dgemma.constrain import constraint_of
 
-            constraint = constraint_of(response_format, self.tokenizer, merged.eos_token_id,
-                                       thinking=thinking, inside_thought=inside_thought(self.tokenizer, prompt_ids))
+            constraint = constraint_of(response_format, self.tokenizer, merged.eos_token_id, thinking=thinking,
+                                       inside_thought=thought_open, calls=calls)
         try:
             request = Request(
                 0, prompt_ids, merged,
@@ -158,11 +180,18 @@ class Model:
                 None if pinned is None else [bool(pin) for pin in pinned],
                 Choices(temperature, top_k, top_p, tuple((logit_bias or {}).items())), logprobs, constraint,
                 (stop,) if isinstance(stop, str) else tuple(stop), drafts, client,
-                tools=None if tools is None and constraint is None else tuple(normalise_tools(tools) or ()))
+                tools=None if tools is None and constraint is None else tuple(usable_tools(declared, choice) or ()),
+                held=calls is not None,
+                thoughts=self._thoughts(thought_open, reasoning_budget), redraw_empty=redraw_empty)
             request.check(self.config)
         except (TypeError, ValueError) as error:
             raise DgemmaError(str(error)) from error
         return request
+
+    def _thoughts(self, inside: bool, budget: int | None) -> Thoughts | None:
+        """How this model's thoughts are told from what it says; None where it has no marks for them."""
+        opened, closed = self.tokenizer.token_to_id(OPEN), self.tokenizer.token_to_id(CLOSE)
+        return None if opened is None or closed is None else Thoughts(opened, closed, inside, budget)
 
     def _run(self, requests: list[Request]) -> Iterator[Event]:
         # An engine of its own for every call: a caller who stops listening leaves nothing behind in another's batch.
@@ -170,28 +199,14 @@ class Model:
         # What prefixes take is measured as used, or is theirs to take yet.
         memory = request_memory(self.network) + self.prefixes.spare
         memory = max(memory - self.prefixes.budget, memory // 2)
-        engine = Engine(self.network, self.decode, prefixes=self.prefixes, find_stop=self.find_stop, memory=memory)
+        engine = Engine(self.network, self.reader, prefixes=self.prefixes, memory=memory)
         with self._adding:
             self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
         return engine.run(requests)
 
-    def decode(self, prompt_ids: list[int], token_ids: list[int], stop: Sequence[str] = (),
-               tools: Sequence[dict[str, Any]] | None = None,
-               form: bool = False) -> tuple[str, str | None, list[dict[str, Any]]]:
-        """The text, reasoning and tool calls of an answer's tokens, ended before any of the ``stop`` strings.
-
-        ``tools``: the declared tools (None: those that the prompt declares). ``form``: the answer has to have a form,
-        so that calls stand between their marks only.
-        """
-        answer = read_answer(self.tokenizer, prompt_ids, token_ids, tools, stop, form)
-        return answer.text, answer.reasoning, answer.tool_calls
-
-    def find_stop(self, prompt_ids: list[int], token_ids: list[int], stop: Sequence[str],
-                  tools: Sequence[dict[str, Any]] | None = None, form: bool = False) -> int | None:
-        """How many of an answer's tokens to keep because a stop string was met; None if none was."""
-        from dgemma.chat.reply import find_stop
-
-        return find_stop(self.tokenizer, prompt_ids, token_ids, stop, tools, form)
+    def reader(self, request: Request) -> AnswerReader:
+        """What reads a request's answer: its text, reasoning and tool calls, and where a stop string ends it."""
+        return AnswerReader(self.tokenizer, request.prompt_ids, **request.reading)
 
 
 def _is_token(value: object) -> bool:

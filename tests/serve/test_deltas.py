@@ -144,7 +144,7 @@ def test_closing_the_stream_closes_the_request(model, request_):
 
 def test_an_answer_is_its_pieces_together(model, request_):
     service = ScriptedService(model, ["<|channel>thought\nhm<channel|>Hel", f"lo{CALL}{CALL}"])
-    answer = asyncio.run(collect(deltas(service, request_, model.tokenizer, tools=["f"])))
+    answer = asyncio.run(collect(deltas(service, request_, model.tokenizer)))
     assert (answer.reasoning, answer.text, len(answer.tool_calls)) == ("hm", "Hello", 2)
     assert [call.index for call in answer.tool_calls] == [0, 1] and answer.logprobs is None
     assert answer.done.finish_reason == "tool_calls"

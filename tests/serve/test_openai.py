@@ -204,10 +204,11 @@ def test_an_answer_has_the_form_that_was_asked_for(client, form):
     assert answer.finish_reason == "stop" and list(json.loads(answer.message.content)) == ["a"]
 
 
-def test_an_answer_in_a_form_that_looks_like_a_call_is_text(client):
+def test_an_answer_in_a_form_that_looks_like_a_call_is_text(client, model):
     schema = {"type": "object", "properties": {"name": {"const": "weather"}, "arguments": {"const": {}}},
               "required": ["name", "arguments"], "additionalProperties": False}
-    answer = chat(client, tools=[WEATHER], response_format={
+    bias = {str(model.tokenizer.token_to_id("<|tool_call>")): -100}  # it may call, and shall not
+    answer = chat(client, tools=[WEATHER], logit_bias=bias, response_format={
         "type": "json_schema", "json_schema": {"name": "a", "schema": schema}}).choices[0]
     assert json.loads(answer.message.content) == {"name": "weather", "arguments": {}}
     assert answer.message.tool_calls is None and answer.finish_reason == "stop"
@@ -301,8 +302,8 @@ def test_harmless_fields_are_ignored(scripted_client):
     ({"top_p": 0}, "top_p"), ({"top_logprobs": 3}, "top_logprobs"),
     ({"stop": ["x"] * 17}, "stop"), ({"stop": ""}, "stop"),
     ({"seed": -1}, "seed"), ({"logit_bias": {"999": 1}}, "logit_bias"), ({"logit_bias": {"x": 1}}, "logit_bias.x"),
-    ({"tool_choice": "required", "tools": [WEATHER]}, "tool_choice"),
-    ({"tool_choice": {"type": "function", "function": {"name": "weather"}}, "tools": [WEATHER]}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "clock"}}, "tools": [WEATHER]}, "tool_choice"),
     ({"stream_options": {"include_usage": True}}, "stream_options"), ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 9000}, "max_tokens"), ({"max_completion_tokens": 9000}, "max_completion_tokens"),
     ({"extra_body": {"t_min": 0.9, "t_max": 0.1}}, "t_max"),

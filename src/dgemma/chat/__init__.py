@@ -10,21 +10,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dgemma.chat.answer import Answer, read_answer
+    from dgemma.chat.answer import Answer, AnswerReader, read_answer
     from dgemma.chat.messages import normalise_messages, normalise_tools
-    from dgemma.chat.reply import ReplyReader, find_stop
+    from dgemma.chat.reply import ReplyReader
     from dgemma.chat.thoughts import Piece, ThoughtParser, split_thoughts
     from dgemma.chat.tokenizer import Tokenizer
     from dgemma.chat.tools import read_calls
 
 _HOMES = {
     "Answer": "answer",
+    "AnswerReader": "answer",
     "read_answer": "answer",
     "Tokenizer": "tokenizer",
     "normalise_messages": "messages",
     "normalise_tools": "messages",
     "ReplyReader": "reply",
-    "find_stop": "reply",
     "Piece": "thoughts",
     "ThoughtParser": "thoughts",
     "split_thoughts": "thoughts",
@@ -33,11 +33,11 @@ _HOMES = {
 
 __all__ = [
     "Answer",
+    "AnswerReader",
     "Piece",
     "ReplyReader",
     "ThoughtParser",
     "Tokenizer",
-    "find_stop",
     "normalise_messages",
     "normalise_tools",
     "read_answer",

@@ -18,7 +18,7 @@ from dgemma.chat.thoughts import Channel
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.chat.tools import Called, Tool, read_calls, tools_of, weigh_calls
 
-__all__ = ["Called", "Piece", "ReplyReader", "Said", "Thought", "declared_tools", "find_stop"]
+__all__ = ["Called", "Piece", "ReplyReader", "Said", "Thought", "declared_tools"]
 
 _MARKS = (thoughts.OPEN, thoughts.CLOSE, tools.OPEN, tools.CLOSE, tools.QUOTE)
 _DECLARED = re.compile(r"\s*declaration:\s*([^{]*[^\s{])\s*\{")
@@ -38,18 +38,6 @@ class Thought:
 Piece = Thought | Said | Called
 
 
-def find_stop(tokenizer: Tokenizer, prompt_ids: list[int], token_ids: list[int], stop: Sequence[str],
-              tools: DeclaredTools | None = None, form: bool = False) -> int | None:
-    """How many of an answer's tokens it takes to complete the first stop string; None when none is met.
-
-    Stop strings count in what is said, not in thoughts and calls. Who reads the kept tokens with the same ``stop`` gets
-    the text before it. ``tools`` and ``form`` are as for `ReplyReader`.
-    """
-    reader = ReplyReader(tokenizer, prompt_ids, tools, stop, form)
-    reader.feed(token_ids)
-    return reader.stop_place
-
-
 def declared_tools(tokenizer: Tokenizer, prompt_ids: list[int]) -> list[str]:
     """The names of the tools that a prompt declares."""
     opening = tokenizer.token_to_id("<|tool>")
@@ -67,14 +55,14 @@ class ReplyReader:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], tools: DeclaredTools | None = None,
-                 stop: Sequence[str] = (), form: bool = False):
+                 stop: Sequence[str] = (), form: bool = False, held: bool = False):
         """The prompt tells whether a thought was already open, and which tools there are unless ``tools`` does, as
         names or as declarations in OpenAI's form. Where there are any, a call is of one of them.
 
         ``stop``: nothing from any of these strings on is said. ``form``: the answer has to have a form, which may look
-        like a call; only what stands between marks is one then.
+        like a call; only what stands between marks is one then. ``held``: a constraint made the calls.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer, self._held = tokenizer, held
         self._marks = {tokenizer.token_to_id(mark): mark for mark in _MARKS}
         self._tools = tools_of(declared_tools(tokenizer, prompt_ids) if tools is None else tools)
         self._channel = Channel(inside_thought(tokenizer, prompt_ids))
@@ -199,7 +187,7 @@ class ReplyReader:
         ends = [place for place, part in enumerate(parts) if part.text == tools.CLOSE and part.marks[0]]
         closed = bool(ends) and ends[-1] == len(parts) - 1
         whole = Spelt.joined(parts[1 : -1 if closed else None]).guarded(self._tools)
-        reading = weigh_calls(whole.source, closed, whole.tools)
+        reading = weigh_calls(whole.source, closed, whole.tools, self._held)
         if not final and reading is not None and reading.open and len(ends) < _MOST_ENDS:
             return None
         if reading is not None and reading.calls:

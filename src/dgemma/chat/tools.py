@@ -120,24 +120,26 @@ def read_calls(source: str, closed: bool = True, tools: Iterable[str | Tool | Ma
     return guessed_calls(source, closed, known) if reading is None or reading.unsettled else reading.calls
 
 
-def weigh_calls(source: str, closed: bool, tools: Tools) -> Reading | None:
+def weigh_calls(source: str, closed: bool, tools: Tools, held: bool = False) -> Reading | None:
     """The only reading of ``source`` in which every string ends at a sign of its own.
 
-    No calls: it is surely none, or may be several things. None: there is no such reading.
+    No calls: it is surely none, or may be several things. None: there is no such reading. ``held``: the call was made
+    under a constraint, which does not know all keys: one may come twice, and the later value counts, as in JSON.
     """
     try:
-        return Reading([_well_formed(source, closed, tools)])
+        return Reading([_well_formed(source, closed, tools, held)])
     except ValueError:
         from dgemma.chat.healing import weighed_calls
 
         return weighed_calls(source, closed, tools)
 
 
-def _well_formed(source: str, closed: bool, tools: Tools) -> Called:
+def _well_formed(source: str, closed: bool, tools: Tools, repeats: bool) -> Called:
     prefix = _PREFIX.match(source)
     if not prefix or not closed:
         raise ValueError("no name or no end")
     notation = Notation(source)
+    notation.repeats = repeats
     for name, at in names_at(source, prefix.end(), tools):
         if source.startswith("{", at := notation.skip(at)):
             notation.parameters = tools[name].parameters or () if tools else ()
@@ -172,6 +174,7 @@ class Notation:
     def __init__(self, text: str):
         self.text = text
         self.parameters: tuple[str, ...] = ()  # keys that may stand bare whatever characters they are of
+        self.repeats = False  # a key may come twice
 
     def value(self, at: int, depth: int) -> tuple[Any, int]:
         """A value of any kind, ``depth`` levels deep at most."""
@@ -190,7 +193,7 @@ class Notation:
             if found:
                 at = self.comma(at, depth)
             key, at = self.key(at)
-            if key in found:
+            if key in found and not self.repeats:
                 raise ValueError("a key twice")
             found[key], at = self.value(self.colon(at, depth), depth)
         return found, end

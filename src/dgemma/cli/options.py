@@ -24,6 +24,11 @@ SeedOption = Annotated[int | None, typer.Option(help="Fix all randomness: same s
 MaxTokensOption = Annotated[int | None, typer.Option(help="Most tokens to answer with.", show_default=False)]
 SystemOption = Annotated[str | None, typer.Option(help="A system message.", show_default=False)]
 ThinkingOption = Annotated[bool, typer.Option("--thinking/--no-thinking", help="Let the model think first.")]
+ReasoningBudgetOption = Annotated[int | None, typer.Option(
+    "--reasoning-budget", min=0, help="Most tokens to think; then the thought is closed and the answer follows.",
+    show_default=False)]
+RedrawOption = Annotated[bool, typer.Option(
+    "--redraw-empty/--no-redraw-empty", help="Draw an answer that comes out empty once more.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 VisualOption = Annotated[bool, typer.Option("--visual/--no-visual", help="Show the canvas live (on a terminal).")]
 PaceOption = Annotated[float, typer.Option(min=0.0, max=10.0, help="Show every step for at least so many seconds; the "

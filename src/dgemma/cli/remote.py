@@ -228,10 +228,10 @@ class AnswerReader:
         self._vocabulary.learn(token_ids, tokens)
         events: list[Event] = []
         before = self._shown
-        if before is None or before.canvas != canvas:
-            if before is not None:
+        if before is None or before.canvas != canvas or step < before.step:
+            if before is not None and before.canvas != canvas:
                 events.append(self._commit(self._committed + len(before.token_ids)))
-                before = None
+            before = None  # or it is drawn once more
             pinned = [False] * len(token_ids)
             events.append(CanvasStarted(0, canvas, token_ids, pinned, 0, max_steps))  # its context is not told
         changed = [before is None or token != before.token_ids[i] for i, token in enumerate(token_ids)]

@@ -23,6 +23,8 @@ def run(
     max_tokens: options.MaxTokensOption = None,
     system: options.SystemOption = None,
     thinking: options.ThinkingOption = False,
+    reasoning_budget: options.ReasoningBudgetOption = None,
+    redraw_empty: options.RedrawOption = True,
     visual: options.VisualOption = True,
     pace: options.PaceOption = 0.1,
     trace: options.TraceOption = None,
@@ -45,6 +47,10 @@ def run(
     """
     settings = options.sampler_settings(locals())
     need_stdout()
+    if reasoning_budget is not None:
+        settings["reasoning_budget"] = reasoning_budget
+    if not redraw_empty:
+        settings["redraw_empty"] = False
     text = _prompt_text(prompt)
 
     from dgemma.cli.remote import RemoteModel, known, open_model, refuse_with_url

@@ -59,6 +59,7 @@ def serve(
         "--share-system-prompts", help="Let all API keys and cache salts find each other's system prompts in the "
         "prefix cache, whole pages of 256 tokens. How fast an answer comes then tells who guesses one that it is used.",
         rich_help_panel=_ACCESS)] = False,
+    redraw_empty: options.RedrawOption = True,
     access_log: Annotated[bool, typer.Option(help="A line on stderr for every request.")] = True,
     debug_requests: Annotated[Path | None, typer.Option(
         metavar="FILE", help="Add every request to this file, a line of JSON each: as it came, the prompt it was "
@@ -92,7 +93,8 @@ def serve(
         tuple(served_model_name or [model or BUNDLED]), tuple(api_key or ()), max_model_len,
         round(max_body_mb * 1e6), timeout, rate_limit=rate_limit, allowed_origins=tuple(allowed_origins or ()),
         allowed_hosts=(*(allowed_hosts or ()), host, socket.gethostname()), access_log=access_log,
-        debug_requests=debug_requests, share_system_prompts=share_system_prompts, adapters_from=adapters_from)
+        debug_requests=debug_requests, redraw_empty=redraw_empty, share_system_prompts=share_system_prompts,
+        adapters_from=adapters_from)
     fixed, named = _adapters(adapter or (), settings)
     check_exposure(host, settings, allow_insecure)
     with bind(host, port) as listener:

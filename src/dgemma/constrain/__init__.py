@@ -8,6 +8,7 @@ network. Nothing heavy is imported until a constraint is asked for.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from functools import lru_cache
@@ -18,6 +19,7 @@ from dgemma.errors import DgemmaError
 if TYPE_CHECKING:
     from dgemma.chat import Tokenizer
     from dgemma.constrain.automaton import Automaton, Effort
+    from dgemma.constrain.choice import Calls
     from dgemma.constrain.guide import TextConstraint
     from dgemma.constrain.language import Node
 
@@ -28,22 +30,25 @@ LENGTHS = (None, 400, 120, 40)  # of strings that a schema limits, tried one aft
 TYPES = ("text", "json_object", "json_schema", "regex", "choice")
 
 
-def constraint_of(response_format: Mapping[str, Any], tokenizer: Tokenizer, stop_ids: tuple[int, ...], *,
-                  thinking: bool = False, inside_thought: bool = False) -> TextConstraint | None:
-    """The constraint that a response format asks for; None for {"type": "text"}.
+def constraint_of(response_format: Mapping[str, Any] | None, tokenizer: Tokenizer, stop_ids: tuple[int, ...], *,
+                  thinking: bool = False, inside_thought: bool = False,
+                  calls: Calls | None = None) -> TextConstraint | None:
+    """The constraint that a response format asks for; None for {"type": "text"} without ``calls``.
 
     Formats: {"type": "json_object"}; {"type": "json_schema", "json_schema": {"schema": …}} (or "schema" itself);
     {"type": "regex", "regex": …}, which the whole text matches; {"type": "choice", "choice": ["a", "b"]}.
     With ``thinking`` the answer may begin with one thought, and begins inside one with ``inside_thought``; without,
-    the text begins at once, so that what is known of it can stand in the canvas from the start. Raises DgemmaError
-    naming what is wrong or not supported. The last ones made are kept.
+    the text begins at once, so that what is known of it can stand in the canvas from the start. ``calls`` are the calls
+    of tools that the answer may, or must, be instead. Raises DgemmaError naming what is wrong or not supported
+    (`ToolsError`, where that is the tools). The last ones made are kept.
     """
+    response_format = {"type": "text"} if response_format is None else response_format
     if not isinstance(response_format, Mapping):
         raise DgemmaError(f"response_format must be an object with a type, got {response_format!r}")
     kind = response_format.get("type")
     if kind not in TYPES:
         raise DgemmaError(f"response_format.type must be one of {', '.join(TYPES)}, got {kind!r}")
-    if kind == "text":
+    if kind == "text" and calls is None:
         return None
     try:
         spelt = json.dumps(response_format)
@@ -53,12 +58,29 @@ def constraint_of(response_format: Mapping[str, Any], tokenizer: Tokenizer, stop
         raise DgemmaError("response_format is nested too deeply to be read") from error
     if len(spelt) > MAX_LENGTH:
         raise DgemmaError(f"response_format has {len(spelt)} characters; {MAX_LENGTH} are the most")
-    return _constraint(spelt, tokenizer, tuple(stop_ids), thinking, inside_thought)
+    return _constraint(spelt, tokenizer, tuple(stop_ids), thinking, inside_thought, _spelt_calls(calls))
+
+
+def _spelt_calls(calls: Calls | None) -> str:
+    """Calls as text, which is what is made of them is known by."""
+    if calls is None:
+        return ""
+    from dgemma.constrain.choice import ToolsError
+
+    try:
+        spelt = json.dumps(dataclasses.asdict(calls))
+    except (TypeError, ValueError) as error:
+        raise ToolsError(f"the tools are no JSON: {error}") from error
+    except RecursionError as error:
+        raise ToolsError("the tools are nested too deeply to be read") from error
+    if len(spelt) > MAX_LENGTH:
+        raise ToolsError(f"the tools that a call is held to have {len(spelt)} characters; {MAX_LENGTH} are the most")
+    return spelt
 
 
 @lru_cache(maxsize=32)
 def _constraint(spelt: str, tokenizer: Tokenizer, stop_ids: tuple[int, ...], thinking: bool,
-                inside_thought: bool) -> TextConstraint:
+                inside_thought: bool, spelt_calls: str = "") -> TextConstraint:
     from dgemma.chat.thoughts import CLOSE, OPEN
     from dgemma.constrain.automaton import FAR
     from dgemma.constrain.graph import OPENING, TEXT, THOUGHT, Graph, Special
@@ -67,44 +89,84 @@ def _constraint(spelt: str, tokenizer: Tokenizer, stop_ids: tuple[int, ...], thi
     from dgemma.constrain.stacks import StackReader
     from dgemma.constrain.vocabulary import Vocabulary
 
+    calls = _read_calls(spelt_calls)
+    form = json.loads(spelt)
+    free = calls is not None and not calls.required and form["type"] == "text"  # text, thoughts and calls as they come
+    marks: dict[str, int] = {}
+    if calls is not None:
+        from dgemma.constrain.calls import MARKS
+        from dgemma.constrain.choice import ToolsError
+
+        marks = MARKS if free else {mark: byte for mark, byte in MARKS.items() if mark not in (OPEN, CLOSE)}
+        missing = [mark for mark in marks if tokenizer.token_to_id(mark) is None and mark not in (OPEN, CLOSE)]
+        if missing:
+            raise ToolsError(f"calls cannot be made for sure: the model's vocabulary has no {missing[0]}")
     try:
-        automaton, compiled = _compiled(json.loads(spelt))
+        automaton, compiled, depth = _compiled(form, calls, inside_thought)
     except RecursionError as error:
         raise DgemmaError("response_format is nested too deeply to be read") from error
-    vocabulary = Vocabulary.of(tokenizer)
-    special, start = Special(stop_ids), TEXT
+    vocabulary = Vocabulary.of(tokenizer, marks)
+    marked = tuple(token for mark in marks if (token := tokenizer.token_to_id(mark)) is not None)
+    special, start = Special(stop_ids, marks=marked), TEXT
     opened, closed = tokenizer.token_to_id(OPEN), tokenizer.token_to_id(CLOSE)
-    if (thinking or inside_thought) and opened is not None and closed is not None:
-        special, start = Special(stop_ids, opened, closed), THOUGHT if inside_thought else OPENING
-    without = {*stop_ids, *(token for token in (opened, closed) if token is not None)}
-    reader = StackReader(automaton, compiled, vocabulary, without) if compiled else \
+    if (thinking or inside_thought) and opened is not None and closed is not None and not free:
+        special, start = Special(stop_ids, opened, closed, marked), THOUGHT if inside_thought else OPENING
+    without = {*stop_ids} if free else {*stop_ids, *(token for token in (opened, closed) if token is not None)}
+    reader = StackReader(automaton, compiled, vocabulary, without, depth) if compiled else \
         TableReader(automaton, vocabulary, without)
+    what = "tool_choice" if calls is not None and calls.required else "response_format"
     if reader.distance(0) >= FAR:
+        if calls is not None:
+            raise ToolsError("no call satisfies the tools' parameters: they contradict themselves, or need characters "
+                             "that the model's vocabulary lacks")
         raise DgemmaError("no text satisfies response_format: it contradicts itself, or needs characters that the "
                           "model's vocabulary lacks")
-    return TextConstraint(lambda: Graph(reader.fresh(), vocabulary, special, start), tokenizer)
+    return TextConstraint(lambda: Graph(reader.fresh(), vocabulary, special, start), tokenizer, what=what, free=free)
 
 
-def _compiled(form: Mapping[str, Any]) -> tuple[Automaton, dict[str, Automaton]]:
-    """The automaton of a response format and those of the rules that it calls.
+def _read_calls(spelt: str) -> Calls | None:
+    if not spelt:
+        return None
+    from dgemma.constrain.choice import CallableTool, Calls
+
+    calls = json.loads(spelt)
+    return Calls(tuple(CallableTool(**tool) for tool in calls["tools"]), calls["required"], calls["many"])
+
+
+def _compiled(form: Mapping[str, Any], calls: Calls | None,
+              inside_thought: bool) -> tuple[Automaton, dict[str, Automaton], int]:
+    """The automaton of a response format, with calls beside it, those of the rules that it calls, and how deep.
 
     Where a schema's lengths make it too large, longer and longer ones are cut (`schema_language`).
     """
     from dgemma.constrain.automaton import Effort, TooLarge, compile_language
+    from dgemma.constrain.stacks import DEEPEST
 
     refusal: DgemmaError | None = None
     tired = False  # the last one took all the time there is: only the shortest lengths are tried after it
-    for longest in LENGTHS if form["type"] == "json_schema" else (None,):
+    for longest in LENGTHS if form["type"] == "json_schema" or calls is not None else (None,):
         if tired and longest != LENGTHS[-1]:
             continue
         effort = Effort()
         try:
-            language, rules = _language(form, longest, effort)
-            automaton = compile_language(language, effort)
-            return automaton, {name: compile_language(rule, effort) for name, rule in rules.items()}
+            made: tuple[Automaton, dict[str, Automaton]] | None = None
+            if form["type"] != "text" and not (calls is not None and calls.required):
+                language, rules = _language(form, longest, effort)
+                made = (compile_language(language, effort),
+                        {name: compile_language(rule, effort) for name, rule in rules.items()})
+            if calls is None:
+                assert made is not None, "text alone is no constraint"
+                return *made, DEEPEST
+            from dgemma.constrain.calls import calls_automaton
+
+            return calls_automaton(calls, made, longest, inside_thought, effort)
         except TooLarge as error:
             refusal, tired = error, effort.left < 0
     assert refusal is not None, "there is always a length to try"
+    if calls is not None:
+        from dgemma.constrain.choice import ToolsError
+
+        raise ToolsError(str(refusal)) from refusal
     raise refusal
 
 

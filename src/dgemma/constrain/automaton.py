@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -97,18 +97,18 @@ def nearest(table: np.ndarray, ends: np.ndarray, detours: Iterable[tuple[int, in
 def compile_language(language: Node, effort: Effort | None = None) -> Automaton:
     """The minimal automaton; raises DgemmaError when it, or the way to it, would be too large."""
     effort = effort or Effort()
-    automaton = _compile(language, effort)
+    automaton = compile_part(language, effort)
     effort.states -= len(automaton.table)
     if effort.states < 0:
         raise TooLarge(f"the constraint's definitions need automata of too many states together: {ADVICE}")
     return automaton
 
 
-def _compile(language: Node, effort: Effort) -> Automaton:
-    nfa = _Nfa(effort)
+def compile_part(language: Node, effort: Effort) -> Automaton:
+    """The minimal automaton of a part of a language, which does not count among the states of its definitions."""
+    nfa = Nfa(effort)
     start = nfa.state()
-    end = nfa.add(language, start)
-    return _minimal(*_subsets(nfa, start, end))
+    return nfa.automaton(start, nfa.add(language, start))
 
 
 def utf8_sequences(ranges: Ranges) -> list[list[tuple[int, int]]]:
@@ -141,7 +141,7 @@ def _split(low: bytes, high: bytes) -> list[list[tuple[int, int]]]:
     return out + tail
 
 
-class _Nfa:
+class Nfa:
     """States with edges over bytes, empty edges and calls."""
 
     def __init__(self, effort: Effort):
@@ -203,7 +203,7 @@ class _Nfa:
         if id(node) not in self._products:
             self._products[id(node)] = _product(node, self.effort) if isinstance(node, Both) else _watched(
                 node, self.effort)
-        return self._embed(self._products[id(node)], start)
+        return self.embed(self._products[id(node)], start)
 
     def _join(self, node: Joined, start: int) -> int:
         bare, behind = start, None  # where nothing stands yet, and where something does
@@ -255,7 +255,12 @@ class _Nfa:
         self.empty[start].append(end)
         return end
 
-    def _embed(self, automaton: Automaton, start: int) -> int:
+    def automaton(self, start: int, end: int) -> Automaton:
+        """The minimal deterministic one of what leads from a state to another."""
+        return minimal(*_subsets(self, start, end))
+
+    def embed(self, automaton: Automaton, start: int, rules: Mapping[str, str] | None = None) -> int:
+        """Add an automaton as `add` does a language; ``rules``: what the rules that it calls are named here."""
         states = [self.state() for _ in automaton.accepts]
         end = self.state()
         self.empty[start].append(states[0])
@@ -264,12 +269,14 @@ class _Nfa:
             cuts = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), 256]
             self.edges[states[source]] += [(low, past - 1, states[row[low]]) for low, past in pairwise(cuts)
                                            if row[low] >= 0]
+            self.calls[states[source]] += [((rules or {}).get(rule, rule), states[back])
+                                           for rule, back in automaton.calls[source]]
         for state in np.flatnonzero(automaton.accepts):
             self.empty[states[state]].append(end)
         return end
 
 
-def _subsets(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list]]:
+def _subsets(nfa: Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list]]:
     """Deterministic: (table [S, K] with -1 for none, byte_class, accepts, calls)."""
     bounds = {0, 256}
     for edges in nfa.edges:
@@ -327,7 +334,7 @@ def _subsets(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, n
     return np.stack(rows), byte_class, accepts, calls
 
 
-def _minimal(table: np.ndarray, byte_class: np.ndarray, accepts: np.ndarray, calls: list[list]) -> Automaton:
+def minimal(table: np.ndarray, byte_class: np.ndarray, accepts: np.ndarray, calls: list[list]) -> Automaton:
     """Without states that lead nowhere, states that do the same and byte classes that do."""
     count = len(table)
     rules = sorted({rule for out in calls for rule, _ in out})
@@ -408,7 +415,7 @@ def _watched(node: Watched, effort: Effort) -> Automaton:
 
 def _product(node: Both, effort: Effort) -> Automaton:
     """Both languages at once."""
-    left, right = _compile(node.left, effort), _compile(node.right, effort)
+    left, right = compile_part(node.left, effort), compile_part(node.right, effort)
     if any(left.calls) or any(right.calls):
         raise DgemmaError("a recursive part cannot be intersected with another")
     pairs = np.stack([left.byte_class, right.byte_class])
@@ -432,4 +439,4 @@ def _product(node: Both, effort: Effort) -> Automaton:
         rows.append(row)
     accepts = np.array([left.accepts[one] and ((other >= 0 and right.accepts[other]) != node.negated)
                         for one, other in queue])
-    return _minimal(np.array(rows, np.int32), byte_class.reshape(-1), accepts, [[] for _ in queue])
+    return minimal(np.array(rows, np.int32), byte_class.reshape(-1), accepts, [[] for _ in queue])

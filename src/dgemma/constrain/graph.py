@@ -27,6 +27,7 @@ class Special:
     stops: tuple[int, ...]  # any of them ends it
     opened: int | None = None  # a thought begins and ends; None where there are none
     closed: int | None = None
+    marks: tuple[int, ...] = ()  # of calls: these are never in a thought
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,14 @@ class Graph:
 
         self._stop = group(special.stops)
         if start != TEXT:
-            marks = [token for token in (*special.stops, special.opened, special.closed) if token is not None]
+            marks = [token for token in (*special.stops, *special.marks, special.opened, special.closed)
+                     if token is not None]
             everywhere = np.setdiff1d(vocabulary.ids, np.append(reader.classes.tokens, marks))
             group(everywhere)  # what the text cannot hold, a thought can
             self._opened, self._closed = group([special.opened]), group([special.closed])  # type: ignore[list-item]
-            self._thought = np.setdiff1d(np.arange(self._opened[0], dtype=np.int32), self._stop)
+            own = reader.classes.counts.cumsum()
+            marked = np.searchsorted(own, np.flatnonzero(np.isin(reader.classes.tokens, special.marks)), side="right")
+            self._thought = np.setdiff1d(np.arange(self._opened[0], dtype=np.int32), [*self._stop, *marked])
         sizes = np.array(counts)
         self.classes = TokenClasses(np.concatenate(tokens), np.cumsum(sizes) - sizes)
         self.any = len(counts)
@@ -115,7 +119,7 @@ class Graph:
         if text is None or state == DONE:
             return None
         if state == THOUGHT:
-            return THOUGHT
+            return None if token in self.special.marks else THOUGHT
         reached = read_text(self.reader, self._text(state), text)
         return None if reached is None else TEXT + reached
 

@@ -5,6 +5,7 @@ Works on token ids and log-probabilities. Knows nothing of the network or of how
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -20,10 +21,14 @@ MOST_STATES = 8192
 
 
 class TextConstraint:
-    """The form of an answer's text (`dgemma.diffusion.constraint.Constraint`)."""
+    """The form of an answer's text (`dgemma.diffusion.constraint.Constraint`).
 
-    def __init__(self, make_graph: Callable[[], Graph], tokenizer: Tokenizer):
-        self._make_graph, self._tokenizer = make_graph, tokenizer
+    ``what`` asked for it, for errors. ``free``: text that may go on for ever; no room left does not make it complete.
+    """
+
+    def __init__(self, make_graph: Callable[[], Graph], tokenizer: Tokenizer, what: str = "response_format",
+                 free: bool = False):
+        self._make_graph, self._tokenizer, self._what, self.free = make_graph, tokenizer, what, free
         self._graph = make_graph()
 
     def guide(self, room: int) -> TextGuide:
@@ -32,9 +37,9 @@ class TextConstraint:
             self._graph = self._make_graph()
         needed = self._graph.distance(self._graph.start)
         if needed > room:
-            raise ValueError(f"response_format asks for an answer of {needed} tokens or more, and there is room for "
+            raise ValueError(f"{self._what} asks for an answer of {needed} tokens or more, and there is room for "
                              f"{room}: raise max_tokens")
-        return TextGuide(self._graph, self._tokenizer)
+        return TextGuide(self._graph, self._tokenizer, self.free)
 
 
 class TextGuide:
@@ -44,10 +49,13 @@ class TextGuide:
     left. A text that is complete at the end of a canvas and could go on is not: the next canvas may end it at once.
     """
 
-    def __init__(self, graph: Graph, tokenizer: Tokenizer):
+    def __init__(self, graph: Graph, tokenizer: Tokenizer, free: bool = False):
         self.finished = False
-        self._graph, self._tokenizer = graph, tokenizer
+        self.may_be_empty = free
+        self.least = max(graph.distance(graph.start), 0)
+        self._graph, self._tokenizer, self._free = graph, tokenizer, free
         self._state = graph.start
+        self._given: list[int] = []  # what the next canvas begins with
         self._canvas = self._room = 0  # of the canvas that is being denoised
         self._forced: list[tuple[int, int]] | None = None  # tokens that must follow, and the states after them
 
@@ -72,6 +80,22 @@ class TextGuide:
         return Chosen(torch.tensor(head + paths.best), torch.tensor(head + paths.drawn),
                       torch.tensor([True] * len(head) + paths.fixed))
 
+    def takes(self, token_ids: list[int], canvas: int, room: int) -> bool:
+        """Whether text that is free but for its calls may be these tokens, as they are."""
+        graph = self._graph
+        with graph.lock:
+            if not self.may_be_empty or self._known(canvas, room):
+                return False
+            state = self._state
+            for place, token in enumerate(token_ids, start=1):
+                if token in graph.special.stops:
+                    return graph.accepts(state) and place <= room + 1
+                reached = graph.step(state, token)
+                if reached is None or graph.distance(reached) > room - place:
+                    return place > room and graph.accepts(state)
+                state = reached
+        return True
+
     def commit(self, token_ids: list[int]) -> None:
         """Take over a canvas' tokens; ValueError when they are not valid."""
         with self._graph.lock:
@@ -80,9 +104,14 @@ class TextGuide:
                 if state is None:
                     raise ValueError(f"token {token} at position {place} does not satisfy the constraint")
                 self._state = state
-            self._forced = None
+            self._forced, self._given = None, []
             stopped = len(token_ids) < self._canvas or len(token_ids) >= self._room
-            self.finished = self._graph.accepts(self._state) and (stopped or self._graph.ends(self._state))
+            over = self._graph.ends(self._state) or (stopped and not self._free)
+            self.finished = self._graph.accepts(self._state) and over
+
+    def begin_with(self, token_ids: list[int]) -> None:
+        """The next canvas begins with these, whatever is probable."""
+        self._given, self._forced = token_ids, None
 
     def _known(self, canvas: int, room: int) -> list[tuple[int, int]]:
         """The template's tokens as far as the text can be completed after them, with the states they lead to."""
@@ -95,14 +124,16 @@ class TextGuide:
         return self._forced[:fit]
 
     def _force(self) -> list[tuple[int, int]]:
-        graph, data = self._graph, self._graph.forced(self._state)
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as error:  # begins or ends inside a character
-            text = data[: error.start].decode()
-        state, place, last = self._state, 0, b""
+        graph, state = self._graph, self._state
         tokens: list[tuple[int, int]] = []
-        for token in self._tokenizer.encode(text, specials=False) if text else []:
+        for token in self._given:
+            reached = graph.step(state, token)
+            if reached is None:
+                raise ValueError(f"token {token} cannot stand at the canvas' start")
+            tokens.append((token, reached))
+            state = reached
+        data, place, last = graph.forced(state), 0, b""
+        for token in self._spelling(data):
             piece = graph.vocabulary.bytes_of(token)
             reached = graph.step(state, token)
             if reached is None or piece is None or not data.startswith(piece, place):
@@ -110,7 +141,20 @@ class TextGuide:
             tokens.append((token, reached))
             state, place = reached, place + len(piece)
             last = piece
-        if tokens and not graph.ends(state) and graph.vocabulary.can_grow(last):
+        if last and not graph.ends(state) and graph.vocabulary.can_grow(last):
             tokens.pop()  # together with what follows, it may be another token
         return tokens
 
+    def _spelling(self, data: bytes) -> list[int]:
+        """The tokens of text and marks in the tokenizer's own spelling; of half a character at the end, none."""
+        marks, tokens = self._graph.vocabulary.marks, []
+        for piece in re.split(b"([" + re.escape(bytes(marks)) + b"])", data) if marks else [data]:
+            if len(piece) == 1 and piece[0] in marks:
+                tokens.append(marks[piece[0]])
+            elif piece:
+                try:
+                    text = piece.decode()
+                except UnicodeDecodeError as error:  # begins or ends inside a character
+                    text = piece[: error.start].decode()
+                tokens += self._tokenizer.encode(text, specials=False) if text else []
+        return tokens

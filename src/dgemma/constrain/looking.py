@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from dgemma.constrain.automaton import ADVICE, MAX_STATES, Automaton, Effort, TooLarge, _compile, _minimal, _Nfa
+from dgemma.constrain.automaton import ADVICE, MAX_STATES, Automaton, Effort, Nfa, TooLarge, compile_part, minimal
 from dgemma.constrain.language import ANY_CHAR, Chars, Look, Node, Repeat, Watched
 
 _Obligation = tuple[int, int]  # what is looked for, and how far it was read
@@ -20,7 +20,7 @@ _DEAD = -1
 _MOST_THREADS = 2000  # of one state
 
 
-class _Watching(_Nfa):
+class _Watching(Nfa):
     """With edges that say what lies ahead or behind."""
 
     def __init__(self, effort: Effort):
@@ -35,7 +35,7 @@ class _Watching(_Nfa):
         known = next((number for number, (look, _) in enumerate(self.sought) if look == node), None)
         if known is None:
             known = len(self.sought)
-            self.sought.append((node, _compile(node.part, self.effort)))
+            self.sought.append((node, compile_part(node.part, self.effort)))
         self.looks[start].append((known, end))
         return end
 
@@ -138,12 +138,12 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
         rows.append(row)
         accepts.append(any(state == end and all(bool(sought[number][1].accepts[at]) != sought[number][0].negated
                                                 for number, at in owed) for state, owed in threads))
-    return _minimal(np.array(rows, np.int32), byte_class, np.array(accepts), [[] for _ in rows])
+    return minimal(np.array(rows, np.int32), byte_class, np.array(accepts), [[] for _ in rows])
 
 
 def _always(automaton: Automaton, effort: Effort) -> frozenset[int]:
     """The states after which any text at all is accepted."""
-    anything = _compile(Repeat(Chars(ANY_CHAR), 0, None), effort)
+    anything = compile_part(Repeat(Chars(ANY_CHAR), 0, None), effort)
     free = {0} if _covers(automaton, 0, anything) else set()
     for state in np.flatnonzero(automaton.accepts).tolist():
         if state not in free and _covers(automaton, state, anything):

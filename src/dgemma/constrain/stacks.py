@@ -142,8 +142,9 @@ class StackReader:
     exact = False
 
     def __init__(self, automaton: Automaton, rules: dict[str, Automaton], vocabulary: Vocabulary,
-                 without: Collection[int]):
-        """``without``: tokens that are never text."""
+                 without: Collection[int], deepest: int = DEEPEST):
+        """``without``: tokens that are never text; ``deepest``: calls within calls (see `DEEPEST`)."""
+        self._deepest = deepest
         self._rules = _Rules.join(automaton, rules)
         places = vocabulary.places(without)
         self._distance = self._rules.distances(vocabulary.single_bytes(places))
@@ -181,7 +182,7 @@ class StackReader:
     def _push(self, state: int, below: int, least: bool = False) -> int | None:
         """The number of a stack; None when it cannot be finished, or is deep and not the ``least`` way to the end."""
         depth = self._stacks[below].depth + 1 if below >= 0 else 0
-        if depth > DEEPEST and not least:
+        if depth > self._deepest and not least:
             return None
         key = (state, below)
         if key not in self._stack_numbers:

@@ -7,7 +7,7 @@ nothing of languages, probabilities.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +17,16 @@ from dgemma.constrain.automaton import ADVICE, TooLarge
 
 MOST_CELLS = 2**25  # of the table of where token classes lead, and twice that on the way there
 _BLOCK = 4_000_000  # numbers worked on at a time
-_known: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Tokenizer, dict[tuple[tuple[str, int], ...], Vocabulary]] = \
+    weakref.WeakKeyDictionary()
 
 
 class Vocabulary:
-    """The bytes of every token that is text: not special, not empty."""
+    """The bytes of every token that is text: not special, not empty. ``marks``: tokens that a byte stands for."""
 
-    def __init__(self, tokens: dict[int, bytes]):
+    def __init__(self, tokens: dict[int, bytes], marks: dict[int, int] | None = None):
+        self.marks = marks or {}  # byte -> token
+        tokens = tokens | {token: bytes([byte]) for byte, token in self.marks.items()}
         self.ids = np.array(sorted(tokens), np.int64)  # [N]
         texts = [tokens[token] for token in self.ids.tolist()]
         self.lengths = np.array([len(text) for text in texts], np.int64)  # [N] bytes
@@ -31,13 +34,19 @@ class Vocabulary:
         self.data = np.frombuffer(b"".join(texts), np.uint8)
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Vocabulary:
-        """A tokenizer's, made once."""
-        if tokenizer not in _known:
+    def of(cls, tokenizer: Tokenizer, marks: Mapping[str, int] | None = None) -> Vocabulary:
+        """A tokenizer's, made once. ``marks``: special tokens that count as a byte each, one that no text has."""
+        made, key = _known.setdefault(tokenizer, {}), tuple((marks or {}).items())
+        if key not in made:
             tokens = {token: tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)
                       if not tokenizer.is_special(token)}
-            _known[tokenizer] = cls({token: text for token, text in tokens.items() if text})
-        return _known[tokenizer]
+            tokens = {token: text for token, text in tokens.items() if text}
+            if marks:
+                taken = set(marks.values())
+                tokens = {token: text for token, text in tokens.items() if not taken & set(text)}
+            made[key] = cls(tokens, {byte: token for mark, byte in (marks or {}).items()
+                                     if (token := tokenizer.token_to_id(mark)) is not None})
+        return made[key]
 
     def places(self, without: Collection[int]) -> np.ndarray:
         """The places in ``ids`` of all tokens but these."""

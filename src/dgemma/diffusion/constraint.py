@@ -29,6 +29,8 @@ class Guide(Protocol):
     """One answer's way through a constraint, canvas by canvas."""
 
     finished: bool  # what was committed is valid and complete
+    least: int  # tokens of the shortest valid answer
+    may_be_empty: bool  # it is text that is free but for its calls: nobody asked for an answer of nothing
 
     def template(self, canvas: int, room: int) -> list[int | None]:
         """The tokens of the next canvas that are known before any is drawn; None where one is not. [canvas]
@@ -49,9 +51,19 @@ class Guide(Protocol):
         """A canvas is done and these (up to the stop token, which is not included) are its tokens."""
         ...
 
+    def takes(self, token_ids: list[int], canvas: int, room: int) -> bool:
+        """Whether a canvas may be these tokens as they are; False where that is not worth asking."""
+        ...
+
+    def begin_with(self, token_ids: list[int]) -> None:
+        """The next canvas begins with these tokens, whatever is probable."""
+        ...
+
 
 class Constraint(Protocol):
     """A form that answers must have; shared by any number of requests."""
+
+    free: bool  # it is text as any, but for the calls in it
 
     def guide(self, room: int) -> Guide:
         """A guide for one answer of at most ``room`` tokens; ValueError when no valid answer is so short."""

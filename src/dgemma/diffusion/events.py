@@ -13,7 +13,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class CanvasStarted:
-    """A canvas opens: full of noise, or seeded by the caller."""
+    """A canvas opens: full of noise, or seeded by the caller.
+
+    The first one opens twice when the answer came out empty: what was drawn before counts no more.
+    """
 
     request: int
     canvas: int  # index of the canvas in this answer, from 0
@@ -81,6 +84,7 @@ class Generation:
     stop_token_id: int | None = None  # the stop token that ended it, if one did
     cached_tokens: int = 0  # tokens of the prompt that were read before, and not again
     logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if they were asked for
+    redrawn_steps: int = 0  # denoising steps of a first canvas that came out empty, and was drawn again
 
 
 @dataclass(frozen=True)

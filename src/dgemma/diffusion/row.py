@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from dgemma import seeds
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.constraint import Constraint
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
+from dgemma.diffusion.reading import AnswerReader, Unread
 from dgemma.diffusion.sampler import temperature_at
 from dgemma.nn.head import vocab_tiles
 from dgemma.nn.mounts import MountedAdapter
@@ -48,6 +50,9 @@ class Choices:
                 raise ValueError(f"logit_bias must be token ids with numbers up to a million, got {token!r}: {bias!r}")
 
 
+NARROWER = 0.5  # the temperatures and the entropy bound of a canvas that is drawn again, against those of the first
+
+
 def _canvas_room(config: ModelConfig, context: int) -> int:
     """The tokens of all the canvases that there are positions for behind a context."""
     return (config.max_position_embeddings - context) // config.canvas_length * config.canvas_length
@@ -55,6 +60,25 @@ def _canvas_room(config: ModelConfig, context: int) -> int:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """How thoughts are told from the rest of an answer, and how many tokens they may have together.
+
+    ``budget`` counts the marks as well. A thought that would have more is cut off, and the next canvas begins with its
+    closing mark. None, or more than leaves a canvas for the answer (half the room where that is not two): that much.
+    """
+
+    opened: int  # the marks' token ids
+    closed: int
+    inside: bool = False  # the prompt left one open
+    budget: int | None = None
+
+    def limit(self, room: int, canvas: int) -> int:
+        """The tokens of an answer of at most ``room`` tokens that may be thought."""
+        most = max(room - canvas, room // 2)
+        return most if self.budget is None else min(self.budget, most)
 
 
 @dataclass(frozen=True)
@@ -68,7 +92,9 @@ class Request:
     ``client`` wait for each other, not those of another for them; within a client the same goes for its ``user``s.
     What this request reads is read again by those of its ``tenant`` only, but for its first ``shared`` tokens.
     ``adapter`` is put on the network for this request.
-    ``tools`` are the declarations of the tools that the answer may call, for whoever reads it (None: ask the prompt).
+    ``tools`` are the declarations of the tools that the answer may call (None: those that the prompt declares).
+    ``held``: the constraint makes the calls. ``thoughts`` bounds them; with ``redraw_empty`` an answer that comes out
+    empty at its first canvas is drawn again.
     """
 
     id: int
@@ -88,11 +114,15 @@ class Request:
     shared: int = 0
     adapter: MountedAdapter | None = None
     tools: tuple[dict[str, Any], ...] | None = None
+    held: bool = False
+    thoughts: Thoughts | None = None
+    redraw_empty: bool = False
 
     @property
     def reading(self) -> dict[str, Any]:
-        """What reading the answer needs to know beside the prompt, as keywords of `dgemma.chat.read_answer`."""
-        return {} if self.tools is None else {"tools": self.tools, "form": self.constraint is not None}
+        """What reading the answer needs to know beside the prompt, as keywords of `dgemma.chat.AnswerReader`."""
+        form = self.constraint is not None and not self.constraint.free
+        return {"tools": self.tools, "stop": self.stop, "form": form, "held": self.held}
 
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError, saying what is wrong, unless the network can run this request."""
@@ -135,8 +165,11 @@ class Request:
                 raise ValueError(f"position {loose[0]} is pinned, but canvas says None there")
 
 
-# A prompt's and an answer's tokens and the stop strings -> how many of the answer's to keep; None: none was met
-FindStop = Callable[..., int | None]  # of prompt ids, token ids, stop strings and a request's `reading`
+Read = Callable[[Request], AnswerReader]
+
+
+def unread(request: Request) -> AnswerReader:
+    return Unread()
 
 
 @dataclass(eq=False)  # a row is itself: comparing tensors, or what is not set yet, would fail
@@ -145,6 +178,7 @@ class Row:
 
     request: Request
     config: ModelConfig
+    read: Read = unread
     began: float = field(default_factory=time.perf_counter)
     generator: torch.Generator = field(init=False)
     canvas_index: int = 0
@@ -158,10 +192,22 @@ class Row:
     steps: list[int] = field(default_factory=list)
     stop_token_id: int | None = None
     finish_reason: FinishReason | None = None
+    redrawn_steps: int | None = None  # of a first canvas that came out empty; None: it did not
+    inside_thought: bool = False  # what was committed ends in one
+    thought_left: int = 0  # tokens that thoughts may still have, the mark that closes an open one included
+    closes_thought: bool = False  # the next canvas begins with that mark
 
     def __post_init__(self) -> None:
         self.generator = seeds.generator(self.request.seed)
         self.context = list(self.request.prompt_ids)
+        if (thoughts := self.request.thoughts) is not None:
+            self.inside_thought = thoughts.inside
+            self.thought_left = thoughts.limit(self.room, self.config.canvas_length)
+
+    @functools.cached_property
+    def reader(self) -> AnswerReader:
+        """Has read all committed tokens, till it is asked to finish."""
+        return self.read(self.request)
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
@@ -173,12 +219,27 @@ class Row:
     @property
     def room(self) -> int:
         """How many tokens the answer may still have: as many as were asked for and there are positions for canvases."""
-        left = self.request.settings.max_tokens - len(self.token_ids)
-        return min(left, _canvas_room(self.config, len(self.context)))
+        return self._room_behind(0)
+
+    @property
+    def settings(self) -> GenerationConfig:
+        """The request's; while an empty canvas is drawn again, narrower ones."""
+        settings = self.request.settings
+        if self.redrawn_steps is None or self.canvas_index:
+            return settings
+        return settings.replace(t_min=settings.t_min * NARROWER, t_max=settings.t_max * NARROWER,
+                                entropy_bound=settings.entropy_bound * NARROWER)
+
+    def redraw(self) -> None:
+        """Give up the canvas that is open: the next one is drawn in its place, from other noise and narrower."""
+        self.redrawn_steps = self.step
 
     def start_canvas(self, known: list[int | None] | None = None) -> CanvasStarted:
         """Open a canvas of noise; the first one as the request seeds it. Tokens that are ``known`` [C] are pinned."""
         self.step = 0
+        if self.closes_thought and known is None and self.request.thoughts is not None:
+            known = [self.request.thoughts.closed, *([None] * (self.config.canvas_length - 1))]
+        self.closes_thought = False
         self.canvas = self.random_canvas()
         self.pinned = None
         request = self.request
@@ -204,7 +265,7 @@ class Row:
 
     @property
     def temperature(self) -> float:
-        settings = self.request.settings
+        settings = self.settings
         return temperature_at(self.step, settings.max_denoising_steps, settings.t_min, settings.t_max)
 
     def draw_noise(self) -> tuple[Tensor, Tensor]:
@@ -226,33 +287,58 @@ class Row:
         return Denoised(self.request.id, self.canvas_index, self.step, draft.tolist(), canvas.tolist(),
                         entropy.tolist(), accepted.tolist(), changed.tolist(), temperature, self.seconds())
 
-    def close_canvas(self, find_stop: FindStop | None = None) -> CanvasCommitted:
+    def close_canvas(self, least: int = 0) -> CanvasCommitted:
         """End this canvas: its draft up to a stop token, a stop string or the length limit joins the answer.
 
-        Sets ``finish_reason`` unless another canvas follows.
+        A thought's draft is cut off where its budget is spent. ``least``: tokens that the answer behind it needs. Sets
+        ``finish_reason`` unless another canvas follows.
         """
-        tokens = self.draft.tolist()
-        settings = self.request.settings
-        room = self.room
-        end = next((i for i, token in enumerate(tokens) if token in settings.eos_token_id), None)
-        if end is not None and end <= room:
-            self.stop_token_id, self.finish_reason = tokens[end], "stop"
-            kept = tokens[:end]
-        elif len(tokens) >= room:
-            self.finish_reason = "length"
-            kept = tokens[:room]
-        else:
-            kept = tokens
+        kept, self.stop_token_id, self.finish_reason = self.draft_end()
+        whole = self.draft.tolist()
         before = len(self.token_ids)
+        if (cut := self._end_thought(kept, least)) is not None:
+            # Where the thought stopped, the next canvas goes on: what stood behind it was never said.
+            kept, whole, self.closes_thought = kept[:cut], kept[:cut], True
+            self.stop_token_id = self.finish_reason = None
         self.token_ids += kept
-        if self.request.stop and find_stop is not None:
-            length = find_stop(self.request.prompt_ids, self.token_ids, self.request.stop, **self.request.reading)
-            if length is not None:
-                length = max(length, before)  # it may lie in what was held back as a possible call; that is committed
-                kept, self.token_ids = kept[: length - before], self.token_ids[:length]
-                self.finish_reason, self.stop_token_id = "stop", None
+        self.reader.feed(kept)
+        if (length := self.reader.stop_place) is not None:
+            length = max(length, before)  # it may lie in what was held back as a possible call; that is committed
+            kept, self.token_ids = kept[: length - before], self.token_ids[:length]
+            self.finish_reason, self.stop_token_id = "stop", None
+            self.closes_thought = False
         self.steps.append(self.step)
         event = CanvasCommitted(self.request.id, self.canvas_index, kept, self.step, self.seconds())
-        self.context += tokens
+        self.context += whole
         self.canvas_index += 1
         return event
+
+    def draft_end(self) -> tuple[list[int], int | None, FinishReason | None]:
+        """What of the draft is the answer's, the stop token behind it, and whether the answer ends with it."""
+        tokens, room = self.draft.tolist(), self.room
+        end = next((i for i, token in enumerate(tokens) if token in self.request.settings.eos_token_id), None)
+        if end is not None and end <= room:
+            return tokens[:end], tokens[end], "stop"
+        return (tokens[:room], None, "length") if len(tokens) >= room else (tokens, None, None)
+
+    def _end_thought(self, kept: list[int], least: int) -> int | None:
+        """How many of a canvas' tokens to keep because a thought has spent its budget; None: all of them.
+
+        A thought that could not be closed before the end of the context, with ``least`` tokens behind it, goes on.
+        """
+        thoughts = self.request.thoughts
+        if thoughts is None:
+            return None
+        for place, token in enumerate(kept):
+            inside = self.inside_thought and token != thoughts.closed
+            if inside and self.thought_left <= 1 and self._room_behind(place) > least:
+                return place
+            self.thought_left -= self.inside_thought or token == thoughts.opened
+            self.inside_thought = inside or token == thoughts.opened
+        spent = self.inside_thought and self.thought_left <= 1 and self.finish_reason is None
+        return len(kept) if spent and self._room_behind(len(kept)) > least else None
+
+    def _room_behind(self, count: int) -> int:
+        """Tokens that the answer may have behind the next ``count`` ones, if a canvas begins there."""
+        left = self.request.settings.max_tokens - len(self.token_ids) - count
+        return min(left, _canvas_room(self.config, len(self.context) + count))

@@ -74,7 +74,7 @@ def denoise(network: DiffusionTransformer, sampler: Sampler, seats: Sequence[Sea
         pinned = torch.stack([none if row.pinned is None else row.pinned for row in rows]).to(device)
         _force(network, stats, pinned, canvas)
         fresh = torch.where(pinned, canvas, fresh)
-    settings = [row.request.settings for row in rows]
+    settings = [row.settings for row in rows]
     next_canvas, accepted = sampler.advance(stats, fresh, settings)
     done = sampler.done(stats, [row.history for row in rows], settings)
 
@@ -143,6 +143,11 @@ def _narrows(seat: Seat) -> bool:
     return bool(choices.logit_bias or (draws and (choices.top_k or choices.top_p < 1)))
 
 
+def _draws_narrowed(seat: Seat) -> bool:
+    choices = seat.row.request.choices
+    return bool(choices.temperature and (choices.top_k or choices.top_p < 1))
+
+
 def _distributions(network: DiffusionTransformer, seat: Seat, hidden: Tensor, temperature: float) -> Distributions:
     bias = None
     if seat.row.request.choices.logit_bias:
@@ -164,10 +169,15 @@ def _guide(network: DiffusionTransformer, seat: Seat, hidden: Tensor, stats: Can
     """Put what the constraint chooses in the place of the row's argmax and sample."""
     row, noise = seat.row, seat.noise
     assert seat.guide is not None and noise is not None
+    # What is valid as it was predicted is the most probable canvas, and a draw as good as one among the valid ones.
+    if getattr(seat.guide, "may_be_empty", False) and not _draws_narrowed(seat) and all(
+            seat.guide.takes(tokens[index].tolist(), network.config.canvas_length, row.room)
+            for tokens in (stats.argmax, stats.sample)):
+        return
     # The most probable path is the same at any temperature, so the walk is at the draw's.
     choices = row.request.choices
     walk: Walk = _distributions(network, seat, hidden, row.temperature * (choices.temperature or 1.0))
-    if choices.temperature and (choices.top_k or choices.top_p < 1):
+    if _draws_narrowed(seat):
         walk = ((place, favoured(log_p, choices.top_k, choices.top_p)) for place, log_p in walk)
     chosen = seat.guide.choose(walk, network.config.canvas_length, row.room, noise[0][:, 0, 0])
     stats.argmax[index] = chosen.draft.to(hidden.device)

@@ -2,7 +2,7 @@
 
 Every `step` seats what waits, reads some of what is unread (prompts, finished canvases that another one follows), runs
 one denoising step for every open canvas, and closes the canvases that are done. Knows nothing of HTTP or of text, but
-for two functions that turn an answer's tokens into it.
+for `read`, which makes a reader of a request's answer.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from dgemma.diffusion.events import Event, Failed, Finished, Generation
-from dgemma.diffusion.row import FindStop, Request, Row
+from dgemma.diffusion.row import Read, Request, Row, unread
 from dgemma.diffusion.sampler import EntropyBoundSampler, Sampler
 from dgemma.engine.batch import Outcome, Seat, denoise, logprobs_of
 from dgemma.engine.fingerprint import fingerprint
@@ -32,9 +32,6 @@ from dgemma.nn.mounts import MountedAdapter
 from dgemma.nn.rows import PAGE, row_bytes
 from dgemma.weights.inspect import working_bytes
 
-# A prompt's and an answer's token ids, the stop strings -> the answer's (text, reasoning, tool calls)
-# Of prompt ids, token ids, stop strings and a request's `reading`.
-Decode = Callable[..., tuple[str, str | None, list[dict[str, Any]]]]
 
 # Numbers of hidden states that a CPU works on at a time. More rows in a pass reuse weights better, but beyond about so
 # many its matrices leave the caches: at the 26B's width 4 canvases cost 1.6 s each, 8 cost 1.9 (1 alone: 1.8).
@@ -52,6 +49,7 @@ class Counts:
     steps: int = 0  # forward passes over canvases
     rows: int = 0  # canvases denoised by these, all together
     canvases: int = 0  # committed
+    redrawn: int = 0  # first canvases that came out empty, and were drawn again
     prompt_tokens: int = 0  # asked for
     cached_tokens: int = 0  # of these, read before by somebody
     read_tokens: int = 0  # of these, read here (the rest was cancelled before)
@@ -65,8 +63,9 @@ class Counts:
 class Engine:
     """Runs requests on a network, up to ``max_batch`` at a time, and as many as ``memory`` bytes are enough for.
 
-    A request's randomness is its own, so its tokens do not depend on who shares the batch (up to rounding, which in
-    bfloat16 can tip a choice). ``prefixes`` may outlive the engine. With ``isolate``, whatever goes wrong inside a
+    ``read`` makes what reads a request's answer (by default nothing does: answers are tokens without text). A request's
+    randomness is its own, so its tokens do not depend on who shares the batch (up to rounding, which in bfloat16 can
+    tip a choice). ``prefixes`` may outlive the engine. With ``isolate``, whatever goes wrong inside a
     request ends that one with a Failed event; without, it is raised. ``between`` is called between the passes of a
     step; it may `submit`, `cancel` and `retire`. With ``whole_pages`` only these are told of what was read before.
 
@@ -79,11 +78,11 @@ class Engine:
     network for it. Between two steps the network is as it was found.
     """
 
-    def __init__(self, network: DiffusionTransformer, decode: Decode, max_batch: int = 32,
+    def __init__(self, network: DiffusionTransformer, read: Read = unread, max_batch: int = 32,
                  prefixes: PrefixStore | None = None, sampler: Sampler | None = None, *,
-                 find_stop: FindStop | None = None, memory: int | None = None, lent: int = 0, isolate: bool = False,
+                 memory: int | None = None, lent: int = 0, isolate: bool = False,
                  whole_pages: bool = False, between: Callable[[], None] | None = None):
-        self.network, self.decode, self.find_stop, self.max_batch = network, decode, find_stop, max_batch
+        self.network, self.read, self.max_batch = network, read, max_batch
         self.prefixes = prefixes or PrefixStore()
         self.sampler = sampler or EntropyBoundSampler()
         self.isolate, self.whole_pages, self.between = isolate, whole_pages, between
@@ -123,7 +122,7 @@ class Engine:
 
     def enqueue(self, request: Request) -> None:
         """Queue a request that `check` has found nothing wrong with."""
-        self._waiting.push(Row(self._bounded(request), self.network.config))
+        self._waiting.push(Row(self._bounded(request), self.network.config, self.read))
 
     def check(self, request: Request) -> None:
         """Raises ValueError when the network cannot run a request, or not in the memory there is."""
@@ -148,8 +147,10 @@ class Engine:
         """The most tokens whose keys and values a request can come to hold."""
         config = self.network.config
         canvases = -(-request.settings.max_tokens // config.canvas_length)
-        tokens = len(request.prompt_ids) + (canvases - 1) * config.canvas_length
-        return min(tokens, config.max_position_embeddings)
+        behind = (canvases - 1) * config.canvas_length
+        if request.thoughts is not None:  # one that is cut off makes room for another canvas
+            behind = request.settings.max_tokens - 1
+        return min(len(request.prompt_ids) + behind, config.max_position_embeddings)
 
     def _bounded(self, request: Request) -> Request:
         """The request, its answer no longer than all the memory there is allows: with it its length, and form, end."""
@@ -433,11 +434,17 @@ class Engine:
                 self._alone(seat, self._open_canvas)
 
     def _open_canvas(self, seat: Seat) -> None:
-        config, row = self.network.config, seat.row
+        row = seat.row
         if row.canvas_index == 0:
             self.counts.cached_tokens += self._told_cached(seat)
             if row.request.constraint is not None:
                 seat.guide = row.request.constraint.guide(row.room)
+        self._begin_canvas(seat)
+
+    def _begin_canvas(self, seat: Seat) -> None:
+        config, row = self.network.config, seat.row
+        if seat.guide is not None and row.closes_thought and row.request.thoughts is not None:
+            seat.guide.begin_with([row.request.thoughts.closed])
         known = None if seat.guide is None else seat.guide.template(config.canvas_length, row.room)
         self._events.append(row.start_canvas(known))
         seat.soft = torch.zeros(config.canvas_length, config.hidden_size, dtype=self.network.dtype,
@@ -453,7 +460,13 @@ class Engine:
     def _close(self, seat: Seat) -> None:
         """Hand out a finished canvas at once. If another one follows, it is read with the next step's pass."""
         row = seat.row
-        event = row.close_canvas(self.find_stop)
+        if self._came_out_empty(seat):
+            self.counts.redrawn += 1
+            row.redraw()
+            self._begin_canvas(seat)
+            return
+        bounded = seat.guide is not None and row.request.thoughts is not None
+        event = row.close_canvas(seat.guide.least if seat.guide is not None and bounded else 0)
         found = logprobs_of(self.network, seat, len(event.token_ids))
         if found is not None:
             event = replace(event, logprobs=found)
@@ -468,6 +481,22 @@ class Engine:
         self.counts.answer_tokens += len(event.token_ids)
         if row.finish_reason is not None:
             self._finish(seat)
+
+    def _came_out_empty(self, seat: Seat) -> bool:
+        """Whether the answer would end here, with nothing said, thought or called, and may be drawn once more."""
+        row = seat.row
+        request = row.request
+        if not request.redraw_empty or row.canvas_index or row.redrawn_steps is not None or request.canvas is not None:
+            return False
+        if seat.guide is not None and not seat.guide.may_be_empty:
+            return False  # its form allows nothing else
+        kept, _, reason = row.draft_end()
+        if reason is None:
+            return False
+        reader = self.read(request)
+        reader.feed(kept)
+        answer = reader.finish()
+        return not (answer.text.strip() or answer.reasoning or answer.tool_calls)
 
     # Leaving
 
@@ -516,16 +545,18 @@ class Engine:
 
     def _finished(self, seat: Seat) -> Finished:
         row = seat.row
-        text, reasoning, tool_calls = self.decode(row.request.prompt_ids, row.token_ids, row.request.stop,
-                                                  **row.request.reading)
-        forwards, reason = sum(row.steps), row.finish_reason or "stop"
+        answer = row.reader.finish()
+        redrawn = row.redrawn_steps or 0
+        forwards, reason = sum(row.steps) + redrawn, row.finish_reason or "stop"
         self.counts.finished += reason != "cancelled"
         self.counts.cancelled += reason == "cancelled"
         return Finished(row.request.id, Generation(
-            text=text, reasoning=reasoning, tool_calls=tool_calls, token_ids=row.token_ids, finish_reason=reason,
-            steps=row.steps, tokens_per_forward=len(row.token_ids) / forwards if forwards else 0.0,
+            text=answer.text, reasoning=answer.reasoning, tool_calls=answer.tool_calls, token_ids=row.token_ids,
+            finish_reason=reason, steps=row.steps,
+            tokens_per_forward=len(row.token_ids) / forwards if forwards else 0.0,
             prompt_tokens=len(row.request.prompt_ids), seconds=row.seconds(), seed=row.request.seed,
-            stop_token_id=row.stop_token_id, cached_tokens=self._told_cached(seat), logprobs=seat.logprobs))
+            stop_token_id=row.stop_token_id, cached_tokens=self._told_cached(seat), logprobs=seat.logprobs,
+            redrawn_steps=redrawn))
 
     def _told_cached(self, seat: Seat) -> int:
         return seat.cached_tokens // PAGE * PAGE if self.whole_pages else seat.cached_tokens

@@ -91,7 +91,7 @@ class Service:
         memory = request_memory(model.network) if memory is None else memory
         self.model, self.prefixes = model, model.prefixes
         self.prefixes.budget = memory // PREFIX_SHARE
-        self.engine = Engine(model.network, model.decode, max_num_seqs, self.prefixes, find_stop=model.find_stop,
+        self.engine = Engine(model.network, model.reader, max_num_seqs, self.prefixes,
                              memory=memory - self.prefixes.budget, lent=self.prefixes.budget, isolate=True,
                              whole_pages=True, between=self._receive)
         self.adapters = AdapterShelf(model.network)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dgemma.api import Prompt
 from dgemma.chat import Tokenizer
 from dgemma.config import SAMPLER_SETTINGS
+from dgemma.constrain.choice import ToolsError
 from dgemma.diffusion.row import Request
 from dgemma.engine.adapters import UnknownAdapterError
 from dgemma.engine.service import Service
@@ -106,10 +107,18 @@ class SamplerFields(RequestBody):
     stability_threshold: Annotated[int, Field(ge=0, le=10_000)] | None = None
     confidence_threshold: Positive | None = None
     cache_salt: CacheSalt | None = None
+    redraw_empty: Annotated[bool | None, Field(
+        description="Draw an answer that comes out empty at its first canvas once more.")] = None
+    reasoning_budget_tokens: Annotated[Any, Field(
+        description="Most tokens to think, marks included; 0: no thinking, -1: no limit.")] = None
+    reasoning_budget: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
+    thinking_budget: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
+    thinking_budget_tokens: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
+    thinking_token_budget: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
 
     def sampler(self) -> dict[str, Any]:
         """The settings that were given, for `Model.request`."""
-        given = {name: getattr(self, name) for name in SAMPLER_SETTINGS}
+        given = {name: getattr(self, name) for name in (*SAMPLER_SETTINGS, "redraw_empty")}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -183,13 +192,16 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
     if wrong:
         raise ApiError(400, f"logit_bias names token {wrong[0]}; the vocabulary has {vocabulary}", "logit_bias")
     _check_length(service, prompt, limit, param)
+    options.setdefault("redraw_empty", settings.redraw_empty)
     scale = 1.0 if temperature is None else temperature
     try:
         request = await _in_thread(
             service.model.request, prompt, max_tokens=max_tokens, temperature=scale if scale >= _GREEDY else 0.0,
             top_k=max(top_k or 0, 0), top_p=1.0 if top_p is None else top_p, logit_bias=bias, **options)
     except ApiError as error:
-        if error.param is None:
+        if isinstance(error.__cause__, ToolsError):
+            error.param = error.__cause__.field
+        elif error.param is None:
             about_form = options.get("response_format") and "prompt" not in error.message
             error.param = format_param if about_form else param
         raise

@@ -9,13 +9,13 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dgemma.chat import Tokenizer
-from dgemma.chat.reply import Called, DeclaredTools, ReplyReader, Said, Thought, inside_thought
+from dgemma.chat.reply import Called, ReplyReader, Said, Thought, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.diffusion.events import CanvasCommitted, Denoised, Event, Failed, Finished, Generation, TokenLogprob
 from dgemma.diffusion.row import Request
@@ -142,17 +142,15 @@ async def collect(stream: AsyncIterator[Delta]) -> Answer:
     return answer
 
 
-async def deltas(service: Service, request: Request, tokenizer: Tokenizer, *, tools: DeclaredTools | None = None,
+async def deltas(service: Service, request: Request, tokenizer: Tokenizer, *,
                  drafts_per_second: float = 0) -> AsyncGenerator[Delta, None]:
     """The request's answer piece by piece; the last one is Done or Broken.
 
-    ``tools``: the declared tools, or their names (None: the request's). At most so many Drafts come in a second (0:
-    none). Closing the iterator cancels the request within one step. Before the first piece it raises `Overloaded`, or
-    DgemmaError for a request that the engine cannot run.
+    At most so many Drafts come in a second (0: none). Closing the iterator cancels the request within one step. Before
+    the first piece it raises `Overloaded`, or DgemmaError for a request that the engine cannot run.
     """
     request = replace(request, drafts=drafts_per_second > 0)
-    reader = ReplyReader(tokenizer, request.prompt_ids, request.tools if tools is None else tools, request.stop,
-                         form=request.constraint is not None)
+    reader = ReplyReader(tokenizer, request.prompt_ids, **request.reading)
     logprobs: list[TokenLogprob] = []
     calls = 0
     clock = asyncio.get_running_loop().time
@@ -189,11 +187,10 @@ async def deltas(service: Service, request: Request, tokenizer: Tokenizer, *, to
                 return
 
 
-def answering(service: Service, request: Request, declared: Sequence[dict[str, Any]] | None, *, one_call: bool = False,
+def answering(service: Service, request: Request, *, one_call: bool = False,
               drafts_per_second: float = 0) -> AsyncGenerator[Delta, None]:
-    """`deltas` as the formats ask for them: ``declared``: tools in OpenAI's form; ``one_call``: the first only."""
-    stream = deltas(service, request, service.model.tokenizer,
-                    tools=declared or (), drafts_per_second=drafts_per_second)
+    """`deltas` as the formats ask for them; ``one_call``: the first call only."""
+    stream = deltas(service, request, service.model.tokenizer, drafts_per_second=drafts_per_second)
     return first_call_only(stream) if one_call else stream
 
 
@@ -257,7 +254,7 @@ def _done(generation: Generation, request: Request, tokenizer: Tokenizer, stoppe
         reason = "tool_calls"
     thought = sum(_in_thought(tokenizer, request.prompt_ids, generation.token_ids))
     usage = Usage(generation.prompt_tokens, len(generation.token_ids), thought, generation.cached_tokens,
-                  sum(generation.steps))
+                  sum(generation.steps) + generation.redrawn_steps)
     return Done(reason, usage, stopped, generation.seed)
 
 

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
 from dgemma.serve.bodies import adapter_of, client_of, context_limit, engine_request, prompt_tokens, refuse_unsupported
+from dgemma.serve.calling import choice_of, reasoning_budget
 from dgemma.serve.deltas import Delta, answering
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.messages_body import CountBody, MessagesBody, conversation, declared_tools
@@ -88,7 +89,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
         request = await _request(service, settings, body, http)
         rendering = MessageRendering(body.model, len(request.prompt_ids), body.max_tokens,
                                      thoughts=getattr(body.thinking, "display", None) != "omitted")
-        answer = answering(service, request, declared_tools(body), one_call=bool(
+        answer = answering(service, request, one_call=bool(
             body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use))
         if not body.stream:
             return await whole(http, settings, _whole(answer, rendering))
@@ -115,7 +116,9 @@ async def _request(service: Service, settings: Settings, body: MessagesBody, htt
         service, settings, conversation(body), adapter=adapter, temperature=body.temperature, top_k=body.top_k,
         top_p=body.top_p, stop=tuple(body.stop_sequences or ()), seed=body.seed,
         response_format=form and {"type": "json_schema", "json_schema": {"schema": form.schema_}},
-        format_param="output_config.format",
+        format_param="output_config.format", tool_choice=choice_of(body.tool_choice),
+        parallel_tool_calls=not (body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use),
+        reasoning_budget=reasoning_budget(body),
         client=client_of(http, user, body.cache_salt), **_prompt_options(body), **body.sampler())
     # Clients of this API always name a limit, often one beyond the context: such an answer ends with the context.
     limit = min(body.max_tokens, context_limit(service, settings) - len(request.prompt_ids))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dgemma.serve.bodies import Body, Count, Listed, RequestBody, SamplerFields, StopString, Temperature, TopK, TopP
+from dgemma.serve.calling import told_tools
 from dgemma.serve.errors import ApiError
 from dgemma.serve.turns import Turns
 
@@ -72,12 +73,16 @@ Message = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discri
 
 
 class CustomTool(Body):
-    """A tool that the client runs. Anthropic's own server tools do not exist here."""
+    """A tool that the client runs. Anthropic's own server tools do not exist here.
+
+    With ``strict`` the input of every call satisfies ``input_schema``.
+    """
 
     type: Literal["custom"] | None = None
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None
 
 
 class ToolChoice(Body):
@@ -87,7 +92,7 @@ class ToolChoice(Body):
 
 
 class ThinkingEnabled(Body):
-    """``budget_tokens`` is taken as advice: thoughts end when the model ends them, or at max_tokens."""
+    """``budget_tokens``: the most tokens to think, marks included; a thought that would have more is closed there."""
 
     type: Literal["enabled"]
     budget_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -172,13 +177,9 @@ def conversation(body: CountBody) -> list[dict[str, Any]]:
 
 def declared_tools(body: CountBody) -> list[dict[str, Any]] | None:
     """The tools that the model is told of: none when it must not call any."""
-    choice = body.tool_choice
-    if choice is not None and choice.type in ("any", "tool"):
-        raise _refusal("tool_choice.type", "the model cannot be made to call a tool: use auto or none")
-    if not body.tools or (choice is not None and choice.type == "none"):
-        return None
-    return [{"type": "function", "function": {"name": tool.name, "description": tool.description,
-                                              "parameters": tool.input_schema}} for tool in body.tools]
+    return told_tools([{"type": "function", "function": {
+        "name": tool.name, "description": tool.description, "parameters": tool.input_schema, "strict": tool.strict}}
+        for tool in body.tools or ()], body.tool_choice)
 
 
 def _refusal(field: str, why: str) -> ApiError:

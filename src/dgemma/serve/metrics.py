@@ -31,6 +31,7 @@ _COUNTERS = (
     ("dgemma_steps", "steps", "Denoising steps: forward passes over all open canvases."),
     ("dgemma_canvas_steps", "rows", "Canvases denoised by these steps: several share a step."),
     ("dgemma_canvases", "canvases", "Canvases committed."),
+    ("dgemma_canvases_redrawn", "redrawn", "First canvases that came out empty, and were drawn again."),
     ("dgemma_prompt_tokens", "prompt_tokens", "Tokens of prompts."),
     ("dgemma_prefix_cache_hits", "prefix_hits", "Requests that found some of their prompt in the prefix cache."),
     ("dgemma_prefix_cache_hit_tokens", "cached_tokens", "Tokens of prompts that were found in the prefix cache."),

@@ -200,10 +200,10 @@ def router(service: Service, settings: Settings) -> APIRouter:
         refuse_unsupported(body)
         if not body.messages:
             return JsonResponse(Lines(body).nothing("unload" if body.unloads else "load"))
-        tools = body.declared_tools()
-        request = await _request(service, settings, body, body.conversation(), http, adapter, tools=tools,
+        request = await _request(service, settings, body, body.conversation(), http, adapter,
+                                 tools=body.declared_tools(),
                                  thinking=body.thinks())
-        return await _respond(http, settings, body, answering(service, request, tools), Lines(body))
+        return await _respond(http, settings, body, answering(service, request), Lines(body))
 
     @routes.post("/api/generate", responses=_answers(GenerateAnswer) | _ERRORS)
     async def generate(body: GenerateBody, http: HttpRequest) -> Response:
@@ -219,7 +219,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
         else:
             request = await _request(service, settings, body, body.conversation(), http, adapter,
                                      thinking=body.thinks())
-        return await _respond(http, settings, body, answering(service, request, None), Lines(body))
+        return await _respond(http, settings, body, answering(service, request), Lines(body))
 
     return routes
 

@@ -29,6 +29,7 @@ from dgemma.serve.bodies import (
     engine_request,
     prompt_tokens,
 )
+from dgemma.serve.calling import choice_of, reasoning_budget
 from dgemma.serve.deltas import Answer, Delta, answering, collect
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.openai_body import ChatBody, CompletionBody, CompletionFields, Message, TokenId, Tool, answer_format
@@ -93,15 +94,16 @@ def router(service: Service, settings: Settings) -> APIRouter:
         """Answer a conversation."""
         adapter = adapter_of(body.model, service, settings)
         body.check()
-        tools = body.declared_tools()
         max_tokens, param = body.length_limit()
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         seeds = choice_seeds(body.seed, body.n or 1)
         request = await engine_request(
             service, settings, body.conversation(), adapter=adapter, max_tokens=max_tokens, max_tokens_param=param,
-            seed=seeds[0], thinking=body.wants_thinking(), tools=tools, logprobs=logprobs, **_choices(body, http))
+            seed=seeds[0], thinking=body.wants_thinking(), tools=body.declared_tools(),
+            tool_choice=choice_of(body.tool_choice), parallel_tool_calls=body.parallel_tool_calls is not False,
+            logprobs=logprobs, **_choices(body, http))
         rendering = Rendering(body.model or settings.served_names[0], seeds, usage=body.with_usage)
-        streams = [answering(service, dataclasses.replace(request, seed=seed), tools,
+        streams = [answering(service, dataclasses.replace(request, seed=seed),
                              one_call=body.parallel_tool_calls is False, drafts_per_second=body.drafts_per_second)
                    for seed in seeds]
         return await _respond(http, settings, body, rendering, streams)
@@ -126,7 +128,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
         rendering = TextRendering(body.model or settings.served_names[0], [request.seed for request in requests],
                                   prompts=[index // len(seeds) for index in range(len(requests))],
                                   usage=body.with_usage, echo=echo)
-        streams = [answering(service, request, None, drafts_per_second=body.drafts_per_second) for request in requests]
+        streams = [answering(service, request, drafts_per_second=body.drafts_per_second) for request in requests]
         return await _respond(http, settings, body, rendering, streams)
 
     def card(name: str) -> ModelCard:
@@ -186,8 +188,8 @@ def _choices(body: CompletionFields, http: HttpRequest) -> dict[str, Any]:
     """The arguments of `engine_request` that both kinds of completion take from their body."""
     form, param = answer_format(body)
     return {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "logit_bias": body.logit_bias,
-            "response_format": form, "format_param": param, "stop": body.stop or (),
-            "client": client_of(http, body.user, body.cache_salt), **body.sampler()}
+            "reasoning_budget": reasoning_budget(body), "response_format": form, "format_param": param,
+            "stop": body.stop or (), "client": client_of(http, body.user, body.cache_salt), **body.sampler()}
 
 
 async def _respond(http: HttpRequest, settings: Settings, body: CompletionFields, rendering: Rendering,

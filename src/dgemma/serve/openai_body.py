@@ -22,6 +22,7 @@ from dgemma.serve.bodies import (
     TopP,
     refuse_unsupported,
 )
+from dgemma.serve.calling import ChosenTools, Words, told_tools
 from dgemma.serve.errors import ApiError
 
 MAX_CHOICES = 128  # answers to one request
@@ -122,7 +123,7 @@ class Message(Body):
 
 
 class Function(Body):
-    """``strict`` is accepted, but arguments are not held to the schema."""
+    """With ``strict`` the arguments of every call satisfy ``parameters``."""
 
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
@@ -137,13 +138,6 @@ class Tool(Body):
     function: Function
 
 
-class NamedTool(Body):
-    """A function that the model must call, which cannot be honoured yet."""
-
-    type: Literal["function"]
-    function: dict[str, Any]
-
-
 class Thinking(Body):
     """Anthropic's and DeepSeek's spelling of the switch."""
 
@@ -155,7 +149,7 @@ class ChatBody(CompletionFields):
 
     messages: Annotated[Listed[Message], Field(min_length=1)]
     tools: Listed[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Words | ChosenTools | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -168,9 +162,6 @@ class ChatBody(CompletionFields):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-        if self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool):
-            raise ApiError(400, "the model cannot be made to call a tool: use auto or none", "tool_choice",
-                           "unsupported_parameter")
         for index, message in enumerate(self.messages):
             for part in message.content if isinstance(message.content, list) else ():
                 kind = part.get("type")
@@ -183,11 +174,7 @@ class ChatBody(CompletionFields):
 
     def declared_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the model is told of: none when it must not call any."""
-        if not self.tools or self.tool_choice == "none":
-            return None
-        return [{"type": "function", "function": {
-                    key: value for key, value in tool.function.model_dump(exclude_unset=True).items()
-                    if key != "strict"}} for tool in self.tools]
+        return told_tools([tool.model_dump(exclude_unset=True) for tool in self.tools or ()], self.tool_choice)
 
     def length_limit(self) -> tuple[int | None, str]:
         """The most tokens to answer with, and the field that says so."""

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
 from dgemma.serve.bodies import adapter_of, client_of, engine_request, refuse_unsupported
+from dgemma.serve.calling import choice_of, reasoning_budget
 from dgemma.serve.deltas import Delta, answering
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.responses_body import (
@@ -80,7 +81,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
     async def create_response(body: ResponsesBody, http: HttpRequest) -> Response:
         request = await _request(service, settings, body, http)
         rendering = ResponseRendering(_echo(body, request))
-        answer = answering(service, request, declared_tools(body), one_call=body.parallel_tool_calls is False)
+        answer = answering(service, request, one_call=body.parallel_tool_calls is False)
         if not body.stream:
             return await whole(http, settings, _whole(answer, rendering))
         source = Merged([answer])
@@ -104,6 +105,8 @@ async def _request(service: Service, settings: Settings, body: ResponsesBody, ht
             stop=body.stop or (), seed=body.seed, logprobs=logprobs, response_format=response_format(body),
             format_param="text.format",
             thinking=effort not in (None, "none", "minimal"), tools=declared_tools(body),
+            tool_choice=choice_of(body.tool_choice), parallel_tool_calls=body.parallel_tool_calls is not False,
+            reasoning_budget=reasoning_budget(body),
             client=client_of(http, body.user or body.safety_identifier, body.cache_salt), **body.sampler())
     except ApiError as error:
         if error.param and error.param.startswith("messages"):  # what the library calls them

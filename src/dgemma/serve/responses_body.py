@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from dgemma.serve.bodies import Body, Count, Listed, SamplerFields, Stop, Temperature, TopK, TopP
+from dgemma.serve.calling import ChosenTools, Words, told_tools
 from dgemma.serve.errors import ApiError
 from dgemma.serve.turns import Turns
 
@@ -70,23 +71,16 @@ Item = Annotated[
 
 
 class FunctionTool(Body):
-    """A function that the client runs. OpenAI's own tools do not exist here; ``strict`` is accepted."""
+    """A function that the client runs. OpenAI's own tools do not exist here.
+
+    With ``strict`` the arguments of every call satisfy ``parameters``.
+    """
 
     type: Literal["function"]
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-
-
-class ChosenFunction(Body):
-    type: Literal["function"]
-    name: str
-
-
-class AllowedTools(Body):
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: Listed[ChosenFunction]
+    strict: bool | None = None
 
 
 class TextFormat(Body):
@@ -121,7 +115,7 @@ class ResponsesBody(SamplerFields):
     instructions: str | None = None
     stream: bool | None = None
     tools: Listed[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | AllowedTools | None = None
+    tool_choice: Words | ChosenTools | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
@@ -183,16 +177,9 @@ def conversation(body: ResponsesBody) -> list[dict[str, Any]]:
 
 def declared_tools(body: ResponsesBody) -> list[dict[str, Any]] | None:
     """The tools that the model is told of: none when it must not call any."""
-    choice, tools = body.tool_choice, body.tools or []
-    if choice == "required" or isinstance(choice, ChosenFunction) or getattr(choice, "mode", None) == "required":
-        raise ApiError(400, "the model cannot be made to call a tool: use auto or none", "tool_choice")
-    if choice == "none":
-        return None
-    if isinstance(choice, AllowedTools):
-        allowed = {tool.name for tool in choice.tools}
-        tools = [tool for tool in tools if tool.name in allowed]
-    return [{"type": "function", "function": {"name": tool.name, "description": tool.description,
-                                              "parameters": tool.parameters}} for tool in tools] or None
+    return told_tools([{"type": "function", "function": {
+        "name": tool.name, "description": tool.description, "parameters": tool.parameters, "strict": tool.strict}}
+        for tool in body.tools or ()], body.tool_choice)
 
 
 def response_format(body: ResponsesBody) -> dict[str, Any] | None:

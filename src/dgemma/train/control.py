@@ -128,11 +128,12 @@ class CausalModel:
                 for index, row in enumerate(rows)]
 
     def _generation(self, row: _Row) -> Generation:
-        text, reasoning, tool_calls = self._model.decode(row.request.prompt_ids, row.token_ids, row.request.stop,
-                                                        **row.request.reading)
+        reader = self._model.reader(row.request)
+        reader.feed(row.token_ids)
+        answer = reader.finish()
         canvas, rest = divmod(row.passes, self.config.canvas_length)
         return Generation(
-            text=text, reasoning=reasoning, tool_calls=tool_calls, token_ids=row.token_ids,
+            text=answer.text, reasoning=answer.reasoning, tool_calls=answer.tool_calls, token_ids=row.token_ids,
             finish_reason=row.finish_reason or "stop", steps=[self.config.canvas_length] * canvas + [rest] * bool(rest),
             tokens_per_forward=len(row.token_ids) / row.passes, prompt_tokens=len(row.request.prompt_ids),
             seconds=row.seconds, seed=row.request.seed, stop_token_id=row.stop_token_id)

@@ -1,0 +1,56 @@
+"""What the sampler needs of whoever reads an answer's tokens as text: where it ends, and what it says.
+
+Knows nothing of tokenizers or of the form of replies (`dgemma.chat.answer` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class ReadAnswer(Protocol):
+    """What an answer's tokens say."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def reasoning(self) -> str | None: ...
+
+    @property
+    def tool_calls(self) -> list[dict[str, Any]]: ...
+
+
+class AnswerReader(Protocol):
+    """Reads one answer, each token once."""
+
+    @property
+    def stop_place(self) -> int | None:
+        """How many of the tokens fed it took to complete the first stop string; None when none was met."""
+        ...
+
+    def feed(self, token_ids: Sequence[int]) -> object:
+        """A committed canvas' tokens, without the stop token."""
+        ...
+
+    def finish(self) -> ReadAnswer:
+        """What was said in all, now that nothing follows; called once."""
+        ...
+
+
+@dataclass
+class Unread:
+    """Reads nothing, where only tokens are wanted: an answer without text, which no stop string ends."""
+
+    text: str = ""
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    stop_place: int | None = None
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        pass
+
+    def finish(self) -> Unread:
+        return self
