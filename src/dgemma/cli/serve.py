@@ -49,6 +49,9 @@ def serve(
                                               rich_help_panel=_LIMITS)] = 0,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request, in megabytes.",
                                                rich_help_panel=_LIMITS)] = 16,
+    strict_fields: Annotated[bool, typer.Option(
+        "--strict-fields", help="Refuse requests with fields that are unknown or have no effect here, such as "
+        "penalties, instead of telling of them in a header.", rich_help_panel=_LIMITS)] = False,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that running answers have to finish when the server is "
                                                      "stopped.", rich_help_panel=_LIMITS)] = 30,
     access_log: Annotated[bool, typer.Option(help="A line on stderr for every request.")] = True,
@@ -80,7 +83,7 @@ def serve(
     settings = Settings(
         tuple(served_model_name or [model or BUNDLED]), tuple(api_key or ()), max_model_len,
         round(max_body_mb * 1e6), timeout, rate_limit=rate_limit, allowed_origins=tuple(allowed_origins or ()),
-        access_log=access_log, adapters_from=adapters_from)
+        access_log=access_log, strict_fields=strict_fields, adapters_from=adapters_from)
     fixed, named = _adapters(adapter or (), settings)
     check_exposure(host, settings, allow_insecure)
     with bind(host, port) as listener:

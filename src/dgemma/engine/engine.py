@@ -22,6 +22,7 @@ from dgemma.diffusion.sampler import EntropyBoundSampler, Sampler
 from dgemma.engine.batch import Outcome, Seat, denoise, logprobs_of
 from dgemma.engine.prefixes import PrefixStore
 from dgemma.engine.scheduler import FairQueue, Memory, shares
+from dgemma.errors import ContextLengthError
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.mounts import MountedAdapter
 from dgemma.nn.rows import row_bytes
@@ -114,8 +115,9 @@ class Engine:
         request.check(self.network.config)
         needed = self.memory_of(request)
         if self.memory.limit is not None and needed > self.memory.limit:
-            raise ValueError(f"the prompt of {len(request.prompt_ids)} tokens and up to {request.settings.max_tokens} "
-                             f"more need {needed >> 20} MiB of memory; there are {self.memory.limit >> 20} MiB")
+            raise ContextLengthError(
+                f"the prompt of {len(request.prompt_ids)} tokens and up to {request.settings.max_tokens} more need "
+                f"{needed >> 20} MiB of memory; there are {self.memory.limit >> 20} MiB")
 
     def memory_of(self, request: Request) -> int:
         """The most memory that a request can come to need, bytes: keys and values, and its part of a pass."""

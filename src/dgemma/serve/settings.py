@@ -25,6 +25,7 @@ class Settings:
     rate_limit: float = 0.0  # requests a minute that one client may make, 0: any
     allowed_origins: tuple[str, ...] = ()  # web pages that browsers may call from; ("*",): all
     access_log: bool = True
+    strict_fields: bool = False  # refuse fields that are unknown or have no effect, rather than tell of them
     adapters_from: Path | None = None  # where clients may have adapters loaded from; None: nowhere
 
     def __post_init__(self) -> None:

@@ -9,6 +9,15 @@ from collections.abc import Iterable
 from typing import Any
 
 
+def stray_result(content: str | dict[str, str], name: str | None = None) -> str:
+    """A tool's answer as the user might tell it.
+
+    Its call was trimmed from the conversation, and templates drop an answer that follows no call.
+    """
+    text = content if isinstance(content, str) else "\n".join(f"{key}: {value}" for key, value in content.items())
+    return f"Result of {name or 'a tool'}, which was called earlier:\n{text}"
+
+
 class Turns:
     """A conversation while it is put together; ``messages`` are as `dgemma.chat` reads them.
 
@@ -37,9 +46,9 @@ class Turns:
         calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
         self._calls.add(call_id)
 
-    def answer(self, call_id: str, content: str | dict[str, str]) -> bool:
-        """Adds a tool's answer; False when no call before it has that id."""
-        if call_id not in self._calls:
-            return False
-        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
-        return True
+    def answer(self, call_id: str, content: str | dict[str, str]) -> None:
+        """Adds a tool's answer; as something that the user says when no call before it has that id."""
+        if call_id in self._calls:
+            self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
+        else:
+            self.say("user", [stray_result(content)])

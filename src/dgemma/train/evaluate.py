@@ -65,7 +65,8 @@ def evaluate_sudoku(model: Model, puzzles: np.ndarray, solutions: np.ndarray, *,
     ``settings`` are sampler settings, and max_tokens (the checkpoint's own if left out: a network that has not learnt
     yet may find no end); ``progress(done, count)`` is called after each batch.
     """
-    settings.setdefault("max_tokens", model.generation_config.max_tokens)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        settings.setdefault("max_tokens", generation.max_tokens)
     exact = kept = 0
     steps: Counter[int] = Counter()
     began = time.perf_counter()
