@@ -124,12 +124,12 @@ class Model:
         ``max_tokens`` None: to the end of the context, whatever the checkpoint's own default
         (``generation_config.max_tokens``) is. ``seed`` fixes all randomness (drawn and reported when None). ``canvas``
         seeds the first canvas with token ids (None: noise) and ``pinned`` marks those that must not change.
-        ``temperature``, ``top_k``, ``top_p`` and ``logit_bias`` narrow the draw (`Choices`). ``logprobs`` asks for every
-        answer token's log-probability beside that many alternatives. ``response_format`` is a form that the answer will
-        have: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": …}}, {"type": "regex",
-        "regex": …} or {"type": "choice", "choice": […]}. ``stop``: the answer ends before any of these strings.
-        ``settings`` are sampler settings under the checkpoint's names (`GenerationConfig`). Raises DgemmaError on a bad
-        argument.
+        ``temperature``, ``top_k``, ``top_p`` and ``logit_bias`` narrow the draw (`Choices`). ``logprobs`` asks for
+        every answer token's log-probability beside that many alternatives. ``response_format`` is a form that the
+        answer will have: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": …}},
+        {"type": "regex", "regex": …} or {"type": "choice", "choice": […]}. ``stop``: the answer ends before any of
+        these strings. ``settings`` are sampler settings under the checkpoint's names (`GenerationConfig`). Raises
+        DgemmaError on a bad argument.
         """
         if images:
             raise DgemmaError("this version reads text only: images are not supported yet")

@@ -187,8 +187,6 @@ def test_a_user_has_a_place_of_his_own_in_the_queue(serve):
      "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text"}]}]},
      "messages[0].content[1].text"),
-    ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "b", "content": "c"}]}]},
-     "messages[0].content[0].tool_use_id"),
     ({"messages": [*HELLO, {"role": "assistant", "content": "Once"}]}, "messages[1]"),
     ({"messages": [{"role": "robot", "content": "Once"}]}, "messages[0]"),
     ({"messages": []}, "messages"),

@@ -238,7 +238,6 @@ def test_what_asks_for_nothing_that_is_missing_is_accepted(serve):
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content[0]"),
     ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
     ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]"),
-    ({"input": [{"type": "function_call_output", "call_id": "b", "output": "c"}]}, "input[0].call_id"),
     ({"input": [{"type": "function_call", "call_id": "b", "name": "f", "arguments": "{"}]}, "input[0].arguments"),
     ({"input": []}, "input"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),

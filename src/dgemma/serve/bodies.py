@@ -233,7 +233,9 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
     try:
         request = await _in_thread(make)
     except ApiError as error:
-        if error.param is None:
+        if error.param == "response_format":
+            error.message, error.param = error.message.replace("response_format", format_param, 1), format_param
+        elif error.param is None:
             about_form = options.get("response_format") and "prompt" not in error.message
             error.param = format_param if about_form else param
         elif error.param == "max_tokens":

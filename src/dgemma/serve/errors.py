@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -218,7 +219,7 @@ _RULES = {
     "less_than_equal": "at most {le}", "less_than": "below {lt}", "finite_number": "a finite number",
     "string_too_long": "a string of at most {max_length} characters",
     "string_too_short": "a string of at least {min_length} characters",
-    "string_pattern_mismatch": "text of the form {pattern}", "string_unicode": "a string of valid Unicode",
+    "string_pattern_mismatch": "a token's number in digits", "string_unicode": "a string of valid Unicode",
     "too_long": "a list of at most {max_length} entries", "too_short": "a list of at least {min_length} entries",
 }
 
@@ -276,7 +277,9 @@ def _accepted(mistake: Mapping[str, Any]) -> str:
     kind = mistake["type"]
     if kind in _TYPES:
         return _TYPES[kind]
-    return _RULES.get(kind, "something else").format_map(mistake.get("ctx") or {})
+    context = {name: f"{value:g}" if isinstance(value, float) else value
+               for name, value in (mistake.get("ctx") or {}).items()}
+    return _RULES.get(kind, "something else").format_map(context)
 
 
 def _discriminator(context: Mapping[str, Any]) -> str:
@@ -300,24 +303,23 @@ def _no_such_path(request: Request, error: HTTPException) -> Exception:
     there = _paths(request)
     path = re.sub(r"/{2,}", "/", request.url.path)
     if error.status_code == 405:
-        methods = there.get(path) or {method.strip() for method in (error.headers or {}).get("allow", "").split(",")}
-        return ApiError(405, f"{path[:_SHOWN]} takes {_one_of(sorted(methods - {''})) or 'another method'}, not "
-                        f"{request.method}", headers=error.headers)
+        allowed = Headers(error.headers).get("allow", "").replace(",", " ").split()
+        right = _one_of(sorted(allowed) or ["another method"])
+        return ApiError(405, f"{path[:100]} takes {right}, not {request.method}", headers=error.headers)
     if request.scope.get("route") is not None or error.detail != "Not Found":
         return error
     without = re.sub(r"^(/v1)+(?=/|$)", "", path) or "/"
     hint = f"there are {', '.join(sorted(known for known in there if known.startswith('/v1/') and '{' not in known))}"
     if (found := f"/v1{without.removeprefix('/api')}") in there and path != found:
-        twice = "twice" if path.startswith("/v1/v1") else None
-        hint = (f"the path is {found}: the base URL has /v1 {twice}" if twice else
-                f"the path is {found}: end the base URL with /v1" if not path.startswith("/v1") else f"try {found}")
+        hint = f"the path is {found}: " + ("leave one /v1 out of the base URL" if path.startswith("/v1/v1")
+                                           else "the base URL lacks its /v1")
     elif without in there and path != without:
         hint = f"the path is {without}: the base URL for it has no /v1"
     elif made := _NOT_MADE.search(path):
-        hint = f"{made[1].split('/')[0]} is not made here: this server answers in text. {hint[0].upper()}{hint[1:]}"
+        hint = f"this server has no {made[1].split('/')[0]}, it answers in text; {hint}"
     elif close := difflib.get_close_matches(path, there, n=1, cutoff=0.75):
         hint = f"did you mean {close[0]}? {hint[0].upper()}{hint[1:]}"
-    return ApiError(404, f"there is no {request.method} {path[:100]} here: {hint}", code="unknown_path")
+    return ApiError(404, f"there is no {request.method} {path[:100]} here: {hint}")
 
 
 def _paths(request: Request) -> dict[str, set[str]]:

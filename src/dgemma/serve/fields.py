@@ -57,6 +57,7 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,), "guided_decoding_backend": (), "guided_whitespace_pattern": (),
     "structural_outputs_backend": (), "context_management": (), "moderation": (), "include_reasoning": (True,),
     "stream_options": ({},), "options": ({},), "repetition_detection": (),
+    "messages": (), "input": (), "prompt": (),  # of another route, beside this one's own
 }
 
 # What changes nothing about an answer wherever it is sent: not worth telling.
@@ -74,8 +75,7 @@ HARMLESS = frozenset((
 # Where to say what a field of another route says.
 _INSTEAD = {
     "system": "send a message of the role system", "instructions": "send a message of the role system",
-    "messages": "send it to /v1/chat/completions or /v1/messages", "input": "send it to /v1/responses",
-    "prompt": "send it to /v1/completions", "tools": "send it to /v1/chat/completions, /v1/responses or /v1/messages",
+    "tools": "send it to /v1/chat/completions, /v1/responses or /v1/messages",
     "tool_choice": "send it to /v1/chat/completions, /v1/responses or /v1/messages",
     "logprobs": "send it to /v1/chat/completions, /v1/completions or /v1/responses",
     "top_logprobs": "send it to /v1/chat/completions or /v1/responses",
@@ -181,7 +181,7 @@ class AnswerFields(SamplerFields):
         return None, "max_tokens"
 
     def stops(self) -> tuple[str, ...]:
-        """The strings to end before. Empty ones would end every answer at its beginning: they mean that there is none."""
+        """The strings to end before. Empty ones, which would end every answer at once, mean that there is none."""
         given = (value for value in (self.stop, self.stop_sequences) if value is not None)
         texts = (text for value in given for text in ([value] if isinstance(value, str) else value))
         return tuple(dict.fromkeys(text for text in texts if text))

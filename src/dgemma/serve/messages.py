@@ -113,8 +113,9 @@ async def _request(service: Service, settings: Settings, body: MessagesBody, htt
     user = body.metadata.user_id if body.metadata else None
     # Clients of this API always name a limit, often one beyond the context: such an answer ends with the context.
     return await engine_request(
-        service, settings, conversation(body), adapter=adapter, max_tokens=body.length_limit()[0], temperature=body.temperature,
-        top_k=body.top_k, top_p=body.top_p, logit_bias=body.logit_bias, stop=body.stops(), seed=body.seed, response_format=form, format_param=format_param,
+        service, settings, conversation(body), adapter=adapter, max_tokens=body.length_limit()[0],
+        temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, logit_bias=body.logit_bias,
+        stop=body.stops(), seed=body.seed, response_format=form, format_param=format_param,
         client=client_of(http, user or body.user), **_prompt_options(body), **body.sampler())
 
 

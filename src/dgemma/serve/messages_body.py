@@ -152,7 +152,7 @@ class CountBody(RequestBody):
 
 
 class MessagesBody(CountBody, AnswerFields):
-    max_tokens: Length  # type: ignore[misc, assignment]  # pyright: ignore[reportGeneralTypeIssues]  # here it must be
+    max_tokens: Length  # pyright: ignore[reportGeneralTypeIssues]  # elsewhere it may be left out
     thinking: Thinking | bool | None = None
     metadata: Metadata | None = None
     parallel_tool_calls: bool | None = None
