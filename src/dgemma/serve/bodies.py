@@ -23,7 +23,7 @@ from dgemma.config import SAMPLER_SETTINGS
 from dgemma.diffusion.row import Request, longest_prompt
 from dgemma.engine.adapters import UnknownAdapterError
 from dgemma.engine.service import Service
-from dgemma.errors import DgemmaError
+from dgemma.errors import ContextLengthError, DgemmaError
 from dgemma.nn.mounts import MountedAdapter
 from dgemma.serve.errors import ApiError, as_api_error
 from dgemma.serve.settings import Settings
@@ -218,21 +218,29 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
     scale = 1.0 if temperature is None else temperature
     if top_p == 0:  # the narrowest there is: the most probable token
         scale, top_p = 0.0, None
-    rendering = {name: options[name] for name in ("thinking", "tools") if name in options}
 
     def make() -> Request:
-        ids = service.model.prompt_ids(prompt, **rendering)
-        if len(ids) > longest(service, settings):
-            raise too_long(len(ids), service, settings, param)
-        room = limit - len(ids)
-        return service.model.request(
-            ids, max_tokens=room if max_tokens is None else min(max_tokens, room), seed=seed_of(seed),
-            temperature=scale if scale >= _GREEDY else 0.0, top_k=max(top_k or 0, 0),
-            top_p=1.0 if top_p is None else top_p, logit_bias=bias, **options)
+        request = service.model.request(
+            prompt, max_tokens=max_tokens, seed=seed_of(seed), temperature=scale if scale >= _GREEDY else 0.0,
+            top_k=max(top_k or 0, 0), top_p=1.0 if top_p is None else top_p, logit_bias=bias, **options)
+        room = limit - len(request.prompt_ids)
+        if room < 1:
+            raise too_long(len(request.prompt_ids), service, settings, param)
+        if request.settings.max_tokens <= room:
+            return request
+        request = dataclasses.replace(request, settings=request.settings.replace(max_tokens=room))
+        try:
+            request.check(service.model.config)  # its form may need more than this server's limit leaves
+        except ValueError as error:
+            raise DgemmaError(str(error)) from error
+        return request
 
     try:
         request = await _in_thread(make)
     except ApiError as error:
+        cause = error.__cause__
+        if isinstance(cause, ContextLengthError) and cause.prompt_tokens is not None:
+            raise too_long(cause.prompt_tokens, service, settings, param) from cause
         if error.param == "response_format":
             error.message, error.param = error.message.replace("response_format", format_param, 1), format_param
         elif error.param is None:
