@@ -145,6 +145,7 @@ def test_a_form_that_cannot_be_kept_is_refused_by_name(server, path, fields, nam
     message, param = refusal(ask(server, path, **fields))
     assert param == named or (param is None and path == "/v1/messages")
     assert "pydantic" not in message and "Input should" not in message
+    assert path != "/v1/messages" or named.split(".")[0] in message  # Anthropic's errors have no other place for it
 
 
 def test_a_form_reaches_the_engine_through_the_clients_own_helpers(scripted):
@@ -498,6 +499,11 @@ def test_a_mistake_is_told_once_in_plain_words(server, path, fields, message):
     for jargon in ("Input should", "_kind", "pydantic", "union", "constrained", "NoneType"):
         assert jargon not in told
     assert message is None or told == message
+
+
+def test_a_parameter_in_the_address_is_named(server):
+    answer = server[0].get("/v1/models", params={"limit": "many"})
+    assert refusal(answer) == ('limit: must be a whole number, not "many"', "limit")
 
 
 def test_what_a_mistake_repeats_is_short(server):

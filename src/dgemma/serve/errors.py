@@ -55,7 +55,7 @@ class ApiError(Exception):
                  headers: Mapping[str, str] | None = None, *, anthropic_message: str | None = None,
                  details: Mapping[str, Any] | None = None):
         message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…"
-        self.anthropic_message, self.details = anthropic_message or message, details
+        self.anthropic_message, self.details = anthropic_message, details
         super().__init__(message)
         param = param and param[:_LONGEST]
         self.status, self.message, self.param, self.headers = status, message, param, dict(headers or {})
@@ -118,9 +118,15 @@ def error_body(error: ApiError, path: str = "") -> dict[str, Any]:
     """The body in the form that clients of ``path`` know."""
     if _ANTHROPIC.match(path):
         details = {} if error.details is None else {"details": dict(error.details)}
-        return {"type": "error",
-                "error": {"type": error.anthropic_type, "message": error.anthropic_message, **details}}
+        message = error.anthropic_message or _naming(error)
+        return {"type": "error", "error": {"type": error.anthropic_type, "message": message, **details}}
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def _naming(error: ApiError) -> str:
+    """The message with the field at fault in it: Anthropic's errors have no other place for that."""
+    field = re.split(r"[.\[]", error.param or "")[0]
+    return error.message if field in error.message else f"{error.param}: {error.message}"
 
 
 def error_response(error: ApiError, path: str = "") -> Response:
@@ -210,7 +216,8 @@ _MISTAKES = 3  # fields that one error tells of
 # be of several types, they are of no interest as soon as one of them fits.
 _TYPES = {
     "string_type": "a string", "int_type": "a whole number", "int_from_float": "a whole number",
-    "int_parsing_size": "a smaller number", "float_type": "a number", "bool_type": "true or false",
+    "int_parsing": "a whole number", "int_parsing_size": "a smaller number", "float_type": "a number",
+    "bool_type": "true or false",
     "dict_type": "an object", "model_type": "an object", "model_attributes_type": "an object", "list_type": "a list",
     "none_required": "null",
 }
@@ -331,6 +338,8 @@ def _paths(request: Request) -> dict[str, set[str]]:
 def _place(mistake: Mapping[str, Any], body: Any) -> list[str | int]:
     """Keys and indices that lead to a mistake: pydantic's path, without the names of unions' branches in it."""
     path = mistake["loc"][1:]
+    if mistake["loc"][0] != "body":  # a parameter in the address
+        return list(path[:1])
     place: list[str | int] = []
     for step, part in enumerate(path):
         inside = part in body if isinstance(body, dict) else isinstance(body, list) and isinstance(part, int)
