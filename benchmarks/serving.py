@@ -40,7 +40,8 @@ def sudoku_requests(model: Model, count: int) -> list[Request]:
     """Requests for fresh medium puzzles, each with a seed of its own."""
     puzzles, _ = sudoku.generate(count, sudoku.BANDS["medium"], seed=77)
     texts = ["".join("." if cell == 0 else str(cell) for cell in puzzle) for puzzle in puzzles]
-    return [model.request(f"Solve {text}", seed=seed, drafts=False) for seed, text in enumerate(texts)]
+    most = model.generation_config.max_tokens
+    return [model.request(f"Solve {text}", seed=seed, drafts=False, max_tokens=most) for seed, text in enumerate(texts)]
 
 
 def slice_model(layers: int) -> Model:

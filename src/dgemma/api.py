@@ -21,7 +21,7 @@ from dgemma.constrain.choice import ToolChoice, calls_of, read_tool_choice, show
 from dgemma.diffusion.events import Event, Finished, Generation
 from dgemma.diffusion.row import Choices, Request, Thoughts
 from dgemma.engine import Engine, PrefixStore
-from dgemma.errors import DgemmaError
+from dgemma.errors import ContextLengthError, DgemmaError
 from dgemma.memory import request_memory
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.cache import check_cache_type
@@ -55,8 +55,9 @@ class Model:
                  images: Sequence[Any] | None = None, **options: Any) -> Generation:
         """Answer ``prompt``: a user message, a list of chat messages, or token ids that are used as they are.
 
-        ``options`` are those of `request`, sampler settings under the checkpoint's names (`GenerationConfig`) among
-        them. Raises DgemmaError on a bad argument.
+        Without ``max_tokens`` an answer may go on to the end of the model's context; ``finish_reason`` tells "length"
+        where it got there. ``options`` are those of `request`, sampler settings under the checkpoint's names
+        (`GenerationConfig`) among them. Raises DgemmaError on a bad argument.
         """
         options["drafts"] = False  # nobody hears of them
         for event in self.stream(prompt, max_tokens=max_tokens, seed=seed, thinking=thinking, system=system,
@@ -128,13 +129,15 @@ class Model:
                 stop: str | Sequence[str] = (), drafts: bool = True, client: str = "", **settings: Any) -> Request:
         """What `generate` asks of the engine, checked.
 
-        ``seed`` fixes all randomness (drawn and reported when None). ``canvas`` seeds the first canvas with token ids
-        (None: noise) and ``pinned`` marks those that must not change. ``temperature``, ``top_k``, ``top_p`` and
-        ``logit_bias`` narrow the draw (`Choices`). ``logprobs`` asks for every answer token's log-probability beside
-        that many alternatives. ``response_format`` is a form that the answer will have: {"type": "json_object"},
-        {"type": "json_schema", "json_schema": {"schema": …}}, {"type": "regex", "regex": …} or {"type": "choice",
-        "choice": […]}. ``stop``: the answer ends before any of these strings. ``settings`` are sampler settings under
-        the checkpoint's names (`GenerationConfig`). Raises DgemmaError on a bad argument.
+        ``max_tokens`` None: to the end of the context, whatever the checkpoint's own default
+        (``generation_config.max_tokens``) is. ``seed`` fixes all randomness (drawn and reported when None). ``canvas``
+        seeds the first canvas with token ids (None: noise) and ``pinned`` marks those that must not change.
+        ``temperature``, ``top_k``, ``top_p`` and ``logit_bias`` narrow the draw (`Choices`). ``logprobs`` asks for
+        every answer token's log-probability beside that many alternatives. ``response_format`` is a form that the
+        answer will have: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": …}},
+        {"type": "regex", "regex": …} or {"type": "choice", "choice": […]}. ``stop``: the answer ends before any of
+        these strings. ``settings`` are sampler settings under the checkpoint's names (`GenerationConfig`). Raises
+        DgemmaError on a bad argument.
 
         ``tool_choice`` is "auto", "none" (the model is not told of the tools), "required", a tool by name ({"name": …})
         or some of them ({"type": "allowed_tools", "mode": "auto" or "required", "tools": […]}). What must be called is
@@ -159,7 +162,9 @@ class Model:
         canvas = None if canvas is None else [_plain_token(item) for item in canvas]
         constraint = None
         try:
-            merged = self.generation_config.replace(max_tokens=max_tokens, **settings)
+            # A default of the checkpoint's, 256 in Google's, would cut every longer answer.
+            room = max(self.config.max_position_embeddings - len(prompt_ids), 1)
+            merged = self.generation_config.replace(max_tokens=room if max_tokens is None else max_tokens, **settings)
         except ValueError as error:
             raise DgemmaError(str(error)) from error
         formed = response_format is not None and response_format != {"type": "text"}
@@ -184,6 +189,8 @@ class Model:
                 held=calls is not None,
                 thoughts=self._thoughts(thought_open, reasoning_budget), redraw_empty=redraw_empty)
             request.check(self.config)
+        except ContextLengthError:
+            raise
         except (TypeError, ValueError) as error:
             raise DgemmaError(str(error)) from error
         return request

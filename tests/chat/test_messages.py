@@ -198,11 +198,21 @@ def test_an_assistant_without_content_said_nothing(message):
 
 
 def test_a_tools_answer_may_be_empty_and_its_call_trimmed_away():
-    conversation = [{"role": "tool", "tool_call_id": "9", "content": None}, USER]
-    assert normalise_messages(conversation)[0] == {
-        "role": "tool", "tool_call_id": "9", "name": "tool", "content": ""}
-    tokenizer = Tokenizer(bundled.build_byte_tokenizer(), bundled.TEMPLATE_FILE.read_text(), {"bos_token": "<bos>"})
-    assert 'response:tool{value:<|"|><|"|>}' in tokenizer.render(conversation)
+    # Templates drop what follows no call: the user tells it.
+    conversation = [{"role": "tool", "tool_call_id": "9", "content": "42 degrees"}, USER]
+    told = normalise_messages(conversation)[0]
+    assert told["role"] == "user" and "42 degrees" in told["content"]
+    named = normalise_messages([{"role": "tool", "name": "look", "content": {"a": 1}}, USER])[0]
+    assert named["content"] == "Result of look, which was called earlier:\na: 1"
+    empty = normalise_messages([
+        {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "1", "content": None}])[1]
+    assert empty == {"role": "tool", "tool_call_id": "1", "name": "f", "content": ""}
+
+
+def test_answers_with_ids_of_nobodys_belong_to_the_calls_before_them():
+    calls = {"role": "assistant", "tool_calls": [{"id": name, "function": {"name": name}} for name in "ab"]}
+    answers = [{"role": "tool", "tool_call_id": "?", "content": "x"} for _ in range(3)]
+    assert [message.get("name") for message in normalise_messages([USER, calls, *answers])[2:]] == ["a", "b", "b"]
 
 
 @pytest.mark.parametrize(

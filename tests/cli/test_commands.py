@@ -268,7 +268,9 @@ def test_mistakes_do_not_end_a_conversation_but_count(chat, submitted, tmp_path,
         assert error.startswith("Error: "), line
     assert outcome.code == 1
     assert len(submitted) == 1
-    assert submitted[0].settings == GenerationConfig(max_denoising_steps=4, max_tokens=40, eos_token_id=(1, 106))
+    to_the_end = 131_072 - len(submitted[0].prompt_ids)
+    expected = GenerationConfig(max_denoising_steps=4, max_tokens=to_the_end, eos_token_id=(1, 106))
+    assert submitted[0].settings == expected
     assert chat(MISTAKES[0], "/exit").code == 1
     assert os.listdir(tmp_path) == []
 

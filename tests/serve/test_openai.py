@@ -295,17 +295,14 @@ def test_harmless_fields_are_ignored(scripted_client):
 
 
 @pytest.mark.parametrize(("fields", "param"), [
-    ({"presence_penalty": 0.5}, "presence_penalty"), ({"frequency_penalty": -1}, "frequency_penalty"),
-    ({"extra_body": {"repetition_penalty": 1.1}}, "repetition_penalty"), ({"extra_body": {"min_p": 0.1}}, "min_p"),
     ({"extra_body": {"best_of": 3}}, "best_of"), ({"functions": [{"name": "f"}]}, "functions"),
     ({"modalities": ["text", "audio"]}, "modalities"), ({"temperature": -1}, "temperature"), ({"n": 0}, "n"),
-    ({"top_p": 0}, "top_p"), ({"top_logprobs": 3}, "top_logprobs"),
-    ({"stop": ["x"] * 17}, "stop"), ({"stop": ""}, "stop"),
-    ({"seed": -1}, "seed"), ({"logit_bias": {"999": 1}}, "logit_bias"), ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+    ({"top_p": -0.1}, "top_p"), ({"top_logprobs": 3}, "top_logprobs"),
+    ({"stop": ["x"] * 17}, "stop"), ({"logit_bias": {"999": 1}}, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "logit_bias.x"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "clock"}}, "tools": [WEATHER]}, "tool_choice"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"), ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": 9000}, "max_tokens"), ({"max_completion_tokens": 9000}, "max_completion_tokens"),
+    ({"max_tokens": 0}, "max_tokens"), ({"max_completion_tokens": -2}, "max_completion_tokens"),
     ({"extra_body": {"t_min": 0.9, "t_max": 0.1}}, "t_max"),
     ({"extra_body": {"guided_grammar": "x"}}, "guided_grammar"),
     ({"extra_body": {"chat_template_kwargs": {"other": 1}}}, "chat_template_kwargs"),
@@ -325,8 +322,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(scripted_client, fields, par
     ([], "messages"), ([{"role": "alien", "content": "x"}], "messages[0].role"), ([{"role": "user"}], "messages[0]"),
     ([HELLO[0], {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
      "messages[1].content"),
-    ([{"role": "tool", "content": "x"}], "messages[0]"),
-    ([{"role": "user", "content": "x" * 8000}], "max_tokens"), ([{"role": "user", "content": "x" * 8150}], "messages"),
+    ([{"role": "tool", "content": "x"}], "messages[0]"), ([{"role": "user", "content": "x" * 8150}], "messages"),
     ([{"role": "user", "content": "x" * 10000}], "messages"),
 ])
 def test_messages_that_cannot_be_read_are_named(scripted_client, messages, param):

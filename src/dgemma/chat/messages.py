@@ -26,7 +26,6 @@ _PART_TYPES = {"text": "text", "input_text": "text", "output_text": "text", "ref
                "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 # What a tool's name cannot hold: it ends at a brace, a mark would be one, and what is no character cannot be written.
 _UNWRITABLE = re.compile(r"[{}\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ue000-\uf8ff]|<\||\|>")
-_UNKNOWN_TOOL = "tool"  # stands for the name of a tool whose call is no longer in the conversation
 
 
 def normalise_messages(
@@ -40,8 +39,8 @@ def normalise_messages(
     the template to decide.
 
     What is broken in what was said before must not end a conversation: arguments that are no JSON object stay text (or
-    are none where there is nothing in them), an assistant without content said "", and a tool's answer may stand
-    without its call. With ``strict``, for data to learn from, these are errors, too. Raises `DgemmaError`, naming the
+    are none where there is nothing in them), an assistant without content said "", and a tool's answer whose call was
+    trimmed away is told by the user: templates drop what follows no call. With ``strict``, for data to learn from, these are errors, too. Raises `DgemmaError`, naming the
     message and what is wrong with it.
     """
     if isinstance(conversation, str):
@@ -56,20 +55,37 @@ def normalise_messages(
     messages = [_message(message, f"message {index}", strict) for index, message in enumerate(conversation)]
     last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
     names: dict[str | int | None, str] = {}  # tool call id -> the tool's name
+    open_calls: list[str] = []  # names of the tools whose answers may follow
     for index, message in enumerate(messages):
         if index < last_user:
             message.pop("reasoning", None)
             message.pop("reasoning_content", None)
-        for call in message.get("tool_calls", ()):
-            names[call.get("id")] = call["function"]["name"]
-        if message["role"] == "tool" and not message.get("name"):
-            call_id = _call_id(message, "tool_call_id", f"message {index}")
-            if call_id not in names and (strict or call_id is None):
-                raise DgemmaError(
-                    f"message {index}: a tool message needs the `tool_call_id` of an earlier call, or `name`"
-                )
-            message["name"] = names.get(call_id, _UNKNOWN_TOOL)
+        if message["role"] != "tool":
+            open_calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+            names |= {call.get("id"): call["function"]["name"] for call in message.get("tool_calls", ())}
+            continue
+        call_id = _call_id(message, "tool_call_id", f"message {index}")
+        name = message.get("name") or names.get(call_id)
+        if not name and (strict or call_id is None):
+            raise DgemmaError(f"message {index}: a tool message needs the `tool_call_id` of an earlier call, or `name`")
+        if not open_calls and not strict:
+            messages[index] = _told_by_the_user(message, name)
+            continue
+        message["name"] = name = name or open_calls[0]
+        if name in open_calls and len(open_calls) > 1:
+            open_calls.remove(name)  # the last one stays, for more answers than there were calls
     return messages
+
+
+def _told_by_the_user(answer: Mapping[str, Any], name: str | None) -> dict:
+    """A tool's answer that follows no call any more."""
+    content = answer["content"]
+    if isinstance(content, Mapping):
+        content = "\n".join(f"{key}: {value}" for key, value in content.items())
+    begin = f"Result of {name or 'a tool'}, which was called earlier:\n"
+    if not isinstance(content, str):
+        return {"role": "user", "content": [{"type": "text", "text": begin}, *content]}
+    return {"role": "user", "content": begin + content}
 
 
 def normalise_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict] | None:

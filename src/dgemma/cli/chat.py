@@ -263,7 +263,10 @@ def _set(model: AnyModel, conversation: Conversation, text: str) -> None:
     if not text:
         current = model.generation_config.replace(**conversation.settings)
         for name in SETTINGS:
-            say(f"{name} {getattr(current, name)}")
+            value = getattr(current, name)
+            if name == "max_tokens" and name not in conversation.settings and isinstance(value, int):
+                value = "(to the end of the context)"  # the checkpoint's own number is no limit
+            say(f"{name} {value}")
         return
     name, _, value = text.partition(" ")
     name = name.replace("-", "_")

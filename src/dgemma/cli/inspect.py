@@ -103,7 +103,7 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
         ("t_min, t_max", f"{defaults.t_min:g}, {defaults.t_max:g}"),
         ("stability_threshold", str(defaults.stability_threshold)),
         ("confidence_threshold", f"{defaults.confidence_threshold:g}"),
-        ("max_tokens", f"{defaults.max_tokens:,}"),
+        ("max_tokens", f"{defaults.max_tokens:,} (not applied: answers may go on to the end of the context)"),
         ("eos_token_id", ", ".join(map(str, defaults.eos_token_id))),
     ])
     console.print()

@@ -53,6 +53,9 @@ def serve(
                                               rich_help_panel=_LIMITS)] = 0,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request, in megabytes.",
                                                rich_help_panel=_LIMITS)] = 16,
+    strict_fields: Annotated[bool, typer.Option(
+        "--strict-fields", help="Refuse requests with fields that are unknown or have no effect here, such as "
+        "penalties, instead of telling of them in a header.", rich_help_panel=_LIMITS)] = False,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that running answers have to finish when the server is "
                                                      "stopped.", rich_help_panel=_LIMITS)] = 30,
     share_system_prompts: Annotated[bool, typer.Option(
@@ -94,7 +97,7 @@ def serve(
         round(max_body_mb * 1e6), timeout, rate_limit=rate_limit, allowed_origins=tuple(allowed_origins or ()),
         allowed_hosts=(*(allowed_hosts or ()), host, socket.gethostname()), access_log=access_log,
         debug_requests=debug_requests, redraw_empty=redraw_empty, share_system_prompts=share_system_prompts,
-        adapters_from=adapters_from)
+        strict_fields=strict_fields, adapters_from=adapters_from)
     fixed, named = _adapters(adapter or (), settings)
     check_exposure(host, settings, allow_insecure)
     with bind(host, port) as listener:

@@ -18,6 +18,7 @@ from dgemma.diffusion.constraint import Constraint
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
 from dgemma.diffusion.reading import AnswerReader, Unread
 from dgemma.diffusion.sampler import temperature_at
+from dgemma.errors import ContextLengthError
 from dgemma.nn.head import vocab_tiles
 from dgemma.nn.mounts import MountedAdapter
 
@@ -51,6 +52,11 @@ class Choices:
 
 
 NARROWER = 0.5  # the temperatures and the entropy bound of a canvas that is drawn again, against those of the first
+
+
+def longest_prompt(config: ModelConfig) -> int:
+    """Tokens of the longest prompt that leaves positions for a canvas."""
+    return config.max_position_embeddings - config.canvas_length
 
 
 def _canvas_room(config: ModelConfig, context: int) -> int:
@@ -131,10 +137,11 @@ class Request:
         wrong = [token for token in self.prompt_ids if not 0 <= token < config.vocab_size]
         if wrong:
             raise ValueError(f"token id {wrong[0]} in the prompt is outside the vocabulary of {config.vocab_size}")
-        room = config.max_position_embeddings - config.canvas_length
+        room = longest_prompt(config)
         if len(self.prompt_ids) > room:
-            raise ValueError(f"the prompt has {len(self.prompt_ids)} tokens; this model takes at most {room} before a "
-                             f"canvas of {config.canvas_length}")
+            raise ContextLengthError(
+                f"the prompt has {len(self.prompt_ids)} tokens; this model takes at most {room} before a "
+                f"canvas of {config.canvas_length}", len(self.prompt_ids), room)
         if self.canvas is not None:
             if len(self.canvas) > config.canvas_length:
                 raise ValueError(f"canvas has {len(self.canvas)} tokens, the model's canvas {config.canvas_length}")
@@ -154,8 +161,14 @@ class Request:
         if odd:
             raise ValueError(f"token id {odd[0]} in logit_bias is outside the vocabulary of {config.vocab_size}")
         if self.constraint is not None:
-            # Raises when nothing valid is so short.
-            self.constraint.guide(min(self.settings.max_tokens, _canvas_room(config, len(self.prompt_ids))))
+            most = _canvas_room(config, len(self.prompt_ids))
+            try:
+                self.constraint.guide(min(self.settings.max_tokens, most))
+            except ValueError as error:  # nothing valid is so short
+                if self.settings.max_tokens < most:
+                    raise
+                message = str(error).removesuffix(": raise max_tokens")
+                raise ValueError(f"{message}, to the end of the model's context") from error
         if self.pinned is not None:
             if self.canvas is None or len(self.pinned) != len(self.canvas):
                 raise ValueError("pinned must have one entry for every entry of canvas")

@@ -22,6 +22,7 @@ from dgemma.serve import adapters, errors, messages, ollama, openai, responses
 from dgemma.serve.errors import JsonResponse
 from dgemma.serve.limits import Gate, RequestLog, Watch
 from dgemma.serve.metrics import MeasuredService, Metrics
+from dgemma.serve.outgoing import Outgoing
 from dgemma.serve.settings import Settings
 
 _ABOUT = """DiffusionGemma over HTTP, in the forms that clients of OpenAI, Anthropic and Ollama speak.
@@ -66,6 +67,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         app.include_router(module.router(measured, settings), dependencies=keyed)
 
     # The last one added is the outermost.
+    app.add_middleware(Outgoing)
     app.add_middleware(Gate, settings=settings)
     if settings.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"],

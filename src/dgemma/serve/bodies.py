@@ -1,48 +1,58 @@
 """What the formats' request bodies have in common, and how a body becomes a request to the engine.
 
-Fields that nobody here knows are ignored, as in other servers, unless they would have changed the answer: those of
-`UNSUPPORTED` are refused by name.
+What becomes of fields that a route does not honour is `fields`' to say.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import dataclasses
 import functools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request as HttpRequest
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dgemma.api import Prompt
 from dgemma.chat import Tokenizer
 from dgemma.config import SAMPLER_SETTINGS
 from dgemma.constrain.choice import ToolsError
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.row import Request, longest_prompt
 from dgemma.engine.adapters import UnknownAdapterError
 from dgemma.engine.service import Service
-from dgemma.errors import DgemmaError
+from dgemma.errors import ContextLengthError, DgemmaError
 from dgemma.nn.mounts import MountedAdapter
 from dgemma.serve.errors import ApiError, as_api_error
 from dgemma.serve.settings import Settings
 
 T = TypeVar("T")
 
+
+def _whole(value: Any) -> Any:
+    """A whole number written as a float is one: JSON knows no difference, and some languages write no other."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Length = Annotated[Annotated[int, Field(ge=1)] | Literal[-1], BeforeValidator(_whole), Field(
+    description="Tokens; -1: to the end of the context. More than fits is what fits.")]
 Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False,
                                      description="Scales the temperature that tokens are drawn at; 0 is greedy.")]
-TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-TopK = Annotated[int, Field(ge=-1, le=2**31 - 1, description="0 or -1: all tokens.")]
-Seed = Annotated[int, Field(ge=0, lt=2**63, description="Fixes all randomness; drawn and reported when left out.")]
+TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="0 is greedy.")]
+TopK = Annotated[Whole, Field(ge=-1, le=2**31 - 1, description="0 or -1: all tokens.")]
+Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63, description="Fixes all randomness; drawn and reported when left "
+                                                                 "out or -1.")]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=1000, description="What this request reads is found again "
                                  "in the prefix cache by requests of the same salt (and key) only.")]
 # The first mistake in a list ends its reading: a list of a million mistakes would take a minute, and gigabytes.
 Listed = Annotated[list[T], Field(fail_fast=True)]
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
-Stop = StopString | Annotated[Listed[StopString], Field(max_length=16)]
+StopString = Annotated[str, Field(max_length=1000)]
+Stop = StopString | Annotated[Listed[StopString | None], Field(max_length=16)]
 LogitBias = dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 
 MAX_DEPTH = 64  # levels of objects and lists in a body
@@ -52,18 +62,18 @@ _USER_LENGTH = 200  # characters of a user's name that tell him from others; the
 # Below this the schedule's temperatures would leave float32; the draw is greedy there anyway.
 _GREEDY = 1e-3
 
-# Fields of OpenAI, vLLM and llama.cpp that change the answer and cannot be honoured, with the values that ask for
-# nothing.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "repeat_penalty": (1,),
-    "length_penalty": (1,), "dry_multiplier": (0,), "xtc_probability": (0,), "min_p": (0,), "typical_p": (1,),
-    "top_n_sigma": (-1,), "mirostat": (0,), "min_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "use_beam_search": (False,),
-    "best_of": (1,), "bad_words": ([],), "allowed_token_ids": (), "prompt_logprobs": (), "functions": ([],),
+# Fields of OpenAI, Anthropic, vLLM and llama.cpp that change what an answer is, or its form, and cannot be honoured on
+# any route, with the values that ask for nothing.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "min_tokens": (0,), "min_new_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,), "use_beam_search": (False,), "num_beams": (1, 0), "best_of": (1,),
+    "bad_words": ([],), "allowed_token_ids": (), "prompt_logprobs": (), "n_probs": (0,), "functions": ([],),
     "function_call": ("none", "auto"), "audio": (), "modalities": (["text"],), "web_search_options": (),
-    "suffix": ("",), "grammar": ("",), "guided_grammar": (), "structural_tag": (), "chat_template": (),
-    "documents": ([],), "add_generation_prompt": (True,), "continue_final_message": (False,),
-    "logits_processors": ([],), "prompt_embeds": (), "lora": ([],), "mcp_servers": ([],),
+    "suffix": ("",), "grammar": ("",), "guided_grammar": ("",), "ebnf": ("",), "structural_tag": (),
+    "chat_template": (), "documents": ([],), "add_generation_prompt": (True,), "continue_final_message": (False,),
+    "logits_processors": ([],), "prompt_embeds": (), "lora": ([],), "mcp_servers": ([],), "container": (),
+    "compaction": (), "truncate_prompt_tokens": (), "images": ([],), "videos": ([],), "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,), "input_prefix": ("",), "input_suffix": ("",), "plugins": ([],),
 }
 
 
@@ -100,33 +110,19 @@ class SamplerFields(RequestBody):
     """The checkpoint's sampler settings under their own names, and the seed."""
 
     seed: Seed | None = None
-    max_denoising_steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    max_denoising_steps: Annotated[Whole, Field(ge=1, le=10_000)] | None = None
     entropy_bound: Positive | None = None
     t_min: Positive | None = None
     t_max: Positive | None = None
-    stability_threshold: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    stability_threshold: Annotated[Whole, Field(ge=0, le=10_000)] | None = None
     confidence_threshold: Positive | None = None
-    cache_salt: CacheSalt | None = None
     redraw_empty: Annotated[bool | None, Field(
         description="Draw an answer that comes out empty at its first canvas once more.")] = None
-    reasoning_budget_tokens: Annotated[Any, Field(
-        description="Most tokens to think, marks included; 0: no thinking, -1: no limit.")] = None
-    reasoning_budget: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
-    thinking_budget: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
-    thinking_budget_tokens: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
-    thinking_token_budget: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
 
     def sampler(self) -> dict[str, Any]:
         """The settings that were given, for `Model.request`."""
         given = {name: getattr(self, name) for name in (*SAMPLER_SETTINGS, "redraw_empty")}
         return {name: value for name, value in given.items() if value is not None}
-
-
-def refuse_unsupported(body: Body) -> None:
-    """Raises `ApiError` naming the first field that was sent, would change the answer, and cannot be honoured."""
-    for name, value in (body.model_extra or {}).items():
-        if name in UNSUPPORTED and value is not None and value not in UNSUPPORTED[name]:
-            raise ApiError(400, f"{name} is not supported here: leave it out", name, "unsupported_parameter")
 
 
 def adapter_of(name: str | None, service: Service, settings: Settings) -> MountedAdapter | None:
@@ -161,8 +157,14 @@ def client_of(http: HttpRequest, user: str | None = None, salt: str | None = Non
     return Caller(own or http.scope.get("dgemma.client", ""), (user or "")[:_USER_LENGTH], f"{own}/{salt or ''}")
 
 
+def seed_of(given: int | None) -> int | None:
+    """The seed that a client's number stands for; None, as -1 says in many programs, is any."""
+    return None if given is None or given == -1 else given % 2**63
+
+
 def choice_seeds(seed: int | None, count: int) -> list[int]:
     """A seed for each of several answers to one prompt: seed, seed + 1, …"""
+    seed = seed_of(seed)
     first = secrets.randbits(32) if seed is None else seed
     return [(first + index) % 2**63 for index in range(count)]
 
@@ -173,17 +175,48 @@ def context_limit(service: Service, settings: Settings) -> int:
     return network if settings.max_model_len is None else min(settings.max_model_len, network)
 
 
+# Kinds of parts that hold no text, by any API's name.
+MEDIA = frozenset(("image", "image_url", "input_image", "input_audio", "audio", "audio_url", "video", "video_url",
+                   "input_video", "container_upload", "computer_screenshot", "browser_state"))
+_TEXTS = ("text/", "application/json", "application/xml", "application/yaml", "application/x-yaml")
+
+
+def text_only(kind: str, where: str) -> ApiError:
+    """The error for a part that is no text."""
+    return ApiError(400, f"{where}: this server reads text only: {kind} parts are not supported yet", where)
+
+
+def file_text(data: str, media_type: str | None, where: str) -> str:
+    """The text of a file that came as base64, or as a data URL of it. Raises `ApiError` for what is no text."""
+    if data.startswith("data:"):
+        head, _, data = data.partition(",")
+        media_type = head.removeprefix("data:").split(";")[0]
+    if not (media_type or "").startswith(_TEXTS):
+        raise ApiError(400, f"{where}: this server reads text only: a file must be text/plain, not "
+                       f"{media_type or 'of an unknown type'}", where)
+    try:
+        return base64.b64decode(data, validate=True).decode("utf-8-sig")
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(400, f"{where}: the file is not base64 of text in UTF-8: {error}", where) from error
+
+
+def titled(title: str | None, text: str) -> str:
+    """A document as a prompt shows it."""
+    return f"{title}\n\n{text}" if title else text
+
+
 async def engine_request(service: Service, settings: Settings, prompt: Prompt, *,
                          adapter: MountedAdapter | None, param: str = "messages",
                          max_tokens: int | None = None, max_tokens_param: str = "max_tokens",
-                         format_param: str = "response_format",
+                         format_param: str = "response_format", seed: int | None = None,
                          temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
                          logit_bias: Mapping[str, float] | None = None, client: Caller | None = None,
                          **options: Any) -> Request:
     """The checked request, its prompt rendered and tokenised in another thread.
 
-    ``param``, ``max_tokens_param`` and ``format_param`` are what this API calls prompt, length limit and form of the
-    answer, for errors; ``options`` are those of `Model.request`. Raises `ApiError`.
+    The answer may have ``max_tokens``, or what is left of the context if that is less. ``param``,
+    ``max_tokens_param`` and ``format_param`` are what this API calls prompt, length limit and form of the answer, for
+    errors; ``options`` are those of `Model.request`. Raises `ApiError`.
     """
     limit = context_limit(service, settings)
     bias = None if logit_bias is None else {int(token): value for token, value in logit_bias.items()}
@@ -191,27 +224,44 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
     wrong = [token for token in bias or () if token >= vocabulary]
     if wrong:
         raise ApiError(400, f"logit_bias names token {wrong[0]}; the vocabulary has {vocabulary}", "logit_bias")
-    _check_length(service, prompt, limit, param)
+    _check_length(service, settings, prompt, param)
     options.setdefault("redraw_empty", settings.redraw_empty)
     scale = 1.0 if temperature is None else temperature
-    try:
-        request = await _in_thread(
-            service.model.request, prompt, max_tokens=max_tokens, temperature=scale if scale >= _GREEDY else 0.0,
+    if top_p == 0:  # the narrowest there is: the most probable token
+        scale, top_p = 0.0, None
+
+    def make() -> Request:
+        request = service.model.request(
+            prompt, max_tokens=max_tokens, seed=seed_of(seed), temperature=scale if scale >= _GREEDY else 0.0,
             top_k=max(top_k or 0, 0), top_p=1.0 if top_p is None else top_p, logit_bias=bias, **options)
+        room = limit - len(request.prompt_ids)
+        if room < 1:
+            raise too_long(len(request.prompt_ids), service, settings, param)
+        if request.settings.max_tokens <= room:
+            return request
+        request = dataclasses.replace(request, settings=request.settings.replace(max_tokens=room))
+        try:
+            request.check(service.model.config)  # its form may need more than this server's limit leaves
+        except ValueError as error:
+            raise DgemmaError(str(error)) from error
+        return request
+
+    try:
+        request = await _in_thread(make)
     except ApiError as error:
-        if isinstance(error.__cause__, ToolsError):
-            error.param = error.__cause__.field
+        cause = error.__cause__
+        if isinstance(cause, ContextLengthError) and cause.prompt_tokens is not None:
+            raise too_long(cause.prompt_tokens, service, settings, param) from cause
+        if isinstance(cause, ToolsError):
+            error.param = cause.field
+        elif error.param == "response_format":
+            error.message, error.param = error.message.replace("response_format", format_param, 1), format_param
         elif error.param is None:
             about_form = options.get("response_format") and "prompt" not in error.message
             error.param = format_param if about_form else param
+        elif error.param == "max_tokens":
+            error.param = max_tokens_param
         raise
-    room = limit - len(request.prompt_ids)
-    if room < 1 or (max_tokens is not None and max_tokens > room):
-        raise ApiError(400, f"this server takes {limit} tokens of prompt and answer; this is a prompt of "
-                       f"{len(request.prompt_ids)} and an answer of {max_tokens or 'at least 1'}",
-                       param if room < 1 else max_tokens_param, "context_length_exceeded")
-    if request.settings.max_tokens > room:  # the checkpoint's own default asks for more than there is
-        request = dataclasses.replace(request, settings=request.settings.replace(max_tokens=room))
     shared = system_tokens(service.model.tokenizer, request.prompt_ids) if settings.share_system_prompts else 0
     return dataclasses.replace(request, adapter=adapter, shared=shared,
                                **({} if client is None else dataclasses.asdict(client)))
@@ -226,6 +276,20 @@ def system_tokens(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> int:
     return next((place + 1 for place, token in enumerate(prompt_ids) if token == end), 0)
 
 
+def longest(service: Service, settings: Settings) -> int:
+    """Tokens of the longest prompt that an answer can be made to."""
+    return min(context_limit(service, settings) - 1, longest_prompt(service.model.config))
+
+
+def too_long(tokens: int, service: Service, settings: Settings, param: str, counted: bool = True) -> ApiError:
+    """The error for a prompt of so many tokens, or at least so many, in the words that each API's clients look for."""
+    limit, most = context_limit(service, settings), longest(service, settings)
+    kept = f" ({limit - most} of them are kept for the answer)" if limit - most > 1 else ""
+    return ApiError(400, f"This model's maximum context length is {limit} tokens{kept}. However, your prompt has "
+                    f"{'' if counted else 'at least '}{tokens} tokens: shorten it", param, "context_length_exceeded",
+                    anthropic_message=f"prompt is too long: {tokens} tokens > {most} maximum")
+
+
 async def prompt_tokens(service: Service, settings: Settings, prompt: Prompt, bos: bool = True, *,
                         param: str = "prompt", thinking: bool = False,
                         tools: list[dict[str, Any]] | None = None) -> list[int]:
@@ -233,7 +297,7 @@ async def prompt_tokens(service: Service, settings: Settings, prompt: Prompt, bo
 
     Raises `ApiError`.
     """
-    _check_length(service, prompt, context_limit(service, settings), param)
+    _check_length(service, settings, prompt, param)
     if not isinstance(prompt, str):
         return await _in_thread(service.model.prompt_ids, prompt, thinking=thinking, tools=tools)
     tokenizer = service.model.tokenizer
@@ -252,11 +316,11 @@ async def _in_thread(function: Callable[..., T], *args: Any, **options: Any) -> 
         raise ApiError(400, "something in this request is nested too deeply to be read") from error
 
 
-def _check_length(service: Service, prompt: Prompt, limit: int, param: str) -> None:
+def _check_length(service: Service, settings: Settings, prompt: Prompt, param: str) -> None:
     """Refuse what is certainly too long before any work is done on it."""
-    if _length(prompt) > limit * longest_token(service.model.tokenizer):
-        raise ApiError(400, f"the prompt cannot fit: this server takes {limit} tokens of prompt and answer", param,
-                       "context_length_exceeded")
+    least = -(-_length(prompt) // longest_token(service.model.tokenizer))
+    if least > context_limit(service, settings):
+        raise too_long(least, service, settings, param, counted=False)
 
 
 def _length(prompt: Any) -> int:

@@ -209,6 +209,8 @@ async def _events(service: Service, request: Request) -> AsyncGenerator[Event, N
     async with aclosing(service.stream(request)) as events:
         try:
             first = await anext(events)
+        except DgemmaError:
+            raise
         except ValueError as error:
             raise DgemmaError(str(error)) from error
         yield first

@@ -5,7 +5,6 @@ Works on: `deltas`, rendered by `messages_stream`. Knows nothing of: the engine,
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Literal
@@ -17,10 +16,11 @@ from starlette.responses import Response
 
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
-from dgemma.serve.bodies import adapter_of, client_of, context_limit, engine_request, prompt_tokens, refuse_unsupported
-from dgemma.serve.calling import choice_of, reasoning_budget
+from dgemma.serve.bodies import adapter_of, client_of, engine_request, prompt_tokens
+from dgemma.serve.calling import choice_of
 from dgemma.serve.deltas import Delta, answering
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
+from dgemma.serve.fields import check_fields
 from dgemma.serve.messages_body import CountBody, MessagesBody, conversation, declared_tools
 from dgemma.serve.messages_stream import Event, MessageRendering
 from dgemma.serve.settings import Settings
@@ -87,10 +87,9 @@ def router(service: Service, settings: Settings) -> APIRouter:
     @routes.post("/v1/messages", responses=_ANSWER | _ERRORS)
     async def create_message(body: MessagesBody, http: HttpRequest) -> Response:
         request = await _request(service, settings, body, http)
-        rendering = MessageRendering(body.model, len(request.prompt_ids), body.max_tokens,
+        rendering = MessageRendering(body.model, len(request.prompt_ids), _most(body),
                                      thoughts=getattr(body.thinking, "display", None) != "omitted")
-        answer = answering(service, request, one_call=bool(
-            body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use))
+        answer = answering(service, request, one_call=body.one_call())
         if not body.stream:
             return await whole(http, settings, _whole(answer, rendering))
         source = Merged([answer])
@@ -109,24 +108,31 @@ def router(service: Service, settings: Settings) -> APIRouter:
 
 async def _request(service: Service, settings: Settings, body: MessagesBody, http: HttpRequest) -> Request:
     adapter = adapter_of(body.model, service, settings)
-    refuse_unsupported(body)
-    form = body.output_config.format if body.output_config else None
+    body.check()
+    check_fields(body, http, settings)
+    form, format_param = body.answer_form()
     user = body.metadata.user_id if body.metadata else None
-    request = await engine_request(
-        service, settings, conversation(body), adapter=adapter, temperature=body.temperature, top_k=body.top_k,
-        top_p=body.top_p, stop=tuple(body.stop_sequences or ()), seed=body.seed,
-        response_format=form and {"type": "json_schema", "json_schema": {"schema": form.schema_}},
-        format_param="output_config.format", tool_choice=choice_of(body.tool_choice),
-        parallel_tool_calls=not (body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use),
-        reasoning_budget=reasoning_budget(body),
-        client=client_of(http, user, body.cache_salt), **_prompt_options(body), **body.sampler())
     # Clients of this API always name a limit, often one beyond the context: such an answer ends with the context.
-    limit = min(body.max_tokens, context_limit(service, settings) - len(request.prompt_ids))
-    return dataclasses.replace(request, settings=request.settings.replace(max_tokens=limit))
+    return await engine_request(
+        service, settings, conversation(body), adapter=adapter, max_tokens=body.length_limit()[0],
+        temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, logit_bias=body.logit_bias,
+        stop=body.stops(), seed=body.seed, response_format=form, format_param=format_param,
+        tool_choice=choice_of(body.tool_choice), parallel_tool_calls=not body.one_call(),
+        reasoning_budget=body.reasoning_limit(),
+        client=client_of(http, user or body.user, body.cache_salt), **_prompt_options(body), **body.sampler())
+
+
+def _most(body: MessagesBody) -> int:
+    """The most tokens that were asked for: an answer that ends before has filled the context."""
+    most = body.length_limit()[0]
+    return 2**63 if most is None else most
 
 
 def _prompt_options(body: CountBody) -> dict[str, Any]:
-    thinking = body.thinking is not None and body.thinking.type != "disabled"
+    if isinstance(body, MessagesBody):
+        thinking = body.wants_thinking()
+    else:
+        thinking = body.thinking is not None and body.thinking.type != "disabled"
     return {"thinking": thinking, "tools": declared_tools(body)}
 
 

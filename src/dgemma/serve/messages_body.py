@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dgemma.serve.bodies import Body, Count, Listed, RequestBody, SamplerFields, StopString, Temperature, TopK, TopP
+from dgemma.serve.bodies import MEDIA, Body, Length, Listed, RequestBody, Whole, file_text, text_only, titled
 from dgemma.serve.calling import told_tools
 from dgemma.serve.errors import ApiError
+from dgemma.serve.fields import AnswerFields
 from dgemma.serve.turns import Turns
 
 
@@ -42,14 +43,37 @@ class ToolUseBlock(Body):
     input: Any = None
 
 
+class DocumentBlock(Body):
+    """A document of plain text: ``source`` is {"type": "text", "data": …}, {"type": "content", "content": …} or
+    {"type": "base64", "media_type": "text/plain", "data": …}.
+    """
+
+    type: Literal["document"]
+    source: dict[str, Any]
+    title: str | None = None
+    context: str | None = None
+
+
+class SearchResultBlock(Body):
+    """What a search found."""
+
+    type: Literal["search_result"]
+    source: str
+    title: str
+    content: Listed[TextBlock]
+
+
+ReadBlock = TextBlock | DocumentBlock | SearchResultBlock
+
+
 class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | Listed[TextBlock] | None = None
+    content: str | Listed[Annotated[ReadBlock, Field(discriminator="type")]] | None = None
     is_error: bool | None = None
 
 
-UserBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
+UserBlock = Annotated[TextBlock | DocumentBlock | SearchResultBlock | ToolResultBlock, Field(discriminator="type")]
 AssistantBlock = Annotated[TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock,
                            Field(discriminator="type")]
 
@@ -95,7 +119,7 @@ class ThinkingEnabled(Body):
     """``budget_tokens``: the most tokens to think, marks included; a thought that would have more is closed there."""
 
     type: Literal["enabled"]
-    budget_tokens: Annotated[int, Field(ge=1)] | None = None
+    budget_tokens: Annotated[Whole, Field(ge=1)] | None = None
     display: Literal["summarized", "omitted"] | None = None
 
 
@@ -109,17 +133,6 @@ class ThinkingDisabled(Body):
 
 
 Thinking = Annotated[ThinkingEnabled | ThinkingAdaptive | ThinkingDisabled, Field(discriminator="type")]
-
-
-class OutputFormat(Body):
-    type: Literal["json_schema"]
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-
-
-class OutputConfig(Body):
-    """``effort`` is accepted and changes nothing."""
-
-    format: OutputFormat | None = None
 
 
 class Metadata(Body):
@@ -136,16 +149,38 @@ class CountBody(RequestBody):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_only(cls, body: Any) -> Any:
+        messages = body.get("messages") if isinstance(body, dict) else None
+        for index, message in enumerate(messages if isinstance(messages, list) else ()):
+            _no_media(message.get("content") if isinstance(message, dict) else None, f"messages[{index}].content")
+        return body
 
-class MessagesBody(CountBody, SamplerFields):
-    max_tokens: Count
-    stream: bool | None = None
-    stop_sequences: Annotated[Listed[StopString], Field(max_length=16)] | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
+
+class MessagesBody(CountBody, AnswerFields):
+    max_tokens: Length  # pyright: ignore[reportGeneralTypeIssues]  # elsewhere it may be left out
+    thinking: Thinking | bool | None = None
     metadata: Metadata | None = None
-    output_config: OutputConfig | None = None
+    parallel_tool_calls: bool | None = None
+    thread: Annotated[Any, Field(description="Conversations are not stored here; clients send them whole then.")] = None
+
+    def check(self) -> None:
+        """Raises `ApiError` naming a field that cannot be honoured."""
+        if self.thread:
+            # In these words its SDK reads that it must send the whole conversation, and does.
+            raise ApiError(400, "thread: conversations are not stored here: send the whole conversation without it",
+                           "thread", details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
+        self.one_answer()
+
+    def length_limit(self) -> tuple[int | None, str]:
+        """The most tokens to answer with, None for as many as there is room for, and the field that says so."""
+        return (None if self.max_tokens < 0 else self.max_tokens), "max_tokens"
+
+    def one_call(self) -> bool:
+        """Whether the answer may have one tool call only."""
+        choice = self.tool_choice
+        return self.parallel_tool_calls is False or bool(choice is not None and choice.disable_parallel_tool_use)
 
 
 def conversation(body: CountBody) -> list[dict[str, Any]]:
@@ -156,19 +191,21 @@ def conversation(body: CountBody) -> list[dict[str, Any]]:
     turns = Turns()
     if body.system:
         turns.say("system", _texts(body.system))
-    for message in body.messages:
+    for index, message in enumerate(body.messages):
         if message.content is None or isinstance(message.content, str):
             turns.say(message.role, [message.content or ""])
             continue
-        for block in message.content:
+        for place, block in enumerate(message.content):
             if isinstance(block, TextBlock):
                 turns.say(message.role, [block.text])
             elif isinstance(block, ThinkingBlock):
                 turns.think(block.thinking)
             elif isinstance(block, ToolUseBlock):
                 turns.call(block.id, block.name, block.input)
+            elif isinstance(block, DocumentBlock | SearchResultBlock):
+                turns.say(message.role, [_read(block, f"messages[{index}].content[{place}]")])
             elif isinstance(block, ToolResultBlock):
-                turns.answer(block.tool_use_id, _result(block))
+                turns.answer(block.tool_use_id, _result(block, f"messages[{index}].content[{place}].content"))
     if body.messages[-1].role == "assistant":
         raise _refusal(f"messages[{len(body.messages) - 1}].role",
                        "the last message must be the user's: the beginning of an answer cannot be given")
@@ -190,6 +227,42 @@ def _texts(content: str | list[TextBlock] | None) -> list[str]:
     return [content] if isinstance(content, str) else [block.text for block in content or ()]
 
 
-def _result(block: ToolResultBlock) -> str | dict[str, str]:
-    text = "\n".join(_texts(block.content))
+def _result(block: ToolResultBlock, where: str) -> str | dict[str, str]:
+    content = block.content or ""
+    text = content if isinstance(content, str) else "\n".join(
+        _read(part, f"{where}[{place}]") for place, part in enumerate(content))
     return {"error": text} if block.is_error else text
+
+
+def _read(block: ReadBlock, where: str) -> str:
+    """The text of a block that is there to be read."""
+    if isinstance(block, TextBlock):
+        return block.text
+    if isinstance(block, SearchResultBlock):
+        return titled(f"{block.title} ({block.source})", "\n".join(_texts(block.content)))
+    source, where = block.source, f"{where}.source"
+    kind, data, content = source.get("type"), source.get("data"), source.get("content")
+    if kind == "text" and isinstance(data, str):
+        text = data
+    elif kind == "base64" and isinstance(data, str) and isinstance(source.get("media_type"), str):
+        text = file_text(data, source["media_type"], where)
+    elif kind == "content" and isinstance(content, str):
+        text = content
+    elif kind == "content" and isinstance(content, list):
+        _no_media(content, f"{where}.content")
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        text = "\n".join(part for part in texts if isinstance(part, str))
+    else:
+        raise _refusal(where, "a document must be plain text: {'type': 'text', 'media_type': 'text/plain', 'data': …}; "
+                       "files and addresses are not fetched here")
+    return titled("\n".join(filter(None, [block.title, block.context])), text)
+
+
+def _no_media(content: Any, where: str) -> None:
+    """Raises `ApiError` for a block of a message that is a picture or the like."""
+    for place, block in enumerate(content if isinstance(content, list) else ()):
+        kind = block.get("type") if isinstance(block, dict) else None
+        if isinstance(kind, str) and kind in MEDIA:
+            raise text_only(kind, f"{where}[{place}]")
+        if kind == "tool_result":
+            _no_media(block.get("content"), f"{where}[{place}].content")

@@ -32,7 +32,6 @@ from dgemma.serve.bodies import (
     context_limit,
     engine_request,
     prompt_tokens,
-    refuse_unsupported,
 )
 from dgemma.serve.deltas import (
     Answer,
@@ -197,19 +196,18 @@ def router(service: Service, settings: Settings) -> APIRouter:
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
         """Answer a conversation."""
         adapter = named_adapter(body.model, service, settings)
-        refuse_unsupported(body)
+        check_fields(body, http, settings, body.options, foreign="tell")
         if not body.messages:
             return JsonResponse(Lines(body).nothing("unload" if body.unloads else "load"))
         request = await _request(service, settings, body, body.conversation(), http, adapter,
-                                 tools=body.declared_tools(),
-                                 thinking=body.thinks())
+                                 tools=body.declared_tools(), thinking=body.thinks())
         return await _respond(http, settings, body, answering(service, request), Lines(body))
 
     @routes.post("/api/generate", responses=_answers(GenerateAnswer) | _ERRORS)
     async def generate(body: GenerateBody, http: HttpRequest) -> Response:
         """Answer a prompt, or with `raw` go on with it."""
         adapter = named_adapter(body.model, service, settings)
-        refuse_unsupported(body)
+        check_fields(body, http, settings, body.options, foreign="tell")
         body.check()
         if not body.prompt:
             return JsonResponse(Lines(body).nothing("unload" if body.unloads else "load"))
@@ -233,13 +231,12 @@ def named_adapter(name: str, service: Service, settings: Settings) -> MountedAda
 async def _request(service: Service, settings: Settings, body: OllamaBody, prompt: Prompt, http: HttpRequest,
                    adapter: MountedAdapter | None, **asked: Any) -> Request:
     options = body.options or Options()
-    seed = choice_seeds(None if options.seed is None or options.seed < 0 else options.seed, 1)[0]
-    sampler = {name: value for name, value in options.sampler().items() if name != "seed"}
+    seed = None if options.seed is None or options.seed < 0 else options.seed
     return await engine_request(
         service, settings, prompt, adapter=adapter, max_tokens=options.max_tokens,
         max_tokens_param="options.num_predict", format_param="format", temperature=options.temperature,
         top_k=options.top_k, top_p=options.top_p, stop=options.stops, seed=seed, response_format=body.form(),
-        logprobs=body.wanted_logprobs(), client=client_of(http), **asked, **sampler)
+        logprobs=body.wanted_logprobs(), client=client_of(http), **asked, **options.sampler())
 
 
 async def _respond(http: HttpRequest, settings: Settings, body: OllamaBody, answer: AsyncGenerator[Delta, None],

@@ -9,25 +9,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dgemma.serve.bodies import Listed, RequestBody, SamplerFields, Temperature, TopK
+from dgemma.serve.bodies import Listed, RequestBody, SamplerFields, Seed, Stop, Temperature, TopK, TopP, Whole
 from dgemma.serve.errors import ApiError
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class Options(SamplerFields):
     """What is drawn and for how long; the checkpoint's sampler settings go here, too.
 
-    Options of Ollama's runners (num_ctx, num_gpu, repeat_penalty, …) are accepted and change nothing.
+    Options of Ollama's runners (num_ctx, num_gpu, …) are accepted and change nothing; other samplers' are told of.
     """
 
-    seed: Whole | None = None  # below 0: any
-    num_predict: Whole | None = None
+    seed: Seed | None = None  # below 0: any
+    num_predict: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Temperature | None = None
     top_k: TopK | None = None
-    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    stop: str | Listed[str] | None = None
+    top_p: TopP | None = None
+    stop: Stop | None = None
 
     @property
     def max_tokens(self) -> int | None:
@@ -86,7 +85,7 @@ class OllamaBody(RequestBody):
     think: bool | str | None = None
     keep_alive: Number | str | None = None  # how long an idle model stays in memory; here it always does
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
     def form(self) -> dict[str, Any] | None:
         """The form of the answer, as `Model.request` knows it."""

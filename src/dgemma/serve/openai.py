@@ -10,9 +10,9 @@ import dataclasses
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel, Field
 from starlette.responses import Response
@@ -27,23 +27,34 @@ from dgemma.serve.bodies import (
     client_of,
     context_limit,
     engine_request,
+    longest,
     prompt_tokens,
 )
-from dgemma.serve.calling import choice_of, reasoning_budget
+from dgemma.serve.calling import choice_of
 from dgemma.serve.deltas import Answer, Delta, answering, collect
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
-from dgemma.serve.openai_body import ChatBody, CompletionBody, CompletionFields, Message, TokenId, Tool, answer_format
+from dgemma.serve.fields import check_fields
+from dgemma.serve.openai_body import ChatBody, CompletionBody, CompletionFields, Message, TokenId, Tool
 from dgemma.serve.openai_stream import ChatCompletion, Rendering, TextCompletion, TextRendering
 from dgemma.serve.settings import Settings
 from dgemma.serve.streams import EVENT_CONTENT, EventStream, Merged, event, whole
 
 
 class ModelCard(BaseModel):
-    """A name that requests may ask for; ``root`` is what was loaded, ``parent`` the model that an adapter is for."""
+    """A name that requests may ask for; ``root`` is what was loaded, ``parent`` the model that an adapter is for.
+
+    OpenAI's fields and Anthropic's: each API's clients find theirs.
+    """
 
     id: str
-    object: str = "model"
+    object: Literal["model"] = "model"
+    type: Literal["model"] = "model"
+    display_name: str
     created: int
+    created_at: str
+    lifecycle: Literal["active"] = "active"
+    max_input_tokens: int
+    max_tokens: int
     owned_by: str = "dgemma"
     root: str
     parent: str | None = None
@@ -51,8 +62,11 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    object: str = "list"
+    object: Literal["list"] = "list"
     data: list[ModelCard]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
 
 
 class TokenizeBody(RequestBody):
@@ -93,6 +107,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         """Answer a conversation."""
         adapter = adapter_of(body.model, service, settings)
+        check_fields(body, http, settings)
         body.check()
         max_tokens, param = body.length_limit()
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -102,7 +117,8 @@ def router(service: Service, settings: Settings) -> APIRouter:
             seed=seeds[0], thinking=body.wants_thinking(), tools=body.declared_tools(),
             tool_choice=choice_of(body.tool_choice), parallel_tool_calls=body.parallel_tool_calls is not False,
             logprobs=logprobs, **_choices(body, http))
-        rendering = Rendering(body.model or settings.served_names[0], seeds, usage=body.with_usage)
+        rendering = Rendering(body.model or settings.served_names[0], seeds, usage=body.with_usage,
+                              logprobs=logprobs is not None)
         streams = [answering(service, dataclasses.replace(request, seed=seed),
                              one_call=body.parallel_tool_calls is False, drafts_per_second=body.drafts_per_second)
                    for seed in seeds]
@@ -112,13 +128,16 @@ def router(service: Service, settings: Settings) -> APIRouter:
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         """Go on with a text."""
         adapter = adapter_of(body.model, service, settings)
+        check_fields(body, http, settings)
         body.check()
+        max_tokens, max_tokens_param = body.length_limit()
         seeds = choice_seeds(body.seed, body.n or 1)
         requests: list[Request] = []
         for prompt in body.prompts():
             ids = await prompt_tokens(service, settings, prompt, body.add_special_tokens)
             request = await engine_request(service, settings, ids, adapter=adapter, param="prompt",
-                                           max_tokens=body.max_tokens, seed=seeds[0], logprobs=body.logprobs,
+                                           max_tokens=max_tokens, max_tokens_param=max_tokens_param,
+                                           seed=seeds[0], logprobs=body.logprobs,
                                            **_choices(body, http))
             requests += [dataclasses.replace(request, seed=seed) for seed in seeds]
         echo = []
@@ -127,20 +146,30 @@ def router(service: Service, settings: Settings) -> APIRouter:
                     for prompt in body.prompts() for _ in seeds]
         rendering = TextRendering(body.model or settings.served_names[0], [request.seed for request in requests],
                                   prompts=[index // len(seeds) for index in range(len(requests))],
-                                  usage=body.with_usage, echo=echo)
+                                  usage=body.with_usage, echo=echo, logprobs=body.logprobs is not None)
         streams = [answering(service, request, drafts_per_second=body.drafts_per_second) for request in requests]
         return await _respond(http, settings, body, rendering, streams)
 
     def card(name: str) -> ModelCard:
         path = None if name in settings.served_names else service.adapters.paths()[name]
-        return ModelCard(id=name, created=started, root=path or service.model.name,
-                         parent=path and settings.served_names[0], max_model_len=context_limit(service, settings))
+        limit = context_limit(service, settings)
+        return ModelCard(id=name, display_name=name, created=started, created_at=rfc3339(started),
+                         max_input_tokens=longest(service, settings), max_tokens=limit - 1,
+                         root=path or service.model.name, parent=path and settings.served_names[0], max_model_len=limit)
 
     @routes.get("/v1/models", tags=["OpenAI"], response_model=ModelList)
-    async def models() -> Response:
-        """The names under which the model is served, and those of its adapters."""
+    async def models(limit: Annotated[int | None, Query(ge=1, le=1000)] = None, after_id: str | None = None,
+                     before_id: str | None = None) -> Response:
+        """The names under which the model is served, and those of its adapters; all of them, or a page."""
         names = [*settings.served_names, *service.adapters.paths()]
-        return JsonResponse(ModelList(data=[card(name) for name in names]).model_dump())
+        if after_id in names:
+            names = names[names.index(after_id) + 1:]
+        if before_id in names:
+            names = names[:names.index(before_id)]
+        page = names if limit is None else names[-limit:] if before_id is not None else names[:limit]
+        return JsonResponse(ModelList(
+            data=[card(name) for name in page], has_more=len(page) < len(names), first_id=page[0] if page else None,
+            last_id=page[-1] if page else None).model_dump())
 
     @routes.get("/v1/models/{model:path}", tags=["OpenAI"], response_model=ModelCard)
     async def one_model(model: str) -> Response:
@@ -177,6 +206,11 @@ def router(service: Service, settings: Settings) -> APIRouter:
     return routes
 
 
+def rfc3339(seconds: int) -> str:
+    """A time, seconds since 1970, as Anthropic's API writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
 def _answers(model: type[BaseModel]) -> dict[str, Any]:
     """What the documentation says of a route that answers whole or in a stream."""
     return {"response_model": model, "responses": {
@@ -186,10 +220,10 @@ def _answers(model: type[BaseModel]) -> dict[str, Any]:
 
 def _choices(body: CompletionFields, http: HttpRequest) -> dict[str, Any]:
     """The arguments of `engine_request` that both kinds of completion take from their body."""
-    form, param = answer_format(body)
+    form, param = body.answer_form()
     return {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "logit_bias": body.logit_bias,
-            "reasoning_budget": reasoning_budget(body), "response_format": form, "format_param": param,
-            "stop": body.stop or (), "client": client_of(http, body.user, body.cache_salt), **body.sampler()}
+            "reasoning_budget": body.reasoning_limit(), "response_format": form, "format_param": param,
+            "stop": body.stops(), "client": client_of(http, body.user, body.cache_salt), **body.sampler()}
 
 
 async def _respond(http: HttpRequest, settings: Settings, body: CompletionFields, rendering: Rendering,

@@ -110,18 +110,21 @@ class Rendering:
     """Chunks and whole answers of chat completions.
 
     ``seeds`` and ``prompts``: of each choice its seed and the index of its prompt. With ``usage`` every chunk has
-    that field, and a last one tells it. ``echo``: texts that the choices begin with.
+    that field, and a last one tells it. ``echo``: texts that the choices begin with. ``logprobs``: whether they were
+    asked for; an answer without text has an empty list of them.
     """
 
     kind, prefix = "chat.completion", "chatcmpl"
     chunk_kind = "chat.completion.chunk"
 
     def __init__(self, model: str, seeds: Sequence[int], *, prompts: Sequence[int] | None = None,
-                 usage: bool = False, echo: Sequence[str] = ()):
+                 usage: bool = False, echo: Sequence[str] = (), logprobs: bool = False):
         self.head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model,
                      "system_fingerprint": f"dgemma-{__version__}", "seed": seeds[0]}
         self.prompts = list(prompts) if prompts is not None else [0] * len(seeds)
         self.with_usage, self.echo = usage, echo
+        self.with_logprobs = logprobs
+        self._told_logprobs = [not logprobs] * len(seeds)  # of each choice: whether there is nothing left to tell
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The body of an answer that does not stream."""
@@ -171,9 +174,20 @@ class Rendering:
         if isinstance(piece, ToolCall):
             return _delta(index, {"tool_calls": [{"index": piece.index, **_call(piece)}]})
         if isinstance(piece, Done):
-            return {**_delta(index, {}), "finish_reason": piece.finish_reason, "stop_reason": piece.stop_sequence}
-        logprobs = None if piece.logprobs is None else {"content": piece.logprobs, "refusal": None}
-        return {**_delta(index, {"content": piece.text}), "logprobs": logprobs}
+            return {**_delta(index, {}), "logprobs": self._last_logprobs(index),
+                    "finish_reason": piece.finish_reason, "stop_reason": piece.stop_sequence}
+        self._told_logprobs[index] = True
+        return {**_delta(index, {"content": piece.text}), "logprobs": self.logprobs(piece.logprobs)}
+
+    def logprobs(self, entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+        """Log-probabilities as a choice shows them; of no text an empty list where they were asked for."""
+        if entries is None and not self.with_logprobs:
+            return None
+        return {"content": entries or [], "refusal": None}
+
+    def _last_logprobs(self, index: int) -> dict[str, Any] | None:
+        """Those of a stream's last chunk: an empty list if no chunk before it had any."""
+        return None if self._told_logprobs[index] else self.logprobs(None)
 
     def choice(self, index: int, answer: Answer, done: Done) -> dict[str, Any]:
         """A whole answer as an entry of ``choices``."""
@@ -182,9 +196,8 @@ class Rendering:
             "refusal": None, "reasoning_content": answer.reasoning or None, "reasoning": answer.reasoning or None}
         if answer.tool_calls:
             message["tool_calls"] = [_call(call) for call in answer.tool_calls]
-        logprobs = None if answer.logprobs is None else {"content": answer.logprobs, "refusal": None}
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": done.finish_reason,
-                "stop_reason": done.stop_sequence}
+        return {"index": index, "message": message, "logprobs": self.logprobs(answer.logprobs),
+                "finish_reason": done.finish_reason, "stop_reason": done.stop_sequence}
 
     def _chunk(self, *choices: dict[str, Any]) -> Chunk:
         chunk = {**self.head, "object": self.chunk_kind, "choices": list(choices)}
@@ -208,16 +221,21 @@ class TextRendering(Rendering):
         if isinstance(piece, Reasoning):
             return {**_text(index, ""), "reasoning": piece.text}
         if isinstance(piece, Done):
-            return {**_text(index, ""), "finish_reason": _text_reason(piece), "stop_reason": piece.stop_sequence}
+            return {**_text(index, ""), "logprobs": self._last_logprobs(index), "finish_reason": _text_reason(piece),
+                    "stop_reason": piece.stop_sequence}
         text = _call_text(piece) if isinstance(piece, ToolCall) else piece.text
         entries = None if isinstance(piece, ToolCall) else piece.logprobs
         logprobs = None if entries is None else _text_logprobs(entries, self._told[index])
+        self._told_logprobs[index] = self._told_logprobs[index] or logprobs is not None
         self._told[index] += len(text)
         return {**_text(index, text), "logprobs": logprobs}
 
+    def logprobs(self, entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+        return None if entries is None and not self.with_logprobs else _text_logprobs(entries or [])
+
     def choice(self, index: int, answer: Answer, done: Done) -> dict[str, Any]:
         text = (self.echo[index] if self.echo else "") + answer.text + "".join(map(_call_text, answer.tool_calls))
-        logprobs = None if answer.logprobs is None else _text_logprobs(answer.logprobs)
+        logprobs = self.logprobs(answer.logprobs)
         return {"index": index, "text": text, "reasoning": answer.reasoning or None, "logprobs": logprobs,
                 "finish_reason": _text_reason(done), "stop_reason": done.stop_sequence}
 

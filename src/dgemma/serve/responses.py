@@ -16,22 +16,15 @@ from starlette.responses import Response
 
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
-from dgemma.serve.bodies import adapter_of, client_of, engine_request, refuse_unsupported
-from dgemma.serve.calling import choice_of, reasoning_budget
+from dgemma.serve.bodies import adapter_of, client_of, engine_request
+from dgemma.serve.calling import choice_of
 from dgemma.serve.deltas import Delta, answering
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
-from dgemma.serve.responses_body import (
-    ResponsesBody,
-    conversation,
-    declared_tools,
-    refuse_what_cannot_be,
-    response_format,
-)
+from dgemma.serve.fields import check_fields
+from dgemma.serve.responses_body import ResponsesBody, conversation, declared_tools, refuse_what_cannot_be
 from dgemma.serve.responses_stream import ResponseRendering
 from dgemma.serve.settings import Settings
 from dgemma.serve.streams import EVENT_CONTENT, EventStream, Merged, event, whole
-
-_LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
 
 
 class CachedTokens(BaseModel):
@@ -92,21 +85,18 @@ def router(service: Service, settings: Settings) -> APIRouter:
 
 async def _request(service: Service, settings: Settings, body: ResponsesBody, http: HttpRequest) -> Request:
     adapter = adapter_of(body.model, service, settings)
-    refuse_unsupported(body)
+    check_fields(body, http, settings)
     refuse_what_cannot_be(body)
-    effort = body.reasoning.effort if body.reasoning else None
-    logprobs = body.top_logprobs
-    if logprobs is None and _LOGPROBS in (body.include or ()):
-        logprobs = 0
+    form, format_param = body.answer_form()
+    max_tokens, max_tokens_param = body.length_limit()
     try:
         return await engine_request(
-            service, settings, conversation(body), adapter=adapter, param="input", max_tokens=body.max_output_tokens,
-            max_tokens_param="max_output_tokens", temperature=body.temperature, top_k=body.top_k, top_p=body.top_p,
-            stop=body.stop or (), seed=body.seed, logprobs=logprobs, response_format=response_format(body),
-            format_param="text.format",
-            thinking=effort not in (None, "none", "minimal"), tools=declared_tools(body),
+            service, settings, conversation(body), adapter=adapter, param="input", max_tokens=max_tokens,
+            max_tokens_param=max_tokens_param, temperature=body.temperature, top_k=body.top_k, top_p=body.top_p,
+            logit_bias=body.logit_bias, stop=body.stops(), seed=body.seed, logprobs=body.wanted_logprobs(),
+            response_format=form, format_param=format_param, thinking=body.wants_thinking(), tools=declared_tools(body),
             tool_choice=choice_of(body.tool_choice), parallel_tool_calls=body.parallel_tool_calls is not False,
-            reasoning_budget=reasoning_budget(body),
+            reasoning_budget=body.reasoning_limit(),
             client=client_of(http, body.user or body.safety_identifier, body.cache_salt), **body.sampler())
     except ApiError as error:
         if error.param and error.param.startswith("messages"):  # what the library calls them
@@ -117,8 +107,9 @@ async def _request(service: Service, settings: Settings, body: ResponsesBody, ht
 def _echo(body: ResponsesBody, request: Request) -> dict[str, Any]:
     """What a response repeats of its request, and what stood where it said nothing."""
     asked = body.model_dump(mode="json", by_alias=True)
-    said = {name: asked[name] for name in ("model", "instructions", "max_output_tokens", "reasoning", "top_logprobs",
-                                           "user", "safety_identifier", "prompt_cache_key")}
+    said = {name: asked[name] for name in ("model", "instructions", "reasoning", "top_logprobs", "user",
+                                           "safety_identifier", "prompt_cache_key")}
+    said["max_output_tokens"] = body.length_limit()[0]
     return {
         **said, "metadata": body.metadata or {}, "text": asked["text"] or {"format": {"type": "text"}},
         "tools": asked["tools"] or [], "tool_choice": asked["tool_choice"] or "auto",

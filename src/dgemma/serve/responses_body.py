@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from dgemma.serve.bodies import Body, Count, Listed, SamplerFields, Stop, Temperature, TopK, TopP
+from dgemma.serve.bodies import MEDIA, Body, Listed, Whole, file_text, text_only, titled
 from dgemma.serve.calling import ChosenTools, Words, told_tools
 from dgemma.serve.errors import ApiError
+from dgemma.serve.fields import AnswerFields
 from dgemma.serve.turns import Turns
 
 
@@ -25,7 +26,15 @@ class Refusal(Body):
     refusal: str
 
 
-Part = Annotated[InputText | Refusal, Field(discriminator="type")]
+class InputFile(Body):
+    """A file of plain text: a data URL in ``file_data``."""
+
+    type: Literal["input_file"]
+    file_data: str | None = None
+    filename: str | None = None
+
+
+Part = Annotated[InputText | Refusal | InputFile, Field(discriminator="type")]
 
 
 class MessageItem(Body):
@@ -48,7 +57,7 @@ class FunctionCallItem(Body):
 class FunctionCallOutputItem(Body):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | Listed[InputText] | None = None
+    output: str | Listed[Part] | None = None
 
 
 class ReasoningItem(Body):
@@ -83,48 +92,15 @@ class FunctionTool(Body):
     strict: bool | None = None
 
 
-class TextFormat(Body):
-    type: Literal["text", "json_object"]
-
-
-class SchemaFormat(Body):
-    type: Literal["json_schema"]
-    name: str
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    description: str | None = None
-    strict: bool | None = None
-
-
-class TextConfig(Body):
-    """``verbosity`` is accepted and changes nothing."""
-
-    format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
-
-
-class ReasoningConfig(Body):
-    """Any effort but none and minimal lets the model think; how long is its own choice."""
-
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    summary: Literal["auto", "concise", "detailed"] | None = None
-
-
-class ResponsesBody(SamplerFields):
+class ResponsesBody(AnswerFields):
     model: str
     input: str | Listed[Item]
     instructions: str | None = None
-    stream: bool | None = None
     tools: Listed[FunctionTool] | None = None
     tool_choice: Words | ChosenTools | None = None
     parallel_tool_calls: bool | None = None
-    text: TextConfig | None = None
-    reasoning: ReasoningConfig | None = None
-    max_output_tokens: Count | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    stop: Stop | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: bool | Annotated[Whole, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     include: Listed[str] | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -133,9 +109,31 @@ class ResponsesBody(SamplerFields):
     background: bool | None = None
     prompt: dict[str, Any] | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_only(cls, body: Any) -> Any:
+        items = body.get("input") if isinstance(body, dict) else None
+        for index, item in enumerate(items if isinstance(items, list) else ()):
+            for field in ("content", "output"):
+                parts = item.get(field) if isinstance(item, dict) else None
+                for place, part in enumerate(parts if isinstance(parts, list) else ()):
+                    kind = part.get("type") if isinstance(part, dict) else None
+                    if isinstance(kind, str) and kind in MEDIA:
+                        raise text_only(kind, f"input[{index}].{field}[{place}]")
+        return body
+
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives beside each token's log-probability; None: no log-probabilities."""
+        if self.top_logprobs is not None:
+            return self.top_logprobs
+        if isinstance(self.logprobs, bool) or self.logprobs is None:
+            return 0 if self.logprobs or _LOGPROBS in (self.include or ()) else None
+        return self.logprobs
+
+
+_LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
 
 
 def refuse_what_cannot_be(body: ResponsesBody) -> None:
@@ -146,6 +144,7 @@ def refuse_what_cannot_be(body: ResponsesBody) -> None:
                          ("background", "answers are not stored here, so none can be made in the background")):
         if getattr(body, name):
             raise ApiError(400, reason, name)
+    body.one_answer()
 
 
 def conversation(body: ResponsesBody) -> list[dict[str, Any]]:
@@ -163,13 +162,14 @@ def conversation(body: ResponsesBody) -> list[dict[str, Any]]:
         if isinstance(item, MessageItem):
             if item.content is None and item.role != "assistant":
                 raise ApiError(400, "content is missing", f"input[{index}].content")
-            turns.say("system" if item.role == "developer" else item.role, _texts(item.content))
+            turns.say("system" if item.role == "developer" else item.role,
+                      _texts(item.content, f"input[{index}].content"))
         elif isinstance(item, ReasoningItem):
             turns.think("\n\n".join(part.text for part in item.content or item.summary or ()))
         elif isinstance(item, FunctionCallItem):
             turns.call(item.call_id, item.name, item.arguments)
         else:
-            turns.answer(item.call_id, "\n".join(_texts(item.output)))
+            turns.answer(item.call_id, "\n".join(_texts(item.output, f"input[{index}].output")))
     if not turns.messages:
         raise ApiError(400, "there is nothing to answer", "input")
     return turns.messages
@@ -182,15 +182,17 @@ def declared_tools(body: ResponsesBody) -> list[dict[str, Any]] | None:
         for tool in body.tools or ()], body.tool_choice)
 
 
-def response_format(body: ResponsesBody) -> dict[str, Any] | None:
-    """The form that the answer must have, as `Model.request` knows it."""
-    form = body.text.format if body.text else None
-    if isinstance(form, SchemaFormat):
-        return {"type": "json_schema", "json_schema": {"name": form.name, "schema": form.schema_}}
-    return None if form is None or form.type == "text" else {"type": form.type}
-
-
-def _texts(content: str | list[Part] | list[InputText] | None) -> list[str]:
+def _texts(content: str | list[Part] | None, where: str) -> list[str]:
     if isinstance(content, str):
         return [content]
-    return [part.refusal if isinstance(part, Refusal) else part.text for part in content or ()]
+    return [_text(part, f"{where}[{place}]") for place, part in enumerate(content or ())]
+
+
+def _text(part: Part, where: str) -> str:
+    if isinstance(part, InputText):
+        return part.text
+    if isinstance(part, Refusal):
+        return part.refusal
+    if part.file_data is None:
+        raise ApiError(400, f"{where}: files are not stored here: send the text itself, or file_data", where)
+    return titled(part.filename, file_text(part.file_data, None, where))

@@ -29,6 +29,7 @@ class Settings:
     debug_requests: Path | None = None  # a file that every request is written to, its rendered prompt with it
     share_system_prompts: bool = False  # what one key's system prompt was read to is found by the others
     redraw_empty: bool = True  # draw an answer that comes out empty at its first canvas once more
+    strict_fields: bool = False  # refuse fields that are unknown or have no effect, rather than tell of them
     adapters_from: Path | None = None  # where clients may have adapters loaded from; None: nowhere
 
     def __post_init__(self) -> None:

@@ -79,6 +79,7 @@ class CausalModel:
                        max_tokens: int | None = None, temperature: float = 0.0, **options: Any) -> list[Generation]:
         """Answer many prompts in shared forward passes; answer i depends on prompt i and seed i only.
 
+        ``max_tokens`` None: the checkpoint's own, since a control that is still learning may find no end.
         ``temperature`` 0 takes the most probable token, any other draws from the softmax of logits divided by it.
         ``options``: ``thinking``, ``system`` and ``tools``; the denoising sampler's settings are checked and have no
         effect. ``steps`` are the passes that gave a token, that over the prompt included, for each stretch of a
@@ -91,7 +92,9 @@ class CausalModel:
             raise DgemmaError(f"there are {len(prompts)} prompts but {len(seeds)} seeds")
         rows = []
         for index, prompt in enumerate(prompts):
-            request = self._model.request(prompt, max_tokens=max_tokens, temperature=temperature,
+            request = self._model.request(prompt, temperature=temperature,
+                                          max_tokens=self.generation_config.max_tokens if max_tokens is None
+                                          else max_tokens,
                                           seed=None if seeds is None else seeds[index], **options)
             positions = self.config.max_position_embeddings - len(request.prompt_ids)
             rows.append(_Row(request, min(request.settings.max_tokens, positions)))

@@ -62,8 +62,11 @@ def evaluate_sudoku(model: Model, puzzles: np.ndarray, solutions: np.ndarray, *,
                     progress: Callable[[int, int], None] | None = None, **settings: Any) -> BandScore:
     """Ask the model for every puzzle [N, 81] and compare with the solutions [N, 81].
 
-    ``settings`` are sampler settings; ``progress(done, count)`` is called after each batch.
+    ``settings`` are sampler settings, and max_tokens (the checkpoint's own if left out: a network that has not learnt
+    yet may find no end); ``progress(done, count)`` is called after each batch.
     """
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        settings.setdefault("max_tokens", generation.max_tokens)
     exact = kept = 0
     steps: Counter[int] = Counter()
     began = time.perf_counter()

@@ -97,6 +97,7 @@ def run_task(model: Answering, questions: Sequence[Question], metric: str | Metr
              stop: Callable[[], bool] | None = None, **settings: Any) -> TaskScore:
     """Ask every question, with seed ``seed + i`` for the i-th, and score the answers.
 
+    ``max_tokens`` None: the checkpoint's own, since a network that is still learning may find no end.
     ``settings`` are sampler settings and other options of `generate_batch`. Beside the metric's there are
     ``task/steps_per_canvas``, ``task/tokens_per_forward``, ``task/seconds_per_answer`` (wall time, shared by a batch)
     and ``task/failed``: how many requests ended with an error, all of them counted as wrong. ``progress(done, count)``
@@ -104,6 +105,8 @@ def run_task(model: Answering, questions: Sequence[Question], metric: str | Metr
     Raises DgemmaError when there are no questions, the metric cannot use one, or not a single request succeeds.
     """
     metric = metric if isinstance(metric, Metric) else metric_of(metric)
+    if max_tokens is None and (generation := getattr(model, "generation_config", None)) is not None:
+        max_tokens = generation.max_tokens
     if not questions or batch < 1:
         raise DgemmaError(f"a task needs at least one question and a batch of at least 1, got {len(questions)} and "
                           f"{batch}")

@@ -1,0 +1,293 @@
+"""What every route takes, under whatever name a client knows it, and what becomes of the fields that it does not take.
+
+A field that this server knows is never passed over in silence. Either it is honoured on every route it could be sent
+to (`AnswerFields`), or it is refused by name (`REFUSED`, and whatever another route honours), or it has no effect and
+the answer's header says so (`NO_EFFECT`). Unknown fields are told in that header, too; ``--strict-fields`` refuses all
+that has no effect.
+
+Works on: JSON bodies. Knows nothing of: the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi import Request as HttpRequest
+from pydantic import Field
+
+from dgemma.serve.bodies import (
+    REFUSED,
+    Body,
+    CacheSalt,
+    Length,
+    Listed,
+    LogitBias,
+    SamplerFields,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    Whole,
+)
+from dgemma.serve.calling import reasoning_budget
+from dgemma.serve.errors import ApiError
+from dgemma.serve.forms import Form, answer_form
+from dgemma.serve.settings import Settings
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Penalty = Annotated[float, Field(allow_inf_nan=False, description="Has no effect here.")]
+
+IGNORED_HEADER = "x-dgemma-ignored"
+_MOST_TOLD = 20  # names in that header
+_TELLABLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+# Other samplers' settings, with the values that ask for nothing. Popular programs send them with every request, so
+# that they are told rather than refused.
+NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1, 0), "repeat_penalty": (1, 0),
+    "penalty_alpha": (0,), "penalize_nl": (False,), "penalty_range": (0,), "repetition_penalty_range": (0,),
+    "repeat_last_n": (0,), "no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1,), "length_penalty": (1,),
+    "early_stopping": (False,), "min_p": (0,), "typical_p": (1,), "typical": (1,), "tfs": (1,), "tfs_z": (1,),
+    "top_a": (0,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "top_n_sigma": (-1, 0), "min_keep": (0,),
+    "mirostat": (0,), "mirostat_mode": (0,), "mirostat_tau": (), "mirostat_eta": (), "dry_multiplier": (0,),
+    "dry_base": (), "dry_allowed_length": (), "dry_penalty_last_n": (), "dry_sequence_breakers": (),
+    "xtc_probability": (0,), "xtc_threshold": (), "dynatemp_range": (0,), "dynatemp_exponent": (1,),
+    "dynamic_temperature": (False,), "smoothing_factor": (0,), "smoothing_curve": (1,), "temperature_last": (False,),
+    "samplers": (), "sampler_order": (), "sampler_priority": (), "do_sample": (True,), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "guided_decoding_backend": (), "guided_whitespace_pattern": (),
+    "structural_outputs_backend": (), "context_management": (), "moderation": (), "include_reasoning": (True,),
+    "stream_options": ({},), "options": ({},), "repetition_detection": (),
+    "messages": (), "input": (), "prompt": (),  # of another route, beside this one's own
+}
+
+# What changes nothing about an answer wherever it is sent: not worth telling.
+HARMLESS = frozenset((
+    "metadata", "store", "service_tier", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "prediction", "verbosity", "truncation", "include", "cache_control", "cache_prompt",
+    "inference_geo", "speed", "diagnostics", "billing_policy", "fallbacks", "fallback_credit_token",
+    "betas", "anthropic_version", "priority", "request_id", "keep_alive", "id_slot", "slot_id",
+    "timings_per_token", "return_progress", "max_tool_calls", "background_options", "access_programs", "timeout",
+    "provider", "route", "transforms", "usage", "session_id", "trace", "stream_usage", "custom_llm_provider",
+    "num_ctx", "num_gpu", "num_thread", "num_batch", "user_profile_id", "client_metadata", "num_retries", "max_retries",
+    "parallel_tool_calls", "add_special_tokens", "strict",
+))
+
+# Where to say what a field of another route says.
+_INSTEAD = {
+    "system": "send a message of the role system", "instructions": "send a message of the role system",
+    "tools": "send it to /v1/chat/completions, /v1/responses or /v1/messages",
+    "tool_choice": "send it to /v1/chat/completions, /v1/responses or /v1/messages",
+    "logprobs": "send it to /v1/chat/completions, /v1/completions or /v1/responses",
+    "top_logprobs": "send it to /v1/chat/completions or /v1/responses",
+    "echo": "send it to /v1/completions",
+    "previous_response_id": "answers are not stored here: send the whole conversation",
+    "conversation": "answers are not stored here: send the whole conversation",
+    "background": "answers are not stored here, so none can be made in the background",
+}
+
+
+class Thinking(Body):
+    """Anthropic's and DeepSeek's spelling of the switch."""
+
+    type: Literal["enabled", "disabled", "adaptive", "auto"]
+
+
+class ReasoningConfig(Body):
+    """Any effort but none and minimal lets the model think; how long is its own choice. ``enabled`` says it alone."""
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class TextConfig(Body):
+    """``format`` is the answer's form, as in response_format; ``verbosity`` is accepted and changes nothing."""
+
+    format: dict[str, Any] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class OutputConfig(Body):
+    """``format`` is the answer's form, as in response_format; ``effort`` is accepted and changes nothing."""
+
+    format: dict[str, Any] | None = None
+
+
+class AnswerFields(SamplerFields):
+    """What asks for an answer, the same on every route. Of several names of one thing the first one counts.
+
+    Length: ``max_completion_tokens``, ``max_output_tokens``, ``max_tokens``, ``max_new_tokens``, ``n_predict``,
+    ``num_predict``; none of them, or -1: to the end of the context; more than fits is what fits. Form: the fields of
+    `forms`. Thinking: ``thinking``, ``enable_thinking``, ``think``, ``chat_template_kwargs``, ``reasoning``,
+    ``reasoning_effort``. How long a thought may be: the fields of `calling.reasoning_budget`. Stop strings: ``stop`` and ``stop_sequences`` together.
+    """
+
+    known: ClassVar[set[str]] = set()  # the fields of all routes
+
+    stream: bool | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    logit_bias: LogitBias | None = None
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
+    stop: Stop | None = None
+    stop_sequences: Stop | None = None
+
+    max_tokens: Length | None = None
+    max_completion_tokens: Length | None = None
+    max_output_tokens: Length | None = None
+    max_new_tokens: Length | None = None
+    n_predict: Length | None = None
+    num_predict: Length | None = None
+
+    response_format: Annotated[dict[str, Any] | None, Field(
+        description="The answer's form: type is text, json_object, json_schema, regex or choice.")] = None
+    text: TextConfig | None = None
+    output_config: OutputConfig | None = None
+    output_format: Annotated[dict[str, Any] | None, Field(description="Like response_format.")] = None
+    format: Annotated[str | dict[str, Any] | None, Field(description='"json", or a JSON schema.')] = None
+    json_schema: Annotated[dict[str, Any] | str | None, Field(description="A JSON schema.")] = None
+    structured_outputs: Annotated[dict[str, Any] | None, Field(
+        description="One of json, regex, choice and json_object.")] = None
+    guided_decoding: Annotated[dict[str, Any] | None, Field(description="Like structured_outputs.")] = None
+    guided_json: Annotated[dict[str, Any] | str | None, Field(description="A JSON schema.")] = None
+    guided_regex: str | None = None
+    guided_choice: Listed[str] | None = None
+    guided_json_object: bool | None = None
+    regex: str | None = None
+
+    thinking: bool | Thinking | None = None
+    enable_thinking: bool | None = None
+    think: bool | Effort | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning: ReasoningConfig | None = None
+    reasoning_effort: Effort | None = None
+
+    reasoning_budget_tokens: Annotated[Any, Field(
+        description="Most tokens to think, marks included; 0: no thinking, -1: no limit.")] = None
+    reasoning_budget: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
+    thinking_budget: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
+    thinking_budget_tokens: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
+    thinking_token_budget: Annotated[Any, Field(description="Like reasoning_budget_tokens.")] = None
+
+    cache_salt: CacheSalt | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        AnswerFields.known |= cls.model_fields.keys()
+
+    def length_limit(self) -> tuple[int | None, str]:
+        """The most tokens to answer with, None for as many as there is room for, and the field that says so."""
+        for name in ("max_completion_tokens", "max_output_tokens", "max_tokens", "max_new_tokens", "n_predict",
+                     "num_predict"):
+            if (value := getattr(self, name)) is not None:
+                return (None if value < 0 else value), name
+        return None, "max_tokens"
+
+    def stops(self) -> tuple[str, ...]:
+        """The strings to end before. Empty ones, which would end every answer at once, mean that there is none."""
+        given = (value for value in (self.stop, self.stop_sequences) if value is not None)
+        texts = (text for value in given for text in ([value] if isinstance(value, str) else value))
+        return tuple(dict.fromkeys(text for text in texts if text))
+
+    def answer_form(self) -> tuple[Form | None, str]:
+        """`forms.answer_form` of this body."""
+        return answer_form(self)
+
+    def reasoning_limit(self) -> int | None:
+        """`calling.reasoning_budget` of this body."""
+        return reasoning_budget(self)
+
+    def wants_thinking(self) -> bool:
+        """Whether the model shall think first: any one of the spellings may say so, the plainest wins."""
+        return self.thinking_switch()[0]
+
+    def thinking_switch(self) -> tuple[bool, str]:
+        """Whether the model shall think first, and the field that says so."""
+        if isinstance(self.thinking, bool):
+            return self.thinking, "thinking"
+        if self.thinking is not None:
+            return self.thinking.type != "disabled", "thinking"
+        if self.enable_thinking is not None:
+            return self.enable_thinking, "enable_thinking"
+        if self.think is not None:
+            return (self.think if isinstance(self.think, bool) else _thinks(self.think)), "think"
+        if (switch := _template_switch(self.chat_template_kwargs or {})) is not None:
+            return switch, "chat_template_kwargs"
+        if self.reasoning is not None and (self.reasoning.enabled is not None or self.reasoning.effort is not None):
+            enabled = self.reasoning.enabled
+            return (_thinks(self.reasoning.effort) if enabled is None else enabled), "reasoning"
+        return _thinks(self.reasoning_effort), "reasoning_effort"
+
+    def one_answer(self) -> None:
+        """Raises `ApiError` if several answers are asked for."""
+        if (self.n or 1) > 1:
+            raise ApiError(400, "n must be 1 here: several answers are made at /v1/chat/completions", "n",
+                           "unsupported_parameter")
+
+
+def _thinks(effort: str | None) -> bool:
+    return effort not in (None, "none", "minimal")
+
+
+def _template_switch(given: dict[str, Any]) -> bool | None:
+    """What chat_template_kwargs say of thinking; other arguments that ask for something are refused."""
+    switch = None
+    for name, value in given.items():
+        if name in ("enable_thinking", "thinking") and isinstance(value, bool):
+            switch = bool(switch) or value
+        elif name == "reasoning_effort" and isinstance(value, str):
+            switch = bool(switch) or _thinks(value)
+        elif value not in (None, False, "", [], {}):
+            raise ApiError(400, "chat_template_kwargs takes enable_thinking: true or false, and nothing else",
+                           "chat_template_kwargs", "unsupported_parameter")
+    return switch
+
+
+def check_fields(body: Body, http: HttpRequest, settings: Settings, options: Body | None = None, *,
+                 foreign: Literal["refuse", "tell"] = "refuse") -> None:
+    """Refuse what cannot be honoured, and note what has no effect for the answer's header.
+
+    ``options`` is a part of the body with settings of its own. ``foreign``: what becomes of fields that ask for
+    something on other routes. Raises `ApiError` naming the first field at fault.
+    """
+    told = []
+    for prefix, part in (("", body), ("options.", options)):
+        if part is None:
+            continue
+        given = {name: getattr(part, name, None) for name in ("presence_penalty", "frequency_penalty")
+                 if name in part.model_fields_set} | (part.model_extra or {})
+        told += [prefix + name for name, value in given.items()
+                 if value is not None and name not in HARMLESS
+                 and not _asks_nothing(name, value, prefix, http, settings, foreign)]
+    names = [name for name in told if _TELLABLE.fullmatch(name)]
+    if names:
+        http.scope["dgemma.ignored"] = ", ".join(names[:_MOST_TOLD])
+
+
+def _asks_nothing(name: str, value: Any, prefix: str, http: HttpRequest, settings: Settings,
+             foreign: Literal["refuse", "tell"]) -> bool:
+    """Whether a field that is not taken asks for nothing; False: it is to be told of. Raises `ApiError`."""
+    field = prefix + name
+    if name in REFUSED:
+        if value not in REFUSED[name]:
+            raise ApiError(400, f"{field} is not supported here: leave it out", field, "unsupported_parameter")
+        return True
+    if value in NO_EFFECT.get(name, ()):
+        return True
+    if name not in NO_EFFECT and name in AnswerFields.known and foreign == "refuse":
+        if value in (False, "", [], {}):
+            return True
+        instead = _INSTEAD.get(name, "leave it out")
+        raise ApiError(400, f"{field} is no field of {http.url.path}: {instead}", field, "unsupported_parameter")
+    if settings.strict_fields:
+        known = name in NO_EFFECT or name in AnswerFields.known
+        why = "has no effect here, and this server was told to say so (--strict-fields): leave it out" if known \
+            else "is not known here, and this server takes known fields only (--strict-fields)"
+        raise ApiError(400, f"{field} {why}", field, "unsupported_parameter" if known else "unknown_parameter")
+    return False
