@@ -29,7 +29,8 @@ def test_ids_are_taken_as_they_come(model, prompt):
 
 
 @pytest.mark.parametrize("prompt", [
-    np.array([[2, 3]]), np.array([2.0]), np.array([True]), np.array(2), torch.tensor([2.0]), torch.tensor([True, False]),
+    np.array([[2, 3]]), np.array([2.0]), np.array([True]), np.array(2), torch.tensor([2.0]),
+    torch.tensor([True, False]),
     torch.tensor(3), [np.float64(2)], [2, np.float32(3)], [True, 2], [np.bool_(True)], [2, "x"], [2.5], [2, [3]],
     [torch.tensor([2, 3])], [np.array([2, 3])], np.array(["a"]), [2, None],
 ], ids=repr)

@@ -153,7 +153,8 @@ def test_rows_of_a_dataset(dgemma_command, tmp_path, fields):
 
 
 @pytest.mark.parametrize("options", [
-    dict(models=[{"id": EVIL}], chunks=text_chunks(EVIL)), dict(models=[{"id": EVIL}], status=400, answer={"error": EVIL}),
+    dict(models=[{"id": EVIL}], chunks=text_chunks(EVIL)),
+    dict(models=[{"id": EVIL}], status=400, answer={"error": EVIL}),
     dict(status=500, answer={"error": {"message": EVIL}}), dict(models_status=500), dict(models=EVIL),
     dict(chunks=[{"error": EVIL}]), dict(chunks=[{"choices": EVIL}]), dict(chunks=[EVIL]),
     dict(chunks=text_chunks(EVIL, reason=EVIL)), dict(status=302, headers={"Location": EVIL.replace("\r", "").replace(

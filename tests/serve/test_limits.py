@@ -280,7 +280,8 @@ def test_every_request_has_a_line_in_the_log(scripted, caplog):
     assert eventually(lambda: len(caplog.records) == 2)
     lines = [record.getMessage() for record in caplog.records]
     prompt = len(service.requests[0].prompt_ids)
-    assert re.fullmatch(rf"POST {PATH} 200 \d+ ms {prompt}\+5 tokens, first canvas \d+ ms, 3 steps, \d+ tokens/s", lines[0])
+    assert re.fullmatch(rf"POST {PATH} 200 \d+ ms {prompt}\+5 tokens, first canvas \d+ ms, 3 steps, \d+ tokens/s",
+                        lines[0])
     assert re.fullmatch(r"GET /nothing 404 \d+ ms '.+'", lines[1])
 
 

@@ -40,8 +40,8 @@ def normalise_messages(
 
     What is broken in what was said before must not end a conversation: arguments that are no JSON object stay text (or
     are none where there is nothing in them), an assistant without content said "", and a tool's answer whose call was
-    trimmed away is told by the user: templates drop what follows no call. With ``strict``, for data to learn from, these are errors, too. Raises `DgemmaError`, naming the
-    message and what is wrong with it.
+    trimmed away is told by the user: templates drop what follows no call. With ``strict``, for data to learn from,
+    these are errors, too. Raises `DgemmaError`, naming the message and what is wrong with it.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]

@@ -32,7 +32,6 @@ from dgemma.nn.mounts import MountedAdapter
 from dgemma.nn.rows import PAGE, row_bytes
 from dgemma.weights.inspect import working_bytes
 
-
 # Numbers of hidden states that a CPU works on at a time. More rows in a pass reuse weights better, but beyond about so
 # many its matrices leave the caches: at the 26B's width 4 canvases cost 1.6 s each, 8 cost 1.9 (1 alone: 1.8).
 CACHED = 3 << 20

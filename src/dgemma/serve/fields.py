@@ -120,7 +120,8 @@ class AnswerFields(SamplerFields):
     Length: ``max_completion_tokens``, ``max_output_tokens``, ``max_tokens``, ``max_new_tokens``, ``n_predict``,
     ``num_predict``; none of them, or -1: to the end of the context; more than fits is what fits. Form: the fields of
     `forms`. Thinking: ``thinking``, ``enable_thinking``, ``think``, ``chat_template_kwargs``, ``reasoning``,
-    ``reasoning_effort``. How long a thought may be: the fields of `calling.reasoning_budget`. Stop strings: ``stop`` and ``stop_sequences`` together.
+    ``reasoning_effort``. How long a thought may be: the fields of `calling.reasoning_budget`. Stop strings: ``stop``
+    and ``stop_sequences`` together.
     """
 
     known: ClassVar[set[str]] = set()  # the fields of all routes

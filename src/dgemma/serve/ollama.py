@@ -27,7 +27,6 @@ from dgemma.nn.mounts import MountedAdapter
 from dgemma.nn.packed import weight_bytes
 from dgemma.serve.bodies import (
     adapter_of,
-    choice_seeds,
     client_of,
     context_limit,
     engine_request,
@@ -46,6 +45,7 @@ from dgemma.serve.deltas import (
     collect,
 )
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
+from dgemma.serve.fields import check_fields
 from dgemma.serve.ollama_body import ChatBody, GenerateBody, OllamaBody, Options, ShowBody
 from dgemma.serve.settings import Settings
 from dgemma.serve.streams import LineStream, Merged, line, whole

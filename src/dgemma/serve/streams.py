@@ -161,8 +161,8 @@ class EventStream(Response):
     """A response of server-sent events: the bytes that ``events`` makes of ``source``'s pieces.
 
     ``source`` is begun before the headers are sent, which wait until its requests have been taken: what it raises till
-    then becomes an ordinary error. An error later on becomes a last event. ``ping`` (None: nothing) is sent when nothing
-    else has been for some time.
+    then becomes an ordinary error. An error later on becomes a last event. ``ping`` (None: nothing) is sent when
+    nothing else has been for some time.
     """
 
     media_type = "text/event-stream"
