@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgemma.chat import Tokenizer, find_stop, read_answer
+from dgemma.chat import AnswerReader, Tokenizer, read_answer
 from dgemma.chat.reply import Called, ReplyReader, Said, Thought, declared_tools
 from dgemma.train import tokenizer as bundled
 from gemma_files import SPECIALS, tokenizer_json
@@ -168,6 +168,13 @@ def test_the_prompt_says_which_tools_there_are():
     assert read_answer(TOKENIZER, prompt, TOKENIZER.encode(JSON), tools=[]).text == JSON
 
 
+def stop_place(ids, stop):
+    reader = AnswerReader(TOKENIZER, [], stop=stop)
+    for token in ids:
+        reader.feed([token])
+    return reader.stop_place
+
+
 @pytest.mark.parametrize(
     ("text", "stop", "said", "met"),
     [
@@ -192,10 +199,10 @@ def test_stop_strings(text, stop, said, met):
     ids = TOKENIZER.encode(text)
     answer = read_answer(TOKENIZER, [], ids, stop=stop)
     assert (answer.text, answer.stopped) == (said, met)
+    kept = stop_place(ids, stop)
     if met is None:
-        assert find_stop(TOKENIZER, [], ids, stop) is None
+        assert kept is None
         return
-    kept = find_stop(TOKENIZER, [], ids, stop)
     assert read_answer(TOKENIZER, [], ids[:kept], stop=stop) == answer
     assert read_answer(TOKENIZER, [], ids[: kept - 1], stop=stop).stopped is None
 

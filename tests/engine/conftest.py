@@ -6,6 +6,7 @@ from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import Finished
 from dgemma.diffusion.row import Request
 from dgemma.engine import Engine
+from readers import reading
 
 # By default nothing stops early: neither a stop token nor an adaptive stop.
 PLAIN = {"max_denoising_steps": 4, "eos_token_id": (), "confidence_threshold": 1e-9, "entropy_bound": 2.0,
@@ -17,10 +18,8 @@ def engine_of(tiny_network):
     """A function that makes an engine over the tiny network (or another one)."""
 
     def make(network=None, **options):
-        def decode(prompt, answer, stop):
-            return f"{len(answer)} tokens", None, []
-
-        return Engine(network or tiny_network, decode, **options)
+        read = reading(lambda request, tokens: (f"{len(tokens)} tokens", None, []))
+        return Engine(network or tiny_network, **{"read": read} | options)
 
     return make
 

@@ -11,6 +11,7 @@ from dgemma.diffusion.sampler import EntropyBoundSampler, temperature_at
 from dgemma.engine import Engine, PrefixStore
 from dgemma.engine import engine as engine_module
 from engine_requests import PROMPT, C, mixed_requests, tokens_of
+from readers import reading
 from reference import random_network, tiny_config
 
 
@@ -509,14 +510,14 @@ def test_an_impossible_request_is_refused_before_it_waits(engine_of, ask, change
     assert not engine.busy
 
 
-def test_the_engine_decodes_the_answer_with_its_prompt(tiny_network, ask, answer):
+def test_the_engine_has_the_answer_read_with_its_prompt(tiny_network, ask, answer):
     heard = []
 
-    def decode(prompt, tokens, stop):
-        heard.append((prompt, tokens))
+    def read(request, tokens):
+        heard.append((request.prompt_ids, tokens))
         return "text", "thought", [{"name": "tool"}]
 
-    generation = answer(Engine(tiny_network, decode), ask(PROMPT))
+    generation = answer(Engine(tiny_network, reading(read)), ask(PROMPT))
     assert heard == [(PROMPT, generation.token_ids)]
     assert (generation.text, generation.reasoning, generation.tool_calls) == ("text", "thought", [{"name": "tool"}])
 

@@ -49,7 +49,7 @@ def run_ours(network, requests, monkeypatch) -> list[Record]:
     with monkeypatch.context() as patch:
         patch.setattr(Row, "draw_noise", spy_noise)
         patch.setattr(network, "head", spy_head)
-        for event in Engine(network, lambda prompt, answer, stop: ("", None, [])).run(requests):
+        for event in Engine(network).run(requests):
             record = records[event.request]
             if isinstance(event, CanvasStarted):
                 record.starts.append(event.token_ids)

@@ -12,6 +12,7 @@ import pytest
 from dgemma.api import Model
 from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import CanvasCommitted, Denoised, Failed, Finished
+from dgemma.diffusion.row import unread
 from dgemma.engine.service import Overloaded, Service
 from reference import tiny_config
 
@@ -22,7 +23,7 @@ C = tiny_config().canvas_length
 def model(tiny_network, monkeypatch):
     """The tiny network as a model that reads no text."""
     made = Model(tiny_network, None, GenerationConfig(), "tiny")
-    monkeypatch.setattr(made, "decode", lambda prompt, answer, stop=(): ("", None, []))
+    monkeypatch.setattr(made, "reader", unread)
     return made
 
 

@@ -14,6 +14,7 @@ from dgemma.engine import engine as engine_module
 from dgemma.errors import NotFiniteError
 from dgemma.nn import rows as rows_module
 from engine_requests import PROMPT, C, mixed_requests, tokens_of
+from readers import reading
 from reference import random_network, tiny_config
 
 
@@ -113,10 +114,8 @@ def test_without_isolation_what_goes_wrong_is_raised(engine_of, ask, tiny_networ
 
 
 def test_an_answer_that_cannot_be_read_fails_alone(tiny_network, ask):
-    def decode(prompt, tokens, stop):
-        return ("fine", None, []) if prompt != [9] else 1 / 0
-
-    ends = list(Engine(tiny_network, decode, isolate=True).run([ask(id=0), ask([9], id=1)]))
+    read = reading(lambda request, tokens: ("fine", None, []) if request.prompt_ids != [9] else 1 / 0)
+    ends = list(Engine(tiny_network, read, isolate=True).run([ask(id=0), ask([9], id=1)]))
     assert [type(e) for e in ends if e.request == 1][-1] is Failed
     assert [e.generation.text for e in ends if isinstance(e, Finished)] == ["fine"]
 
@@ -124,10 +123,15 @@ def test_an_answer_that_cannot_be_read_fails_alone(tiny_network, ask):
 def test_a_stop_string_ends_the_answer(engine_of, ask, answer):
     free = answer(engine_of(), ask(max_tokens=3 * C)).token_ids
 
-    def find_stop(prompt, tokens, stop):
+    fed = []
+
+    def stop(tokens):
+        fed.append(len(tokens))
         return C + 3 if len(tokens) > C else None
 
-    generation = answer(engine_of(find_stop=find_stop), ask(max_tokens=3 * C, stop=("x",)))
+    read = reading(lambda request, tokens: ("", None, []), stop)
+    generation = answer(engine_of(read=read), ask(max_tokens=3 * C, stop=("x",)))
+    assert fed == [C, 2 * C]  # each canvas once
     assert generation.token_ids == free[: C + 3]
     assert (generation.finish_reason, generation.stop_token_id, len(generation.steps)) == ("stop", None, 2)
 
@@ -185,10 +189,8 @@ def test_taking_over_what_another_has_read_can_fail_alone(engine_of, ask, answer
 
 
 def test_a_cancelled_request_that_cannot_be_read_fails_alone(tiny_network, ask):
-    def decode(prompt, tokens, stop):
-        return ("fine", None, []) if tokens else 1 / 0
-
-    engine = Engine(tiny_network, decode, max_batch=1, isolate=True)
+    read = reading(lambda request, tokens: ("fine", None, []) if tokens else 1 / 0)
+    engine = Engine(tiny_network, read, max_batch=1, isolate=True)
     for i in range(3):
         engine.submit(ask(id=i))
     engine.cancel(1)

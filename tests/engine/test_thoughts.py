@@ -13,6 +13,7 @@ from dgemma.diffusion.row import NARROWER, Request, Row, Thoughts
 from dgemma.engine import Engine
 from dgemma.engine import engine as engine_module
 from dgemma.engine.batch import Outcome
+from readers import reading
 from reference import random_network, tiny_config
 
 C = tiny_config().canvas_length
@@ -23,7 +24,7 @@ SAID = 7
 @pytest.fixture
 def scripted(tiny_network, monkeypatch):
     """A function: what the network would write, canvas by canvas -> an engine that writes it, pins kept."""
-    def make(*canvases, decode=None, network=tiny_network):
+    def make(*canvases, answer=None, network=tiny_network):
         made = []
 
         def denoise(network, sampler, seats):
@@ -39,16 +40,16 @@ def scripted(tiny_network, monkeypatch):
                 outcomes.append(Outcome(seat.row.advance(draft, draft, torch.zeros(C), flags), True))
             return outcomes
 
-        def text(prompt, answer, stop, **_):
+        def text(request, tokens):
             inside, said, thought = False, [], []
-            for token in answer:
+            for token in tokens:
                 inside = token == OPEN or (inside and token != CLOSE)
                 if token not in (OPEN, CLOSE):
                     (thought if inside else said).append(token)
             return "x" * len(said), "x" * len(thought) or None, []
 
         monkeypatch.setattr(engine_module, "denoise", denoise)
-        engine = Engine(network, decode or text)
+        engine = Engine(network, reading(answer or text))
         engine.made = made
         return engine
 
@@ -196,7 +197,7 @@ def test_nothing_is_drawn_again_unasked_or_where_the_caller_seeded_the_canvas(sc
 
 
 def test_a_call_alone_is_not_empty(scripted):
-    engine = scripted([STOP], decode=lambda *_, **__: ("", None, [{"name": "f", "arguments": {}}]))
+    engine = scripted([STOP], answer=lambda *_: ("", None, [{"name": "f", "arguments": {}}]))
     run(engine, ask(redraw_empty=True))
     assert engine.counts.redrawn == 0
 
@@ -228,7 +229,7 @@ def test_a_thought_under_a_constraint_is_cut_to_the_token_and_the_form_follows()
 
 
 def test_the_engine_promises_memory_for_the_canvas_behind_a_cut(tiny_network):
-    engine = Engine(tiny_network, lambda *_: ("", None, []))
+    engine = Engine(tiny_network)
     bounded = ask(max_tokens=C, budget=2)
     plain = Request(0, bounded.prompt_ids, bounded.settings, 3)
     assert engine.memory_of(bounded) > engine.memory_of(plain)

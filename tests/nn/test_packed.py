@@ -105,7 +105,7 @@ def test_the_engine_generates(networks):
     settings = dict(max_denoising_steps=4, eos_token_id=(), confidence_threshold=1e-9, entropy_bound=2.0, max_tokens=13)
 
     def answers(*requests):
-        engine = Engine(packed, lambda prompt, answer, stop: ("", None, []))
+        engine = Engine(packed)
         done = {event.request: event.generation.token_ids for event in engine.run(requests)
                 if isinstance(event, Finished)}
         return [done[request.id] for request in requests]
