@@ -80,7 +80,8 @@ TWO = [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b",
     ],
 )
 def test_what_clients_send_as_content(message, content):
-    assert normalise_messages([message])[0]["content"] == content
+    calling = {"role": "assistant", "tool_calls": [CALL]}
+    assert normalise_messages([calling, message])[1]["content"] == content
 
 
 @pytest.mark.parametrize("template", [bundled.TEMPLATE_FILE.read_text(), GEMMA_LIKE])

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from dgemma.cli import quantize as module
 from dgemma.cli.quantize import TypeName
+from dgemma.terminal import SafeConsole
 from dgemma.weights.gguf import read_gguf
 from dgemma.weights.quantize import MIXTURES
 
@@ -73,7 +73,7 @@ def test_mistakes(quantize, tmp_path):
 
 def test_the_bar_on_a_terminal(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(module, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(module, "SafeConsole", lambda stderr: SafeConsole(file=screen, force_terminal=True, width=100))
     with module.Bar() as bar:
         bar.update("token_embd.weight", 0, 2_000_000_000)
         bar.update("blk.0.ffn_gate_up_exps.weight", 1_000_000_000, 2_000_000_000)

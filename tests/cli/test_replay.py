@@ -3,7 +3,6 @@
 import io
 
 import pytest
-import rich.console
 import typer
 from typer.testing import CliRunner
 
@@ -11,6 +10,7 @@ from dgemma.cli import replay as replay_module
 from dgemma.cli.replay import replay
 from dgemma.diffusion.trace import TraceWriter
 from dgemma.errors import DgemmaError
+from dgemma.terminal import SafeConsole
 
 TEXT = "The first line.\nThe second \x1b[2J."
 
@@ -47,12 +47,8 @@ def test_on_a_terminal_time_passes(trace, monkeypatch):
     file = io.StringIO()
     monkeypatch.setattr(replay_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(replay_module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    real = rich.console.Console
-    monkeypatch.setattr(
-        rich.console,
-        "Console",
-        lambda **_: real(file=file, force_terminal=True, width=60, height=20, _environ={}),
-    )
+    monkeypatch.setattr(replay_module, "SafeConsole", lambda **_: SafeConsole(
+        file=file, force_terminal=True, width=60, height=20, _environ={}))
     replay(trace, speed=0.5)
     assert now[0] == pytest.approx((0.2 + 3 * 0.05) / 0.5)
     assert "step 3/48" in file.getvalue().replace("\x1b[0m", "").replace("\x1b[2m", "")

@@ -1,0 +1,21 @@
+"""Readers of answers for engines over networks whose tokens are no text."""
+
+from dgemma.diffusion.reading import Unread
+
+
+def reading(answer, stop=lambda tokens: None):
+    """A `Read`: ``answer(request, tokens)`` is (text, reasoning, tool calls); ``stop(tokens)`` is where they end."""
+    class Reader(Unread):
+        def __init__(self, request):
+            super().__init__()
+            self.request, self.tokens = request, []
+
+        def feed(self, token_ids):
+            self.tokens += token_ids
+            self.stop_place = stop(self.tokens) if self.stop_place is None else self.stop_place
+
+        def finish(self):
+            self.text, self.reasoning, self.tool_calls = answer(self.request, self.tokens[: self.stop_place])
+            return self
+
+    return Reader
