@@ -59,7 +59,7 @@ def denoised(ids, step):
 
 def test_pieces_come_in_the_order_in_which_they_were_said(model, request_):
     service = ScriptedService(model, ["<|channel>thought\nhm<channel|>Hel", f"lo{CALL}"], cached_tokens=2)
-    found = pieces(service, request_, model.tokenizer, tools=["f"])
+    found = pieces(service, request_, model.tokenizer)
     assert "".join(piece.text for piece in found if isinstance(piece, Reasoning)) == "hm"
     assert "".join(piece.text for piece in found if isinstance(piece, Text)) == "Hello"
     kinds = [type(piece) for piece in found]

@@ -456,7 +456,7 @@ def test_a_prompt_that_is_too_long_is_always_told_in_the_words_clients_look_for(
 
 def test_a_request_that_memory_has_no_room_for_is_too_long_as_well(serve_model, model):
     with serve_model(model) as (url, service):
-        service.engine.memory.limit = 1000
+        service.engine.memory.limit, service.engine.memory.lent = 1000, 0
         for path in ROUTES:
             answer = httpx.post(f"{url}{path}", json=BODIES[path], timeout=30)
             message, _ = refusal(answer)

@@ -78,7 +78,7 @@ def test_what_is_no_http_is_no_harm(scripted):
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [
-    ("GET", "/v1/chat/completions", 405), ("DELETE", "/v1/models", 405), ("GET", "/v1", 404), ("POST", "/", 404),
+    ("GET", "/v1/chat/completions", 405), ("DELETE", "/v1/models", 405), ("GET", "/v1", 404), ("POST", "/", 405),
     ("PUT", "/health", 405)])
 def test_other_methods_and_paths_are_errors_of_the_same_form(http, method, path, status):
     answer = http.request(method, path)

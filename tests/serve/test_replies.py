@@ -115,8 +115,9 @@ def test_with_a_form_only_marked_calls_are_calls(scripted, model):
             assert engine_reads(model, request, model.tokenizer.encode(answer)) == (text, None, calls)
     assert model.request("Hello", response_format=form).reading == {
         "tools": (), "stop": (), "form": True, "held": False}
-    assert model.request("Hello", tools=TOOLS).reading == {"tools": tuple(TOOLS), "form": False}
-    assert model.request("Hello").reading == {}
+    assert model.request("Hello", tools=TOOLS).reading == {
+        "tools": tuple(TOOLS), "stop": (), "form": False, "held": False}
+    assert model.request("Hello").reading["tools"] is None
 
 
 def test_a_form_that_looks_like_a_call_is_text_in_python_too(model):
@@ -179,5 +180,5 @@ def test_an_empty_assistant_and_answers_without_their_calls(scripted):
                                                                  {"type": "text", "text": "Hello"}]}])
     prompts = [service.model.tokenizer.decode(request.prompt_ids) for request in service.requests]
     assert len({prompt.split("<turn|>", 1)[1] for prompt in prompts[:9]}) == 1  # all say the same
-    assert all(f"response:tool{{value:{Q}{Q}}}" in prompt for prompt in prompts[9:])
+    assert all("user\nResult of a tool, which was called earlier:\n" in prompt for prompt in prompts[9:])
     assert not any("None" in prompt for prompt in prompts)

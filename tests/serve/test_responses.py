@@ -218,7 +218,7 @@ def test_settings_reach_the_engine(serve):
     request, other = service.requests
     assert (request.choices.temperature, request.choices.top_k, request.choices.top_p) == (0.5, 7, 0.9)
     assert (request.settings.max_tokens, request.settings.entropy_bound, request.seed) == (12, 0.3, 5)
-    assert request.client != other.client
+    assert (request.user, other.user) == ("ann", "bob")
 
 
 def test_what_asks_for_nothing_that_is_missing_is_accepted(serve):

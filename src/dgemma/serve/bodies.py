@@ -232,7 +232,7 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
 
     def make() -> Request:
         request = service.model.request(
-            prompt, max_tokens=max_tokens, seed=seed_of(seed), temperature=scale if scale >= _GREEDY else 0.0,
+            prompt, max_tokens=None if max_tokens is None else min(max_tokens, limit), seed=seed_of(seed), temperature=scale if scale >= _GREEDY else 0.0,
             top_k=max(top_k or 0, 0), top_p=1.0 if top_p is None else top_p, logit_bias=bias, **options)
         room = limit - len(request.prompt_ids)
         if room < 1:
