@@ -180,5 +180,5 @@ def test_an_empty_assistant_and_answers_without_their_calls(scripted):
                                                                  {"type": "text", "text": "Hello"}]}])
     prompts = [service.model.tokenizer.decode(request.prompt_ids) for request in service.requests]
     assert len({prompt.split("<turn|>", 1)[1] for prompt in prompts[:9]}) == 1  # all say the same
-    assert all("user\nResult of a tool, which was called earlier:\n" in prompt for prompt in prompts[9:])
+    assert all("user\nResult of a tool, which was called earlier:" in prompt for prompt in prompts[9:])
     assert not any("None" in prompt for prompt in prompts)

@@ -232,8 +232,9 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
 
     def make() -> Request:
         request = service.model.request(
-            prompt, max_tokens=None if max_tokens is None else min(max_tokens, limit), seed=seed_of(seed), temperature=scale if scale >= _GREEDY else 0.0,
-            top_k=max(top_k or 0, 0), top_p=1.0 if top_p is None else top_p, logit_bias=bias, **options)
+            prompt, max_tokens=None if max_tokens is None else min(max_tokens, limit), seed=seed_of(seed),
+            temperature=scale if scale >= _GREEDY else 0.0, top_k=max(top_k or 0, 0),
+            top_p=1.0 if top_p is None else top_p, logit_bias=bias, **options)
         room = limit - len(request.prompt_ids)
         if room < 1:
             raise too_long(len(request.prompt_ids), service, settings, param)
