@@ -106,7 +106,7 @@ class Model:
                 raise DgemmaError(f"a prompt of token ids is one-dimensional integers, got {tuple(given.shape)} of "
                                   f"{given.dtype}")
             return given.tolist()
-        if isinstance(given, (list, tuple, range)) and len(given) and _is_number(given[0]):
+        if _is_ids(prompt):
             numbers = [_plain_token(item) for item in given]
             if not all(_is_token(item) for item in numbers):
                 raise DgemmaError("a prompt of token ids holds whole numbers only")
@@ -185,7 +185,7 @@ class Model:
                 None if pinned is None else [bool(pin) for pin in pinned],
                 Choices(temperature, top_k, top_p, tuple((logit_bias or {}).items())), logprobs, constraint,
                 (stop,) if isinstance(stop, str) else tuple(stop), drafts, client,
-                tools=None if tools is None and constraint is None else tuple(usable_tools(declared, choice) or ()),
+                tools=None if tools is None and _is_ids(prompt) else tuple(usable_tools(declared, choice) or ()),
                 held=calls is not None,
                 thoughts=self._thoughts(thought_open, reasoning_budget), redraw_empty=redraw_empty)
             request.check(self.config)
@@ -214,6 +214,13 @@ class Model:
     def reader(self, request: Request) -> AnswerReader:
         """What reads a request's answer: its text, reasoning and tool calls, and where a stop string ends it."""
         return AnswerReader(self.tokenizer, request.prompt_ids, **request.reading)
+
+
+def _is_ids(prompt: Any) -> bool:
+    """Whether a prompt is token ids, or was meant to be."""
+    if isinstance(prompt, (torch.Tensor, np.ndarray)):
+        return True
+    return isinstance(prompt, (list, tuple, range)) and len(prompt) > 0 and _is_number(prompt[0])
 
 
 def _is_token(value: object) -> bool:

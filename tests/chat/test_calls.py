@@ -221,7 +221,7 @@ def test_calls_without_an_opening_mark_are_calls_if_nothing_else_is_said(before,
     assert read(text)[0] == ("Hm." if "Hm" in before else "")
     assert read(f"Look: {source}")[2] == ([LOOK] if OPEN in source else [])
     assert read(f"{before}{source} and so on")[2] == (calls if OPEN in source else [])
-    assert read(text, tools=[])[2] == ([LOOK] if OPEN in source else [])
+    assert read(text, tools=[])[2] == []  # no tools, no calls
     assert read(text, form=True)[2] == ([LOOK] if OPEN in source else [])
 
 

@@ -83,7 +83,14 @@ def test_lone_bytes_of_gemmas_own_tokenizer_make_characters():
     ],
 )
 def test_marks(text, pieces):
-    assert read(text, tools=[]) == pieces
+    assert read(text) == pieces
+
+
+def test_without_tools_nothing_is_a_call():
+    for text in (CALL, f"<|channel>thought\nhm<channel|>{CALL}", JSON, f"{CALL}ok"):
+        assert not any(isinstance(piece, Called) for piece in read(text, tools=[]))
+    assert read(f"So {CALL}", tools=[]) == [f"So {CALL}"]
+    assert read(f"<|channel>thought\n{CALL}", tools=[]) == [Thought(CALL)]
 
 
 def test_marks_typed_as_text_are_text_within_a_call_too():

@@ -52,14 +52,20 @@ def request_(model):
     return model.request("x", seed=7)
 
 
+@pytest.fixture
+def calling(model):
+    """A request that declares a tool."""
+    return model.request("x", seed=7, tools=[{"name": "f"}])
+
+
 def denoised(ids, step):
     n = len(ids)
     return Denoised(0, 0, step, ids, ids, [0.123456] * n, [True] * n, [True] * n, 0.5, 0.1)
 
 
-def test_pieces_come_in_the_order_in_which_they_were_said(model, request_):
+def test_pieces_come_in_the_order_in_which_they_were_said(model, calling):
     service = ScriptedService(model, ["<|channel>thought\nhm<channel|>Hel", f"lo{CALL}"], cached_tokens=2)
-    found = pieces(service, request_, model.tokenizer)
+    found = pieces(service, calling, model.tokenizer)
     assert "".join(piece.text for piece in found if isinstance(piece, Reasoning)) == "hm"
     assert "".join(piece.text for piece in found if isinstance(piece, Text)) == "Hello"
     kinds = [type(piece) for piece in found]
@@ -142,9 +148,9 @@ def test_closing_the_stream_closes_the_request(model, request_):
     assert service.closed
 
 
-def test_an_answer_is_its_pieces_together(model, request_):
+def test_an_answer_is_its_pieces_together(model, calling):
     service = ScriptedService(model, ["<|channel>thought\nhm<channel|>Hel", f"lo{CALL}{CALL}"])
-    answer = asyncio.run(collect(deltas(service, request_, model.tokenizer)))
+    answer = asyncio.run(collect(deltas(service, calling, model.tokenizer)))
     assert (answer.reasoning, answer.text, len(answer.tool_calls)) == ("hm", "Hello", 2)
     assert [call.index for call in answer.tool_calls] == [0, 1] and answer.logprobs is None
     assert answer.done.finish_reason == "tool_calls"

@@ -117,7 +117,7 @@ def test_with_a_form_only_marked_calls_are_calls(scripted, model):
         "tools": (), "stop": (), "form": True, "held": False}
     assert model.request("Hello", tools=TOOLS).reading == {
         "tools": tuple(TOOLS), "stop": (), "form": False, "held": False}
-    assert model.request("Hello").reading["tools"] is None
+    assert model.request("Hello").reading["tools"] == () and model.request([2, 3]).reading["tools"] is None
 
 
 def test_a_form_that_looks_like_a_call_is_text_in_python_too(model):

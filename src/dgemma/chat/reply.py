@@ -57,7 +57,8 @@ class ReplyReader:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], tools: DeclaredTools | None = None,
                  stop: Sequence[str] = (), form: bool = False, held: bool = False):
         """The prompt tells whether a thought was already open, and which tools there are unless ``tools`` does, as
-        names or as declarations in OpenAI's form. Where there are any, a call is of one of them.
+        names or as declarations in OpenAI's form. Where there are any, a call is of one of them; where ``tools`` is
+        empty, nothing is a call.
 
         ``stop``: nothing from any of these strings on is said. ``form``: the answer has to have a form, which may look
         like a call; only what stands between marks is one then. ``held``: a constraint made the calls.
@@ -65,6 +66,7 @@ class ReplyReader:
         self._tokenizer, self._held = tokenizer, held
         self._marks = {tokenizer.token_to_id(mark): mark for mark in _MARKS}
         self._tools = tools_of(declared_tools(tokenizer, prompt_ids) if tools is None else tools)
+        self._calling = tools is None or bool(self._tools)
         self._channel = Channel(inside_thought(tokenizer, prompt_ids))
         self._speech = Speech({} if form else self._tools, stop)
         self._call: list[Spelt] | None = None  # an open call, from its opening mark on
@@ -155,6 +157,8 @@ class ReplyReader:
             self._text(mark)
         elif mark.text == thoughts.CLOSE:
             pass  # it closes nothing
+        elif mark.text == tools.OPEN and not self._calling:
+            self._text(mark)
         elif mark.text == tools.OPEN and self._channel.open:
             self._in_thought = self._in_thought or []
             self._in_thought.append(mark)

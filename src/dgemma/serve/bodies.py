@@ -293,12 +293,13 @@ def too_long(tokens: int, service: Service, settings: Settings, param: str, coun
 
 async def prompt_tokens(service: Service, settings: Settings, prompt: Prompt, bos: bool = True, *,
                         param: str = "prompt", thinking: bool = False,
-                        tools: list[dict[str, Any]] | None = None) -> list[int]:
+                        tools: list[dict[str, Any]] | None = None, bounded: bool = True) -> list[int]:
     """The token ids of a prompt: text as it is, behind <bos> unless it begins so, or a conversation rendered.
 
-    Raises `ApiError`.
+    Raises `ApiError`; for a prompt that is too long to answer only if it has to be ``bounded``.
     """
-    _check_length(service, settings, prompt, param)
+    if bounded:
+        _check_length(service, settings, prompt, param)
     if not isinstance(prompt, str):
         return await _in_thread(service.model.prompt_ids, prompt, thinking=thinking, tools=tools)
     tokenizer = service.model.tokenizer

@@ -252,12 +252,24 @@ def _validation_error(error: RequestValidationError) -> ApiError:
 
 
 def _of_branches_that_were_meant(mistakes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Where a union fails there is a mistake for every branch: without those of branches that name another type."""
-    others = [tuple(mistake["loc"][:-1]) for mistake in mistakes
-              if mistake["type"] == "literal_error" and mistake["loc"][-1] in ("type", "role")]
-    meant = [mistake for mistake in mistakes
-             if not any(tuple(mistake["loc"][:len(other)]) == other for other in others if len(other) > 1)]
-    return meant or list(mistakes)
+    """Where a union fails there is a mistake for every branch: without those of branches that name another type.
+
+    Where no branch was meant, all that is wrong is that name.
+    """
+    named = [mistake for mistake in mistakes if len(mistake["loc"]) > 2 and mistake["type"] == "literal_error"
+             and mistake["loc"][-1] in ("type", "role")]
+    others = {tuple(mistake["loc"][:-1]) for mistake in named}
+    left = [mistake for mistake in mistakes if not any(_inside(mistake, other) for other in others)]
+    # A branch for another kind of value, a string beside objects, was not meant either.
+    told = [mistake for mistake in left if mistake["type"] not in _TYPES
+            and not (mistake["type"] == "literal_error" and not isinstance(mistake.get("input"), str))]
+    lost = [mistake for mistake in named
+            if not any(_inside(other, tuple(mistake["loc"][:-2])) for other in told)]
+    return lost or left or list(mistakes)
+
+
+def _inside(mistake: Mapping[str, Any], place: tuple[str | int, ...]) -> bool:
+    return tuple(mistake["loc"][:len(place)]) == place
 
 
 def _sentence(found: Sequence[tuple[list[str | int], Mapping[str, Any]]]) -> tuple[str, str | None]:

@@ -29,9 +29,10 @@ from dgemma.serve.bodies import (
     TopK,
     TopP,
     Whole,
+    client_of,
 )
-from dgemma.serve.calling import reasoning_budget
-from dgemma.serve.errors import ApiError
+from dgemma.serve.calling import BUDGETS, ChosenTools, Words, reasoning_budget, told_tools
+from dgemma.serve.errors import ApiError, shown
 from dgemma.serve.forms import Form, answer_form
 from dgemma.serve.settings import Settings
 
@@ -88,9 +89,15 @@ _INSTEAD = {
 
 
 class Thinking(Body):
-    """Anthropic's and DeepSeek's spelling of the switch."""
+    """Anthropic's and DeepSeek's spelling of the switch.
+
+    ``budget_tokens``: the most tokens to think, marks included; a thought that would have more is closed there.
+    ``display``: whether thoughts are shown, where an answer has a place for them.
+    """
 
     type: Literal["enabled", "disabled", "adaptive", "auto"]
+    budget_tokens: Any = None
+    display: Literal["summarized", "omitted"] | None = None
 
 
 class ReasoningConfig(Body):
@@ -117,6 +124,8 @@ class OutputConfig(Body):
 class AnswerFields(SamplerFields):
     """What asks for an answer, the same on every route. Of several names of one thing the first one counts.
 
+    ``known`` is what the routes take whose bodies are ``is_known``: elsewhere such a field is a mistake.
+
     Length: ``max_completion_tokens``, ``max_output_tokens``, ``max_tokens``, ``max_new_tokens``, ``n_predict``,
     ``num_predict``; none of them, or -1: to the end of the context; more than fits is what fits. Form: the fields of
     `forms`. Thinking: ``thinking``, ``enable_thinking``, ``think``, ``chat_template_kwargs``, ``reasoning``,
@@ -124,7 +133,8 @@ class AnswerFields(SamplerFields):
     and ``stop_sequences`` together.
     """
 
-    known: ClassVar[set[str]] = set()  # the fields of all routes
+    known: ClassVar[set[str]] = set()
+    is_known: ClassVar[bool] = True
 
     stream: bool | None = None
     temperature: Temperature | None = None
@@ -151,6 +161,7 @@ class AnswerFields(SamplerFields):
     json_schema: Annotated[dict[str, Any] | str | None, Field(description="A JSON schema.")] = None
     structured_outputs: Annotated[dict[str, Any] | None, Field(
         description="One of json, regex, choice and json_object.")] = None
+    response_schema: Annotated[dict[str, Any] | str | None, Field(description="A JSON schema.")] = None
     guided_decoding: Annotated[dict[str, Any] | None, Field(description="Like structured_outputs.")] = None
     guided_json: Annotated[dict[str, Any] | str | None, Field(description="A JSON schema.")] = None
     guided_regex: str | None = None
@@ -180,7 +191,22 @@ class AnswerFields(SamplerFields):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
-        AnswerFields.known |= cls.model_fields.keys()
+        if cls.is_known:
+            AnswerFields.known |= cls.model_fields.keys()
+
+    def asks(self, http: HttpRequest) -> dict[str, Any]:
+        """What is asked for, as arguments of `bodies.engine_request`. Raises `ApiError`."""
+        form, format_param = self.answer_form()
+        max_tokens, max_tokens_param = self.length_limit()
+        return {"max_tokens": max_tokens, "max_tokens_param": max_tokens_param, "seed": self.seed,
+                "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
+                "logit_bias": self.logit_bias, "stop": self.stops(), "response_format": form,
+                "format_param": format_param, "client": client_of(http, self.named_user(), self.cache_salt),
+                **self.sampler()}
+
+    def named_user(self) -> str | None:
+        """For whom the client asks."""
+        return self.user or self.safety_identifier
 
     def length_limit(self) -> tuple[int | None, str]:
         """The most tokens to answer with, None for as many as there is room for, and the field that says so."""
@@ -200,16 +226,16 @@ class AnswerFields(SamplerFields):
         """`forms.answer_form` of this body."""
         return answer_form(self)
 
-    def reasoning_limit(self) -> int | None:
-        """`calling.reasoning_budget` of this body."""
-        return reasoning_budget(self)
-
     def wants_thinking(self) -> bool:
         """Whether the model shall think first: any one of the spellings may say so, the plainest wins."""
         return self.thinking_switch()[0]
 
     def thinking_switch(self) -> tuple[bool, str]:
-        """Whether the model shall think first, and the field that says so."""
+        """Whether the model shall think first, and the field that says so. Raises `ApiError`.
+
+        Who says nothing but how long it may think wants it to.
+        """
+        template = _template_switch(self.chat_template_kwargs or {})
         if isinstance(self.thinking, bool):
             return self.thinking, "thinking"
         if self.thinking is not None:
@@ -218,18 +244,52 @@ class AnswerFields(SamplerFields):
             return self.enable_thinking, "enable_thinking"
         if self.think is not None:
             return (self.think if isinstance(self.think, bool) else _thinks(self.think)), "think"
-        if (switch := _template_switch(self.chat_template_kwargs or {})) is not None:
-            return switch, "chat_template_kwargs"
+        if template is not None:
+            return template, "chat_template_kwargs"
         if self.reasoning is not None and (self.reasoning.enabled is not None or self.reasoning.effort is not None):
             enabled = self.reasoning.enabled
             return (_thinks(self.reasoning.effort) if enabled is None else enabled), "reasoning"
-        return _thinks(self.reasoning_effort), "reasoning_effort"
+        if self.reasoning_effort is not None:
+            return _thinks(self.reasoning_effort), "reasoning_effort"
+        return (reasoning_budget(self) or 0) > 0, "reasoning_budget_tokens"
 
     def one_answer(self) -> None:
         """Raises `ApiError` if several answers are asked for."""
         if (self.n or 1) > 1:
             raise ApiError(400, "n must be 1 here: several answers are made at /v1/chat/completions", "n",
                            "unsupported_parameter")
+
+
+class ConversationFields(AnswerFields):
+    """What asks for an answer to a conversation: thoughts and calls of tools are a part of it."""
+
+    tool_choice: Words | ChosenTools | None = None
+    parallel_tool_calls: bool | None = None
+
+    def declared_tools(self) -> list[dict[str, Any]] | None:
+        """The declarations of the tools, as the library reads them."""
+        raise NotImplementedError
+
+    def one_call(self) -> bool:
+        """Whether the answer may have one tool call only."""
+        choice = self.tool_choice
+        return self.parallel_tool_calls is False or (isinstance(choice, ChosenTools)
+                                                     and bool(choice.disable_parallel_tool_use))
+
+    def asks(self, http: HttpRequest) -> dict[str, Any]:
+        return {**super().asks(http), "thinking": self.wants_thinking(), "reasoning_budget": reasoning_budget(self),
+                "tools": self.declared_tools() or [], "tool_choice": self._choice(),
+                "parallel_tool_calls": not self.one_call()}
+
+    def prompt_options(self) -> dict[str, Any]:
+        """What the prompt depends on beside the messages, as arguments of `bodies.prompt_tokens`."""
+        return {"thinking": self.wants_thinking() and reasoning_budget(self) != 0,
+                "tools": told_tools(self.declared_tools(), self._choice())}
+
+    def _choice(self) -> Any:
+        """``tool_choice`` as `read_tool_choice` reads it."""
+        choice = self.tool_choice
+        return choice.model_dump(exclude_unset=True) if isinstance(choice, ChosenTools) else choice
 
 
 def _thinks(effort: str | None) -> bool:
@@ -244,51 +304,43 @@ def _template_switch(given: dict[str, Any]) -> bool | None:
             switch = bool(switch) or value
         elif name == "reasoning_effort" and isinstance(value, str):
             switch = bool(switch) or _thinks(value)
-        elif value not in (None, False, "", [], {}):
-            raise ApiError(400, "chat_template_kwargs takes enable_thinking: true or false, and nothing else",
+        elif name not in BUDGETS and value not in (None, False, "", [], {}):
+            raise ApiError(400, f"chat_template_kwargs takes enable_thinking, thinking (true or false), "
+                           f"reasoning_effort and thinking_budget, not {shown(name)}",
                            "chat_template_kwargs", "unsupported_parameter")
     return switch
 
 
-def check_fields(body: Body, http: HttpRequest, settings: Settings, options: Body | None = None, *,
-                 foreign: Literal["refuse", "tell"] = "refuse") -> None:
+def check_fields(body: Body, http: HttpRequest, settings: Settings) -> None:
     """Refuse what cannot be honoured, and note what has no effect for the answer's header.
 
-    ``options`` is a part of the body with settings of its own. ``foreign``: what becomes of fields that ask for
-    something on other routes. Raises `ApiError` naming the first field at fault.
+    Raises `ApiError` naming the first field at fault.
     """
-    told = []
-    for prefix, part in (("", body), ("options.", options)):
-        if part is None:
-            continue
-        given = {name: getattr(part, name, None) for name in ("presence_penalty", "frequency_penalty")
-                 if name in part.model_fields_set} | (part.model_extra or {})
-        told += [prefix + name for name, value in given.items()
-                 if value is not None and name not in HARMLESS
-                 and not _asks_nothing(name, value, prefix, http, settings, foreign)]
+    given = {name: getattr(body, name) for name in ("presence_penalty", "frequency_penalty")
+             if name in body.model_fields_set} | (body.model_extra or {})
+    told = [name for name, value in given.items()
+            if value is not None and name not in HARMLESS and not _asks_nothing(name, value, http, settings)]
     names = [name for name in told if _TELLABLE.fullmatch(name)]
     if names:
         http.scope["dgemma.ignored"] = ", ".join(names[:_MOST_TOLD])
 
 
-def _asks_nothing(name: str, value: Any, prefix: str, http: HttpRequest, settings: Settings,
-             foreign: Literal["refuse", "tell"]) -> bool:
+def _asks_nothing(name: str, value: Any, http: HttpRequest, settings: Settings) -> bool:
     """Whether a field that is not taken asks for nothing; False: it is to be told of. Raises `ApiError`."""
-    field = prefix + name
     if name in REFUSED:
         if value not in REFUSED[name]:
-            raise ApiError(400, f"{field} is not supported here: leave it out", field, "unsupported_parameter")
+            raise ApiError(400, f"{name} is not supported here: leave it out", name, "unsupported_parameter")
         return True
     if value in NO_EFFECT.get(name, ()):
         return True
-    if name not in NO_EFFECT and name in AnswerFields.known and foreign == "refuse":
+    if name not in NO_EFFECT and name in AnswerFields.known:
         if value in (False, "", [], {}):
             return True
         instead = _INSTEAD.get(name, "leave it out")
-        raise ApiError(400, f"{field} is no field of {http.url.path}: {instead}", field, "unsupported_parameter")
+        raise ApiError(400, f"{name} is no field of {http.url.path}: {instead}", name, "unsupported_parameter")
     if settings.strict_fields:
-        known = name in NO_EFFECT or name in AnswerFields.known
+        known = name in NO_EFFECT
         why = "has no effect here, and this server was told to say so (--strict-fields): leave it out" if known \
             else "is not known here, and this server takes known fields only (--strict-fields)"
-        raise ApiError(400, f"{field} {why}", field, "unsupported_parameter" if known else "unknown_parameter")
+        raise ApiError(400, f"{name} {why}", name, "unsupported_parameter" if known else "unknown_parameter")
     return False

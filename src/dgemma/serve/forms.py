@@ -34,12 +34,17 @@ def answer_form(body: BaseModel) -> tuple[Form | None, str]:
         return None, "response_format"
     chosen = found[0]
     for other in found[1:]:
-        if other[0] == chosen[0] or _says_more(chosen[0], other[0]):
+        if _spelt(other[0]) == _spelt(chosen[0]) or _says_more(chosen[0], other[0]):
             continue
         if not _says_more(other[0], chosen[0]):
             raise ApiError(400, f"the answer can have one form only, and {chosen[1]} names another", other[1])
         chosen = other
     return chosen
+
+
+def _spelt(form: Form) -> str:
+    """As text: to Python 1 and true are the same."""
+    return json.dumps(form, sort_keys=True)
 
 
 def _says_more(one: Form, other: Form) -> bool:
@@ -59,7 +64,8 @@ def _typed(value: Any, where: str) -> Iterator[tuple[Form, str]]:
     if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
         raise ApiError(400, f"{where} must be an object whose type is {_TYPES}, not {shown(value)}", where)
     kind = value["type"]
-    if kind in ("json_schema", "json") or (kind == "json_object" and ("schema" in value or "json_schema" in value)):
+    nested = value.get("schema") is not None or value.get("json_schema") is not None
+    if kind in ("json_schema", "json") or (kind == "json_object" and nested):
         inner = value.get("json_schema")
         # OpenAI nests the schema, llama.cpp and the Responses API do not, TGI calls it value.
         holder = inner if isinstance(inner, Mapping) else value
@@ -137,12 +143,17 @@ def _guided(kind: str) -> Read:
 def _structured_outputs(value: Mapping[str, Any], where: str) -> Iterator[tuple[Form, str]]:
     """vLLM's later spelling."""
     for name, form in value.items():
-        if form is None or form is False:
+        if form is None or form is False or name in _ASIDE:
             continue
         if name not in ("json", "regex", "choice", "json_object"):
             raise ApiError(400, f"{where} takes json, regex, choice or json_object, not {shown(name)}", where,
                            "unsupported_parameter")
         yield from _guided(name)(form, where)
+
+
+# What vLLM is told of how it shall keep a form: here forms are kept in one way, without white space.
+_ASIDE = ("disable_fallback", "disable_any_whitespace", "disable_additional_properties", "whitespace_pattern",
+          "backend", "_backend")
 
 
 def _regex(value: Any, where: str) -> Iterator[tuple[Form, str]]:
@@ -154,6 +165,7 @@ _FIELDS: dict[str, Read] = {
     "response_format": _typed, "text": _nested, "output_config": _nested, "output_format": _typed, "format": _ollama,
     "json_schema": _named_schema, "guided_json": _guided("json"), "guided_regex": _guided("regex"),
     "guided_choice": _guided("choice"), "guided_json_object": _guided("json_object"),
+    "response_schema": _guided("json"),
     "structured_outputs": _structured_outputs, "guided_decoding": _structured_outputs, "regex": _regex,
 }
 

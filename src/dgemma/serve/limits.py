@@ -120,7 +120,10 @@ class Gate:
         origin, allowed = headers.get("origin"), self.settings.allowed_origins
         if origin is None or origin in allowed or "*" in allowed:
             return
-        own = urlsplit(origin).netloc
+        try:
+            own = urlsplit(origin).netloc
+        except ValueError:
+            own = ""
         if own and own == headers.get("host") and _is_address(own):
             return
         raise ApiError(403, f"web pages of {origin!r} may not use this server: start it with --allowed-origins")

@@ -16,12 +16,11 @@ from starlette.responses import Response
 
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
-from dgemma.serve.bodies import adapter_of, client_of, engine_request, prompt_tokens
-from dgemma.serve.calling import choice_of
+from dgemma.serve.bodies import adapter_of, engine_request, prompt_tokens
 from dgemma.serve.deltas import Delta, answering
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.fields import check_fields
-from dgemma.serve.messages_body import CountBody, MessagesBody, conversation, declared_tools
+from dgemma.serve.messages_body import CountBody, MessagesBody, conversation
 from dgemma.serve.messages_stream import Event, MessageRendering
 from dgemma.serve.settings import Settings
 from dgemma.serve.streams import EVENT_CONTENT, EventStream, Merged, event, whole
@@ -99,8 +98,8 @@ def router(service: Service, settings: Settings) -> APIRouter:
     @routes.post("/v1/messages/count_tokens", response_model=TokenCount, responses=_ERRORS)
     async def count_tokens(body: CountBody) -> Response:
         adapter_of(body.model, service, settings)
-        prompt_ids = await prompt_tokens(service, settings, conversation(body), param="messages",
-                                         **_prompt_options(body))
+        prompt_ids = await prompt_tokens(service, settings, conversation(body), param="messages", bounded=False,
+                                         **body.prompt_options())
         return JsonResponse({"input_tokens": len(prompt_ids)})
 
     return routes
@@ -110,30 +109,13 @@ async def _request(service: Service, settings: Settings, body: MessagesBody, htt
     adapter = adapter_of(body.model, service, settings)
     body.check()
     check_fields(body, http, settings)
-    form, format_param = body.answer_form()
-    user = body.metadata.user_id if body.metadata else None
-    # Clients of this API always name a limit, often one beyond the context: such an answer ends with the context.
-    return await engine_request(
-        service, settings, conversation(body), adapter=adapter, max_tokens=body.length_limit()[0],
-        temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, logit_bias=body.logit_bias,
-        stop=body.stops(), seed=body.seed, response_format=form, format_param=format_param,
-        tool_choice=choice_of(body.tool_choice), parallel_tool_calls=not body.one_call(),
-        reasoning_budget=body.reasoning_limit(),
-        client=client_of(http, user or body.user, body.cache_salt), **_prompt_options(body), **body.sampler())
+    return await engine_request(service, settings, conversation(body), adapter=adapter, **body.asks(http))
 
 
 def _most(body: MessagesBody) -> int:
     """The most tokens that were asked for: an answer that ends before has filled the context."""
     most = body.length_limit()[0]
     return 2**63 if most is None else most
-
-
-def _prompt_options(body: CountBody) -> dict[str, Any]:
-    if isinstance(body, MessagesBody):
-        thinking = body.wants_thinking()
-    else:
-        thinking = body.thinking is not None and body.thinking.type != "disabled"
-    return {"thinking": thinking, "tools": declared_tools(body)}
 
 
 async def _whole(answer: AsyncGenerator[Delta, None], rendering: MessageRendering) -> Response:

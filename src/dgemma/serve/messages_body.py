@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dgemma.serve.bodies import MEDIA, Body, Length, Listed, RequestBody, Whole, file_text, text_only, titled
-from dgemma.serve.calling import told_tools
+from dgemma.serve.bodies import MEDIA, Body, Length, Listed, file_text, text_only, titled
 from dgemma.serve.errors import ApiError
-from dgemma.serve.fields import AnswerFields
+from dgemma.serve.fields import ConversationFields
 from dgemma.serve.turns import Turns
 
 
@@ -109,45 +108,20 @@ class CustomTool(Body):
     strict: bool | None = None
 
 
-class ToolChoice(Body):
-    type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
-    disable_parallel_tool_use: bool = False
-
-
-class ThinkingEnabled(Body):
-    """``budget_tokens``: the most tokens to think, marks included; a thought that would have more is closed there."""
-
-    type: Literal["enabled"]
-    budget_tokens: Annotated[Whole, Field(ge=1)] | None = None
-    display: Literal["summarized", "omitted"] | None = None
-
-
-class ThinkingAdaptive(Body):
-    type: Literal["adaptive"]
-    display: Literal["summarized", "omitted"] | None = None
-
-
-class ThinkingDisabled(Body):
-    type: Literal["disabled"]
-
-
-Thinking = Annotated[ThinkingEnabled | ThinkingAdaptive | ThinkingDisabled, Field(discriminator="type")]
-
-
 class Metadata(Body):
     user_id: str | None = None
 
 
-class CountBody(RequestBody):
-    """What a prompt is made of."""
+class MessagesBody(ConversationFields):
+    """POST /v1/messages."""
 
     model: str
     messages: Annotated[Listed[Message], Field(min_length=1)]
     system: str | Listed[TextBlock] | None = None
     tools: Listed[CustomTool] | None = None
-    tool_choice: ToolChoice | None = None
-    thinking: Thinking | None = None
+    max_tokens: Length  # pyright: ignore[reportGeneralTypeIssues]  # elsewhere it may be left out
+    metadata: Metadata | None = None
+    thread: Annotated[Any, Field(description="Conversations are not stored here; clients send them whole then.")] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -157,14 +131,6 @@ class CountBody(RequestBody):
             _no_media(message.get("content") if isinstance(message, dict) else None, f"messages[{index}].content")
         return body
 
-
-class MessagesBody(CountBody, AnswerFields):
-    max_tokens: Length  # pyright: ignore[reportGeneralTypeIssues]  # elsewhere it may be left out
-    thinking: Thinking | bool | None = None
-    metadata: Metadata | None = None
-    parallel_tool_calls: bool | None = None
-    thread: Annotated[Any, Field(description="Conversations are not stored here; clients send them whole then.")] = None
-
     def check(self) -> None:
         """Raises `ApiError` naming a field that cannot be honoured."""
         if self.thread:
@@ -172,18 +138,32 @@ class MessagesBody(CountBody, AnswerFields):
             raise ApiError(400, "thread: conversations are not stored here: send the whole conversation without it",
                            "thread", details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
         self.one_answer()
+        if self.messages[-1].role == "assistant":
+            raise _refusal(f"messages[{len(self.messages) - 1}].role",
+                           "the last message must be the user's: the beginning of an answer cannot be given")
 
-    def length_limit(self) -> tuple[int | None, str]:
-        """The most tokens to answer with, None for as many as there is room for, and the field that says so."""
-        return (None if self.max_tokens < 0 else self.max_tokens), "max_tokens"
+    def named_user(self) -> str | None:
+        return (self.metadata and self.metadata.user_id) or super().named_user()
 
-    def one_call(self) -> bool:
-        """Whether the answer may have one tool call only."""
-        choice = self.tool_choice
-        return self.parallel_tool_calls is False or bool(choice is not None and choice.disable_parallel_tool_use)
+    def declared_tools(self) -> list[dict[str, Any]] | None:
+        return [{"type": "function", "function": {
+            "name": tool.name, "description": tool.description, "parameters": tool.input_schema,
+            "strict": tool.strict}} for tool in self.tools or () if isinstance(tool, CustomTool)] or None
 
 
-def conversation(body: CountBody) -> list[dict[str, Any]]:
+class CountBody(MessagesBody):
+    """POST /v1/messages/count_tokens: nothing is made, so nothing is refused for what cannot be made.
+
+    Of tools that a client does not run itself the model would not be told: they count nothing.
+    """
+
+    is_known = False
+
+    max_tokens: Length | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    tools: Listed[CustomTool | dict[str, Any]] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def conversation(body: MessagesBody) -> list[dict[str, Any]]:
     """The messages as chat templates know them: thoughts and tool calls beside what was said, results by themselves.
 
     Neighbours of the same role become one message. Raises `ApiError` naming the field that cannot be read.
@@ -206,17 +186,7 @@ def conversation(body: CountBody) -> list[dict[str, Any]]:
                 turns.say(message.role, [_read(block, f"messages[{index}].content[{place}]")])
             elif isinstance(block, ToolResultBlock):
                 turns.answer(block.tool_use_id, _result(block, f"messages[{index}].content[{place}].content"))
-    if body.messages[-1].role == "assistant":
-        raise _refusal(f"messages[{len(body.messages) - 1}].role",
-                       "the last message must be the user's: the beginning of an answer cannot be given")
     return turns.messages
-
-
-def declared_tools(body: CountBody) -> list[dict[str, Any]] | None:
-    """The tools that the model is told of: none when it must not call any."""
-    return told_tools([{"type": "function", "function": {
-        "name": tool.name, "description": tool.description, "parameters": tool.input_schema, "strict": tool.strict}}
-        for tool in body.tools or ()], body.tool_choice)
 
 
 def _refusal(field: str, why: str) -> ApiError:
@@ -258,11 +228,11 @@ def _read(block: ReadBlock, where: str) -> str:
     return titled("\n".join(filter(None, [block.title, block.context])), text)
 
 
-def _no_media(content: Any, where: str) -> None:
-    """Raises `ApiError` for a block of a message that is a picture or the like."""
+def _no_media(content: Any, where: str, within: bool = True) -> None:
+    """Raises `ApiError` for a block of a message that is a picture or the like; ``within``: of a tool's result, too."""
     for place, block in enumerate(content if isinstance(content, list) else ()):
         kind = block.get("type") if isinstance(block, dict) else None
         if isinstance(kind, str) and kind in MEDIA:
             raise text_only(kind, f"{where}[{place}]")
-        if kind == "tool_result":
-            _no_media(block.get("content"), f"{where}[{place}].content")
+        if within and kind == "tool_result":
+            _no_media(block.get("content"), f"{where}[{place}].content", within=False)

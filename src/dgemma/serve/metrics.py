@@ -137,7 +137,7 @@ class MeasuredService:
         used.prompt_tokens += made.prompt_tokens
         used.cached_tokens += made.cached_tokens
         used.answer_tokens += len(made.token_ids)
-        used.steps += sum(made.steps)
+        used.steps += sum(made.steps) + made.redrawn_steps
         if used.answers is not None:
             record |= {"answer": self._service.model.tokenizer.decode(made.token_ids),
                        "finish_reason": made.finish_reason, "steps": made.steps, "cached_tokens": made.cached_tokens}

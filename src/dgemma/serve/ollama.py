@@ -21,13 +21,11 @@ from starlette.responses import PlainTextResponse, Response
 from dgemma import __version__
 from dgemma.api import Prompt
 from dgemma.config import SAMPLER_SETTINGS
-from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
 from dgemma.nn.mounts import MountedAdapter
 from dgemma.nn.packed import weight_bytes
 from dgemma.serve.bodies import (
     adapter_of,
-    client_of,
     context_limit,
     engine_request,
     prompt_tokens,
@@ -46,7 +44,7 @@ from dgemma.serve.deltas import (
 )
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.fields import check_fields
-from dgemma.serve.ollama_body import ChatBody, GenerateBody, OllamaBody, Options, ShowBody
+from dgemma.serve.ollama_body import ChatBody, GenerateBody, OllamaBody, ShowBody
 from dgemma.serve.settings import Settings
 from dgemma.serve.streams import LineStream, Merged, line, whole
 from dgemma.serve.tally import tally
@@ -196,27 +194,26 @@ def router(service: Service, settings: Settings) -> APIRouter:
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
         """Answer a conversation."""
         adapter = named_adapter(body.model, service, settings)
-        check_fields(body, http, settings, body.options, foreign="tell")
+        check_fields(body, http, settings)
         if not body.messages:
             return JsonResponse(Lines(body).nothing("unload" if body.unloads else "load"))
-        request = await _request(service, settings, body, body.conversation(), http, adapter,
-                                 tools=body.declared_tools(), thinking=body.thinks())
-        return await _respond(http, settings, body, answering(service, request), Lines(body))
+        request = await engine_request(service, settings, body.conversation(), adapter=adapter,
+                                       logprobs=body.wanted_logprobs(), **body.asks(http))
+        return await _respond(http, settings, body, answering(service, request, one_call=body.one_call()), Lines(body))
 
     @routes.post("/api/generate", responses=_answers(GenerateAnswer) | _ERRORS)
     async def generate(body: GenerateBody, http: HttpRequest) -> Response:
         """Answer a prompt, or with `raw` go on with it."""
         adapter = named_adapter(body.model, service, settings)
-        check_fields(body, http, settings, body.options, foreign="tell")
+        check_fields(body, http, settings)
         body.check()
         if not body.prompt:
             return JsonResponse(Lines(body).nothing("unload" if body.unloads else "load"))
+        prompt: Prompt = body.conversation()
         if body.raw:
-            prompt: Prompt = await prompt_tokens(service, settings, body.prompt)
-            request = await _request(service, settings, body, prompt, http, adapter)
-        else:
-            request = await _request(service, settings, body, body.conversation(), http, adapter,
-                                     thinking=body.thinks())
+            prompt = await prompt_tokens(service, settings, body.prompt)
+        request = await engine_request(service, settings, prompt, adapter=adapter, param="prompt",
+                                       logprobs=body.wanted_logprobs(), **body.asks(http))
         return await _respond(http, settings, body, answering(service, request), Lines(body))
 
     return routes
@@ -226,17 +223,6 @@ def named_adapter(name: str, service: Service, settings: Settings) -> MountedAda
     """`adapter_of`, for a name that may end in ":latest"."""
     short = name.removesuffix(_LATEST)
     return adapter_of(name if name in settings.served_names else short, service, settings)
-
-
-async def _request(service: Service, settings: Settings, body: OllamaBody, prompt: Prompt, http: HttpRequest,
-                   adapter: MountedAdapter | None, **asked: Any) -> Request:
-    options = body.options or Options()
-    seed = None if options.seed is None or options.seed < 0 else options.seed
-    return await engine_request(
-        service, settings, prompt, adapter=adapter, max_tokens=options.max_tokens,
-        max_tokens_param="options.num_predict", format_param="format", temperature=options.temperature,
-        top_k=options.top_k, top_p=options.top_p, stop=options.stops, seed=seed, response_format=body.form(),
-        logprobs=body.wanted_logprobs(), client=client_of(http), **asked, **options.sampler())
 
 
 async def _respond(http: HttpRequest, settings: Settings, body: OllamaBody, answer: AsyncGenerator[Delta, None],
@@ -266,7 +252,7 @@ class Lines:
     def of(self, delta: Delta) -> dict[str, Any]:
         """The line of a piece. Raises `ApiError` or `BrokenAnswerError` for an answer that was cut off."""
         if isinstance(delta, Broken):
-            raise BrokenAnswerError
+            raise BrokenAnswerError(delta.told)
         if isinstance(delta, Done):
             return self._line() | self._end(delta)
         if isinstance(delta, Text):

@@ -7,41 +7,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from dgemma.serve.bodies import Listed, RequestBody, SamplerFields, Seed, Stop, Temperature, TopK, TopP, Whole
+from dgemma.serve.bodies import Listed, RequestBody, Whole
 from dgemma.serve.errors import ApiError
+from dgemma.serve.fields import AnswerFields, ConversationFields
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Options(SamplerFields):
-    """What is drawn and for how long; the checkpoint's sampler settings go here, too.
-
-    Options of Ollama's runners (num_ctx, num_gpu, …) are accepted and change nothing; other samplers' are told of.
-    """
-
-    seed: Seed | None = None  # below 0: any
-    num_predict: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
-    temperature: Temperature | None = None
-    top_k: TopK | None = None
-    top_p: TopP | None = None
-    stop: Stop | None = None
-
-    @property
-    def max_tokens(self) -> int | None:
-        """The most tokens to answer with; None, here any number below 1: as many as there is room for."""
-        return self.num_predict if self.num_predict is not None and self.num_predict > 0 else None
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop or ()))
+def _no_limit(value: Any) -> Any:
+    """Ollama's -2, and anything else below 1, is no limit."""
+    return -1 if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 1 else value
 
 
 class Function(RequestBody):
+    """With ``strict`` the arguments of every call satisfy ``parameters``."""
+
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class Tool(RequestBody):
@@ -75,35 +61,38 @@ class Message(RequestBody):
     tool_call_id: str | None = None
 
 
-class OllamaBody(RequestBody):
-    """What chat and generate have in common. ``stream`` is on unless it is false."""
+class OllamaBody(ConversationFields):
+    """What chat and generate have in common. ``stream`` is on unless it is false.
+
+    ``options`` may say what the body itself may: sampling, length, stop strings, the checkpoint's sampler settings.
+    """
+
+    is_known = False
 
     model: str
-    stream: bool | None = None
-    format: Literal["", "json"] | dict[str, Any] | None = None
-    options: Options | None = None
-    think: bool | str | None = None
+    options: dict[str, Any] | None = None
+    num_predict: Annotated[Literal[-1] | Annotated[Whole, Field(ge=1)], BeforeValidator(_no_limit)] | None = None
     keep_alive: Number | str | None = None  # how long an idle model stays in memory; here it always does
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
-    def form(self) -> dict[str, Any] | None:
-        """The form of the answer, as `Model.request` knows it."""
-        if self.format is None or self.format == "":
-            return None
-        if self.format == "json":
-            return {"type": "json_object"}
-        return {"type": "json_schema", "json_schema": {"schema": self.format}}
-
-    def thinks(self) -> bool:
-        """Whether the model shall think first: true, or a level such as "low"."""
-        if isinstance(self.think, str):
-            return self.think.lower() not in ("", "false", "none", "off")
-        return bool(self.think)
+    @model_validator(mode="before")
+    @classmethod
+    def _with_options(cls, body: Any) -> Any:
+        options = body.get("options") if isinstance(body, dict) else None
+        if not isinstance(options, dict):
+            return body
+        own = body.keys() - AnswerFields.model_fields.keys()
+        return body | {name: value for name, value in options.items() if name not in own}
 
     def wanted_logprobs(self) -> int | None:
-        """How many alternatives beside each token's log-probability; None: no log-probabilities."""
+        """How many alternatives beside each token's log-probability; None: no log-probabilities. Raises `ApiError`."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def declared_tools(self) -> list[dict[str, Any]] | None:
+        return None
 
     @property
     def unloads(self) -> bool:
@@ -142,8 +131,8 @@ class ChatBody(OllamaBody):
         return messages
 
     def declared_tools(self) -> list[dict[str, Any]] | None:
-        return [{"type": "function", "function": tool.function.model_dump(include={"name", "description", "parameters"},
-                                                                          exclude_none=True)}
+        kept = {"name", "description", "parameters", "strict"}
+        return [{"type": "function", "function": tool.function.model_dump(include=kept, exclude_none=True)}
                 for tool in self.tools or ()] or None
 
 
@@ -177,6 +166,10 @@ class GenerateBody(OllamaBody):
                               ("context", "use /api/chat and send the conversation")):
             if getattr(self, name):
                 raise ApiError(400, f"{name} is not supported here: {instead}", name, "unsupported_parameter")
+        if self.raw:
+            thinks, param = self.thinking_switch()
+            for name in (*(["system"] if self.system else ()), *([param] if thinks else ())):
+                raise ApiError(400, f"{name} needs a chat template, and raw: true takes the prompt as it is", name)
 
     def conversation(self) -> list[dict[str, Any]]:
         system = [{"role": "system", "content": self.system}] if self.system else []

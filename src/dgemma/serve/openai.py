@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from fastapi import Request as HttpRequest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from dgemma.diffusion.row import Request
@@ -24,17 +24,15 @@ from dgemma.serve.bodies import (
     RequestBody,
     adapter_of,
     choice_seeds,
-    client_of,
     context_limit,
     engine_request,
     longest,
     prompt_tokens,
 )
-from dgemma.serve.calling import choice_of
 from dgemma.serve.deltas import Answer, Delta, answering, collect
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.fields import check_fields
-from dgemma.serve.openai_body import ChatBody, CompletionBody, CompletionFields, Message, TokenId, Tool
+from dgemma.serve.openai_body import ChatBody, CompletionBody, CompletionFields, TokenId, TokenizeBody
 from dgemma.serve.openai_stream import ChatCompletion, Rendering, TextCompletion, TextRendering
 from dgemma.serve.settings import Settings
 from dgemma.serve.streams import EVENT_CONTENT, EventStream, Merged, event, whole
@@ -69,18 +67,6 @@ class ModelList(BaseModel):
     last_id: str | None
 
 
-class TokenizeBody(RequestBody):
-    """Either ``prompt`` or ``messages``. ``add_special_tokens`` is about the first, the rest about the second."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[Listed[Message], Field(min_length=1)] | None = None
-    tools: Listed[Tool] | None = None
-    thinking: bool = False
-    add_special_tokens: bool = True
-    return_token_strs: bool | None = None
-
-
 class Tokens(BaseModel):
     count: int
     max_model_len: int
@@ -109,18 +95,14 @@ def router(service: Service, settings: Settings) -> APIRouter:
         adapter = adapter_of(body.model, service, settings)
         check_fields(body, http, settings)
         body.check()
-        max_tokens, param = body.length_limit()
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         seeds = choice_seeds(body.seed, body.n or 1)
-        request = await engine_request(
-            service, settings, body.conversation(), adapter=adapter, max_tokens=max_tokens, max_tokens_param=param,
-            seed=seeds[0], thinking=body.wants_thinking(), tools=body.declared_tools(),
-            tool_choice=choice_of(body.tool_choice), parallel_tool_calls=body.parallel_tool_calls is not False,
-            logprobs=logprobs, **_choices(body, http))
+        request = await engine_request(service, settings, body.conversation(), adapter=adapter, logprobs=logprobs,
+                                       **body.asks(http))
         rendering = Rendering(body.model or settings.served_names[0], seeds, usage=body.with_usage,
                               logprobs=logprobs is not None)
         streams = [answering(service, dataclasses.replace(request, seed=seed),
-                             one_call=body.parallel_tool_calls is False, drafts_per_second=body.drafts_per_second)
+                             one_call=body.one_call(), drafts_per_second=body.drafts_per_second)
                    for seed in seeds]
         return await _respond(http, settings, body, rendering, streams)
 
@@ -130,15 +112,12 @@ def router(service: Service, settings: Settings) -> APIRouter:
         adapter = adapter_of(body.model, service, settings)
         check_fields(body, http, settings)
         body.check()
-        max_tokens, max_tokens_param = body.length_limit()
         seeds = choice_seeds(body.seed, body.n or 1)
         requests: list[Request] = []
         for prompt in body.prompts():
             ids = await prompt_tokens(service, settings, prompt, body.add_special_tokens)
-            request = await engine_request(service, settings, ids, adapter=adapter, param="prompt",
-                                           max_tokens=max_tokens, max_tokens_param=max_tokens_param,
-                                           seed=seeds[0], logprobs=body.logprobs,
-                                           **_choices(body, http))
+            request = await engine_request(service, settings, ids, adapter=adapter, param="prompt", tools=[],
+                                           logprobs=body.logprobs, **body.asks(http))
             requests += [dataclasses.replace(request, seed=seed) for seed in seeds]
         echo = []
         if body.echo:
@@ -178,18 +157,16 @@ def router(service: Service, settings: Settings) -> APIRouter:
         return JsonResponse(card(model).model_dump())
 
     @routes.post("/tokenize", tags=["Tokens"], response_model=Tokens)
-    async def tokenize(body: TokenizeBody) -> Response:
+    async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
         """The token ids of a text, or of a conversation as the model would read it."""
         adapter_of(body.model, service, settings)
+        check_fields(body, http, settings)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either prompt or messages", "prompt" if body.messages else "messages")
         if body.prompt is not None:
             ids = await prompt_tokens(service, settings, body.prompt, body.add_special_tokens)
         else:
-            conversation = [message.model_dump(exclude_unset=True) for message in body.messages or ()]
-            tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
-            ids = await prompt_tokens(service, settings, conversation, param="messages", thinking=body.thinking,
-                                      tools=tools)
+            ids = await prompt_tokens(service, settings, body.conversation(), param="messages", **body.prompt_options())
         strings = [tokenizer.id_to_token(token) or "" for token in ids] if body.return_token_strs else None
         return JsonResponse({"count": len(ids), "max_model_len": context_limit(service, settings), "tokens": ids,
                              "token_strs": strings})
@@ -216,14 +193,6 @@ def _answers(model: type[BaseModel]) -> dict[str, Any]:
     return {"response_model": model, "responses": {
         200: {"description": "The answer; with `stream: true` its chunks.",
               "content": EVENT_CONTENT}}}
-
-
-def _choices(body: CompletionFields, http: HttpRequest) -> dict[str, Any]:
-    """The arguments of `engine_request` that both kinds of completion take from their body."""
-    form, param = body.answer_form()
-    return {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "logit_bias": body.logit_bias,
-            "reasoning_budget": body.reasoning_limit(), "response_format": form, "format_param": param,
-            "stop": body.stops(), "client": client_of(http, body.user, body.cache_salt), **body.sampler()}
 
 
 async def _respond(http: HttpRequest, settings: Settings, body: CompletionFields, rendering: Rendering,

@@ -10,11 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dgemma.serve.bodies import MEDIA, Body, Listed, Whole, file_text, text_only, titled
-from dgemma.serve.calling import ChosenTools, Words, told_tools
 from dgemma.serve.errors import ApiError
-from dgemma.serve.fields import AnswerFields, Thinking
-
-__all__ = ["ChatBody", "CompletionBody", "CompletionFields", "Message", "Thinking", "TokenId", "Tool"]
+from dgemma.serve.fields import AnswerFields, ConversationFields
 
 MAX_CHOICES = 128  # answers to one request
 
@@ -74,14 +71,11 @@ class Tool(Body):
 
 
 
-
-class ChatBody(CompletionFields):
+class ChatBody(CompletionFields, ConversationFields):
     """POST /v1/chat/completions."""
 
     messages: Annotated[Listed[Message], Field(min_length=1)]
     tools: Listed[Tool] | None = None
-    tool_choice: Words | ChosenTools | None = None
-    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
@@ -93,7 +87,7 @@ class ChatBody(CompletionFields):
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as the library reads them. Raises `ApiError` for a part that is no text."""
         messages = []
-        for index, message in enumerate(self.messages):
+        for index, message in enumerate(self.messages or ()):
             said = message.model_dump(exclude_unset=True)
             if isinstance(message.content, list):
                 said["content"] = [_part(part, f"messages[{index}].content") for part in message.content]
@@ -101,8 +95,7 @@ class ChatBody(CompletionFields):
         return messages
 
     def declared_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model is told of: none when it must not call any."""
-        return told_tools([tool.model_dump(exclude_unset=True) for tool in self.tools or ()], self.tool_choice)
+        return [tool.model_dump(exclude_unset=True) for tool in self.tools or ()] or None
 
 
 def _part(part: dict[str, Any], where: str) -> dict[str, Any]:
@@ -120,6 +113,17 @@ def _part(part: dict[str, Any], where: str) -> dict[str, Any]:
             raise ApiError(400, f"{where}: files are not stored here: send the text itself, or file_data", where)
         return {"type": "text", "text": titled(name if isinstance(name, str) else None, file_text(data, None, where))}
     return part
+
+
+class TokenizeBody(ChatBody):
+    """Either ``prompt`` or ``messages``. ``add_special_tokens`` is about the first, the rest about the second."""
+
+    is_known = False
+
+    messages: Annotated[Listed[Message], Field(min_length=1)] | None = None  # pyright: ignore
+    prompt: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
 
 
 class CompletionBody(CompletionFields):

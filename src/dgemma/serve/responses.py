@@ -16,12 +16,11 @@ from starlette.responses import Response
 
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
-from dgemma.serve.bodies import adapter_of, client_of, engine_request
-from dgemma.serve.calling import choice_of
+from dgemma.serve.bodies import adapter_of, engine_request
 from dgemma.serve.deltas import Delta, answering
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.fields import check_fields
-from dgemma.serve.responses_body import ResponsesBody, conversation, declared_tools, refuse_what_cannot_be
+from dgemma.serve.responses_body import ResponsesBody, conversation, refuse_what_cannot_be, response_format
 from dgemma.serve.responses_stream import ResponseRendering
 from dgemma.serve.settings import Settings
 from dgemma.serve.streams import EVENT_CONTENT, EventStream, Merged, event, whole
@@ -74,7 +73,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
     async def create_response(body: ResponsesBody, http: HttpRequest) -> Response:
         request = await _request(service, settings, body, http)
         rendering = ResponseRendering(_echo(body, request))
-        answer = answering(service, request, one_call=body.parallel_tool_calls is False)
+        answer = answering(service, request, one_call=body.one_call())
         if not body.stream:
             return await whole(http, settings, _whole(answer, rendering))
         source = Merged([answer])
@@ -87,17 +86,9 @@ async def _request(service: Service, settings: Settings, body: ResponsesBody, ht
     adapter = adapter_of(body.model, service, settings)
     check_fields(body, http, settings)
     refuse_what_cannot_be(body)
-    form, format_param = body.answer_form()
-    max_tokens, max_tokens_param = body.length_limit()
     try:
-        return await engine_request(
-            service, settings, conversation(body), adapter=adapter, param="input", max_tokens=max_tokens,
-            max_tokens_param=max_tokens_param, temperature=body.temperature, top_k=body.top_k, top_p=body.top_p,
-            logit_bias=body.logit_bias, stop=body.stops(), seed=body.seed, logprobs=body.wanted_logprobs(),
-            response_format=form, format_param=format_param, thinking=body.wants_thinking(), tools=declared_tools(body),
-            tool_choice=choice_of(body.tool_choice), parallel_tool_calls=body.parallel_tool_calls is not False,
-            reasoning_budget=body.reasoning_limit(),
-            client=client_of(http, body.user or body.safety_identifier, body.cache_salt), **body.sampler())
+        return await engine_request(service, settings, conversation(body), adapter=adapter, param="input",
+                                    logprobs=body.wanted_logprobs(), **body.asks(http))
     except ApiError as error:
         if error.param and error.param.startswith("messages"):  # what the library calls them
             error.param = "input"
@@ -111,9 +102,10 @@ def _echo(body: ResponsesBody, request: Request) -> dict[str, Any]:
                                            "safety_identifier", "prompt_cache_key")}
     said["max_output_tokens"] = body.length_limit()[0]
     return {
-        **said, "metadata": body.metadata or {}, "text": asked["text"] or {"format": {"type": "text"}},
+        **said, "metadata": body.metadata or {},
+        "text": {**(asked["text"] or {}), "format": response_format(body.answer_form()[0])},
         "tools": asked["tools"] or [], "tool_choice": asked["tool_choice"] or "auto",
-        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "parallel_tool_calls": not body.one_call(),
         "temperature": request.choices.temperature, "top_p": request.choices.top_p, "seed": request.seed,
         "truncation": "disabled", "previous_response_id": None, "background": False, "store": False}
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from dgemma.serve.bodies import MEDIA, Body, Listed, Whole, file_text, text_only, titled
-from dgemma.serve.calling import ChosenTools, Words, told_tools
 from dgemma.serve.errors import ApiError
-from dgemma.serve.fields import AnswerFields
+from dgemma.serve.fields import ConversationFields
+from dgemma.serve.forms import Form
 from dgemma.serve.turns import Turns
 
 
@@ -92,13 +92,11 @@ class FunctionTool(Body):
     strict: bool | None = None
 
 
-class ResponsesBody(AnswerFields):
+class ResponsesBody(ConversationFields):
     model: str
     input: str | Listed[Item]
     instructions: str | None = None
     tools: Listed[FunctionTool] | None = None
-    tool_choice: Words | ChosenTools | None = None
-    parallel_tool_calls: bool | None = None
     logprobs: bool | Annotated[Whole, Field(ge=0, le=20)] | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     include: Listed[str] | None = None
@@ -123,6 +121,11 @@ class ResponsesBody(AnswerFields):
                     if isinstance(kind, str) and kind in MEDIA:
                         raise text_only(kind, f"input[{index}].{field}[{place}]")
         return body
+
+    def declared_tools(self) -> list[dict[str, Any]] | None:
+        return [{"type": "function", "function": {
+            "name": tool.name, "description": tool.description, "parameters": tool.parameters, "strict": tool.strict}}
+            for tool in self.tools or ()] or None
 
     def wanted_logprobs(self) -> int | None:
         """How many alternatives beside each token's log-probability; None: no log-probabilities."""
@@ -175,11 +178,13 @@ def conversation(body: ResponsesBody) -> list[dict[str, Any]]:
     return turns.messages
 
 
-def declared_tools(body: ResponsesBody) -> list[dict[str, Any]] | None:
-    """The tools that the model is told of: none when it must not call any."""
-    return told_tools([{"type": "function", "function": {
-        "name": tool.name, "description": tool.description, "parameters": tool.parameters, "strict": tool.strict}}
-        for tool in body.tools or ()], body.tool_choice)
+def response_format(form: Form | None) -> dict[str, Any]:
+    """A form as this API writes it under ``text.format``."""
+    if form is None:
+        return {"type": "text"}
+    if form["type"] != "json_schema":
+        return dict(form)
+    return {"type": "json_schema", "name": "response", "strict": True, "schema": form["json_schema"]["schema"]}
 
 
 def _texts(content: str | list[Part] | None, where: str) -> list[str]:
