@@ -212,12 +212,13 @@ class _Compiler:
         forms = self.shapes.of(demands)
         shapes = [shape for kind in KINDS for shape in forms.get(kind, ()) if not self.shapes.nothing(shape)]
         meant = [shape for shape in shapes if shape.level >= OPEN]
+        if len(meant) < len(shapes):  # the other types are there for where none of these can be written
+            meant = [shape for shape in meant if shape.kind != "string" or self.shapes.writable(shape)]
         return Alt(tuple(self._shape(shape, where) for shape in dict.fromkeys(meant or shapes)))
 
     def _apart(self, parts: Sequence[Demands]) -> bool:
         """Whether no value satisfies two of these."""
-        return len(parts) <= _LISTED and all(self.shapes.impossible(tuple(dict.fromkeys((*one, *other))))
-                                             for one, other in combinations(parts, 2))
+        return len(parts) <= _LISTED and all(self.shapes.apart(one, other) for one, other in combinations(parts, 2))
 
     def _shape(self, shape: Shape, where: str) -> Node:
         if shape.fixed is not None:
