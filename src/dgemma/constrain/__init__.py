@@ -139,15 +139,17 @@ def _compiled(form: Mapping[str, Any], calls: Calls | None,
 
     Where a schema's lengths make it too large, longer and longer ones are cut (`schema_language`).
     """
-    from dgemma.constrain.automaton import Effort, TooLarge, compile_language
+    from dgemma.constrain.automaton import MAX_EFFORT, Effort, TooLarge, compile_language
     from dgemma.constrain.stacks import DEEPEST
 
     refusal: DgemmaError | None = None
-    tired = False  # the last one took all the time there is: only the shortest lengths are tried after it
+    left = MAX_EFFORT  # for all of them together, so that half of it is kept for the shortest lengths
     for longest in LENGTHS if form["type"] == "json_schema" or calls is not None else (None,):
-        if tired and longest != LENGTHS[-1]:
+        last = longest == LENGTHS[-1]
+        if left < MAX_EFFORT * 3 // 4 and not last:
             continue
-        effort = Effort()
+        allowed = left if last else left - MAX_EFFORT // 2
+        effort = Effort(allowed)
         try:
             made: tuple[Automaton, dict[str, Automaton]] | None = None
             if form["type"] != "text" and not (calls is not None and calls.required):
@@ -161,7 +163,8 @@ def _compiled(form: Mapping[str, Any], calls: Calls | None,
 
             return calls_automaton(calls, made, longest, inside_thought, effort)
         except TooLarge as error:
-            refusal, tired = error, effort.left < 0
+            refusal = error
+            left -= allowed - max(effort.left, 0)
     assert refusal is not None, "there is always a length to try"
     if calls is not None:
         from dgemma.constrain.choice import ToolsError

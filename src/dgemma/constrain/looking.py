@@ -68,7 +68,7 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
         found, todo = set(threads), list(threads)
         while todo:
             state, owed = todo.pop()
-            effort.spend(20)
+            effort.spend(4)
             reached: list[_Thread] = [(target, owed) for target in nfa.empty[state]]
             for number, target in nfa.looks[state]:
                 look, automaton = sought[number]
@@ -119,7 +119,7 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
         moves: dict[int, set[_Thread]] = defaultdict(set)
         for state, owed in threads:
             for column, targets in edges[state].items():
-                effort.spend(10 + 5 * len(targets) * (1 + len(owed)))
+                effort.spend(2 + len(targets) * (1 + len(owed)))
                 if (left := advance(owed, starts[column])) is not None:
                     moves[column] |= {(target, left) for target in targets}
         for column in sorted(moves):
@@ -138,7 +138,7 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
         rows.append(row)
         accepts.append(any(state == end and all(bool(sought[number][1].accepts[at]) != sought[number][0].negated
                                                 for number, at in owed) for state, owed in threads))
-    return minimal(np.array(rows, np.int32), byte_class, np.array(accepts), [[] for _ in rows])
+    return minimal(np.array(rows, np.int32), byte_class, np.array(accepts), [[] for _ in rows], effort)
 
 
 def _always(automaton: Automaton, effort: Effort) -> frozenset[int]:

@@ -20,7 +20,7 @@ from itertools import combinations, pairwise
 from math import ceil, floor, inf
 from typing import Any, NamedTuple
 
-from dgemma.constrain.automaton import ADVICE, Automaton, Effort, TooLarge, compile_language
+from dgemma.constrain.automaton import ADVICE, Automaton, Effort, TooLarge, compile_part
 from dgemma.constrain.language import parse_regex
 from dgemma.constrain.references import Place, Places
 from dgemma.constrain.scalars import string
@@ -118,6 +118,8 @@ _FREE: Forms = {"object": [Shape("object")], "array": [Shape("array")], "string"
 
 
 _NOT_EMPTY = Shape("object", MEANT, least=1)
+_LISTS = ("enum", "required", "allOf", "anyOf", "oneOf", "prefixItems")
+_OBJECTS = ("properties", "patternProperties", "dependentRequired", "dependentSchemas", "dependencies")
 _UNEVALUATED = (("unevaluatedProperties", "object"), ("unevaluatedItems", "array"))
 
 
@@ -139,24 +141,36 @@ def union(parts: Iterable[Forms]) -> Forms:
     return {kind: list(shapes) for kind, shapes in forms.items()}
 
 
-@functools.lru_cache(maxsize=256)
-def _finder(pattern: str, wide: bool) -> Automaton:
-    return compile_language(parse_regex(pattern, search=True, wide=wide))
+class Finder:
+    """Finds a document's patterns in texts."""
 
+    def __init__(self, effort: Effort):
+        self.effort = effort
+        self._known: dict[tuple[str, bool], Automaton] = {}
 
-def matches(pattern: str, text: str, wide: bool = False) -> bool:
-    """Whether a pattern is surely found in a text; ``wide``: whether it may be."""
-    automaton, state = _finder(pattern, wide), 0
-    for byte in text.encode(errors="surrogatepass"):
-        state = automaton.next_byte(state, byte)
-        if state < 0:
-            return False
-    return bool(automaton.accepts[state])
+    def automaton(self, pattern: str, wide: bool) -> Automaton:
+        """That of all texts that a pattern is surely found in; ``wide``: that it may be found in."""
+        if (pattern, wide) not in self._known:
+            self._known[pattern, wide] = compile_part(parse_regex(pattern, search=True, wide=wide), self.effort)
+        return self._known[pattern, wide]
+
+    def finds(self, pattern: str, text: str, wide: bool = False) -> bool:
+        automaton, state = self.automaton(pattern, wide), 0
+        for byte in text.encode(errors="surrogatepass"):
+            state = automaton.next_byte(state, byte)
+            if state < 0:
+                return False
+        return bool(automaton.accepts[state])
 
 
 @functools.lru_cache(maxsize=4096)
-def value_of(text: str) -> Any:
+def _value_of_short(text: str) -> Any:
     return json.loads(text)
+
+
+def value_of(text: str) -> Any:
+    """The value that a text of JSON says; short ones are remembered."""
+    return _value_of_short(text) if len(text) <= 200 else json.loads(text)
 
 
 def shortest_text(automaton: Automaton) -> str | None:
@@ -181,8 +195,9 @@ def shortest_text(automaton: Automaton) -> str | None:
 class Shapes:
     """All that is known of one document's demands; ``wide``: of the values that may satisfy, else that surely do."""
 
-    def __init__(self, places: Places, effort: Effort, wide: bool = False):
+    def __init__(self, places: Places, effort: Effort, wide: bool = False, finder: Finder | None = None):
         self.places, self.effort, self.wide = places, effort, wide
+        self.finder = finder or Finder(effort)
         self._known: dict[Demands, Forms] = {}
         self._single: dict[Demand, Forms] = {}
         self._open: set[Demand] = set()
@@ -196,7 +211,7 @@ class Shapes:
     def _may(self) -> Shapes:
         """The same document's wide reading."""
         assert not self.wide, "nothing is wider"
-        return Shapes(self.places, self.effort, wide=True)
+        return Shapes(self.places, self.effort, wide=True, finder=self.finder)
 
     def apart(self, one: Demands, other: Demands) -> bool:
         """Whether it is sure that no value satisfies both."""
@@ -278,10 +293,10 @@ class Shapes:
         """Of the property of a name; where it is not sure whether a pattern matches it, what holds in either case."""
         demands = list(dict(shape.named).get(name, ()))
         for pattern, more in shape.matching:
-            if matches(pattern, name, wide=not self.wide):
+            if self.finder.finds(pattern, name, wide=not self.wide):
                 demands += more
         for names, patterns, more in shape.extras:
-            if name not in names and not any(matches(pattern, name, wide=self.wide) for pattern in patterns):
+            if name not in names and not any(self.finder.finds(pattern, name, wide=self.wide) for pattern in patterns):
                 demands += more
         return tuple(dict.fromkeys(demands))
 
@@ -312,7 +327,7 @@ class Shapes:
             return False
         if kind == "string":
             return value not in shape.excluded and all(
-                matches(pattern, value, wide=found == self.wide) == found
+                self.finder.finds(pattern, value, wide=found == self.wide) == found
                 for pattern, found in shape.patterns)
         if kind == "array":
             if shape.unique and len({identity(item) for item in value}) < size:
@@ -379,7 +394,7 @@ class Shapes:
         plain = replace(shape, forms=(), level=OPEN, seen=Seen())
         if plain not in self._strings:
             try:
-                automaton = compile_language(self.text(plain), self.effort)
+                automaton = compile_part(self.text(plain), self.effort)
             except TooLarge:
                 return True
             self._strings[plain] = bool(automaton.accepts.any())
@@ -431,9 +446,10 @@ class Shapes:
             return _FREE if schema is holds else {}
         if not isinstance(schema, Mapping):
             raise DgemmaError(f"{place.where} must be an object, true or false, got {schema!r}")
-        for key in ("enum", "required", "allOf", "anyOf", "oneOf", "prefixItems"):
-            if key in schema and not isinstance(schema[key], list):
-                raise DgemmaError(f"{place.where} is not a valid JSON schema: {key} must be a list")
+        for keys, type_, what in ((_LISTS, list, "a list"), (_OBJECTS, Mapping, "an object")):
+            for key in keys:
+                if key in schema and not isinstance(schema[key], type_):
+                    raise DgemmaError(f"{place.where} is not a valid JSON schema: {key} must be {what}")
         if not holds:
             parts = list(self._clauses(schema, place, False))
             parts += [{kind: _FREE[kind]} for key, kind in _UNEVALUATED if key in schema and self.wide]
@@ -561,7 +577,7 @@ class Shapes:
     def _values(self, schema: Mapping, place: Place, holds: bool) -> Iterator[Forms]:
         """type, enum, const"""
         if "type" in schema:
-            names = [schema["type"]] if isinstance(schema["type"], str) else list(schema["type"])
+            names = [*schema["type"]] if isinstance(schema["type"], list) else [schema["type"]]
             for name in names:
                 if name not in TYPES:
                     raise DgemmaError(f"{place.where}.type is {name!r}; there are {', '.join(TYPES)}")
@@ -756,7 +772,7 @@ class Shapes:
             elif self.wide:
                 yield {"object": [_NOT_EMPTY]}
             else:
-                name = shortest_text(_finder(pattern, False))
+                name = shortest_text(self.finder.automaton(pattern, False))
                 if name is not None:
                     yield {"object": [Shape("object", MEANT, named=((name, demands),), required=(name,))]}
 
@@ -777,7 +793,7 @@ class Shapes:
     def _new_names(self, names: frozenset[str], patterns: tuple[str, ...]) -> list[str]:
         """A name that is none of these and matches no pattern, if one is found at once."""
         for name in ("other", "extra", "more", "x", "y", "Other", "0", "_", "-", "42", "ABC", "/"):
-            if name not in names and not any(matches(pattern, name, wide=True) for pattern in patterns):
+            if name not in names and not any(self.finder.finds(pattern, name, wide=True) for pattern in patterns):
                 return [name]
         return []
 
@@ -793,7 +809,7 @@ class Shapes:
         for shape in self.of(demands).get("string", ()):
             name = value_of(shape.fixed[0]) if shape.fixed else None
             if name is None:
-                text = shortest_text(compile_language(self.text(replace(shape, forms=())), self.effort))
+                text = shortest_text(compile_part(self.text(replace(shape, forms=())), self.effort))
                 name = None if text is None else json.loads(text)
             if name is not None:
                 yield {"object": [Shape("object", MEANT, required=(name,))]}
@@ -896,7 +912,7 @@ def _in_range(shape: Shape, value: float, wide: bool) -> bool:
 
 
 def _count(value: Any, place: Place, key: str) -> int:
-    if isinstance(value, bool) or value != int(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf or value != int(value):
         raise DgemmaError(f"{place.where}.{key} must be a whole number, at least 0, got {value!r}")
     return int(value)
 
