@@ -171,7 +171,8 @@ def test_a_schema_that_explodes_is_an_error_and_not_a_wait():
         reader_of(doubling(lambda ref: {"properties": {name: {**ref, "type": "object"} for name in "abc"}},
                            {"type": "object"}))
     with pytest.raises(TooLarge, match="too many"):
-        reader_of({"allOf": [{"anyOf": [{"required": [f"{row}-{column}"]} for column in range(5)]} for row in range(6)]})
+        reader_of({"allOf": [{"anyOf": [{"required": [f"{row}-{column}"]} for column in range(5)]}
+                             for row in range(6)]})
     # What only seems to explode is worked out once for each part.
     assert not empty(reader_of(doubling(lambda ref: {"anyOf": [ref, ref], "minLength": 0}, text)))
     defs = {f"{name}{i}": {"allOf": [{"$ref": f"#/$defs/{part}{i + 1}"} for part in order]}
@@ -229,7 +230,8 @@ def test_ranges_of_numbers_hold():
     ({"type": "number", "minimum": "0.5"}, r"minimum is '0\.5'"), ({"minimum": float("inf")}, "minimum is inf"),
     ({"minimum": True}, "minimum is True"), ({"multipleOf": 0}, "multipleOf is 0"), ({"multipleOf": "a"}, "multipleOf"),
     ({"minLength": float("inf")}, "minLength"), ({"minLength": -1}, "minLength"), ({"minLength": 1.5}, "minLength"),
-    ({"maxItems": "3"}, "maxItems"), ({"contains": {}, "minContains": -1}, "minContains"), ({"maxProperties": []}, "maxP"),
+    ({"maxItems": "3"}, "maxItems"), ({"contains": {}, "minContains": -1}, "minContains"),
+    ({"maxProperties": []}, "maxProperties"),
     ({"enum": "ab"}, "enum must be a list"), ({"required": "ab"}, "required must be a list"),
     ({"required": [3]}, "required must list names"), ({"anyOf": 3}, "anyOf must be a list"),
     ({"allOf": {}}, "allOf must be a list"), ({"prefixItems": {}}, "prefixItems must be a list"),
@@ -247,7 +249,7 @@ def test_ranges_of_numbers_hold():
     ({"if": 3, "then": {}}, "if must be"), ({"unevaluatedItems": 3}, "unevaluatedItems must be"),
     ({"oneOf": [True, {}]}, "oneOf: its branches"), ({"const": float("nan")}, "valid"),
     ({"contentEncoding": "base64", "contentMediaType": "application/json"}, "contentMediaType"),
-    ({"type": "number", "not": {"type": "integer"}, "multipleOf": 0.5}, "multipleOf"), 
+    ({"type": "number", "not": {"type": "integer"}, "multipleOf": 0.5}, "multipleOf"),
     ({"enum": ["\ud800"]}, "surrogate"),
 ])
 def test_what_is_not_understood_is_refused_by_name(schema, named):

@@ -66,6 +66,10 @@ class Automaton:
     accepts: np.ndarray  # [states] bool
     calls: list[list[tuple[str, int]]]  # per state: the rules that may begin here, the states they return to
 
+    @property
+    def nbytes(self) -> int:
+        return self.table.nbytes + self.byte_class.nbytes + self.accepts.nbytes + 64 * len(self.calls)
+
     def next_byte(self, state: int, byte: int) -> int:
         return int(self.table[state, self.byte_class[byte]])
 
