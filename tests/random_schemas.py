@@ -93,10 +93,11 @@ class _Maker:
     def arrays(self, depth):
         rng = self.rng
         items = [self.schema(depth) for _ in range(rng.randint(1, 2))]
+        one = {} if isinstance(items[0], bool) else items[0]  # beside additionalItems `jsonschema` breaks on a boolean
         keys = {"minItems": lambda: rng.randint(0, 3), "maxItems": lambda: rng.randint(0, 3),
                 "uniqueItems": lambda: rng.random() < 0.8, "contains": lambda: self.schema(depth)}
         if self.old:
-            keys |= {"items": lambda: rng.choice((items, items[0])), "additionalItems": lambda: self.schema(depth)}
+            keys |= {"items": lambda: rng.choice((items, one)), "additionalItems": lambda: self.schema(depth)}
         else:
             keys |= {"items": lambda: items[0], "prefixItems": lambda: items,
                      "minContains": lambda: rng.randint(0, 2), "maxContains": lambda: rng.randint(0, 2),
