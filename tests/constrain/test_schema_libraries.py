@@ -74,8 +74,10 @@ class Page(BaseModel, Generic[T]):
 
 FIELDS: dict[str, Any] = {
     "bool": bool, "int": int, "float": float, "str": str, "bytes": bytes, "None": None, "any": Any,
-    "decimal": decimal.Decimal, "decimal in bounds": Annotated[decimal.Decimal, Field(ge=0, max_digits=6, decimal_places=2)],
-    "uuid": uuid.UUID, "uuid4": pydantic.UUID4, "date": datetime.date, "datetime": datetime.datetime, "time": datetime.time,
+    "decimal": decimal.Decimal,
+    "decimal in bounds": Annotated[decimal.Decimal, Field(ge=0, max_digits=6, decimal_places=2)],
+    "uuid": uuid.UUID, "uuid4": pydantic.UUID4, "date": datetime.date, "datetime": datetime.datetime,
+    "time": datetime.time,
     "timedelta": datetime.timedelta, "aware": pydantic.AwareDatetime, "past": pydantic.PastDate,
     "positive": pydantic.PositiveInt, "negative": pydantic.NegativeFloat, "not negative": pydantic.NonNegativeInt,
     "strict": pydantic.StrictInt, "finite": pydantic.FiniteFloat, "multiple": Annotated[int, Field(multiple_of=5)],
@@ -83,11 +85,15 @@ FIELDS: dict[str, Any] = {
     "pattern": Annotated[str, Field(pattern=r"^[a-z]+\d*$")], "stripped": Annotated[
         str, pydantic.StringConstraints(strip_whitespace=True, to_lower=True, max_length=4)],
     "literal": Literal["a", "b", 3, None], "one literal": Literal["only"], "enum": Colour, "int enum": Level,
-    "optional": Optional[int], "union": Union[int, str, None], "union of lists": list[int] | list[str],  # noqa: UP007, UP045
-    "list": list[int], "bare list": list, "some": Annotated[list[str], Field(min_length=1, max_length=3)], "set": set[int],
+    "optional": Optional[int], "union": Union[int, str, None],  # noqa: UP007, UP045
+    "union of lists": list[int] | list[str],
+    "list": list[int], "bare list": list, "some": Annotated[list[str], Field(min_length=1, max_length=3)],
+    "set": set[int],
     "frozen set": frozenset[str], "set of few": set[Literal["a", "b"]], "tuple": tuple[int, str],
-    "long tuple": tuple[int, ...], "empty tuple": tuple[()], "named tuple": Point, "dict": dict[str, int], "bare dict": dict,
-    "int keys": dict[int, str], "literal keys": dict[Literal["a", "b"], int], "nested dict": dict[str, dict[str, list[int]]],
+    "long tuple": tuple[int, ...], "empty tuple": tuple[()], "named tuple": Point, "dict": dict[str, int],
+    "bare dict": dict,
+    "int keys": dict[int, str], "literal keys": dict[Literal["a", "b"], int],
+    "nested dict": dict[str, dict[str, list[int]]],
     "pattern keys": dict[Annotated[str, Field(pattern="^x")], int], "enum keys": dict[Colour, int], "typed dict": Movie,
     "model": Inner, "closed": Closed, "open": Open, "models": list[Inner], "tree": Tree, "generic": Page[Inner],
     "told apart": Annotated[Cat | Dog, Field(discriminator="kind")], "not told apart": Cat | Dog,
@@ -95,7 +101,8 @@ FIELDS: dict[str, Any] = {
     "interface": ipaddress.IPv6Interface, "any address": pydantic.IPvAnyAddress, "url": pydantic.AnyUrl,
     "http url": pydantic.HttpUrl, "postgres": pydantic.PostgresDsn, "secret": pydantic.SecretStr,
     "secret bytes": pydantic.SecretBytes, "json": pydantic.Json, "json of": pydantic.Json[list[int]],
-    "path": pathlib.Path, "base64": pydantic.Base64Str, "base64 bytes": pydantic.Base64Bytes, "pattern itself": re.Pattern,
+    "path": pathlib.Path, "base64": pydantic.Base64Str, "base64 bytes": pydantic.Base64Bytes,
+    "pattern itself": re.Pattern,
     "byte size": pydantic.ByteSize, "email-like": Annotated[str, Field(json_schema_extra={"format": "email"})],
     "json value": pydantic.JsonValue, "date of a year": Annotated[datetime.date, Field(ge=datetime.date(2020, 1, 1))],
 }
@@ -115,7 +122,8 @@ def test_every_type_of_pydantics_fields_is_kept(name):
 
 
 # What pydantic demands beyond its own schema, or reads otherwise.
-LAX = {"decimal", "json of", "secret bytes", "base64", "base64 bytes", "past", "pattern itself", "byte size", "int keys", "postgres",
+LAX = {"decimal", "json of", "secret bytes", "base64", "base64 bytes", "past", "pattern itself", "byte size",
+        "int keys", "postgres",
        "decimal in bounds", "date of a year", "network", "interface", "path", "bytes", "frozen set", "set"}
 
 
@@ -128,7 +136,8 @@ def test_what_is_written_pydantic_reads(name):
 
 def test_one_model_of_all_fields_at_once_is_kept():
     few = [name for name in FIELDS if name not in ("pattern itself", "timedelta", "url", "http url", "ipv6")]
-    model = pydantic.create_model("Model", **{re.sub(r"\W", "_", f"f_{name}"): (FIELDS[name], ...) for name in few[:40]})
+    model = pydantic.create_model("Model", **{re.sub(r"\W", "_", f"f_{name}"): (FIELDS[name],
+            ...) for name in few[:40]})
     assert not empty(reader_of(model.model_json_schema()))
 
 
@@ -140,7 +149,8 @@ PATTERNS = {
     "email": r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
     "uuid": r"^([0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[1-8][0-9a-fA-F]{3}-[89abAB][0-9a-fA-F]{3}-[0-9a-fA-F]{12}|"
             r"00000000-0000-0000-0000-000000000000|ffffffff-ffff-ffff-ffff-ffffffffffff)$",
-    "date": r"^(?:(?:\d\d[2468][048]|\d\d[13579][26]|\d\d0[48]|[02468][048]00|[13579][26]00)-02-29|\d{4}-(?:(?:0[13578]|"
+    "date": r"^(?:(?:\d\d[2468][048]|\d\d[13579][26]|\d\d0[48]|[02468][048]00|[13579][26]00)-02-29|"
+            r"\d{4}-(?:(?:0[13578]|"
             r"1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|(?:02)-(?:0[1-9]|1\d|2[0-8])))$",
     "time": r"^(?:[01]\d|2[0-3]):[0-5]\d(?::[0-5]\d(?:\.\d+)?)?$",
     "ipv4": r"^(?:(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9][0-9]|[0-9])\.){3}"
@@ -148,7 +158,8 @@ PATTERNS = {
     "duration": r"^P(?:(\d+W)|(?!.*W)(?=\d|T\d)(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+([.,]\d+)?S)?)?)$",
     "base64": r"^$|^(?:[0-9a-zA-Z+/]{4})*(?:(?:[0-9a-zA-Z+/]{2}==)|(?:[0-9a-zA-Z+/]{3}=))?$",
     "base64url": r"^[A-Za-z0-9_-]*$", "jwt": r"^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*$",
-    "e164": r"^\+[1-9]\d{6,14}$", "nanoid": r"^[a-zA-Z0-9_-]{21}$", "cuid": r"^[cC][^\s-]{8,}$", "cuid2": r"^[0-9a-z]+$",
+    "e164": r"^\+[1-9]\d{6,14}$", "nanoid": r"^[a-zA-Z0-9_-]{21}$", "cuid": r"^[cC][^\s-]{8,}$",
+    "cuid2": r"^[0-9a-z]+$",
     "ulid": r"^[0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{26}$", "xid": r"^[0-9a-vA-V]{20}$", "ksuid": r"^[A-Za-z0-9]{27}$",
     "cidrv4": r"^((25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9][0-9]|[0-9])\.){3}"
               r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9][0-9]|[0-9])\/([0-9]|[1-2][0-9]|3[0-2])$",
@@ -168,7 +179,8 @@ ZOD = {
     **{name: {**TEXT, "format": name, "pattern": pattern} for name, pattern in PATTERNS.items()},
     "guid": {**TEXT, "format": "uuid", "pattern": "^([0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-"
                                                   "[0-9a-fA-F]{12})$"},
-    "url": {**TEXT, "format": "uri"}, "iso datetime": {**TEXT, "format": "date-time"}, "ipv6": {**TEXT, "format": "ipv6"},
+    "url": {**TEXT, "format": "uri"}, "iso datetime": {**TEXT, "format": "date-time"}, "ipv6": {**TEXT,
+            "format": "ipv6"},
     "enum": {**TEXT, "enum": ["a", "b"]}, "native enum": {"type": "number", "enum": [0, 1]},
     "literal": {**TEXT, "const": "tuna"}, "literals": {"enum": ["a", 1, None]}, "nullable": {"anyOf": [TEXT, NULL]},
     "optional": {"type": "object", "properties": {"a": TEXT}, "additionalProperties": False},
@@ -191,14 +203,16 @@ ZOD = {
     "lazy": {"type": "object", "properties": {"name": TEXT, "children": {"type": "array", "items": {"$ref": "#"}}},
              "required": ["name", "children"], "additionalProperties": False},
     "getter": {"$ref": "#/$defs/__schema0", "$defs": {"__schema0": {
-        "type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/__schema0"}, NULL]}}, "required": ["next"],
+        "type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/__schema0"}, NULL]}},
+        "required": ["next"],
         "additionalProperties": False}}},
     "json": {"$ref": "#/$defs/__schema0", "$defs": {"__schema0": {"anyOf": [
         TEXT, NUMBER, {"type": "boolean"}, NULL, {"type": "array", "items": {"$ref": "#/$defs/__schema0"}},
         {"type": "object", "propertyNames": TEXT, "additionalProperties": {"$ref": "#/$defs/__schema0"}}]}}},
     "stringbool": TEXT, "file": {**TEXT, "format": "binary", "contentEncoding": "binary", "minLength": 1},
     "template literal": {**TEXT, "pattern": r"^hello, [\s\S]{0,}$"}, "never": {
-        "type": "object", "properties": {"a": {"not": {}}}}, "described": {**TEXT, "description": "d", "title": "t", "id": "x"},
+        "type": "object", "properties": {"a": {"not": {}}}}, "described": {**TEXT, "description": "d", "title": "t",
+        "id": "x"},
 }
 
 

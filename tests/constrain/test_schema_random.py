@@ -22,7 +22,8 @@ def is_kept(seed):
         return False
     if empty(reader):
         return False
-    for text in [text for value in VALUES if accepts(reader, text := dumps(value))] + list(some_texts(reader, seed, 12)):
+    for text in [text for value in VALUES if accepts(reader, text := dumps(value))] + list(some_texts(reader, seed,
+            12)):
         assert valid.is_valid(json.loads(text)), (seed, text, json.dumps(schema))
     return True
 
