@@ -24,7 +24,7 @@ import torch
 from machine import describe
 
 from dgemma.chat import Tokenizer
-from dgemma.constrain import _constraint, constraint_of
+from dgemma.constrain import constraint_of, made
 
 ITEM = {"type": "object", "required": ["id", "label"],
         "properties": {"id": {"type": "integer", "minimum": 0}, "label": {"type": "string"},
@@ -88,7 +88,7 @@ def walk(log_probs: torch.Tensor):
 
 
 def measure(form: dict, tokenizer: Tokenizer, canvas: int, repeats: int) -> tuple:
-    _constraint.cache_clear()
+    made.clear()
     gc.collect()
     began = time.perf_counter()
     constraint = constraint_of(form, tokenizer, (1, 106))

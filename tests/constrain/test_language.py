@@ -50,10 +50,47 @@ def test_anchors_bind_a_search(pattern):
         assert accepts(automaton, text) == (re.search(pattern, text) is not None), text
 
 
+@pytest.mark.parametrize("pattern", [
+    "(?=a)b", "(?=a)ab", "(?!ab)[ab]+c?", "^(?=.*[0-9])(?=.*[a-c]).{2,4}$", "a(?!b)", "(?<=a)b", "(?<!a)b", r"\bab",
+    r"b\b", r"\Ba", "a^b", "(?:^|a)b", "a(?=$|b)", "(?!a|b)", "(?=(?!a)b)b", "(?!(?=a)a)[ab]", "(a(?=b)|b)*",
+    r"(?i)aB", "(?i:a)b", "(?i)[^a]b", "(?m)^b$", "(?s)a.b", "(?P<name>a)b",
+])
+def test_what_looks_around_means_what_it_means_to_python(pattern):
+    whole, part = compile_language(parse_regex(pattern)), compile_language(parse_regex(pattern, search=True))
+    wide = compile_language(parse_regex(pattern, search=True, wide=True))
+    rng = random.Random(7)
+    for _ in range(500):
+        text = "".join(rng.choice("aabbABc1 ") for _ in range(rng.randint(0, 6)))
+        assert accepts(whole, text) == (re.fullmatch(pattern, text) is not None), text
+        assert accepts(part, text) == accepts(wide, text) == (re.search(pattern, text) is not None), text
+
+
+@pytest.mark.parametrize(("pattern", "found", "not_found"), [
+    (r"^\p{L}+$", ["aé日"], ["1", "", "a1"]), (r"^\p{Lu}\p{Ll}$", ["Éa"], ["éa", "AA"]), 
+    (r"^\P{L}$", ["1"], ["a", "日"]), (r"^[\p{L}\p{N}_-]+$", ["a_é9-"], [" ", "a b"]), (r"^\p{Letter}$", ["日"], ["1"]),
+    (r"^\p{Script=Greek}$", ["α"], ["a"]), (r"^\p{gc=Nd}$", ["5"], ["a"]), (r"^\p{ASCII}$", ["a"], ["é"]),
+    (r"^(?<year>\d{4})-(?<m>\d\d)$", ["2024-01"], ["24-1"]), (r"^\u{1F600}$", ["😀"], ["u"]),
+    (r"^\cA$", ["\x01"], ["c"]),
+    (r"^[^]$", ["\n", "a"], [""]), (r"^[\w-.]$", ["-", "."], ["+"]), (r"^\/$", ["/"], ["a"]),
+])
+def test_what_only_javascript_writes_is_read(pattern, found, not_found):
+    automaton = compile_language(parse_regex(pattern, search=True))
+    assert [accepts(automaton, text) for text in (*found, *not_found)] == [True] * len(found) + [False] * len(not_found)
+
+
+def test_a_wide_reading_holds_all_that_a_narrow_one_does():
+    for pattern in (r"^\d+$", r"\s", r"^\W$", "a$", "(?i)^k$", r"\bé", "."):
+        narrow, wide = (compile_language(parse_regex(pattern, search=True, wide=wide)) for wide in (False, True))
+        for text in ("1", "٣", " ", "\u00a0", "é", "K", "\u212a", "a", "a\n", "\r", "\u2028", "aé"):
+            matched = re.search(pattern, text) is not None or re.search(pattern, text, re.ASCII) is not None
+            assert accepts(narrow, text) <= matched <= accepts(wide, text), (pattern, text)
+
+
 @pytest.mark.parametrize(("pattern", "named"), [
-    ("(?=a)b", "look-around"), (r"(a)\1", "back reference"), (r"\bx", "word boundary"), ("a^b", "anchor"),
-    ("(", "unterminated"), (r"\p{L}", "bad escape"), ("(?i)a", "flags"), ("(?i:a)", "flags"), ("a*+", "possessive"),
-    ("(?>a)b", "atomic"),
+    (r"(a)\1", "back reference"), (r"(?P<n>a)(?P=n)", "back reference"), ("(", "unterminated"), ("[a", "unterminated"),
+    ("a*+", "possessive"), ("(?>a)b", "atomic"), (r"(?=a(?<=b))", "inside look-around"), (r"(?<=\bx)", "look-around"),
+    (r"\p{Nonsense}", "Nonsense"), (r"\P{Script=Greek}", "Script=Greek"), (r"\u{110000}", "0x110000"), 
+    ("(?<n", "no end"),
 ])
 def test_what_no_automaton_knows_is_refused_by_name(pattern, named):
     with pytest.raises(DgemmaError, match=named):

@@ -2,8 +2,8 @@
 
 A form becomes a language of texts (`schema`, `language`), the language an automaton over bytes (`automaton`), which
 reads the vocabulary's tokens (`vocabulary`, `reading`); with stop tokens and thoughts that makes a graph (`graph`), and
-every denoising step takes from it the most probable path and a drawn one (`paths`, `guide`). Knows nothing of the
-network. Nothing heavy is imported until a constraint is asked for.
+every denoising step takes from it the most probable path and a drawn one (`paths`, `guide`). What was made lately is
+kept, by its bytes (`cache`). Knows nothing of the network. Nothing heavy is imported until a constraint is asked for.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from dgemma.constrain.cache import ByteCache
 from dgemma.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from dgemma.constrain.guide import TextConstraint
     from dgemma.constrain.language import Node
 
-__all__ = ["constraint_of"]
+__all__ = ["constraint_of", "made"]
 
 MAX_LENGTH = 2**18  # characters of a response format: it is kept as long as what was made of it
+MAX_BYTES = 2**28  # of the constraints that are kept, with all that they have remembered while they were used
 LENGTHS = (None, 400, 120, 40)  # of strings that a schema limits, tried one after the other until they are few enough
 TYPES = ("text", "json_object", "json_schema", "regex", "choice")
+
+
+made: ByteCache[TextConstraint] = ByteCache(MAX_BYTES)
 
 
 def constraint_of(response_format: Mapping[str, Any] | None, tokenizer: Tokenizer, stop_ids: tuple[int, ...], *,
@@ -58,7 +62,13 @@ def constraint_of(response_format: Mapping[str, Any] | None, tokenizer: Tokenize
         raise DgemmaError("response_format is nested too deeply to be read") from error
     if len(spelt) > MAX_LENGTH:
         raise DgemmaError(f"response_format has {len(spelt)} characters; {MAX_LENGTH} are the most")
-    return _constraint(spelt, tokenizer, tuple(stop_ids), thinking, inside_thought, _spelt_calls(calls))
+    spelt_calls = _spelt_calls(calls)
+    key = (spelt, tokenizer, tuple(stop_ids), thinking, inside_thought, spelt_calls)
+    constraint = made.get(key)
+    if constraint is None:
+        constraint = _constraint(*key)
+        made.put(key, constraint, beside=2 * (len(spelt) + len(spelt_calls)))
+    return constraint
 
 
 def _spelt_calls(calls: Calls | None) -> str:
@@ -78,9 +88,8 @@ def _spelt_calls(calls: Calls | None) -> str:
     return spelt
 
 
-@lru_cache(maxsize=32)
 def _constraint(spelt: str, tokenizer: Tokenizer, stop_ids: tuple[int, ...], thinking: bool,
-                inside_thought: bool, spelt_calls: str = "") -> TextConstraint:
+                inside_thought: bool, spelt_calls: str) -> TextConstraint:
     from dgemma.chat.thoughts import CLOSE, OPEN
     from dgemma.constrain.automaton import FAR
     from dgemma.constrain.graph import OPENING, TEXT, THOUGHT, Graph, Special
@@ -139,15 +148,17 @@ def _compiled(form: Mapping[str, Any], calls: Calls | None,
 
     Where a schema's lengths make it too large, longer and longer ones are cut (`schema_language`).
     """
-    from dgemma.constrain.automaton import Effort, TooLarge, compile_language
+    from dgemma.constrain.automaton import MAX_EFFORT, Effort, TooLarge, compile_language
     from dgemma.constrain.stacks import DEEPEST
 
     refusal: DgemmaError | None = None
-    tired = False  # the last one took all the time there is: only the shortest lengths are tried after it
+    left = MAX_EFFORT  # for all of them together, so that half of it is kept for the shortest lengths
     for longest in LENGTHS if form["type"] == "json_schema" or calls is not None else (None,):
-        if tired and longest != LENGTHS[-1]:
+        last = longest == LENGTHS[-1]
+        if left < MAX_EFFORT * 3 // 4 and not last:
             continue
-        effort = Effort()
+        allowed = left if last else left - MAX_EFFORT // 2
+        effort = Effort(allowed)
         try:
             made: tuple[Automaton, dict[str, Automaton]] | None = None
             if form["type"] != "text" and not (calls is not None and calls.required):
@@ -161,7 +172,8 @@ def _compiled(form: Mapping[str, Any], calls: Calls | None,
 
             return calls_automaton(calls, made, longest, inside_thought, effort)
         except TooLarge as error:
-            refusal, tired = error, effort.left < 0
+            refusal = error
+            left -= allowed - max(effort.left, 0)
     assert refusal is not None, "there is always a length to try"
     if calls is not None:
         from dgemma.constrain.choice import ToolsError

@@ -32,7 +32,7 @@ from dgemma.errors import DgemmaError
 
 MAX_STATES = 10_000  # of a minimal automaton's construction; about a second's work
 MAX_PIECES = 100_000  # of the nondeterministic one
-MAX_EFFORT = 40_000_000  # of a whole constraint's construction, in about 0.1 µs each
+MAX_EFFORT = 12_000_000  # of a whole constraint's construction, in about 0.4 µs each
 ADVICE = "use fewer or smaller repetitions, lengths and alternatives"
 FAR = 2**30  # more steps than anything takes: no way at all
 
@@ -65,6 +65,10 @@ class Automaton:
     byte_class: np.ndarray  # [256] which column a byte reads
     accepts: np.ndarray  # [states] bool
     calls: list[list[tuple[str, int]]]  # per state: the rules that may begin here, the states they return to
+
+    @property
+    def nbytes(self) -> int:
+        return self.table.nbytes + self.byte_class.nbytes + self.accepts.nbytes + 64 * len(self.calls)
 
     def next_byte(self, state: int, byte: int) -> int:
         return int(self.table[state, self.byte_class[byte]])
@@ -149,9 +153,12 @@ class Nfa:
         self.edges: list[list[tuple[int, int, int]]] = []  # per state: (first byte, last byte, target)
         self.empty: list[list[int]] = []
         self.calls: list[list[tuple[str, int]]] = []
-        self._products: dict[int, Automaton] = {}  # by the node's identity: repetitions add it again and again
+        # By the node's identity, since repetitions add it again and again.
+        self._products: dict[int, Automaton] = {}
+        self._sequences: dict[int, list[list[tuple[int, int]]]] = {}
 
     def state(self) -> int:
+        self.effort.spend(4)
         if len(self.edges) >= MAX_PIECES:
             raise TooLarge(f"the constraint is too large: {ADVICE}")
         self.edges.append([])
@@ -171,7 +178,10 @@ class Nfa:
         if isinstance(node, Chars):
             end = self.state()
             known: dict[tuple[tuple[int, int], ...], int] = {(): end}
-            for sequence in utf8_sequences(node.ranges):
+            if id(node) not in self._sequences:
+                self._sequences[id(node)] = utf8_sequences(node.ranges)
+            self.effort.spend(4 * len(self._sequences[id(node)]))
+            for sequence in self._sequences[id(node)]:
                 for depth in range(len(sequence) - 1, 0, -1):  # sequences with a common end share it
                     rest = tuple(sequence[depth:])
                     if rest not in known:
@@ -257,7 +267,7 @@ class Nfa:
 
     def automaton(self, start: int, end: int) -> Automaton:
         """The minimal deterministic one of what leads from a state to another."""
-        return minimal(*_subsets(self, start, end))
+        return minimal(*_subsets(self, start, end), self.effort)
 
     def embed(self, automaton: Automaton, start: int, rules: Mapping[str, str] | None = None) -> int:
         """Add an automaton as `add` does a language; ``rules``: what the rules that it calls are named here."""
@@ -315,6 +325,7 @@ def _subsets(nfa: Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np
 
     rows, calls = [], []
     for subset in queue:  # grows while it is walked
+        nfa.effort.spend(2 * len(starts) + len(subset))
         moves: dict[int, set[int]] = defaultdict(set)
         called: dict[str, set[int]] = defaultdict(set)
         for state in subset:
@@ -334,8 +345,10 @@ def _subsets(nfa: Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np
     return np.stack(rows), byte_class, accepts, calls
 
 
-def minimal(table: np.ndarray, byte_class: np.ndarray, accepts: np.ndarray, calls: list[list]) -> Automaton:
+def minimal(table: np.ndarray, byte_class: np.ndarray, accepts: np.ndarray, calls: list[list],
+            effort: Effort) -> Automaton:
     """Without states that lead nowhere, states that do the same and byte classes that do."""
+    effort.spend(2500 + 2 * table.size)
     count = len(table)
     rules = sorted({rule for out in calls for rule, _ in out})
     full = np.full((count + 1, table.shape[1] + len(rules)), -1, np.int64)  # the last row: nowhere
@@ -439,4 +452,4 @@ def _product(node: Both, effort: Effort) -> Automaton:
         rows.append(row)
     accepts = np.array([left.accepts[one] and ((other >= 0 and right.accepts[other]) != node.negated)
                         for one, other in queue])
-    return minimal(np.array(rows, np.int32), byte_class.reshape(-1), accepts, [[] for _ in queue])
+    return minimal(np.array(rows, np.int32), byte_class.reshape(-1), accepts, [[] for _ in queue], effort)

@@ -17,7 +17,8 @@ from dgemma.constrain.reading import Reader, TokenClasses, forced_text, read_tex
 from dgemma.constrain.vocabulary import Vocabulary
 
 DONE, THOUGHT, OPENING, TEXT = range(4)  # the text's states are numbered from TEXT on
-_MOST_EDGES = 2**23  # of the plans that are remembered
+_MOST_PLANNED = 2**26  # bytes of the plans that are remembered
+_ENTRY = 200  # bytes that a small thing and its place in a table take
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Plan:
     label_starts: np.ndarray  # [L] where each label's begin
     label_counts: np.ndarray  # [L]
     only: np.ndarray  # [L] the token of a label that has but one, -1 for the others
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in vars(self).values())
 
 
 class Graph:
@@ -86,7 +91,16 @@ class Graph:
         self._label_numbers: dict[bytes, int] = {}
         self._fans: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # state -> targets, labels
         self._plans: dict[bytes, Plan] = {}
-        self._edges = 0  # of these plans
+        self._planned = self._known = 0  # bytes of these plans; of labels and fans
+
+    @property
+    def grown(self) -> int:
+        """Bytes of what was remembered while it was used."""
+        return self._planned + self._known + self.reader.grown
+
+    @property
+    def nbytes(self) -> int:
+        return self.classes.nbytes + self.reader.nbytes + self.grown
 
     @property
     def size(self) -> int:
@@ -132,10 +146,11 @@ class Graph:
         key = states.tobytes()
         if key not in self._plans:
             plan = self._make_plan(states.tolist())
-            self._edges += len(plan.src)
-            if self._edges > _MOST_EDGES:
+            taken = plan.nbytes + len(key) + _ENTRY
+            if self._planned + taken > _MOST_PLANNED:
                 self._plans.clear()
-                self._edges = len(plan.src)
+                self._planned = 0
+            self._planned += taken
             self._plans[key] = plan
         return self._plans[key]
 
@@ -160,6 +175,7 @@ class Graph:
     def _fan(self, state: int) -> tuple[np.ndarray, np.ndarray]:
         if state not in self._fans:
             moves = self._moves(state)
+            self._known += 16 * len(moves) + _ENTRY
             self._fans[state] = (np.array([target for target, _ in moves], np.int64),
                                  np.array([self._label(classes) for _, classes in moves], np.int64))
         return self._fans[state]
@@ -169,6 +185,7 @@ class Graph:
         if key not in self._label_numbers:
             self._label_numbers[key] = len(self._labels)
             self._labels.append(classes)
+            self._known += classes.nbytes + _ENTRY
         return self._label_numbers[key]
 
     def _make_plan(self, states: list[int]) -> Plan:

@@ -16,8 +16,9 @@ from dgemma.constrain.graph import Graph
 from dgemma.constrain.paths import find_paths
 from dgemma.diffusion.constraint import Chosen, Walk
 
-# A graph that grows as it is used is made anew for the next answer when it remembers so many states.
+# A graph that grows as it is used is made anew for the next answer when it remembers so many states or bytes.
 MOST_STATES = 8192
+MOST_GROWN = 2**26
 
 
 class TextConstraint:
@@ -31,9 +32,14 @@ class TextConstraint:
         self._make_graph, self._tokenizer, self._what, self.free = make_graph, tokenizer, what, free
         self._graph = make_graph()
 
+    @property
+    def nbytes(self) -> int:
+        """Memory, with what was remembered so far."""
+        return self._graph.nbytes
+
     def guide(self, room: int) -> TextGuide:
         """A guide for one answer of at most ``room`` tokens; ValueError when no valid answer is so short."""
-        if self._graph.size > MOST_STATES:
+        if self._graph.size > MOST_STATES or self._graph.grown > MOST_GROWN:
             self._graph = self._make_graph()
         needed = self._graph.distance(self._graph.start)
         if needed > room:

@@ -63,12 +63,13 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
     settled = [_always(automaton, effort) for _, automaton in sought]
     behind = [number for number, (look, _) in enumerate(sought) if look.behind]
 
-    def closure(threads: set[_Thread], seen: tuple[int, ...]) -> frozenset[_Thread]:
+    @functools.cache
+    def closure(threads: frozenset[_Thread], seen: tuple[int, ...]) -> frozenset[_Thread]:
         """With all that is reached without reading; ``seen``: the states of what is looked back for."""
         found, todo = set(threads), list(threads)
         while todo:
             state, owed = todo.pop()
-            effort.spend(20)
+            effort.spend(4)
             reached: list[_Thread] = [(target, owed) for target in nfa.empty[state]]
             for number, target in nfa.looks[state]:
                 look, automaton = sought[number]
@@ -111,21 +112,37 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
             left.add((number, following))
         return frozenset(left)
 
+    @functools.cache
+    def steps(state: int, owed: frozenset[_Obligation]) -> list[tuple[int, frozenset[_Thread]]]:
+        """Where a thread gets by each class of bytes, nothing being reached yet without reading."""
+        found = []
+        for column, targets in edges[state].items():
+            effort.spend(2 + len(targets) * (1 + len(owed)))
+            if (left := advance(owed, starts[column])) is not None:
+                found.append((column, frozenset((target, left) for target in targets)))
+        return found
+
+    @functools.cache
+    def look_back(seen: tuple[int, ...], column: int) -> tuple[int, ...]:
+        """The states of what is looked back for after a byte."""
+        return tuple(_DEAD if at == _DEAD else sought[number][1].next_byte(at, starts[column])
+                     for number, at in zip(behind, seen, strict=True))
+
     first_seen = tuple(0 for _ in behind)
-    first = (closure({(start, frozenset())}, first_seen), first_seen)
+    first = (closure(frozenset({(start, frozenset())}), first_seen), first_seen)
     numbers, queue, rows, accepts = {first: 0}, [first], [], []
     for threads, seen in queue:  # grows while it is walked
         row = [-1] * len(starts)
         moves: dict[int, set[_Thread]] = defaultdict(set)
         for state, owed in threads:
-            for column, targets in edges[state].items():
-                effort.spend(10 + 5 * len(targets) * (1 + len(owed)))
-                if (left := advance(owed, starts[column])) is not None:
-                    moves[column] |= {(target, left) for target in targets}
+            stepped = steps(state, owed)
+            effort.spend(2 + len(stepped))
+            for column, reached in stepped:
+                moves[column] |= reached
+        effort.spend(3 * len(moves))
         for column in sorted(moves):
-            following = tuple(_DEAD if at == _DEAD else sought[number][1].next_byte(at, starts[column])
-                              for number, at in zip(behind, seen, strict=True))
-            reached = closure(moves[column], following)
+            following = look_back(seen, column)
+            reached = closure(frozenset(moves[column]), following)
             if not reached:
                 continue
             key = (reached, following)
@@ -138,7 +155,7 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
         rows.append(row)
         accepts.append(any(state == end and all(bool(sought[number][1].accepts[at]) != sought[number][0].negated
                                                 for number, at in owed) for state, owed in threads))
-    return minimal(np.array(rows, np.int32), byte_class, np.array(accepts), [[] for _ in rows])
+    return minimal(np.array(rows, np.int32), byte_class, np.array(accepts), [[] for _ in rows], effort)
 
 
 def _always(automaton: Automaton, effort: Effort) -> frozenset[int]:

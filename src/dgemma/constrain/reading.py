@@ -33,6 +33,10 @@ class TokenClasses:
         return cls(tokens[np.argsort(classes, kind="stable")], np.cumsum(sizes) - sizes)
 
     @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.starts.nbytes
+
+    @property
     def counts(self) -> np.ndarray:
         return np.diff(self.starts, append=len(self.tokens))
 
@@ -42,6 +46,16 @@ class Reader(Protocol):
 
     classes: TokenClasses
     exact: bool  # all states are few enough to be followed at once
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what it was made with; readers made by `fresh` share it."""
+        ...
+
+    @property
+    def grown(self) -> int:
+        """Memory of the states that it has met."""
+        ...
 
     def moves(self, state: int) -> list[tuple[int, np.ndarray]]:
         """The next states and, for each, the token classes that lead there (ascending)."""
@@ -108,6 +122,8 @@ def by_target(row: np.ndarray) -> list[tuple[int, np.ndarray]]:
 class TableReader:
     """All states' moves in one table; distances are exact. ``without``: tokens that are never text."""
 
+    grown = 0
+
     def __init__(self, automaton: Automaton, vocabulary: Vocabulary, without: Collection[int]):
         self.automaton = automaton
         states = len(automaton.table)
@@ -121,6 +137,7 @@ class TableReader:
         leads[leads == states] = -1
         self._moves = np.ascontiguousarray(leads.T)  # [S, classes]
         self._distance = nearest(self._moves, automaton.accepts)
+        self.nbytes = automaton.nbytes + self.classes.nbytes + self._moves.nbytes + self._distance.nbytes
 
     def moves(self, state: int) -> list[tuple[int, np.ndarray]]:
         return by_target(self._moves[state])

@@ -57,21 +57,24 @@ STRING = seq(QUOTE, Repeat(json_chars(ANY_CHAR), 0, None), QUOTE)
 
 
 def string(least: int = 0, most: int | None = None, patterns: Sequence[tuple[str, bool]] = (),
-           forms: Sequence[str] = (), excluded: Sequence[str] = (), longest: int | None = None) -> Node:
+           forms: Sequence[str] = (), excluded: Sequence[str] = (), longest: int | None = None,
+           wide: bool = False) -> Node:
     """A JSON string of ``least`` to ``most`` characters; each pattern, if it says so, matches somewhere, or nowhere.
 
-    ``forms``: formats that it has; ``excluded``: what it is not; ``longest``: as in `parse_regex`.
+    ``forms``: formats that it has; ``excluded``: what it is not; ``longest``: as in `parse_regex`; ``wide``: all that a
+    pattern may, or may not, match, else only what it surely does.
     """
     if most is not None and most < least:
         return Alt(())
-    parts = [parse_regex(pattern, json_chars, search=True, longest=longest) for pattern, matches in patterns if matches]
+    parts = [parse_regex(pattern, json_chars, search=True, wide=wide, longest=longest)
+             for pattern, matches in patterns if matches]
     parts += [parse_regex(FORMATS[form], json_chars) for form in forms if form in FORMATS]
     if least or most is not None or not parts:
         parts.append(Repeat(json_chars(ANY_CHAR), least, most))
     node = functools.reduce(Both, parts)
     for pattern, matches in patterns:
         if not matches:
-            node = Both(node, parse_regex(pattern, json_chars, search=True, wide=True), negated=True)
+            node = Both(node, parse_regex(pattern, json_chars, search=True, wide=not wide), negated=True)
     if excluded:
         node = Both(node, finite(dumps(text)[1:-1] for text in excluded), negated=True)
     return seq(QUOTE, node, QUOTE)

@@ -14,7 +14,7 @@ from decimal import Decimal
 from itertools import combinations, pairwise, product
 from typing import Any
 
-from dgemma.constrain.automaton import Effort, TooLarge, compile_language
+from dgemma.constrain.automaton import Effort, TooLarge, compile_part
 from dgemma.constrain.language import (
     EMPTY,
     Alt,
@@ -49,6 +49,7 @@ from dgemma.constrain.shapes import (
     Demands,
     Either,
     Inside,
+    Seen,
     Shape,
     Shapes,
     value_of,
@@ -158,6 +159,7 @@ class _Compiler:
         self.shapes = Shapes(self.places, effort)
         self.rules: dict[str, Node] = {}
         self._known: dict[Demands, Node] = {}
+        self._plain: dict[Shape, Node] = {}  # of strings and numbers: one node each, however often it is met
         self._open: dict[Demands, str] = {}  # what is being read, and its rule's name
         self._recursive: set[str] = set()
         self._depth = 0
@@ -212,18 +214,23 @@ class _Compiler:
         forms = self.shapes.of(demands)
         shapes = [shape for kind in KINDS for shape in forms.get(kind, ()) if not self.shapes.nothing(shape)]
         meant = [shape for shape in shapes if shape.level >= OPEN]
+        if len(meant) < len(shapes):  # the other types are there for where none of these can be written
+            meant = [shape for shape in meant if shape.kind != "string" or self.shapes.writable(shape)]
         return Alt(tuple(self._shape(shape, where) for shape in dict.fromkeys(meant or shapes)))
 
     def _apart(self, parts: Sequence[Demands]) -> bool:
         """Whether no value satisfies two of these."""
-        return len(parts) <= _LISTED and all(self.shapes.impossible(tuple(dict.fromkeys((*one, *other))))
-                                             for one, other in combinations(parts, 2))
+        return len(parts) <= _LISTED and all(self.shapes.apart(one, other) for one, other in combinations(parts, 2))
 
     def _shape(self, shape: Shape, where: str) -> Node:
         if shape.fixed is not None:
             return finite(shape.fixed)
-        return {"object": self._object, "array": self._array, "string": self._string,
-                "number": self._number}[shape.kind](shape, where)
+        if shape.kind in ("object", "array"):
+            return (self._object if shape.kind == "object" else self._array)(shape, where)
+        plain = replace(shape, level=OPEN, seen=Seen())
+        if plain not in self._plain:
+            self._plain[plain] = (self._string if shape.kind == "string" else self._number)(plain, where)
+        return self._plain[plain]
 
     def _string(self, shape: Shape, where: str) -> Node:
         try:
@@ -231,7 +238,7 @@ class _Compiler:
             if forms and (shape.patterns or shape.least or shape.most is not None or len(forms) > 1):
                 # A format is an annotation: where what else is said leaves none of the texts we write it as, it goes.
                 try:
-                    automaton = compile_language(self.shapes.text(shape, self.longest), self.effort)
+                    automaton = compile_part(self.shapes.text(shape, self.longest), self.effort)
                     forms = forms if automaton.accepts.any() else ()
                 except TooLarge:
                     forms = ()
@@ -433,7 +440,7 @@ class _Compiler:
     def _begins(self, shape: Shape, pattern: str) -> bool:
         """Whether a string's shape, its format included, has texts with a beginning."""
         text = self.shapes.text(replace(shape, patterns=(*shape.patterns, (pattern, True))), self.longest)
-        return bool(compile_language(text, self.effort).accepts.any())
+        return bool(compile_part(text, self.effort).accepts.any())
 
     def _object_classes(self, shapes: Sequence[Shape], where: str, deep: int) -> list[Any]:
         """Objects are told apart by one property, or by how many they have."""
@@ -528,7 +535,7 @@ class _Compiler:
             pairs = []
             for key, value in values:
                 narrow = Both(key, begins)
-                if compile_language(narrow, self.effort).accepts.any():
+                if compile_part(narrow, self.effort).accepts.any():
                     pairs.append(seq(narrow, literal(COLON), value))
             if pairs:
                 parts.append((Alt(tuple(pairs)), False))
@@ -549,7 +556,7 @@ class _Compiler:
         found: list[tuple[Node, Demands]] = []
 
         def divide(key: Node, left: Sequence[str], matching: tuple[str, ...]) -> None:
-            if (patterns or keys is not None) and not compile_language(key, self.effort).accepts.any():
+            if (patterns or keys is not None) and not compile_part(key, self.effort).accepts.any():
                 return
             if left:
                 for sure in (True, False):

@@ -2,9 +2,10 @@
 
 A schema is a logical formula over values. It is taken apart here into alternatives (`Shape`), each of one type and
 free of "and", "or" and "not": what it demands of the values inside an object or array stays a set of demands, taken
-apart when it is asked for. "Not" is pushed inwards until only single keywords are denied. Where a denial cannot be
-said exactly, the alternatives are fewer than they could be, never more. Knows nothing of languages of text but
-patterns, nor of how a value is written.
+apart when it is asked for. "Not" is pushed inwards until only single keywords are denied. Where a denial, or a keyword
+that validators read differently, cannot be said exactly, the alternatives are fewer than they could be, never more; to
+prove that no value satisfies two schemas there is a second, wide reading, whose alternatives are never fewer. Knows
+nothing of languages of text but patterns, nor of how a value is written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from itertools import combinations, pairwise
 from math import ceil, floor, inf
 from typing import Any, NamedTuple
 
-from dgemma.constrain.automaton import ADVICE, Automaton, Effort, TooLarge, compile_language
+from dgemma.constrain.automaton import ADVICE, Automaton, Effort, TooLarge, compile_part
 from dgemma.constrain.language import parse_regex
 from dgemma.constrain.references import Place, Places
 from dgemma.constrain.scalars import string
@@ -116,6 +117,12 @@ _FREE: Forms = {"object": [Shape("object")], "array": [Shape("array")], "string"
                 "null": [Shape("null", fixed=("null",))]}
 
 
+_NOT_EMPTY = Shape("object", MEANT, least=1)
+_LISTS = ("enum", "required", "allOf", "anyOf", "oneOf", "prefixItems")
+_OBJECTS = ("properties", "patternProperties", "dependentRequired", "dependentSchemas", "dependencies")
+_UNEVALUATED = (("unevaluatedProperties", "object"), ("unevaluatedItems", "array"))
+
+
 def only(kind: str, shapes: Sequence[Shape], holds: bool = True) -> Forms:
     """A keyword for one type: it leaves all others alone; where it does not hold, the value is of that type."""
     forms: Forms = {kind: list(shapes)}
@@ -134,24 +141,36 @@ def union(parts: Iterable[Forms]) -> Forms:
     return {kind: list(shapes) for kind, shapes in forms.items()}
 
 
-@functools.lru_cache(maxsize=256)
-def _finder(pattern: str, wide: bool) -> Automaton:
-    return compile_language(parse_regex(pattern, search=True, wide=wide))
+class Finder:
+    """Finds a document's patterns in texts."""
 
+    def __init__(self, effort: Effort):
+        self.effort = effort
+        self._known: dict[tuple[str, bool], Automaton] = {}
 
-def matches(pattern: str, text: str, wide: bool = False) -> bool:
-    """Whether a pattern is surely found in a text; ``wide``: whether it may be."""
-    automaton, state = _finder(pattern, wide), 0
-    for byte in text.encode(errors="surrogatepass"):
-        state = automaton.next_byte(state, byte)
-        if state < 0:
-            return False
-    return bool(automaton.accepts[state])
+    def automaton(self, pattern: str, wide: bool) -> Automaton:
+        """That of all texts that a pattern is surely found in; ``wide``: that it may be found in."""
+        if (pattern, wide) not in self._known:
+            self._known[pattern, wide] = compile_part(parse_regex(pattern, search=True, wide=wide), self.effort)
+        return self._known[pattern, wide]
+
+    def finds(self, pattern: str, text: str, wide: bool = False) -> bool:
+        automaton, state = self.automaton(pattern, wide), 0
+        for byte in text.encode(errors="surrogatepass"):
+            state = automaton.next_byte(state, byte)
+            if state < 0:
+                return False
+        return bool(automaton.accepts[state])
 
 
 @functools.lru_cache(maxsize=4096)
-def value_of(text: str) -> Any:
+def _value_of_short(text: str) -> Any:
     return json.loads(text)
+
+
+def value_of(text: str) -> Any:
+    """The value that a text of JSON says; short ones are remembered."""
+    return _value_of_short(text) if len(text) <= 200 else json.loads(text)
 
 
 def shortest_text(automaton: Automaton) -> str | None:
@@ -174,10 +193,11 @@ def shortest_text(automaton: Automaton) -> str | None:
 
 
 class Shapes:
-    """All that is known of one document's demands."""
+    """All that is known of one document's demands; ``wide``: of the values that may satisfy, else that surely do."""
 
-    def __init__(self, places: Places, effort: Effort):
-        self.places, self.effort = places, effort
+    def __init__(self, places: Places, effort: Effort, wide: bool = False, finder: Finder | None = None):
+        self.places, self.effort, self.wide = places, effort, wide
+        self.finder = finder or Finder(effort)
         self._known: dict[Demands, Forms] = {}
         self._single: dict[Demand, Forms] = {}
         self._open: set[Demand] = set()
@@ -186,6 +206,21 @@ class Shapes:
         self._strings: dict[Shape, bool] = {}
         self._made: dict[Any, int] = {}  # schemas made here
         self._depth = 0
+
+    @functools.cached_property
+    def _may(self) -> Shapes:
+        """The same document's wide reading."""
+        assert not self.wide, "nothing is wider"
+        return Shapes(self.places, self.effort, wide=True, finder=self.finder)
+
+    def apart(self, one: Demands, other: Demands) -> bool:
+        """Whether it is sure that no value satisfies both."""
+        try:
+            return self._may.impossible(tuple(dict.fromkeys((*one, *other))))
+        except TooLarge:
+            if self.effort.left < 0:
+                raise
+            return False
 
     def made(self, schema: Any, near: Place, where: str) -> int:
         """The place of a schema made here, which refers to nothing by name."""
@@ -258,10 +293,10 @@ class Shapes:
         """Of the property of a name; where it is not sure whether a pattern matches it, what holds in either case."""
         demands = list(dict(shape.named).get(name, ()))
         for pattern, more in shape.matching:
-            if matches(pattern, name, wide=True):
+            if self.finder.finds(pattern, name, wide=not self.wide):
                 demands += more
         for names, patterns, more in shape.extras:
-            if name not in names and not any(matches(pattern, name) for pattern in patterns):
+            if name not in names and not any(self.finder.finds(pattern, name, wide=self.wide) for pattern in patterns):
                 demands += more
         return tuple(dict.fromkeys(demands))
 
@@ -286,13 +321,13 @@ class Shapes:
         if kind in ("boolean", "null"):
             return True
         if kind == "number":
-            return _in_range(shape, value)
+            return _in_range(shape, value, self.wide)
         size = len(value)
         if size < shape.least or (shape.most is not None and size > shape.most):
             return False
         if kind == "string":
             return value not in shape.excluded and all(
-                matches(pattern, value) if found else not matches(pattern, value, wide=True)
+                self.finder.finds(pattern, value, wide=found == self.wide) == found
                 for pattern, found in shape.patterns)
         if kind == "array":
             if shape.unique and len({identity(item) for item in value}) < size:
@@ -359,7 +394,7 @@ class Shapes:
         plain = replace(shape, forms=(), level=OPEN, seen=Seen())
         if plain not in self._strings:
             try:
-                automaton = compile_language(self.text(plain), self.effort)
+                automaton = compile_part(self.text(plain), self.effort)
             except TooLarge:
                 return True
             self._strings[plain] = bool(automaton.accepts.any())
@@ -370,7 +405,7 @@ class Shapes:
         most = shape.most
         if most is not None and longest is not None:
             most = min(most, max(shape.least, longest))
-        return string(shape.least, most, shape.patterns, shape.forms, shape.excluded, longest)
+        return string(shape.least, most, shape.patterns, shape.forms, shape.excluded, longest, self.wide)
 
     # Schemas
 
@@ -411,11 +446,14 @@ class Shapes:
             return _FREE if schema is holds else {}
         if not isinstance(schema, Mapping):
             raise DgemmaError(f"{place.where} must be an object, true or false, got {schema!r}")
-        for key in ("enum", "required", "allOf", "anyOf", "oneOf", "prefixItems"):
-            if key in schema and not isinstance(schema[key], list):
-                raise DgemmaError(f"{place.where} is not a valid JSON schema: {key} must be a list")
+        for keys, type_, what in ((_LISTS, list, "a list"), (_OBJECTS, Mapping, "an object")):
+            for key in keys:
+                if key in schema and not isinstance(schema[key], type_):
+                    raise DgemmaError(f"{place.where} is not a valid JSON schema: {key} must be {what}")
         if not holds:
-            forms = union(self._clauses(schema, place, False))
+            parts = list(self._clauses(schema, place, False))
+            parts += [{kind: _FREE[kind]} for key, kind in _UNEVALUATED if key in schema and self.wide]
+            forms = union(parts)
             return {kind: list(dict.fromkeys(replace(shape, seen=Seen()) for shape in shapes))
                     for kind, shapes in forms.items()}
         forms = functools.reduce(self.both, self._clauses(schema, place, True), _FREE)
@@ -470,6 +508,8 @@ class Shapes:
 
     def _exactly_one(self, parts: list[Demand], holds: bool, place: Place) -> Forms:
         denied = [Demand(place, not holds) for place, holds in parts]
+        if holds and self.wide:
+            return union(map(self._one, parts))
         if not holds:  # none, or two at once
             affirmed = denied
             none = functools.reduce(self.both, map(self._one, parts), _FREE)
@@ -493,8 +533,7 @@ class Shapes:
         for kind, shapes in forms.items():
             kept: dict[Shape, None] = {}
             for shape in shapes:
-                common = self.both({kind: [shape]}, self._one(other)).get(kind, [])
-                if all(self.nothing(one) for one in common):
+                if self._may.lacks(shape, other):
                     kept[shape] = None
                     continue
                 for one in self.both({kind: [shape]}, self._one(denied)).get(kind, []):
@@ -504,9 +543,14 @@ class Shapes:
                 left[kind] = list(kept)[:_MOST_LEFT + len(shapes)]
         return left
 
+    def lacks(self, shape: Shape, demand: Demand) -> bool:
+        """Whether no value of a shape satisfies a demand."""
+        common = self.both({shape.kind: [shape]}, self._one(demand)).get(shape.kind, [])
+        return all(self.nothing(one) for one in common)
+
     def _unevaluated(self, schema: Mapping, place: Place, forms: Forms) -> Forms:
-        for key, kind in (("unevaluatedProperties", "object"), ("unevaluatedItems", "array")):
-            if key not in schema or (self.places.old and "$ref" in schema):
+        for key, kind in _UNEVALUATED:
+            if key not in schema or self.wide or (self.places.old and "$ref" in schema):
                 continue
             demand = Demand(self.places.part(place, schema[key], key))
             self._one(demand)  # it must be a schema
@@ -533,7 +577,7 @@ class Shapes:
     def _values(self, schema: Mapping, place: Place, holds: bool) -> Iterator[Forms]:
         """type, enum, const"""
         if "type" in schema:
-            names = [schema["type"]] if isinstance(schema["type"], str) else list(schema["type"])
+            names = [*schema["type"]] if isinstance(schema["type"], list) else [schema["type"]]
             for name in names:
                 if name not in TYPES:
                     raise DgemmaError(f"{place.where}.type is {name!r}; there are {', '.join(TYPES)}")
@@ -590,6 +634,8 @@ class Shapes:
         else:
             for name, item in value.items():
                 yield Shape(kind, named=((name, differs(item)),), required=(name,))
+                if self.wide:
+                    yield self._lacking(name, place)
         yield Shape(kind, least=len(value) + 1)
 
     def _never_of(self, place: Place) -> Demands:
@@ -653,13 +699,13 @@ class Shapes:
                 span = ((index, index + 1, (demand,)),)
                 if holds:
                     yield only("array", [Shape("array", MEANT, spans=span, seen=Seen(items=index + 1))])
-                elif (key == "items") == self.places.old:
+                elif (key == "items") == self.places.old or self.wide:
                     yield {"array": [Shape("array", MEANT, least=index + 1, spans=span)]}
             return
         if key == "additionalItems":
             if not isinstance(schema.get("items"), list):
                 return
-            if not (holds or self.places.old):
+            if not (holds or self.places.old or self.wide):
                 return
             key_of_prefix = "items"
         if isinstance(schema.get(key_of_prefix), list):
@@ -668,6 +714,8 @@ class Shapes:
         self._shallow(demands[0])
         if holds:
             yield only("array", [Shape("array", MEANT, spans=((start, None, demands),), seen=Seen(all_items=True))])
+        elif self.wide and start:
+            yield {"array": [Shape("array", MEANT, least=start + 1)]}
         elif start == 0:
             yield {"array": [Shape("array", MEANT, contains=((demands, 1, None),))]}
         else:
@@ -678,7 +726,7 @@ class Shapes:
         least = _count(schema.get("minContains", 1), place, "minContains")
         most = _count(schema["maxContains"], place, "maxContains") if "maxContains" in schema else None
         if self.places.old:  # knows neither of the two
-            least, most = max(least, 1), most if holds else None
+            least, most = 1 if self.wide else max(least, 1), most if holds and not self.wide else None
         demands = (Demand(self.places.part(place, inner, "contains")),)
         self._shallow(demands[0])
         if holds:
@@ -697,6 +745,8 @@ class Shapes:
     def _unique(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
         if inner and holds:
             yield only("array", [Shape("array", MEANT, unique=True)])
+        elif inner and self.wide:
+            yield {"array": [Shape("array", MEANT, least=2)]}
         elif inner:  # two that are equal, of the simplest
             simple = (None, True, 0, 1, "", "a")
             twice = [(Demand(self.made({"const": value}, place, place.where)),) for value in simple]
@@ -719,8 +769,10 @@ class Shapes:
             if holds:
                 yield only("object", [Shape("object", MEANT, matching=((pattern, demands),),
                                             seen=Seen(patterns=(pattern,)))])
+            elif self.wide:
+                yield {"object": [_NOT_EMPTY]}
             else:
-                name = shortest_text(_finder(pattern, False))
+                name = shortest_text(self.finder.automaton(pattern, False))
                 if name is not None:
                     yield {"object": [Shape("object", MEANT, named=((name, demands),), required=(name,))]}
 
@@ -732,6 +784,8 @@ class Shapes:
         if holds:
             yield only("object", [Shape("object", MEANT, extras=((names, patterns, demands),),
                                         loose=inner is not False, seen=Seen(all_names=True))])
+        elif self.wide:
+            yield {"object": [_NOT_EMPTY]}
         else:
             yield {"object": [Shape("object", MEANT, named=((name, demands),), required=(name,))
                               for name in self._new_names(names, patterns)]}
@@ -739,7 +793,7 @@ class Shapes:
     def _new_names(self, names: frozenset[str], patterns: tuple[str, ...]) -> list[str]:
         """A name that is none of these and matches no pattern, if one is found at once."""
         for name in ("other", "extra", "more", "x", "y", "Other", "0", "_", "-", "42", "ABC", "/"):
-            if name not in names and not any(matches(pattern, name, wide=True) for pattern in patterns):
+            if name not in names and not any(self.finder.finds(pattern, name, wide=True) for pattern in patterns):
                 return [name]
         return []
 
@@ -749,10 +803,13 @@ class Shapes:
         if holds:
             yield only("object", [Shape("object", MEANT, keys=demands)])
             return
+        if self.wide:
+            yield {"object": [_NOT_EMPTY]}
+            return
         for shape in self.of(demands).get("string", ()):
             name = value_of(shape.fixed[0]) if shape.fixed else None
             if name is None:
-                text = shortest_text(compile_language(self.text(replace(shape, forms=())), self.effort))
+                text = shortest_text(compile_part(self.text(replace(shape, forms=())), self.effort))
                 name = None if text is None else json.loads(text)
             if name is not None:
                 yield {"object": [Shape("object", MEANT, required=(name,))]}
@@ -770,7 +827,7 @@ class Shapes:
 
     def _dependent(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
         """dependentRequired, dependentSchemas, dependencies: where a property is, more is demanded."""
-        if not holds and (key == "dependencies") != self.places.old:
+        if not holds and not self.wide and (key == "dependencies") != self.places.old:
             return  # of another draft: it may mean nothing
         for name, value in inner.items():
             present = Shape("object", MEANT, required=(name,))
@@ -834,7 +891,8 @@ def whole_bounds(shape: Shape) -> tuple[int | None, int | None]:
             None if high is None else ceil(high) - 1 if shape.below else floor(high))
 
 
-def _in_range(shape: Shape, value: float) -> bool:
+def _in_range(shape: Shape, value: float, wide: bool) -> bool:
+    """Whether a number surely has a shape, or (``wide``) may have it: validators divide doubles or decimals."""
     number = exact(value)
     if shape.low is not None and (number < shape.low or (shape.above and number == shape.low)):
         return False
@@ -846,14 +904,15 @@ def _in_range(shape: Shape, value: float) -> bool:
     ratio = Fraction(number)
     for units, wanted in ((shape.of, True), (shape.not_of, False)):
         for unit in units:
-            surely = (ratio / Fraction(exact(unit))).denominator == 1
-            if surely != wanted or (isinstance(unit, float) and (value / unit).is_integer() != wanted):
+            exactly = ((ratio / Fraction(exact(unit))).denominator == 1) == wanted
+            nearly = (value / unit).is_integer() == wanted if isinstance(unit, float) else exactly
+            if not (exactly or nearly if wide else exactly and nearly):
                 return False
     return True
 
 
 def _count(value: Any, place: Place, key: str) -> int:
-    if isinstance(value, bool) or value != int(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf or value != int(value):
         raise DgemmaError(f"{place.where}.{key} must be a whole number, at least 0, got {value!r}")
     return int(value)
 

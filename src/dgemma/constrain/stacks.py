@@ -16,6 +16,7 @@ from dgemma.constrain.reading import TokenClasses, by_target, single_byte
 from dgemma.constrain.vocabulary import Vocabulary, make_trie, merge_tokens
 from dgemma.errors import DgemmaError
 
+_ENTRY = 300  # bytes that a stack, and its place in a table, take
 DEEPEST = 64  # calls within calls; deeper only where there is no shorter way to the end
 _UNKNOWN = -2
 
@@ -43,6 +44,10 @@ class _Rules:
                  for part, first in zip(parts, firsts, strict=True) for out in part.calls]
         return cls(table, byte_class.reshape(-1), np.concatenate([part.accepts for part in parts]), calls,
                    np.repeat(firsts, sizes))
+
+    @property
+    def nbytes(self) -> int:
+        return self.table.nbytes + self.accepts.nbytes + self.rule.nbytes + 64 * len(self.calls)
 
     def distances(self, alone: np.ndarray) -> np.ndarray:
         """[S] steps to the end of a state's own rule, in bytes that are tokens of their own (alone [256])."""
@@ -162,13 +167,20 @@ class StackReader:
         # Two examples, or an example and another token, may be spelt in the same byte classes; then they are one word.
         word_of = np.concatenate([word[: len(alone)], word[len(alone) :][member]])
         self.classes = TokenClasses.of(vocabulary.ids[places[np.concatenate([alone, shared])]], word_of, self.words)
+        self.nbytes = (self._rules.nbytes + self._distance.nbytes + self.classes.nbytes
+                       + sum(level.nbytes for level in self._levels))
         self._forget()
+
+    @property
+    def grown(self) -> int:
+        return self._table.nbytes + _ENTRY * (len(self._stacks) + len(self._states)) + self._members
 
     def _forget(self) -> None:
         self._stacks: list[_Stack] = []
         self._stack_numbers: dict[tuple[int, int], int] = {}
         self._states: list[frozenset[int]] = []
         self._numbers: dict[frozenset[int], int] = {}
+        self._members = 0  # bytes of what these sets hold
         self._table = np.zeros((64, self._rules.table.shape[1]), np.int32)  # grows; -1: nowhere
         first = self._push(0, -1)
         self._state(set() if first is None else {first})
@@ -215,6 +227,7 @@ class StackReader:
         if key not in self._numbers:
             self._numbers[key] = len(self._states)
             self._states.append(key)
+            self._members += 64 * len(key)
             if len(self._states) > len(self._table):
                 self._table = np.concatenate([self._table, np.zeros_like(self._table)])
             self._table[len(self._states) - 1] = _UNKNOWN

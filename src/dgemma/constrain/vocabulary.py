@@ -132,6 +132,10 @@ class Level:
     ends: np.ndarray  # [words of this length] the nodes that are words
     first: int  # the number of the first of these words
 
+    @property
+    def nbytes(self) -> int:
+        return self.parent.nbytes + self.column.nbytes + self.ends.nbytes
+
 
 def make_trie(vocabulary: Vocabulary, places: np.ndarray, byte_class: np.ndarray) -> tuple[list[Level], np.ndarray]:
     """The words that some tokens are, as sequences of byte classes; and which word each token is, [places]."""

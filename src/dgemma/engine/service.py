@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import itertools
 import logging
 import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from dgemma.api import Model
 from dgemma.diffusion.events import Denoised, Event, Failed, Finished
@@ -31,7 +34,22 @@ PREFIX_SHARE = 4  # one part in so many of the memory for requests keeps what wa
 MOST_NAMES = 100  # of adapters whose requests are counted by name, those that are offered now beside
 OTHERS = "(others)"  # stands for adapters that are not there any more; none can be called so
 
+FORM_THREADS = 2  # that work out forms of answers
+
+T = TypeVar("T")
+_forms = ThreadPoolExecutor(FORM_THREADS, thread_name_prefix="dgemma-forms")
+
 log = logging.getLogger(__name__)
+
+
+async def in_form_thread(function: Callable[[], T]) -> T:
+    """What a function returns that may have to work out the form of an answer, which can take seconds.
+
+    Forms have few threads of their own: however many of them wait there, the prompts of others are read meanwhile.
+    Who is cancelled leaves the line; what has begun goes on to its end.
+    """
+    context = contextvars.copy_context()
+    return await asyncio.get_running_loop().run_in_executor(_forms, context.run, function)
 
 
 class Overloaded(Exception):  # noqa: N818  (nothing is wrong with the request)
@@ -180,7 +198,8 @@ class Service:
         if told is not None:
             told.deciding = True
         self._refuse(request)
-        await asyncio.to_thread(self.engine.check, request)  # a constraint may have to be worked out
+        check = functools.partial(self.engine.check, request)
+        await (asyncio.to_thread(check) if request.constraint is None else in_form_thread(check))
         with self._changing:
             request = replace(request, id=next(self._ids))
             mailbox = _Mailbox(asyncio.get_running_loop(), request)

@@ -11,7 +11,8 @@ import binascii
 import dataclasses
 import functools
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -20,14 +21,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from dgemma.api import Prompt
 from dgemma.chat import Tokenizer
 from dgemma.config import SAMPLER_SETTINGS
-from dgemma.constrain.choice import ToolsError
+from dgemma.constrain.choice import ToolsError, read_tool_choice
 from dgemma.diffusion.row import Request, longest_prompt
 from dgemma.engine.adapters import UnknownAdapterError
-from dgemma.engine.service import Service
+from dgemma.engine.service import Service, in_form_thread
 from dgemma.errors import ContextLengthError, DgemmaError
 from dgemma.nn.mounts import MountedAdapter
 from dgemma.serve.errors import ApiError, as_api_error
 from dgemma.serve.settings import Settings
+from dgemma.serve.tally import tally, time_left
 
 T = TypeVar("T")
 
@@ -212,11 +214,12 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
                          temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
                          logit_bias: Mapping[str, float] | None = None, client: Caller | None = None,
                          **options: Any) -> Request:
-    """The checked request, its prompt rendered and tokenised in another thread.
+    """The checked request, its prompt rendered and tokenised in another thread; a form has threads of its own.
 
     The answer may have ``max_tokens``, or what is left of the context if that is less. ``param``,
     ``max_tokens_param`` and ``format_param`` are what this API calls prompt, length limit and form of the answer, for
-    errors; ``options`` are those of `Model.request`. Raises `ApiError`.
+    errors; ``options`` are those of `Model.request`. Raises `ApiError`, and TimeoutError when this takes longer than a
+    request may: what it takes is a part of the request's time.
     """
     limit = context_limit(service, settings)
     bias = None if logit_bias is None else {int(token): value for token, value in logit_bias.items()}
@@ -247,8 +250,10 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
             raise DgemmaError(str(error)) from error
         return request
 
+    began = time.perf_counter()
     try:
-        request = await _in_thread(make)
+        preparing = _in_thread(make, run=in_form_thread if _has_form(options) else asyncio.to_thread)
+        request = await asyncio.wait_for(preparing, time_left(settings.timeout) or None)
     except ApiError as error:
         cause = error.__cause__
         if isinstance(cause, ContextLengthError) and cause.prompt_tokens is not None:
@@ -263,9 +268,24 @@ async def engine_request(service: Service, settings: Settings, prompt: Prompt, *
         elif error.param == "max_tokens":
             error.param = max_tokens_param
         raise
+    finally:
+        if (used := tally.get()) is not None:
+            used.preparing += time.perf_counter() - began
     shared = system_tokens(service.model.tokenizer, request.prompt_ids) if settings.share_system_prompts else 0
     return dataclasses.replace(request, adapter=adapter, shared=shared,
                                **({} if client is None else dataclasses.asdict(client)))
+
+
+def _has_form(options: Mapping[str, Any]) -> bool:
+    """Whether a request's answer, or the calls in it, will be held to a form."""
+    if options.get("response_format") not in (None, {"type": "text"}):
+        return True
+    tools = options.get("tools") or ()
+    try:
+        required = read_tool_choice(options.get("tool_choice")).mode in ("required", "function")
+    except ToolsError:
+        return False  # it will be refused
+    return bool(tools) and (required or any(tool.get("function", tool).get("strict") for tool in tools))
 
 
 def system_tokens(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> int:
@@ -301,17 +321,18 @@ async def prompt_tokens(service: Service, settings: Settings, prompt: Prompt, bo
     if bounded:
         _check_length(service, settings, prompt, param)
     if not isinstance(prompt, str):
-        return await _in_thread(service.model.prompt_ids, prompt, thinking=thinking, tools=tools)
+        return await _in_thread(functools.partial(service.model.prompt_ids, prompt, thinking=thinking, tools=tools))
     tokenizer = service.model.tokenizer
-    ids = await _in_thread(tokenizer.encode, prompt)
+    ids = await _in_thread(functools.partial(tokenizer.encode, prompt))
     first = tokenizer.bos_id
     return [first, *ids] if bos and first is not None and ids[:1] != [first] else ids
 
 
-async def _in_thread(function: Callable[..., T], *args: Any, **options: Any) -> T:
-    """What the library's function returns; its errors become `ApiError`."""
+async def _in_thread(function: Callable[[], T],
+                     run: Callable[[Callable[[], T]], Awaitable[T]] = asyncio.to_thread) -> T:
+    """What the library's function returns when it is run in some thread; its errors become `ApiError`."""
     try:
-        return await asyncio.to_thread(function, *args, **options)
+        return await run(function)
     except DgemmaError as error:
         raise as_api_error(error) from error
     except RecursionError as error:

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from dgemma.engine.service import Admission, admission
 from dgemma.serve.errors import ApiError, as_api_error, error_body, error_response, to_json
 from dgemma.serve.settings import Settings
-from dgemma.serve.tally import note_error
+from dgemma.serve.tally import note_error, time_left
 
 T = TypeVar("T")
 
@@ -147,7 +147,7 @@ async def _hung_up(receive: Receive) -> None:
 async def whole(http: HttpRequest, settings: Settings, work: Coroutine[Any, Any, Response]) -> Response:
     """The response that ``work`` makes, under the server's limit of time; nothing if the client leaves before."""
     try:
-        return await while_connected(http.receive, work, settings.timeout)
+        return await while_connected(http.receive, work, time_left(settings.timeout))
     except ClientGoneError:
         return Response(status_code=499)  # nobody reads it; the log does
 
@@ -176,7 +176,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self.source), contextlib.aclosing(self.events):
             try:
-                await while_connected(receive, self.source.open(), self.settings.timeout)
+                await while_connected(receive, self.source.open(), time_left(self.settings.timeout))
             except ClientGoneError:
                 scope["dgemma.gone"] = True
                 return
@@ -184,7 +184,7 @@ class EventStream(Response):
                 await error_response(as_api_error(error), scope["path"])(scope, receive, send)
                 return
             try:
-                await while_connected(receive, self._write(send), self.settings.timeout)
+                await while_connected(receive, self._write(send), time_left(self.settings.timeout))
             except ClientGoneError:
                 scope["dgemma.gone"] = True
             except Exception as error:

@@ -11,6 +11,7 @@ from typing import Any
 class Tally:
     """What one HTTP request has used so far. Times are seconds since the first of its answers was asked for."""
 
+    preparing: float = 0.0  # until its prompts were read and the forms of its answers worked out
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of these
     answer_tokens: int = 0
@@ -27,6 +28,12 @@ class Tally:
 
 # The HTTP request that is being worked on, so that its line in the log can say how many tokens it took.
 tally: contextvars.ContextVar[Tally | None] = contextvars.ContextVar("tally", default=None)
+
+
+def time_left(limit: float) -> float:
+    """Seconds that are left of the time that a request may take, after its preparation; 0, as ``limit``: any."""
+    used = tally.get()
+    return max(limit - (used.preparing if used is not None else 0.0), 1e-3) if limit else 0.0
 
 
 def note_error(message: str) -> None:

@@ -19,8 +19,8 @@ DRAFTS = {"draft7": jsonschema.Draft7Validator, "draft2019-09": jsonschema.Draft
 
 def reader_of(schema):
     """The language's reader, byte by byte; raises DgemmaError."""
-    automaton, rules = _compiled({"type": "json_schema", "schema": schema})
-    return StackReader(automaton, rules, BYTES, ()) if rules else TableReader(automaton, BYTES, ())
+    automaton, rules, deepest = _compiled({"type": "json_schema", "schema": schema}, None, False)
+    return StackReader(automaton, rules, BYTES, (), deepest) if rules else TableReader(automaton, BYTES, ())
 
 
 def empty(reader):
