@@ -44,3 +44,19 @@ def test_the_seeds_of_a_canvas_too(model):
     request = model.request("x", canvas=canvas, pinned=[True, False, True])
     assert request.canvas == [7, None, 9]
     assert all(token is None or type(token) is int for token in request.canvas)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers_everywhere(model):
+    plain = model.request("x", seed=5, max_tokens=9, temperature=0.5, top_k=3, logit_bias={7: 1.0}, entropy_bound=0.25)
+    theirs = model.request("x", seed=np.int64(5), max_tokens=np.int32(9), temperature=np.float32(0.5),
+                           top_k=torch.tensor(3), logit_bias={np.int64(7): np.float32(1)}, entropy_bound=np.float64(.25))
+    assert (theirs.seed, theirs.settings, theirs.choices) == (plain.seed, plain.settings, plain.choices)
+    assert type(theirs.seed) is int and type(theirs.settings.max_tokens) is int
+    first, second = model.generate_batch(["a", "b"], seeds=np.arange(2), max_denoising_steps=1)
+    assert (first.seed, second.seed) == (0, 1)
+
+
+@pytest.mark.parametrize("stop", [5, [5], [None], {"a": 1}, b"x"])
+def test_stop_is_text(model, stop):
+    with pytest.raises(DgemmaError, match="stop must be a string or a list of strings"):
+        model.request("x", stop=stop)

@@ -85,7 +85,7 @@ class Model:
         requests = []
         options["drafts"] = False  # nobody hears of them
         for index, prompt in enumerate(prompts):
-            seed = None if seeds is None else seeds[index]
+            seed = None if seeds is None else _plain_number(seeds[index])
             request = self.request(prompt, max_tokens=max_tokens, seed=seed, thinking=thinking, **options)
             requests.append(replace(request, id=index))
         finished = {event.request: event.generation for event in self._run(requests) if isinstance(event, Finished)}
@@ -107,7 +107,7 @@ class Model:
                                   f"{given.dtype}")
             return given.tolist()
         if _is_ids(prompt):
-            numbers = [_plain_token(item) for item in given]
+            numbers = [_plain_number(item) for item in given]
             if not all(_is_token(item) for item in numbers):
                 raise DgemmaError("a prompt of token ids holds whole numbers only")
             return numbers
@@ -152,6 +152,14 @@ class Model:
         """
         if images:
             raise DgemmaError("this version reads text only: images are not supported yet")
+        given = (seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget)
+        seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget = map(_plain_number, given)
+        settings = {name: _plain_number(value) for name, value in settings.items()}
+        bias = [(_plain_number(token), _plain_number(value)) for token, value in (logit_bias or {}).items()]
+        if isinstance(stop, str):
+            stop = (stop,)
+        elif not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):
+            raise DgemmaError(f"stop must be a string or a list of strings, got {stop!r}")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
             raise DgemmaError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
         if reasoning_budget is not None and (type(reasoning_budget) is not int or reasoning_budget < 0):
@@ -159,7 +167,7 @@ class Model:
         thinking = thinking and reasoning_budget != 0
         choice, declared = read_tool_choice(tool_choice), normalise_tools(tools)
         prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=shown_tools(declared, choice))
-        canvas = None if canvas is None else [_plain_token(item) for item in canvas]
+        canvas = None if canvas is None else [_plain_number(item) for item in canvas]
         constraint = None
         try:
             # A default of the checkpoint's, 256 in Google's, would cut every longer answer.
@@ -183,8 +191,7 @@ class Model:
                 0, prompt_ids, merged,
                 secrets.randbits(32) if seed is None else seed, None if canvas is None else list(canvas),
                 None if pinned is None else [bool(pin) for pin in pinned],
-                Choices(temperature, top_k, top_p, tuple((logit_bias or {}).items())), logprobs, constraint,
-                (stop,) if isinstance(stop, str) else tuple(stop), drafts, client,
+                Choices(temperature, top_k, top_p, tuple(bias)), logprobs, constraint, tuple(stop), drafts, client,
                 tools=None if tools is None and _is_ids(prompt) else tuple(usable_tools(declared, choice) or ()),
                 held=calls is not None,
                 thoughts=self._thoughts(thought_open, reasoning_budget), redraw_empty=redraw_empty)
@@ -231,7 +238,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.generic, np.ndarray, torch.Tensor))
 
 
-def _plain_token(value: Any) -> Any:
+def _plain_number(value: Any) -> Any:
     """A number of numpy's or torch's as Python's own; anything else as it is."""
     if isinstance(value, np.generic) or (isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0):
         return value.item()

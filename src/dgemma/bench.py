@@ -198,14 +198,23 @@ def beside_busy_loops(work: Callable[[], float], loops: int, rounds: int = 3) ->
     return Busy(loops, threads, quiet, busy, slowdown, explained, ratio)
 
 
+# Ends with the program that began it, however that ends.
+_LOOP = """
+import os, sys
+while os.getppid() == int(sys.argv[1]):
+    for _ in range(1_000_000):
+        pass
+"""
+
+
 @contextmanager
-def busy_loops(count: int) -> Iterator[None]:
-    """While this lasts, ``count`` other programs keep a processor busy each, or what share of one they get."""
+def busy_loops(count: int) -> Iterator[list[int]]:
+    """While this lasts, ``count`` other programs (their ids) keep a processor busy each, or what share they get."""
     running: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):
-            running.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
-        yield
+            running.append(subprocess.Popen([sys.executable, "-c", _LOOP, str(os.getpid())]))
+        yield [process.pid for process in running]
     finally:
         for process in running:
             process.kill()

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dgemma.cli.openai_client import OpenAIServer, base_url
 from dgemma.cli.plain import PlainText
-from dgemma.cli.remote import AnswerReader, Vocabulary, connect
+from dgemma.cli.remote import StreamReader, Vocabulary, connect
 from dgemma.cli.session import follow
 from dgemma.cli.view import CanvasView
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Finished, Generation
@@ -357,7 +357,7 @@ def test_a_draft_that_makes_no_sense_is_an_error(run, server, change):
 
 
 def test_tool_calls_are_put_together():
-    reader = AnswerReader(Vocabulary(), False, None)
+    reader = StreamReader(Vocabulary(), False, None)
     for index, function in ((0, {"name": "add", "arguments": '{"a": '}), (0, {"arguments": "1}"}),
                             (1, {"name": "odd", "arguments": "{"})):
         reader.feed({"choices": [{"delta": {"tool_calls": [{"index": index, "function": function}]}}]})

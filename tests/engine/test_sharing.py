@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Failed, Finished
-from dgemma.diffusion.row import Choices
+from dgemma.diffusion.row import Choices, Thoughts
 from dgemma.engine import Engine, PrefixStore
 from dgemma.engine import engine as engine_module
 from dgemma.errors import NotFiniteError
@@ -295,6 +295,18 @@ def test_a_request_is_promised_its_prompt_and_a_canvas_not_all_it_may_become(eng
     assert engine.memory_of(engine._bounded(request)) <= engine.memory.limit < engine.memory_of(request)
 
 
+@pytest.mark.parametrize("thoughts", [None, Thoughts(40, 41, False, 3)])
+@pytest.mark.parametrize("spare", [0, 1, C // 2, C - 1])
+def test_an_answer_that_memory_bounds_is_as_long_as_it_was_told(engine_of, ask, answer, thoughts, spare):
+    """A form is planned for that length: ending before would cut it off."""
+    request = ask([3] * 20, max_tokens=1000 * C, max_denoising_steps=1, thoughts=thoughts)
+    engine = engine_of(memory=engine_of()._memory_for(20 + 2 * C + spare) + 1)
+    bounded = engine._bounded(request)
+    assert engine.memory_of(bounded) <= engine.memory.most
+    generation = answer(engine, request)
+    assert len(generation.token_ids) == bounded.settings.max_tokens and generation.finish_reason == "length"
+
+
 @pytest.mark.parametrize(("times", "canvases"), [(2, 2), (2, 4), (3, 2), (4, 1), (4, 3)])
 def test_long_answers_in_little_memory_are_those_that_each_request_gets_alone(engine_of, ask, answer, times, canvases):
     requests = long_requests(ask)
@@ -358,12 +370,12 @@ def test_the_prefixes_memory_is_used_before_anybody_gives_way(engine_of, ask, an
     answer(engine_of(prefixes=store), ask(range(40), id=9))
     engine = engine_of(memory=needed, lent=store.budget, prefixes=store)
     budgets = []
-    together = run_to_the_end(engine, requests, lambda: budgets.append((store.budget, store.spare)))
+    together = run_to_the_end(engine, requests, lambda: budgets.append((store.budget - store.lent, store.spare)))
     assert tokens_of(together) == tokens_of(alone)
     assert engine.counts.gave_way == 0
     assert min(budget for budget, _ in budgets) < 2 * needed
     assert all(spare <= budget for budget, spare in budgets)
-    assert store.budget == 2 * needed
+    assert (store.budget, store.lent) == (2 * needed, 0)
 
 
 def test_an_answer_ends_where_all_memory_does(engine_of, ask, answer):

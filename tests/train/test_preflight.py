@@ -332,6 +332,13 @@ def test_catches_a_frozen_weight_that_moves(network):
     assert failed(network, optimizers=[optimizer]) == {"frozen stays frozen"}
 
 
+def test_catches_a_frozen_weight_that_shares_its_memory_with_a_trained_one(network):
+    first, second = (layer.mlp.gate_proj.weight for layer in network.layers[:2])
+    second.requires_grad_(False)
+    second.data = first.data
+    assert failed(network) == {"frozen stays frozen"}
+
+
 def test_catches_an_optimizer_that_moves_nothing(network):
     stray = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     assert failed(network, optimizers=[stray]) == {"frozen stays frozen"}

@@ -133,14 +133,14 @@ class RemoteModel:
             body["chat_template_kwargs"] = {"enable_thinking": True}
         # It is known before the first event is asked for, so that a cancel can never come too early.
         self._stream = self._server.chat(body)
-        return self._events(self._stream, AnswerReader(self.tokenizer, self.has_drafts, seed))
+        return self._events(self._stream, StreamReader(self.tokenizer, self.has_drafts, seed))
 
     def cancel(self) -> None:
         """Stop what runs; may be called from a signal handler."""
         if self._stream is not None:
             self._stream.stop()
 
-    def _events(self, stream: ChatStream, reader: AnswerReader) -> Iterator[Event]:
+    def _events(self, stream: ChatStream, reader: StreamReader) -> Iterator[Event]:
         for chunk in stream:
             if error := chunk_error(chunk, self._server.url):
                 raise error
@@ -158,7 +158,7 @@ class RemoteModel:
                               f"({type(error).__name__}: {error})") from error
 
 
-class AnswerReader:
+class StreamReader:
     """The events that an answer's chunks amount to.
 
     A server of ours sends drafts of a canvas and then the text it was committed with, without token ids. The canvas

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
-class ReadAnswer(Protocol):
+class ReadText(Protocol):
     """What an answer's tokens say."""
 
     @property
@@ -23,7 +23,7 @@ class ReadAnswer(Protocol):
     def tool_calls(self) -> list[dict[str, Any]]: ...
 
 
-class AnswerReader(Protocol):
+class TextReader(Protocol):
     """Reads one answer, each token once."""
 
     @property
@@ -35,7 +35,7 @@ class AnswerReader(Protocol):
         """A committed canvas' tokens, without the stop token."""
         ...
 
-    def finish(self) -> ReadAnswer:
+    def finish(self) -> ReadText:
         """What was said in all, now that nothing follows; called once."""
         ...
 

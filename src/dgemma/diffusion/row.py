@@ -16,7 +16,7 @@ from dgemma import seeds
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.constraint import Constraint
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
-from dgemma.diffusion.reading import AnswerReader, Unread
+from dgemma.diffusion.reading import TextReader, Unread
 from dgemma.diffusion.sampler import temperature_at
 from dgemma.errors import ContextLengthError
 from dgemma.nn.head import vocab_tiles
@@ -178,10 +178,10 @@ class Request:
                 raise ValueError(f"position {loose[0]} is pinned, but canvas says None there")
 
 
-Read = Callable[[Request], AnswerReader]
+Read = Callable[[Request], TextReader]
 
 
-def unread(request: Request) -> AnswerReader:
+def unread(request: Request) -> TextReader:
     return Unread()
 
 
@@ -218,7 +218,7 @@ class Row:
             self.thought_left = thoughts.limit(self.room, self.config.canvas_length)
 
     @functools.cached_property
-    def reader(self) -> AnswerReader:
+    def reader(self) -> TextReader:
         """Has read all committed tokens, till it is asked to finish."""
         return self.read(self.request)
 

@@ -86,7 +86,6 @@ class Engine:
         self.sampler = sampler or EntropyBoundSampler()
         self.isolate, self.whole_pages, self.between = isolate, whole_pages, between
         self.memory = Memory(memory, lent)
-        self._prefix_budget = self.prefixes.budget
         self.counts = Counts()
         self._waiting = FairQueue()
         self._seats: list[Seat] = []
@@ -142,24 +141,24 @@ class Engine:
         """The most memory that a request can come to need, bytes: keys and values, and its part of a pass."""
         return self._memory_for(self._most_tokens(request))
 
-    def _most_tokens(self, request: Request) -> int:
-        """The most tokens whose keys and values a request can come to hold."""
+    def _most_tokens(self, request: Request, max_tokens: int | None = None) -> int:
+        """The most tokens whose keys and values a request can come to hold; with an answer so long, if that is said."""
         config = self.network.config
-        canvases = -(-request.settings.max_tokens // config.canvas_length)
+        max_tokens = request.settings.max_tokens if max_tokens is None else max_tokens
+        canvases = -(-max_tokens // config.canvas_length)
         behind = (canvases - 1) * config.canvas_length
         if request.thoughts is not None:  # one that is cut off makes room for another canvas
-            behind = request.settings.max_tokens - 1
+            behind = max_tokens - 1
         return min(len(request.prompt_ids) + behind, config.max_position_embeddings)
 
     def _bounded(self, request: Request) -> Request:
         """The request, its answer no longer than all the memory there is allows: with it its length, and form, end."""
-        most, canvas = self.memory.most, self.network.config.canvas_length
+        most = self.memory.most
         if most is None or self.memory_of(request) <= most:
             return request
-        prompt = len(request.prompt_ids)
-        following = range((self._most_tokens(request) - prompt) // canvas + 1)  # canvases behind the first
-        count = bisect_right(following, most, key=lambda more: self._memory_for(prompt + more * canvas))
-        return replace(request, settings=request.settings.replace(max_tokens=max(count, 1) * canvas))
+        lengths = range(1, request.settings.max_tokens + 1)
+        length = bisect_right(lengths, most, key=lambda n: self._memory_for(self._most_tokens(request, n)))
+        return replace(request, settings=request.settings.replace(max_tokens=max(length, 1)))
 
     def _memory_for(self, tokens: int) -> int:
         config, item = self.network.config, self.network.dtype.itemsize
@@ -185,8 +184,8 @@ class Engine:
         """Take an adapter's memory off what there is for requests, once however often; from any thread."""
         with self._adopting:
             self.adopted[adapter] += 1
-            if self.memory.limit is not None and self.adopted[adapter] == 1:
-                self.memory.limit -= adapter.nbytes
+            if self.adopted[adapter] == 1:
+                self.memory.take(adapter.nbytes)
 
     def all_adopted(self) -> list[MountedAdapter]:
         """The adapters that take memory now; from any thread."""
@@ -210,8 +209,7 @@ class Engine:
                 if self.adopted[adapter]:
                     continue  # adopted again: another request comes
                 del self.adopted[adapter]
-                if self.memory.limit is not None:
-                    self.memory.limit += adapter.nbytes
+                self.memory.take(-adapter.nbytes)
             self.prefixes.forget(adapter)
 
     def _mount(self, adapter: MountedAdapter | None) -> None:
@@ -342,8 +340,7 @@ class Engine:
         """Promise so many bytes more (or fewer), some of those that prefixes are kept in if there are no others."""
         self.memory.reserved += size
         if self.memory.lent:
-            self.prefixes.budget = self._prefix_budget - self.memory.borrowed
-            self.prefixes.trim()
+            self.prefixes.lend(self.memory.borrowed)
 
     def _grow(self) -> None:
         """Promise what the canvases that follow need, to the oldest request first; see to it that one can go on."""

@@ -100,14 +100,15 @@ class _Children(dict[tuple[int, ...], _Node]):
 
 
 class PrefixStore:
-    """Contexts read before: up to ``budget`` bytes of keys and values that nobody uses. For several threads.
+    """Contexts read before: up to ``budget`` bytes of keys and values that nobody uses, ``lent`` of which others have.
 
+    For several threads.
     ``hits`` counts the contexts that began with something known, ``hit_tokens`` these tokens. ``nbytes`` is the memory
     of all that is known, ``spare`` of what nobody uses.
     """
 
     def __init__(self, budget: int = 1 << 30):
-        self.budget = budget
+        self.budget, self.lent = budget, 0
         self.nbytes = self.spare = self.hits = self.hit_tokens = 0
         self.version = 0  # of what is known: what has not changed need not be looked up again
         self._tops: dict[Top, _Children] = {}
@@ -142,10 +143,21 @@ class PrefixStore:
                     node.known = False
             self.version += 1
 
+    def resize(self, budget: int) -> None:
+        """Have so many bytes from now on."""
+        self.budget = budget
+        self.trim()
+
+    def lend(self, nbytes: int) -> None:
+        """Do with so many bytes less than the budget until the next call."""
+        self.lent = nbytes
+        self.trim()
+
     def trim(self) -> None:
         """Come back within the budget, and some more, so that the next one need not."""
-        if self.spare > self.budget:
-            self.shrink(self.budget - self.budget // 10)
+        budget = self.budget - self.lent
+        if self.spare > budget:
+            self.shrink(budget - budget // 10)
 
     def shrink(self, budget: int) -> None:
         """Let go of what was used least recently until no more than ``budget`` bytes are left that nobody uses."""

@@ -91,6 +91,11 @@ class Memory:
         """How much of what is lent has been promised."""
         return 0 if self.limit is None else min(max(self.reserved - self.limit, 0), self.lent)
 
+    def take(self, nbytes: int) -> None:
+        """Take so much (or give it back) for what is no request's."""
+        if self.limit is not None:
+            self.limit -= nbytes
+
     def fits(self, size: int) -> bool:
         """Whether so much more may be promised; one request alone always may."""
         return self.most is None or not self.reserved or self.reserved + size <= self.most

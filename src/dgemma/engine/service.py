@@ -108,7 +108,7 @@ class Service:
     def __init__(self, model: Model, *, max_num_seqs: int = 32, max_queue: int = 256, memory: int | None = None):
         memory = request_memory(model.network) if memory is None else memory
         self.model, self.prefixes = model, model.prefixes
-        self.prefixes.budget = memory // PREFIX_SHARE
+        self.prefixes.resize(memory // PREFIX_SHARE)
         self.engine = Engine(model.network, model.reader, max_num_seqs, self.prefixes,
                              memory=memory - self.prefixes.budget, lent=self.prefixes.budget, isolate=True,
                              whole_pages=True, between=self._receive)
@@ -135,7 +135,7 @@ class Service:
         engine = self.engine
         return Stats(**asdict(engine.counts), waiting=max(len(self._mail) - engine.running, 0), running=engine.running,
                      reserved_bytes=engine.memory.reserved, request_budget=engine.memory.limit or 0,
-                     prefix_bytes=self.prefixes.nbytes, prefix_budget=self.prefixes.budget,
+                     prefix_bytes=self.prefixes.nbytes, prefix_budget=self.prefixes.budget - self.prefixes.lent,
                      prefix_hits=self.prefixes.hits, adapters=self._adapter_stats())
 
     def _adapter_stats(self) -> dict[str, AdapterStats]:

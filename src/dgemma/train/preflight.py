@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -207,27 +208,33 @@ def frozen_stays_frozen(bench: Bench, optimizers: Sequence[torch.optim.Optimizer
             steps = [([torch.optim.AdamW([p], lr=1e-3, weight_decay=0.1)], {name: p}) for name, p in trainable.items()]
         else:
             steps = [(optimizers, trainable)]
-        moved = sum(_moved_by(*step) for step in steps)
-        changed = [name for name, tensor in frozen.items() if not torch.equal(before[name], some_entries(tensor))]
+        moved, changed = 0, dict[str, None]()  # in the order in which they stand in the network
+        for step in steps:
+            with _stepped(*step) as count:
+                moved += count
+                changed |= dict.fromkeys(name for name, tensor in frozen.items()
+                                         if not torch.equal(before[name], some_entries(tensor)))
     finally:
         for parameter in trainable.values():
             parameter.grad = None
     return Check("frozen stays frozen", not changed and moved > 0,
                  f"{len(changed)} of {len(frozen)} frozen tensors changed in one step"
-                 + (f" ({', '.join(changed[:3])})" if changed else "")
+                 + (f" ({', '.join(list(changed)[:3])})" if changed else "")
                  + f", {moved} of {len(trainable)} trainable ones did",
                  "the optimizer must move what is trained and nothing else: look at its parameter list, at weights "
                  "that share memory, and at whether the loss reaches the trained ones at all")
 
 
-def _moved_by(optimizers: Sequence[torch.optim.Optimizer], trainable: Mapping[str, torch.nn.Parameter]) -> int:
-    """How many of these parameters a step moves; they and the optimizers are as before afterwards."""
+@contextmanager
+def _stepped(optimizers: Sequence[torch.optim.Optimizer],
+             trainable: Mapping[str, torch.nn.Parameter]) -> Iterator[int]:
+    """How many of these parameters a step has moved; they and the optimizers are as before afterwards."""
     kept = {name: local(p).to("cpu", copy=True) for name, p in trainable.items()}
     states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
     try:
         for optimizer in optimizers:
             optimizer.step()
-        return sum(not torch.equal(kept[name], local(p).cpu()) for name, p in trainable.items())
+        yield sum(not torch.equal(kept[name], local(p).cpu()) for name, p in trainable.items())
     finally:
         with torch.no_grad():
             for name, parameter in trainable.items():
