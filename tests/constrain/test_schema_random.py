@@ -29,12 +29,14 @@ def is_kept(seed):
 
 
 def test_random_schemas_have_valid_texts_only():
-    kept = sum(is_kept(seed) for seed in range(40))
-    assert kept > 18  # most of what is left has no valid value at all
+    kept = sum(is_kept(seed) for seed in range(20))
+    assert kept > 8  # most of what is left has no valid value at all
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("start", range(10_000, 13_000, 500))
-def test_thousands_of_random_schemas_have_valid_texts_only(start):
+def test_thousands_of_random_schemas_have_valid_texts_only(start, request):
+    if "slow" not in request.config.option.markexpr:
+        pytest.skip("takes minutes: run it with -m slow")
     assert sum(is_kept(seed) for seed in range(start, start + 500)) > 250
