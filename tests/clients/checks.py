@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 REAL, ACTED = os.environ.get("REAL", ""), os.environ.get("ACTED", "")
 MODEL = "sudoku"
+MOST = 300  # tokens of an answer of REAL's: held to a form, it goes on for as long as there is room
 _checks: list[tuple[str, Callable[[], object]]] = []
 
 

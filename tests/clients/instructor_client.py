@@ -5,7 +5,7 @@ import os
 import anthropic
 import instructor
 import openai
-from checks import MODEL, REAL, check, run
+from checks import MODEL, MOST, REAL, check, run
 from pydantic import BaseModel
 
 
@@ -17,19 +17,20 @@ class Person(BaseModel):
 HELLO = [{"role": "user", "content": "Who?"}]
 client = openai.OpenAI(base_url=f"{REAL}/v1", api_key="none")
 
-for mode in ("TOOLS", "JSON", "JSON_SCHEMA", "TOOLS_STRICT", "PARALLEL_TOOLS", "RESPONSES_TOOLS"):
-    if hasattr(instructor.Mode, mode) and mode != "PARALLEL_TOOLS":
+for mode in ("TOOLS", "JSON_SCHEMA", "TOOLS_STRICT", "RESPONSES_TOOLS"):
+    if hasattr(instructor.Mode, mode):
         @check(f"openai: {mode}")
         def of_mode(mode=mode):
             made = instructor.from_openai(client, mode=instructor.Mode[mode])
+            most = {"max_output_tokens" if mode.startswith("RESPONSES") else "max_tokens": MOST}
             assert isinstance(made.chat.completions.create(model=MODEL, messages=HELLO, response_model=Person,
-                                                           max_retries=0), Person)
+                                                           max_retries=0, **most), Person)
 
 
 @check("anthropic: tools")
 def of_anthropic():
     made = instructor.from_anthropic(anthropic.Anthropic(base_url=REAL, api_key="none"))
-    assert isinstance(made.messages.create(model=MODEL, max_tokens=300, messages=HELLO, response_model=Person,
+    assert isinstance(made.messages.create(model=MODEL, max_tokens=MOST, messages=HELLO, response_model=Person,
                                            max_retries=0), Person)
 
 
@@ -37,7 +38,8 @@ def of_anthropic():
 def of_provider():
     os.environ |= {"OPENAI_BASE_URL": f"{REAL}/v1", "OPENAI_API_KEY": "none"}
     made = instructor.from_provider(f"openai/{MODEL}")
-    assert isinstance(made.chat.completions.create(messages=HELLO, response_model=Person, max_retries=0), Person)
+    assert isinstance(made.chat.completions.create(messages=HELLO, response_model=Person, max_retries=0,
+                                                   max_tokens=MOST), Person)
 
 
 run()

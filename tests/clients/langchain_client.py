@@ -1,6 +1,6 @@
 """langchain: ChatOpenAI and ChatAnthropic, structured output in every way, agents."""
 
-from checks import ACTED, MODEL, REAL, check, run
+from checks import ACTED, MODEL, MOST, REAL, check, run
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_anthropic import ChatAnthropic
@@ -27,11 +27,11 @@ def get_weather(city: str, days: int) -> str:
 
 
 def chat(url, **options):
-    return ChatOpenAI(model=MODEL, base_url=f"{url}/v1", api_key="none", max_retries=0, **options)
+    return ChatOpenAI(model=MODEL, base_url=f"{url}/v1", api_key="none", max_retries=0, max_tokens=MOST, **options)
 
 
 def messages(url):
-    return ChatAnthropic(model=MODEL, base_url=url, api_key="none", max_tokens=300, max_retries=0)
+    return ChatAnthropic(model=MODEL, base_url=url, api_key="none", max_tokens=MOST, max_retries=0)
 
 
 @check("ChatOpenAI: whole and streamed")

@@ -3,7 +3,7 @@
 import json
 
 import litellm
-from checks import ACTED, MODEL, REAL, check, run
+from checks import ACTED, MODEL, MOST, REAL, check, run
 from pydantic import BaseModel
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -30,7 +30,7 @@ for kind in ("openai", "anthropic", "ollama_chat"):
 
     @check(f"{kind}: a form")
     def form(kind=kind):
-        made = ask(kind, REAL, response_format=Person, max_tokens=300).choices[0].message.content
+        made = ask(kind, REAL, response_format=Person, max_tokens=MOST).choices[0].message.content
         Person(**json.loads(made))
 
     @check(f"{kind}: a tool")
@@ -41,7 +41,7 @@ for kind in ("openai", "anthropic", "ollama_chat"):
 for kind in ("openai", "anthropic"):
     @check(f"{kind}: a tool that must be called")
     def required(kind=kind):
-        made = ask(kind, REAL, tools=[TOOL], tool_choice="required", max_tokens=300).choices[0].message.tool_calls
+        made = ask(kind, REAL, tools=[TOOL], tool_choice="required", max_tokens=MOST).choices[0].message.tool_calls
         assert set(json.loads(made[0].function.arguments)) >= {"city", "days"}
 
 

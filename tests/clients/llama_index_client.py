@@ -1,6 +1,6 @@
 """llama-index: OpenAILike as a chat model, a structured one, and a caller of functions."""
 
-from checks import ACTED, MODEL, REAL, check, run
+from checks import ACTED, MODEL, MOST, REAL, check, run
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
@@ -21,7 +21,7 @@ def get_weather(city: str, days: int) -> str:
 
 def model(url):
     return OpenAILike(model=MODEL, api_base=f"{url}/v1", api_key="none", is_chat_model=True,
-                      is_function_calling_model=True, max_retries=0)
+                      is_function_calling_model=True, max_retries=0, max_tokens=MOST)
 
 
 @check("chat, whole and streamed")

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from checks import ACTED, MODEL, REAL, check, run
+from checks import ACTED, MODEL, MOST, REAL, check, run
 
 FOLDER = Path(tempfile.mkdtemp())
 FOLDER.joinpath("extra-openai-models.yaml").write_text("".join(
@@ -30,7 +30,8 @@ def prompt():
 
 @check("a schema")
 def schema():
-    assert '"age"' in llm("-m", "real", "Who?", "--schema", "name, age int", "--key", "none")
+    assert '"age"' in llm("-m", "real", "Who?", "--schema", "name, age int", "-o", "max_tokens", str(MOST),
+                          "--key", "none")
 
 
 @check("a tool")

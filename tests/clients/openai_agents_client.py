@@ -3,18 +3,20 @@
 from agents import (
     Agent,
     MaxTurnsExceeded,
+    ModelSettings,
     OpenAIChatCompletionsModel,
     OpenAIResponsesModel,
     Runner,
     function_tool,
     set_tracing_disabled,
 )
-from checks import ACTED, MODEL, REAL, check, run
+from checks import ACTED, MODEL, MOST, REAL, check, run
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 set_tracing_disabled(True)
 SEEN = []
+BRIEF = ModelSettings(max_tokens=MOST)
 
 
 class Person(BaseModel):
@@ -36,7 +38,7 @@ def model(kind, url):
 for kind in (OpenAIChatCompletionsModel, OpenAIResponsesModel):
     @check(f"{kind.__name__}: an output type")
     def output(kind=kind):
-        agent = Agent("a", model=model(kind, REAL), output_type=Person)
+        agent = Agent("a", model=model(kind, REAL), output_type=Person, model_settings=BRIEF)
         assert isinstance(Runner.run_sync(agent, "Who?").final_output, Person)
 
     @check(f"{kind.__name__}: the loop of a tool")
@@ -47,7 +49,8 @@ for kind in (OpenAIChatCompletionsModel, OpenAIResponsesModel):
 
     @check(f"{kind.__name__}: tools beside an output type")
     def both(kind=kind):
-        agent = Agent("a", model=model(kind, REAL), tools=[get_weather], output_type=Person)
+        agent = Agent("a", model=model(kind, REAL), tools=[get_weather], output_type=Person,
+                      model_settings=BRIEF)
         try:
             made = Runner.run_sync(agent, "Who?", max_turns=3)
         except MaxTurnsExceeded:  # the bundled model prefers to call for ever: those are calls, and no inventions

@@ -3,7 +3,7 @@
 import json
 
 import openai
-from checks import ACTED, MODEL, REAL, check, refused, run
+from checks import ACTED, MODEL, MOST, REAL, check, refused, run
 from pydantic import BaseModel
 
 client, actor = (openai.OpenAI(base_url=f"{url}/v1", api_key="none") for url in (REAL, ACTED))
@@ -45,7 +45,8 @@ def required():
     for choice in ("required", {"type": "function", "function": {"name": "get_weather"}},
                    {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [
                        {"type": "function", "function": {"name": "get_weather"}}]}}):
-        answer = client.chat.completions.create(model=MODEL, messages=HELLO, tools=[TOOL], tool_choice=choice, seed=1)
+        answer = client.chat.completions.create(model=MODEL, messages=HELLO, tools=[TOOL], tool_choice=choice, seed=1,
+                                                max_tokens=MOST)
         assert answer.choices[0].finish_reason == "tool_calls", answer
         for call in answer.choices[0].message.tool_calls:
             assert call.function.name == "get_weather"
@@ -55,7 +56,7 @@ def required():
 @check("chat.completions.parse")
 def parse():
     parse = getattr(client.chat.completions, "parse", None) or client.beta.chat.completions.parse
-    answer = parse(model=MODEL, messages=HELLO, response_format=Person, seed=1)
+    answer = parse(model=MODEL, messages=HELLO, response_format=Person, seed=1, max_tokens=MOST)
     assert isinstance(answer.choices[0].message.parsed, Person)
 
 
@@ -76,13 +77,15 @@ def responses():
     kinds = [event.type for event in client.responses.create(model=MODEL, input="Hello", max_output_tokens=20,
                                                               stream=True)]
     assert kinds[0] == "response.created" and kinds[-1] in ("response.completed", "response.incomplete")
-    assert isinstance(client.responses.parse(model=MODEL, input="Hello", text_format=Person).output_parsed, Person)
+    made = client.responses.parse(model=MODEL, input="Hello", text_format=Person, max_output_tokens=MOST)
+    assert isinstance(made.output_parsed, Person)
 
 
 @check("responses: a tool that must be called")
 def responses_required():
     for choice in ("required", {"type": "function", "name": "get_weather"}):
-        made = client.responses.create(model=MODEL, input="Hello", tools=[FLAT], tool_choice=choice)
+        made = client.responses.create(model=MODEL, input="Hello", tools=[FLAT], tool_choice=choice,
+                                       max_output_tokens=MOST)
         calls = [item for item in made.output if item.type == "function_call"]
         assert calls
         valid(calls[0].arguments)

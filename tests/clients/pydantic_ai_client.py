@@ -2,7 +2,7 @@
 
 import asyncio
 
-from checks import ACTED, MODEL, REAL, check, run
+from checks import ACTED, MODEL, MOST, REAL, check, run
 from pydantic import BaseModel
 from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.anthropic import AnthropicModel
@@ -31,14 +31,19 @@ def messages(url):
                           profile=ModelProfile(supports_json_schema_output=True))
 
 
+def brief(kind, output_type):
+    agent = Agent(kind(REAL), output_type=output_type)
+    return agent.run_sync("Who?", model_settings={"max_tokens": MOST}).output
+
+
 for kind in (chat, responses, messages):
     @check(f"{kind.__name__}: output by a tool that must be called")
     def tool(kind=kind):
-        assert isinstance(Agent(kind(REAL), output_type=Person).run_sync("Who?").output, Person)
+        assert isinstance(brief(kind, Person), Person)
 
     @check(f"{kind.__name__}: output by a form")
     def native(kind=kind):
-        assert isinstance(Agent(kind(REAL), output_type=NativeOutput(Person)).run_sync("Who?").output, Person)
+        assert isinstance(brief(kind, NativeOutput(Person)), Person)
 
     @check(f"{kind.__name__}: the loop of a tool")
     def loop(kind=kind):

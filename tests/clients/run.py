@@ -108,8 +108,7 @@ def main() -> int:
     with ExitStack() as stack:
         actor = Actor(dgemma.load("sudoku"))
         acted = stack.enter_context(served(create_app(actor, Settings(("sudoku",)))))
-        # Held to a form, the bundled model says nonsense for as long as there is room.
-        real = stack.enter_context(serving("--max-model-len", "2048"))
+        real = stack.enter_context(serving())
         keys = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENAI_BASE_URL")
         environment = {name: value for name, value in os.environ.items() if name not in keys} | {
             "REAL": real.url, "ACTED": acted, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",

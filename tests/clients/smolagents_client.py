@@ -1,6 +1,6 @@
 """smolagents: an agent that calls tools, which always must call one."""
 
-from checks import ACTED, MODEL, REAL, check, run
+from checks import ACTED, MODEL, MOST, REAL, check, run
 from smolagents import OpenAIServerModel, ToolCallingAgent, tool
 
 
@@ -23,7 +23,7 @@ def message():
 
 @check("ToolCallingAgent: every step is a call of a tool that there is")
 def agent():
-    model = OpenAIServerModel(MODEL, api_base=f"{REAL}/v1", api_key="none", seed=1)
+    model = OpenAIServerModel(MODEL, api_base=f"{REAL}/v1", api_key="none", seed=1, max_tokens=MOST)
     made = ToolCallingAgent([get_weather], model, max_steps=2)
     made.run("What is the weather?")
     steps = [step for step in made.memory.steps if getattr(step, "tool_calls", None)]
