@@ -213,7 +213,7 @@ class AnswerFields(SamplerFields):
         for name in ("max_completion_tokens", "max_output_tokens", "max_tokens", "max_new_tokens", "n_predict",
                      "num_predict"):
             if (value := getattr(self, name)) is not None:
-                return (None if value < 0 else value), name
+                return (None if value < 1 else value), name
         return None, "max_tokens"
 
     def stops(self) -> tuple[str, ...]:

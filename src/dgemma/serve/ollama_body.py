@@ -7,18 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from dgemma.serve.bodies import Listed, RequestBody, Whole
 from dgemma.serve.errors import ApiError
 from dgemma.serve.fields import AnswerFields, ConversationFields
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-def _no_limit(value: Any) -> Any:
-    """Ollama's -2, and anything else below 1, is no limit."""
-    return -1 if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 1 else value
 
 
 class Function(RequestBody):
@@ -71,7 +66,7 @@ class OllamaBody(ConversationFields):
 
     model: str
     options: dict[str, Any] | None = None
-    num_predict: Annotated[Literal[-1] | Annotated[Whole, Field(ge=1)], BeforeValidator(_no_limit)] | None = None
+    num_predict: Annotated[Whole, Field(ge=-(2**63), description="Tokens; below 1: no limit.")] | None = None
     keep_alive: Number | str | None = None  # how long an idle model stays in memory; here it always does
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None

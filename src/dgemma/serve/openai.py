@@ -28,6 +28,7 @@ from dgemma.serve.bodies import (
     engine_request,
     longest,
     prompt_tokens,
+    unknown_model,
 )
 from dgemma.serve.deltas import Answer, Delta, answering, collect
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
@@ -141,10 +142,13 @@ def router(service: Service, settings: Settings) -> APIRouter:
                      before_id: str | None = None) -> Response:
         """The names under which the model is served, and those of its adapters; all of them, or a page."""
         names = [*settings.served_names, *service.adapters.paths()]
-        if after_id in names:
+        for name, param in ((after_id, "after_id"), (before_id, "before_id")):
+            if name is not None and name not in names:
+                raise unknown_model(name, service, settings, param)
+        if after_id is not None:
             names = names[names.index(after_id) + 1:]
-        if before_id in names:
-            names = names[:names.index(before_id)]
+        if before_id is not None:
+            names = names[:names.index(before_id)] if before_id in names else []
         page = names if limit is None else names[-limit:] if before_id is not None else names[:limit]
         return JsonResponse(ModelList(
             data=[card(name) for name in page], has_more=len(page) < len(names), first_id=page[0] if page else None,
