@@ -128,6 +128,11 @@ class TestWithoutTheGgufPackage:
         with pytest.raises(DgemmaError, match="pip install 'gguf"):
             packed("IQ2_S", 2, 256).dequantize()
 
+    def test_a_check_says_what_it_did_not_read(self, iq3_file):
+        report = inspect_checkpoint(iq3_file, check=True)
+        assert report.checked and report.unread == ("IQ3_S",)
+        assert [problem.kind for problem in report.problems] == ["codebooks"]
+
     @pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", "MXFP4", "NVFP4"])
     def test_the_others_do_without(self, kind, tmp_path):
         path, _ = files(tmp_path, [kind])
