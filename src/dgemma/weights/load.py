@@ -198,8 +198,10 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     metadata = header.pop("__metadata__", None)
-    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-        raise CheckpointError(f"{path}: corrupt header: '__metadata__' must be an object of texts, not {shown(metadata)}")
+    texts = metadata.values() if isinstance(metadata, dict) else [None]
+    if metadata is not None and not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{path}: corrupt header: '__metadata__' must be an object of texts, not "
+                              f"{shown(metadata)}")
     tensors = {}
     for name, entry in header.items():
         tensors[name] = _stored_tensor(name, entry, path, start)
