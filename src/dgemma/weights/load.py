@@ -29,7 +29,8 @@ from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, netwo
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Bytes of a number in each of safetensors' dtypes, but for those that are narrower than a byte.
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-           "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
+           "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+           "C64": 8}
 _LISTED = 20  # how many items of one kind of problem a message spells out
 _PIECE = 16 << 20  # bytes read at a time where data is converted or moved to a device
 _HEADER_LIMIT = 100_000_000  # safetensors' own
