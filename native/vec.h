@@ -29,8 +29,9 @@ DG_INLINE f32x16 to_float(u32x16 x) { return __builtin_convertvector((i32x16)x, 
 
 // float16 in the low half of every lane -> float32. Exact, subnormals too; infinities and NaN stay what they are.
 DG_INLINE f32x16 half_to_float(u32x16 h) {
-    const f32x16 magnitude = (f32x16)((h & 0x7fffu) << 13) * 0x1p112f;
-    const u32x16 special = (u32x16)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+    const u32x16 size = h & 0x7fffu;
+    const f32x16 magnitude = (f32x16)(size << 13) * 0x1p112f;
+    const u32x16 special = (0u - ((size + 0x0400u) >> 15)) & 0x7f800000u;  // where all five bits of the exponent are set
     return (f32x16)((u32x16)magnitude | special | (h & 0x8000u) << 16);
 }
 

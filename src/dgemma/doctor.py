@@ -70,8 +70,8 @@ def threads() -> Check:
     """How OpenMP's threads wait for each other: those that spin take the processor from whatever else runs."""
     waiting = openmp.waiting()
     if waiting == "spinning":
-        return Check("threads", MISSING, "they spin while they wait, for torch was imported before dgemma: beside other "
-                                         "programs a step may take thirty times as long", openmp.ADVICE)
+        return Check("threads", MISSING, "they spin while they wait, for torch was imported before dgemma: beside "
+                     "other programs a step may take thirty times as long", openmp.ADVICE)
     return Check("threads", OK, f"how they wait: {waiting}")
 
 
