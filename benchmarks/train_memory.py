@@ -29,6 +29,7 @@ import torch
 from machine import describe, peak_bytes, reset_peak, resident_bytes
 
 from dgemma.config import FULL, SLIDING, LayerConfig, ModelConfig
+from dgemma.memory import program_bytes
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, attach
 from dgemma.train.plan import Plan, memory_plan
@@ -187,7 +188,9 @@ def report(setting: dict[str, Any], folder: Path) -> None:
     seen, plan = json.loads(done.stdout.splitlines()[-1]), plan_for(setting)
     lines = {line.name: line.nbytes for line in plan.lines}
     on_cpu = setting["device"] == "cpu"
-    planned = plan.total - (0 if on_cpu else lines["runtime"])
+    # There is no tokenizer here, and a GPU's runtime is not its allocator's.
+    tokenizer = program_bytes(setting["vocab"], training=True) - program_bytes(0, training=True)
+    planned = plan.total - (tokenizer if on_cpu else lines["runtime"])
     # What a step takes beside what does not change: the part that has to be estimated.
     fixed = lines["weights"] + lines.get("adapters", 0) + lines["optimizer state"]
     step = planned - fixed

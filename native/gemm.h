@@ -255,10 +255,12 @@ void down(T t, const uint8_t* weight, int64_t E, int64_t I, int64_t D, const flo
     }
 }
 
-// float32 -> bfloat16 in the low half of every lane, to nearest even.
+// float32 -> bfloat16 in the low half of every lane, to nearest even. NaN stays NaN: rounded like a number, one whose
+// bits are all set would become 0.
 DG_INLINE u32x16 to_bf16(f32x16 x) {
-    u32x16 bits = (u32x16)x;
-    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const u32x16 bits = (u32x16)x;
+    const u32x16 nan = (u32x16)((i32x16)(0x7f800000u - (bits & 0x7fffffffu)) >> 31);  // compilers compare lane by lane
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 | (nan & 0x7fc0u);
 }
 
 // Lanes back into rows: word `w` of `from[j]` becomes word j of row w, `stride` bytes apart.

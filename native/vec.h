@@ -27,18 +27,12 @@ DG_INLINE void store(void* p, V v) {
 
 DG_INLINE f32x16 to_float(u32x16 x) { return __builtin_convertvector((i32x16)x, f32x16); }
 
-// float16 in the low half of every lane -> float32. Exact, subnormals too; infinities are not scales.
+// float16 in the low half of every lane -> float32. Exact, subnormals too; infinities and NaN stay what they are.
 DG_INLINE f32x16 half_to_float(u32x16 h) {
-    f32x16 magnitude = (f32x16)((h & 0x7fffu) << 13) * 0x1p112f;
-    return (f32x16)((u32x16)magnitude | (h & 0x8000u) << 16);
-}
-
-DG_INLINE float half_to_float(uint16_t h) {
-    uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
-    float magnitude;
-    memcpy(&magnitude, &bits, 4);
-    magnitude *= 0x1p112f;
-    return h & 0x8000 ? -magnitude : magnitude;
+    const u32x16 size = h & 0x7fffu;
+    const f32x16 magnitude = (f32x16)(size << 13) * 0x1p112f;
+    const u32x16 special = (0u - ((size + 0x0400u) >> 15)) & 0x7f800000u;  // where all five bits of the exponent are set
+    return (f32x16)((u32x16)magnitude | special | (h & 0x8000u) << 16);
 }
 
 DG_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }

@@ -26,6 +26,18 @@ def packed(name: str, *shape: int, seed: int = 0, wild: bool = False) -> PackedW
     return PackedWeight(torch.from_numpy(blocks.reshape(*shape[:-1], kind.row_bytes(shape[-1]))), kind)
 
 
+def with_half(weight: PackedWeight, row: int, half: int) -> PackedWeight:
+    """A copy whose row (of a matrix) has these 16 bits in the place of each of its first block's scales; of types that
+    have a float16."""
+    name, data = weight.type.name, weight.data.clone()
+    block = data[row, : weight.type.nbytes].numpy()
+    for at in HALVES[name]:
+        block[at : at + 2] = half & 0xFF, half >> 8
+    if name == "IQ1_M":
+        _set_iq1_m(block, half)
+    return PackedWeight(data, weight.type)
+
+
 def _halves(rng: np.random.Generator, shape: tuple[int, ...], wild: bool) -> np.ndarray:
     halves = rng.integers(0, 1 << 16, shape).astype(np.uint16)
     return np.where((halves & 0x7C00) == 0x7C00, halves & 0x83FF, halves) if wild else (halves & 0x83FF) | 0x2000
@@ -34,14 +46,19 @@ def _halves(rng: np.random.Generator, shape: tuple[int, ...], wild: bool) -> np.
 def _set_scales(name: str, blocks: np.ndarray, rng: np.random.Generator, wild: bool) -> None:
     """The scales of the types that keep them otherwise, likewise."""
     shape = blocks.shape[:-1]
-    if name == "IQ1_M":  # a half, four bits of it at the top of each of the last four words
-        for i, half in enumerate((_halves(rng, shape, wild) >> shift) & 15 for shift in (0, 4, 8, 12)):
-            blocks[..., 49 + 2 * i] = (blocks[..., 49 + 2 * i] & 15) | half << 4
+    if name == "IQ1_M":
+        _set_iq1_m(blocks, _halves(rng, shape, wild))
     elif name == "MXFP4":  # a power of two, of which the two smallest are subnormal
         powers = rng.integers(100, 150, shape) if wild else rng.integers(119, 121, shape)
         blocks[..., 0] = np.where(rng.random(shape) < 0.1, powers % 3, powers) if wild else powers
     elif name == "NVFP4" and not wild:  # floats of eight bits: any is finite
         blocks[..., :4] = (blocks[..., :4] & 7) | 8
+
+
+def _set_iq1_m(blocks: np.ndarray, halves: np.ndarray | int) -> None:
+    """IQ1_M's scale: four bits of it at the top of each of the last four words."""
+    for i in range(4):
+        blocks[..., 49 + 2 * i] = (blocks[..., 49 + 2 * i] & 15) | (halves >> 4 * i & 15) << 4
 
 
 def exact_activations(rows: int, width: int, seed: int = 0) -> torch.Tensor:

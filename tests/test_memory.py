@@ -5,7 +5,7 @@ import resource
 
 import pytest
 
-from dgemma.memory import machine_memory, mapped_bytes, release_freed, request_memory
+from dgemma.memory import machine_memory, mapped_bytes, program_bytes, release_freed, request_memory
 from reference import random_network, tiny_config
 
 GIB = 1 << 30
@@ -126,6 +126,12 @@ def other_dtype(network):
     import torch
 
     return torch.float32 if network.dtype == torch.bfloat16 else torch.bfloat16
+
+
+def test_what_the_program_takes_is_what_was_measured_with_the_26b_models_vocabulary_and_with_a_small_one():
+    assert program_bytes(262_144) == pytest.approx(581e6, rel=0.03)
+    assert program_bytes(288) == pytest.approx(252e6, rel=0.03)
+    assert program_bytes(288, training=True) == pytest.approx(400e6, rel=0.03)
 
 
 def test_packed_weights_of_a_mapped_gguf_file_are_taken_off_too(tmp_path):

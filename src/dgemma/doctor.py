@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
-from dgemma import __version__
+from dgemma import __version__, openmp
 from dgemma.errors import DgemmaError
 from dgemma.files import size_text
 from dgemma.memory import machine_memory
@@ -26,7 +26,7 @@ _ROOM = 20_000_000_000  # bytes: what one usual model takes on a disk
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _MEND_COMPILER = {"linux": "sudo apt install g++   (or your system's C++ compiler)", "darwin": "xcode-select --install",
                   "win32": "winget install Microsoft.VisualStudio.2022.BuildTools"}
-_EXTRAS = {"serve": "the HTTP server", "train": "training"}
+_EXTRAS = {"serve": "the HTTP server", "train": "training", "iq": "the block types IQ1, IQ2 and IQ3"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Check:
 
 def checks() -> Iterator[Check]:
     """All checks, in the order in which one part builds on another, each made when it is asked for."""
-    for check in (python, torch, model, kernels, compiler, gpu, memory, disk, hub):
+    for check in (python, torch, threads, model, kernels, compiler, gpu, memory, disk, hub):
         try:
             yield check()
         except DgemmaError as error:  # it says itself what to do
@@ -64,6 +64,15 @@ def torch() -> Check:
     import torch as library
 
     return Check("torch", OK, f"{library.__version__}, {library.get_num_threads()} threads", needed=True)
+
+
+def threads() -> Check:
+    """How OpenMP's threads wait for each other: those that spin take the processor from whatever else runs."""
+    waiting = openmp.waiting()
+    if waiting == "spinning":
+        return Check("threads", MISSING, "they spin while they wait, for torch was imported before dgemma: beside "
+                     "other programs a step may take thirty times as long", openmp.ADVICE)
+    return Check("threads", OK, f"how they wait: {waiting}")
 
 
 def model() -> Check:
@@ -172,7 +181,7 @@ def extras() -> Iterator[Check]:
         requirements = metadata.requires("dgemma") or ()
     except metadata.PackageNotFoundError:
         yield Check("extras", MISSING, "this copy of dgemma is not installed, which leaves open what it lacks",
-                    "pip install -e '.[serve,train]'")
+                    "pip install -e '.[serve,train,iq]'")
         return
     for requirement in requirements:
         found = _EXTRA.match(requirement)

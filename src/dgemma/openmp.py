@@ -5,7 +5,7 @@ for the last. By default it spins for milliseconds, which costs nothing on an id
 too, it spins away the time slices that the last one needs, and a step takes thirty times as long.
 
 OpenMP reads its settings when its library is loaded, with torch. So `wait_passively` runs when ``dgemma`` is imported,
-before anything here imports torch; processes started later inherit the setting. Standard library only.
+before anything here imports torch; processes started later inherit the setting. Standard library only, as is `machine`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
+
+from dgemma.machine import usable_cores
 
 # Each alone says how threads wait, to libgomp (GCC's, torch's on Linux) or libomp (LLVM's and Intel's): whoever has set
 # one of them has decided.
@@ -64,8 +66,7 @@ def _outnumber_processors() -> bool:
     if not _is_libgomp():
         return False
     # 1 for the process, and every thread that shares out work has `threads` - 1 others; the caller's count, too.
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for _ in range((processors - 1) // (threads - 1)):
+    for _ in range((usable_cores() - 1) // (threads - 1)):
         ready = threading.Event()
         threading.Thread(target=_share_once, args=(ready,), name="openmp-crowd", daemon=True).start()
         ready.wait()

@@ -87,7 +87,6 @@ def test_no_template_is_said_clearly(folder):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% if %}", "broken at line 1"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages.append(1) }}", "refuses"),
         ("{{ messages + 1 }}", "fails on"),
@@ -100,6 +99,17 @@ def test_a_template_that_fails(template, message):
     tokenizer = Tokenizer(bundled.build_byte_tokenizer(), template)
     with pytest.raises(DgemmaError, match=message):
         tokenizer.render("hi")
+
+
+@pytest.mark.parametrize(("template", "message"), [
+    ("{% for %}", "chat template of x is broken at line 1"),
+    ("\n{{ a | nothing }}", "broken at line 2.*nothing"),
+    ({"default": "{{ messages }}", "tool_use": "{{"}, "broken at line 1"),
+    ("{{ " + "(" * 5000, "is broken"),
+])
+def test_a_template_that_does_not_compile_is_refused_with_the_tokenizer(template, message):
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        Tokenizer(bundled.build_byte_tokenizer(), template, source="x")
 
 
 def test_the_documented_environment():

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from dgemma import doctor
+from dgemma import doctor, openmp
 from dgemma.kernels import native
 from hub_server import HubServer, connect, demo_repos
 
@@ -34,12 +34,14 @@ def examined(hub, dgemma_command):
 def test_all_is_looked_at(examined, hub):
     found, code = examined()
     assert code == 0
-    assert list(found) == ["python", "torch", "model", "kernels", "compiler", "gpu", "memory", "disk", "hub", "serve",
-                           "train"]
+    assert list(found) == ["python", "torch", "threads", "model", "kernels", "compiler", "gpu", "memory", "disk", "hub",
+                           "serve", "train", "iq"]
     assert torch.__version__ in found["torch"]["found"]
     assert "the bundled model answers" in found["model"]["found"]
     assert found["kernels"]["found"].startswith(native.isa()) or not native.available()
     assert found["hub"]["state"] == "ok" and hub.url in found["hub"]["found"]
+    assert found["threads"]["found"] == f"how they wait: {openmp.waiting()}"
+    assert found["iq"]["found"] == "the block types IQ1, IQ2 and IQ3: gguf"
     assert "fastapi" in found["serve"]["found"] and "pyyaml" in found["train"]["found"]
     for check in found.values():
         assert (check["mend"] is None) == (check["state"] == "ok"), check
@@ -61,12 +63,13 @@ def test_a_part_that_is_missing_has_its_line(examined, monkeypatch, tmp_path):
     real = metadata.version
 
     def version(name):
-        if name in ("fastapi", "tensorboard"):
+        if name in ("fastapi", "tensorboard", "gguf"):
             raise metadata.PackageNotFoundError(name)
         return real(name)
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(openmp, "waiting", lambda: "spinning")
     monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(native, "why_absent", lambda: "not built here (…)")
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
@@ -78,7 +81,8 @@ def test_a_part_that_is_missing_has_its_line(examined, monkeypatch, tmp_path):
     found, code = examined()
     assert code == 0
     mended = {name: check["mend"] for name, check in found.items() if check["state"] == "missing"}
-    assert mended.keys() == {"kernels", "compiler", "gpu", "disk", "hub", "serve", "train"}
+    assert mended.keys() == {"kernels", "compiler", "gpu", "disk", "hub", "serve", "train", "iq", "threads"}
+    assert mended["iq"] == "pip install 'dgemma[iq]'" and mended["threads"] == openmp.ADVICE
     assert mended["compiler"] == "xcode-select --install"
     assert mended["kernels"].startswith("xcode-select --install, then pip install")
     assert "pip install" in mended["gpu"] and "whl/cu" in mended["gpu"]

@@ -12,7 +12,9 @@ import time
 import pytest
 
 from dgemma.cli import models as models_command
+from dgemma.memory import program_bytes
 from dgemma.weights.cache import LocalModel
+from dgemma.weights.locate import bundled_path
 from hub_server import COMMIT, HubServer, connect, demo_repos, environment, gguf
 
 GGUF = "org/diffuse-GGUF"
@@ -130,9 +132,9 @@ def test_models(hub, dgemma_command, monkeypatch, tmp_path):
         dgemma_command("pull", name)
     lines = dgemma_command("models").out.splitlines()
     assert [line.split() for line in lines[2:5]] == [
-        [f"long-organisation/{'a-very-long-name' * 4}:Q8_0", "GGUF", "3.0", "MB", "403.1", "MB", "yes"],
-        ["org/diffuse", "safetensors", "600.1", "kB", "400.6", "MB", "yes"],
-        [f"{GGUF}:Q4_K_M", "GGUF", "300.0", "kB", "400.3", "MB", "yes"],
+        [f"long-organisation/{'a-very-long-name' * 4}:Q8_0", "GGUF", "3.0", "MB", "595.6", "MB", "yes"],
+        ["org/diffuse", "safetensors", "600.1", "kB", "593.1", "MB", "yes"],
+        [f"{GGUF}:Q4_K_M", "GGUF", "300.0", "kB", "592.8", "MB", "yes"],
     ]
     assert lines[-1] == f"Memory: 16.0 GB of 32.0 GB available. Cache: {tmp_path / 'hub'}"
     terminal = dgemma_command("models", terminal=True)  # 120 columns hold it
@@ -144,7 +146,7 @@ def test_models_on_a_narrow_terminal(hub, dgemma_command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     lines = re.sub(r"\x1b\[[\d;]*m", "", dgemma_command("models", terminal=True).out).splitlines()
     at = lines.index(f"{GGUF}:Q4_K_M")
-    assert "GGUF, 300.0 kB, needs 400.3 MB, fits: " in lines[at + 1]
+    assert "GGUF, 300.0 kB, needs 592.8 MB, fits: " in lines[at + 1]
 
 
 def test_models_as_json(hub, dgemma_command, monkeypatch):
@@ -157,7 +159,8 @@ def test_models_as_json(hub, dgemma_command, monkeypatch):
     assert model["path"].endswith("diffuse-Q4_K_M.gguf")
     assert {**model, "path": ""} == {
         "name": f"{GGUF}:Q4_K_M", "kind": "GGUF", "quantisation": "Q4_K_M", "size": 300_000, "full_size": 300_000,
-        "memory_needed": 400_315_000, "fits": False, "complete": True, "bundled": False, "path": ""}
+        "memory_needed": 315_000 + program_bytes(262_144), "fits": False, "complete": True, "bundled": False,
+        "path": ""}
 
 
 def test_a_partial_model_is_shown_as_such(hub, dgemma_command):
@@ -212,13 +215,18 @@ def test_remove_asks(hub, dgemma_command, monkeypatch, answer, left):
 
 @pytest.mark.parametrize(("kind", "weights", "needed"), [
     ("GGUF", 16.8, 18.0), ("GGUF", 19.1, 20.3), ("GGUF", 26.9, 28.1), ("safetensors", 51.6, 53.1),
-    ("safetensors", 0.007, 0.4),
 ])
 def test_memory_needed(tmp_path, kind, weights, needed):
     """The real files' needs, as those state who made them: 18 GB for Q4_K_M, 20 for Q5_K_M, 28 for Q8_0."""
     size = round(weights * 1e9)
     model = LocalModel("x", kind, None, size, size, True, tmp_path)
     assert models_command.memory_needed(model) == pytest.approx(needed * 1e9, rel=0.02)
+
+
+def test_a_small_vocabulary_needs_less():
+    size = 7_000_000
+    model = LocalModel("sudoku", "safetensors", None, size, size, True, bundled_path("sudoku"), bundled=True)
+    assert models_command.memory_needed(model) == pytest.approx(260e6, rel=0.02)
 
 
 def test_whether_it_fits():

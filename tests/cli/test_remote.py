@@ -367,6 +367,12 @@ def test_tool_calls_are_put_together():
     assert generation.finish_reason == "stop"
 
 
+def test_arguments_without_end_stay_text():
+    reader = AnswerReader(Vocabulary(), False, None)
+    reader.feed({"choices": [{"delta": {"tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}}]})
+    assert reader.finish(False)[-1].generation.tool_calls == [{"name": "f", "arguments": "[" * 100_000}]
+
+
 def test_plain_text_keeps_every_space_and_line():
     out = io.StringIO()
     vocabulary = Vocabulary()

@@ -18,12 +18,33 @@ from pathlib import Path
 import pytest
 
 import dgemma
+from dgemma import memory
 from dgemma.cli import session
 from dgemma.cli.canvas import LiveCanvas
 from dgemma.cli.session import follow
 from dgemma.diffusion.events import Denoised, Finished, Generation
 from dgemma.diffusion.trace import read_trace
 from dgemma.errors import DgemmaError
+from dgemma.weights.locate import bundled_path
+from dgemma.weights.quantize import convert
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_weights_that_memory_cannot_hold_are_told(quantised, monkeypatch, capsys, tmp_path):
+    """Mapped ones, packed or not, with room for a conversation beside them."""
+    path = bundled_path("sudoku")
+    if quantised:
+        path = tmp_path / "m.gguf"
+        convert(bundled_path("sudoku"), path, "Q8_0")
+    available = [1 << 40]
+    monkeypatch.setattr(memory, "machine_memory", lambda: (available[0], 1 << 40))
+    network = session.load_model(str(path)).network
+    assert "Note:" not in capsys.readouterr().err
+    mapped = memory.mapped_bytes(network)
+    assert mapped > 1_000_000
+    for available[0], told in ((mapped * 11 // 10, False), (mapped, True)):
+        session.load_model(str(path))
+        assert ("Note: this model wants about" in capsys.readouterr().err) == told
 
 
 class Endless:

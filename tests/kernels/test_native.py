@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from block_bytes import HALVES, exact_activations, packed
+from block_bytes import HALVES, exact_activations, packed, with_half
 from dgemma.kernels import native
 from dgemma.kernels.blocks import BLOCK_TYPES
 from dgemma.kernels.packed import PackedWeight
@@ -127,6 +127,36 @@ def test_linear_of_any_shape(isa, name, rows, columns, blocks, seed):
         assert torch.equal(linear(x, weight), ours)
     row = seed % rows
     assert torch.equal(linear(x[row : row + 1], weight)[0], ours[row])
+
+
+@pytest.mark.parametrize("half", [0x7C00, 0xFC00, 0x7C01, 0x7E00, 0x7FFF, 0xFFFF])
+@pytest.mark.parametrize("name", [name for name in TYPES if name not in ("MXFP4", "NVFP4")])
+def test_a_broken_scale_is_never_a_number(isa, name, half):
+    """Infinite and NaN, of every bit pattern's kind: what such a row gives is not finite; the other rows are as they
+    were."""
+    sound = packed(name, 20, width_of(name, 8 if BLOCK_TYPES[name].block == 32 else 1))
+    weight = with_half(sound, 3, half)
+    wanted = exact(weight)
+    assert not wanted[3].isfinite().all()
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = numbers(weight, dtype=dtype)
+        assert torch.equal(ours.isnan(), wanted.isnan()) and torch.equal(ours.isinf(), wanted.isinf())
+    x = exact_activations(5, weight.shape[1])
+    ours, others = linear(x, weight), torch.arange(20) != 3
+    assert not ours[:, 3].isfinite().any()
+    assert torch.equal(ours[:, others], linear(x, sound)[:, others])
+    soft = torch.zeros(2, weight.shape[1])
+    native.mix(soft, torch.ones(2), torch.full((2, 20), 0.05), weight.data, weight.type.code)
+    assert torch.equal(soft.isfinite(), wanted[3].isfinite().expand(2, -1))
+
+
+@pytest.mark.parametrize(("name", "places"), [("MXFP4", [0]), ("NVFP4", [0, 1, 2, 3])])
+def test_scales_of_one_byte_are_ggmls_for_every_byte(isa, name, places):
+    """The two that other readers take for NaN, too: 255 of MXFP4 is a power of two, 127 of NVFP4 is nothing."""
+    weight = packed(name, 256, width_of(name, 1))
+    for at in places:
+        weight.data[:, at] = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(numbers(weight), weight.dequantize())
 
 
 def test_linear_takes_any_strides_and_dtypes(isa):

@@ -12,6 +12,7 @@ from dgemma.errors import DgemmaError
 from dgemma.kernels.blocks import BLOCK_TYPES
 from dgemma.kernels.packed import PackedWeight
 from dgemma.kernels.quantize import quantize
+from dgemma.memory import program_bytes
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, adapters, attach
 from dgemma.nn.packed import packed_bytes, set_weights
 from dgemma.train.activations import Pass, Step, kept_by_block, widest
@@ -118,6 +119,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks():
 def test_the_26b_trains_packed_in_24_gb():
     plan = memory_plan(the_26b(), weights="Q4_K_M", adapter=AdapterConfig(r=16), context=1024)
     assert lines(plan)["weights"] == pytest.approx(16.8e9, rel=0.01)
+    assert lines(plan)["runtime"] > program_bytes(262_144, training=True)
     assert plan.total < 24e9 and plan.advice(24_000_000_000) == ()
     with_experts = memory_plan(the_26b(), weights="Q4_K_M", context=1024,
                                adapter=AdapterConfig(r=16, targets=("attention", "mlp", "experts")))

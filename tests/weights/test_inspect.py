@@ -176,6 +176,7 @@ DAMAGE = {
         folder, lambda data: data["model"]["vocab"].update(a="x")),
     "a tokenizer of numbers": lambda folder: edit_tokenizer(folder, lambda data: data.update(added_tokens=[1, 2])),
     "a broken tokenizer_config": lambda folder: (folder / "tokenizer_config.json").write_text("{"),
+    "a template that does not compile": lambda folder: (folder / "chat_template.jinja").write_text("{% for %}"),
     "an unsupported dtype": lambda folder: set_dtype(folder, "float8_e4m3fn"),
 }
 

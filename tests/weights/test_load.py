@@ -263,9 +263,13 @@ def test_a_tensor_that_the_index_promises_in_vain_is_missing(sharded, copy_of):
     assert "missing tensors (1):\n    model.decoder.norm.weight" in refusal(folder)
 
 
-def entry(dtype, shape, offsets):
-    header = json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+def header_of(data):
+    header = json.dumps(data).encode()
     return struct.pack("<Q", len(header)) + header
+
+
+def entry(dtype, shape, offsets):
+    return header_of({"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets}})
 
 
 @pytest.mark.parametrize(("data", "cause"), [
@@ -278,6 +282,11 @@ def entry(dtype, shape, offsets):
     (struct.pack("<Q", 8) + b'{"x": 1}', "corrupt header: no sound dtype, shape and offsets for x"),
     (entry("F32", [2], [0, 4]) + bytes(4), "corrupt header: x is F32 \\[2\\] but has 4 bytes"),
     (entry("F32", [2], [8, 0]), "corrupt header: x"),
+    (entry("F64", [1], [0, 5]) + bytes(5), "corrupt header: x is F64 \\[1\\] but has 5 bytes"),
+    (entry("I64", [2], [0, 8]) + bytes(8), "corrupt header: x is I64 \\[2\\] but has 8 bytes"),
+    (entry("F8_E4M3", [2], [0, 3]) + bytes(3), "corrupt header: x is F8_E4M3 \\[2\\] but has 3 bytes"),
+    *((header_of({"__metadata__": value}), "corrupt header: '__metadata__' must be an object of texts, not "
+       f"{re.escape(repr(value))}") for value in (5, [], "a", {"format": 1})),
     (entry("F32", [2], [0, 8]) + bytes(10), "longer than it should be"),
 ])
 def test_corrupt_files_are_named_with_the_cause(single, copy_of, data, cause):

@@ -157,7 +157,7 @@ def test_a_part_that_is_missing(folder, absent):
     ("a_IQ3_XXS.gguf", "IQ3_XXS"),
     ("BF16/a-BF16-00001-of-00002.gguf", "BF16"),
     ("BF16/a-00001-of-00002.gguf", "BF16"),
-    ("a-MXFP4_MOE.gguf", "MXFP4_MOE"),
+    ("a-MXFP4_MOE.gguf", "MXFP4_MOE"), ("m-NVFP4.gguf", "NVFP4"), ("a-NVFP4_MOE.gguf", "NVFP4_MOE"),
     ("diffusiongemma-26B-A4B-it.gguf", "diffusiongemma-26B-A4B-it"),
 ])
 def test_the_quantisation_in_a_name(name, tag):

@@ -193,16 +193,17 @@ def test_tokens_with_a_role_are_control_tokens(special, own_copy, tmp_path):
     assert metadata["tokenizer.ggml.eos_token_id"] == 6
 
 
-def test_types_of_a_file_that_leaves_eos_a_word_are_mended(checkpoint, tmp_path, monkeypatch):
+def test_types_of_a_file_that_leaves_eos_and_unk_words_are_mended(checkpoint, tmp_path, monkeypatch):
     def theirs(*args):
         data = tokenizer_metadata(*args)
-        data["tokenizer.ggml.token_type"][1], data["tokenizer.ggml.token_type"][4] = 1, 4
+        for at, kind in ((1, 1), (3, 1), (4, 4)):
+            data["tokenizer.ggml.token_type"][at] = kind
         return data
 
     with monkeypatch.context() as patched:  # as llama.cpp's conversion would write it
         patched.setattr(module, "tokenizer_metadata", theirs)
         convert(checkpoint, tmp_path / "theirs.gguf", "BF16")
-    assert read_gguf(tmp_path / "theirs.gguf").metadata["tokenizer.ggml.token_type"][:5] == [3, 1, 3, 2, 4]
+    assert read_gguf(tmp_path / "theirs.gguf").metadata["tokenizer.ggml.token_type"][:5] == [3, 1, 3, 1, 4]
     convert(tmp_path / "theirs.gguf", tmp_path / "ours.gguf", "Q8_0")
     assert read_gguf(tmp_path / "ours.gguf").metadata["tokenizer.ggml.token_type"][:5] == [3, 3, 3, 2, 3]
 

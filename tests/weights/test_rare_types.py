@@ -122,11 +122,16 @@ class TestWithoutTheGgufPackage:
         codebooks.grid.cache_clear()
 
     def test_a_file_that_needs_it_says_what_to_install(self, iq3_file):
-        with pytest.raises(CheckpointError, match=r"IQ3_S weights: .*gguf package.*pip install 'gguf"):
+        with pytest.raises(CheckpointError, match=r"IQ3_S weights: .*gguf package.*pip install 'dgemma\[iq\]'"):
             dgemma.load(iq3_file)
-        assert "pip install 'gguf" in str(inspect_checkpoint(iq3_file).problems)
-        with pytest.raises(DgemmaError, match="pip install 'gguf"):
+        assert "pip install 'dgemma[iq]'" in str(inspect_checkpoint(iq3_file).problems)
+        with pytest.raises(DgemmaError, match=r"pip install 'dgemma\[iq\]'"):
             packed("IQ2_S", 2, 256).dequantize()
+
+    def test_a_check_says_what_it_did_not_read(self, iq3_file):
+        report = inspect_checkpoint(iq3_file, check=True)
+        assert report.checked and report.unread == ("IQ3_S",)
+        assert [problem.kind for problem in report.problems] == ["codebooks"]
 
     @pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", "MXFP4", "NVFP4"])
     def test_the_others_do_without(self, kind, tmp_path):

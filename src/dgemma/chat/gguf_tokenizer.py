@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 from dgemma.chat.tokenizer import MARKS, ROLES, Tokenizer, read_backend, special_roles
 from dgemma.errors import CheckpointError
 from dgemma.fields import Fields, is_whole, parse_json, shown
-from dgemma.weights.tokenizer_keys import TOKENIZER_CONFIG_JSON, TOKENIZER_JSON
+from dgemma.weights.tokenizer_keys import (
+    CONTROL,
+    GGML_ROLES,
+    TOKENIZER_CONFIG_JSON,
+    TOKENIZER_JSON,
+    UNKNOWN,
+    USER_DEFINED,
+)
 
 if TYPE_CHECKING:
     import tokenizers
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # ggml's token types
-_ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "mask": "mask"}  # their name -> ours
 # llama.cpp's conversion calls some of the chat format's marks "user defined", only so that it shows them. They are as
 # special as the others: typed by a user they must be plain text.
 _MARK = re.compile(r"<\|.*>|<.*\|>", re.DOTALL)
@@ -61,7 +66,7 @@ def _from_keys(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tok
         raise CheckpointError(f"{source}: tokenizer.ggml.token_type must hold a number for each of the {len(tokens)} "
                               "tokens")
     roles = {}
-    for theirs, ours in _ROLES.items():
+    for ours, theirs in GGML_ROLES.items():
         token_id = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if token_id is None and f"<{ours}>" in tokens:
             roles[f"{ours}_token"] = f"<{ours}>"
@@ -90,9 +95,9 @@ def _from_keys(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tok
     for token, kind in zip(tokens, types, strict=False):
         if not token or token in known:
             continue
-        if kind in (_UNKNOWN, _CONTROL) or (kind == _USER_DEFINED and _MARK.fullmatch(token)):
+        if kind in (UNKNOWN, CONTROL) or (kind == USER_DEFINED and _MARK.fullmatch(token)):
             special[token] = None
-        elif kind == _USER_DEFINED:
+        elif kind == USER_DEFINED:
             plain.append(token)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])

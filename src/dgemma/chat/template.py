@@ -14,11 +14,27 @@ from datetime import datetime
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from dgemma.errors import DgemmaError
+from dgemma.errors import CheckpointError, DgemmaError
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+def compiled(source: str, where: str) -> Template:
+    """Template `source` as a program; `where` names the template in errors.
+
+    Raises `CheckpointError` when it does not compile.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        return _compile(source)
+    except Exception as error:  # it is somebody else's program, on which the compiler may fail in any way
+        at = f" at line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise CheckpointError(
+            f"the chat template of {where} is broken{at}: {str(error) or type(error).__name__}"
+        ) from error
 
 
 def render(source: str, variables: Mapping[str, Any], where: str) -> str:
@@ -26,14 +42,11 @@ def render(source: str, variables: Mapping[str, Any], where: str) -> str:
 
     Raises `DgemmaError` when the template does not compile, refuses the conversation or fails on it.
     """
-    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2 import TemplateError
 
+    template = compiled(source, where)
     try:
-        return _compile(source).render(plain(variables))
-    except TemplateSyntaxError as error:
-        raise DgemmaError(
-            f"the chat template of {where} is broken at line {error.lineno}: {error}"
-        ) from error
+        return template.render(plain(variables))
     except TemplateError as error:
         raise DgemmaError(f"the chat template of {where} refuses this conversation: {error}") from error
     except Exception as error:  # it is somebody else's program, which may fail in any way

@@ -52,6 +52,7 @@ class Tokenizer:
         `chat_template`: one template, or several by name ("default", "tool_use"). `special_tokens`: their roles,
         such as `{"bos_token": "<bos>"}`; templates see them under these names. `source` names the checkpoint in
         errors. Tokens with a role and the chat format's marks become special in `backend`, whatever it says of them.
+        Raises `CheckpointError` when a template does not compile.
         """
         self.backend = backend
         self.source = source
@@ -60,6 +61,8 @@ class Tokenizer:
         self.chat_templates = (
             {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
         )
+        for text in self.chat_templates.values():
+            templates.compiled(text, source)
         self.bos_id = self._role_id("bos")
         self.eos_id = self._role_id("eos")
         self.pad_id = self._role_id("pad")

@@ -38,6 +38,7 @@ def bench(
     import torch
 
     from dgemma import bench as benchmark
+    from dgemma import openmp
     from dgemma.cli.session import load_model
 
     if threads is not None:
@@ -48,7 +49,7 @@ def bench(
     bandwidth = benchmark.read_bandwidth()
     peak, unit = benchmark.peak_operations(network)
     least = benchmark.floors(work, bandwidth, peak)
-    machine = benchmark.describe_machine("dgemma")
+    machine = f"{benchmark.describe_machine('dgemma')}; how threads wait: {openmp.waiting()}"
     beside = benchmark.beside_busy_loops(lambda: benchmark.measure(
         network, context=context, canvas=canvas, steps=steps).seconds_per_step, busy) if busy else None
     if json:

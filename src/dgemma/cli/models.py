@@ -9,13 +9,14 @@ import typer
 
 from dgemma.cli.options import JsonOption
 from dgemma.cli.output import need_stdout, print_json
-from dgemma.memory import machine_memory
+from dgemma.memory import machine_memory, program_bytes
 from dgemma.terminal import SafeConsole, say
 
 if TYPE_CHECKING:
     from dgemma.weights.cache import LocalModel
 
 _LEFT_SHOWN = 5  # names
+_USUAL_VOCABULARY = 262_144  # tokens: the 26B model's
 models_app = typer.Typer(invoke_without_command=True)
 
 
@@ -72,17 +73,32 @@ def remove(
 
 def memory_needed(model: LocalModel) -> int | None:
     """About how many bytes of memory running a model takes; None while nobody knows how large it is."""
-    return None if model.full_size is None else model.full_size + working_memory(model.full_size, model.kind)
+    if model.full_size is None:
+        return None
+    return model.full_size + program_bytes(_vocabulary(model)) + conversation_memory(model.full_size, model.kind)
 
 
-def working_memory(weights: int, kind: str = "GGUF") -> int:
-    """About how many bytes running a model takes beside its weights.
+def conversation_memory(weights: int, kind: str = "GGUF") -> int:
+    """About how many bytes a conversation takes: its cache and the working tensors.
 
-    0.4 GB for Python and torch, and a conversation: its cache and the working tensors, which grow with the model but
-    not without end. For the 26B model that makes the 18 GB of a 16.8 GB Q4_K_M file, and in bf16, whose layers are
-    worked on in larger pieces, 1.5 GB more than the weights.
+    They grow with the model but not without end, and are larger in bf16, whose layers are worked on in larger pieces.
+    With the program that makes the 18 GB of the 26B model's 16.8 GB in Q4_K_M, and 1.7 GB more than the weights in
+    bf16.
     """
-    return 400_000_000 + min(weights // 20, 800_000_000 if kind == "GGUF" else 1_100_000_000)
+    return min(weights // 20, 800_000_000 if kind == "GGUF" else 1_100_000_000)
+
+
+def _vocabulary(model: LocalModel) -> int:
+    """How many tokens a model knows; the usual number where only a long look into its files would tell."""
+    from dgemma.config import load_model_config
+    from dgemma.errors import CheckpointError
+
+    if model.kind == "GGUF":
+        return _USUAL_VOCABULARY
+    try:
+        return load_model_config(model.path).vocab_size
+    except CheckpointError:  # it is there in part only, or not to be loaded anyway
+        return _USUAL_VOCABULARY
 
 
 def _can_ask() -> bool:

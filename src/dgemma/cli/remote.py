@@ -288,5 +288,5 @@ def _arguments(text: str) -> Any:
     """A tool call's arguments, as they are if they are no JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

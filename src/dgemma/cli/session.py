@@ -48,18 +48,22 @@ def load_model(name: str | None, device: str | None = None, dtype: str | None = 
 
 
 def _say_if_tight(model: Model) -> None:
-    """Tell on stderr what to expect if packed weights, which stay in their file, are more than memory can hold."""
-    from dgemma.cli.models import working_memory
+    """Tell on stderr what to expect if weights that stay in their file are more than memory can hold.
+
+    The program itself is in memory already: `machine_memory` does not count what it takes as available.
+    """
+    from dgemma.cli.models import conversation_memory
     from dgemma.files import size_text
-    from dgemma.memory import machine_memory
+    from dgemma.memory import machine_memory, mapped_bytes
     from dgemma.nn.packed import packed_bytes
 
-    weights = packed_bytes(model.network)
+    weights = mapped_bytes(model.network)
+    needed = weights + conversation_memory(weights, "GGUF" if packed_bytes(model.network) else "safetensors")
     available, _ = machine_memory()
-    if not weights or available is None or weights + working_memory(weights) <= available:
+    if not weights or available is None or needed <= available:
         return
     SafeConsole(stderr=True, highlight=False).print(
-        f"Note: this model wants about {size_text(weights + working_memory(weights))} of memory and "
+        f"Note: this model wants about {size_text(needed)} of memory and "
         f"{size_text(available)} are available. It runs all the same, but what does not fit is read from the disk "
         "again in every step: expect that to decide the speed. Closing programs or a smaller quantisation helps.",
         style="yellow", soft_wrap=True, markup=False)

@@ -40,7 +40,7 @@ def grid(name: str) -> Tensor:
 
     Raises DgemmaError when the `gguf` package is not there, or has no such codebook.
     """
-    advice = "pip install 'gguf>=0.17'"
+    advice = "pip install 'dgemma[iq]'"
     try:
         from gguf import quants
     except ImportError as error:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgemma.config import ModelConfig
 from dgemma.errors import DgemmaError
+from dgemma.memory import program_bytes
 from dgemma.train.activations import Step, widest
 from dgemma.train.muon import is_matrix
 
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 OPTIMIZERS = ("adamw", "muon")
 _PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
 _NEWTON_SCHULZ = 18  # bytes a number: updates, their copy in one batch, three matrices in bf16, the directions
-# What the libraries themselves hold once a step has run: measured on a CPU; a CUDA context and cuBLAS' workspace.
-_RUNTIME = {"cpu": 400_000_000, "cuda": 700_000_000}
+_CUDA_RUNTIME = 700_000_000  # of the GPU's memory: a context and cuBLAS' workspace
 _SLACK = 0.05  # of what comes and goes: what the allocator holds beyond what it was asked for
 
 
@@ -283,6 +283,9 @@ def plan_of(run: Setting) -> Plan:
         work += 4 * numbers // run.ranks
     most = widest(_step(run, low_rank, fast_bf16()), gradients, first, work)
     inside = "inputs of blocks" if run.checkpointing else "all that the backward pass needs"
+    runtime = _CUDA_RUNTIME
+    if _kind(run.device) == "cpu":
+        runtime = program_bytes(run.config.vocab_size, training=True)
     slack = _SLACK * (most.kept + most.cache + most.working)
     lines += [
         Line("gradients", most.gradients, "of what is trained" if most.gradients == gradients else
@@ -290,7 +293,7 @@ def plan_of(run: Setting) -> Plan:
         Line("activations", most.kept, f"{inside}, {run.micro_batch} x ({run.context} + {run.config.canvas_length})"),
         Line("keys and values", most.cache, "of the contexts, with their gradients"),
         Line("working memory", most.working, f"at the widest moment: {most.name}"),
-        Line("runtime", int(_RUNTIME[_kind(run.device)] + slack), "libraries, and what the allocator holds besides"),
+        Line("runtime", int(runtime + slack), "libraries, and what the allocator holds besides"),
     ]
     return Plan(run, tuple(lines))
 

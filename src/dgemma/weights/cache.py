@@ -14,8 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgemma.config import read_json
 from dgemma.errors import CheckpointError
+from dgemma.fields import read_json
 from dgemma.files import atomic_write, json_bytes
 from dgemma.weights.locate import (
     GgufModel,

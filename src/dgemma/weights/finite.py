@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dgemma.errors import CheckpointError
 from dgemma.kernels.blocks import BlockType, dequantize
+from dgemma.kernels.codebooks import missing_grid
 from dgemma.weights.gguf import GGUFTensor
 from dgemma.weights.load import StoredTensor
 
@@ -91,8 +92,8 @@ def _counter_of_numbers(dtype: torch.dtype) -> Callable[[Tensor], int]:
 
 
 def _counter_of_blocks(kind: BlockType | None) -> Callable[[Tensor], int] | None:
-    """uint8 [n] -> how many of the blocks in it hold what is not finite."""
-    if kind is None:
+    """uint8 [n] -> how many of the blocks in it hold what is not finite; None for a type that cannot be read here."""
+    if kind is None or missing_grid(kind.name):
         return None
     if kind.name in _FLOATS:
         return _counter_of_numbers(_FLOATS[kind.name])

@@ -27,6 +27,7 @@ from dgemma.config import (
 from dgemma.errors import CheckpointError
 from dgemma.kernels.attention import COLUMNS, SCORES
 from dgemma.kernels.experts import DENSE_EXPERTS
+from dgemma.memory import program_bytes
 from dgemma.nn.cache import token_bytes
 from dgemma.nn.head import VOCAB_TILE
 from dgemma.nn.transformer import ENCODE_CHUNK
@@ -51,8 +52,6 @@ PARTS: tuple[str, ...] = ("embedding", "attention", "dense MLP", "experts", "rou
                           "self-conditioning", "vision")
 NOT_FINITE = "tensors with numbers that are infinite or no numbers (NaN)"
 ITEM_SIZES = {"bfloat16": 2, "float32": 4}
-LIBRARIES = 240 << 20
-TOKEN_BYTES = 1300
 _CONTEXTS = (4_096, 32_768, 131_072)
 
 
@@ -194,8 +193,7 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None, *, c
         parameters=parameters,
         stored=_stored(contents),
         files={path.name: path.stat().st_size for path in contents.files if path.is_file()},
-        memory=memory_needs(config, sum(parameters.values()) - parameters["vision"], contexts, program_bytes(
-            tokenizer)),
+        memory=memory_needs(config, sum(parameters.values()) - parameters["vision"], contexts, _program(tokenizer)),
         generation=load_generation_config(folder, config),
         tokenizer=tokenizer,
         problems=tuple(problems),
@@ -247,7 +245,7 @@ def _inspect_gguf(path: Path, contexts: Sequence[int] | None, check: bool,
     types = {part.dtype: [p for p in parts if p.dtype == part.dtype] for part in parts}
     stored = sorted((StoredAs(dtype, sum(p.tensors for p in own), sum(p.nbytes for p in own))
                      for dtype, own in types.items()), key=lambda entry: -entry.nbytes)
-    program = program_bytes(tokenizer)
+    program = _program(tokenizer)
     memory = memory_needs(config, sum(parameters.values()), contexts, program)
     if any(entry.dtype not in UNPACKED for entry in stored):
         # Packed on the CPU: activations in float32, the cache in bfloat16. In bfloat16 as a whole on a GPU.
@@ -288,14 +286,6 @@ def layer_groups(config: ModelConfig) -> tuple[LayerGroup, ...]:
     for index, layer in enumerate(config.layers):
         groups.setdefault(layer, []).append(index)
     return tuple(LayerGroup(tuple(indices), layer) for layer, indices in groups.items())
-
-
-def program_bytes(tokenizer: TokenizerFacts | None) -> int:
-    """What torch and the other libraries take, and a tokenizer of so many tokens with about twice as many merges.
-
-    Both measured: torch 2.13 without a GPU, one thread, after an answer; `tokenizers` 0.22 while it reads its file.
-    """
-    return LIBRARIES + TOKEN_BYTES * (0 if tokenizer is None else tokenizer.vocab_size)
 
 
 def memory_needs(config: ModelConfig, parameters: int, contexts: Iterable[int] | None = None,
@@ -345,6 +335,10 @@ def working_bytes(config: ModelConfig, tokens: int, item_size: int) -> int:
         attention = max(attention, queries + block + scores)
     head = canvas * min(VOCAB_TILE, config.vocab_size) * (item_size + 12) + 12 * canvas * hidden
     return rows * hidden * (4 * item_size + 8) + max(experts, attention, head)
+
+
+def _program(tokenizer: TokenizerFacts | None) -> int:
+    return program_bytes(0 if tokenizer is None else tokenizer.vocab_size)
 
 
 def _part(name: str) -> str:

@@ -27,6 +27,10 @@ from dgemma.weights.locate import INDEX_FILE, SINGLE_FILE, stray_weights, weight
 from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, network_name
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Bytes of a number in each of safetensors' dtypes, but for those that are narrower than a byte.
+_WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+           "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+           "C64": 8}
 _LISTED = 20  # how many items of one kind of problem a message spells out
 _PIECE = 16 << 20  # bytes read at a time where data is converted or moved to a device
 _HEADER_LIMIT = 100_000_000  # safetensors' own
@@ -194,7 +198,11 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         raise CheckpointError(f"{path}: no such file, but {INDEX_FILE} lists it") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    texts = metadata.values() if isinstance(metadata, dict) else [None]
+    if metadata is not None and not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{path}: corrupt header: '__metadata__' must be an object of texts, not "
+                              f"{shown(metadata)}")
     tensors = {}
     for name, entry in header.items():
         tensors[name] = _stored_tensor(name, entry, path, start)
@@ -219,8 +227,8 @@ def _stored_tensor(name: str, entry: Any, path: Path, start: int) -> StoredTenso
         raise CheckpointError(f"{path}: corrupt header: no sound dtype, shape and offsets for {_plain(name)}")
     first, last = offsets
     tensor = StoredTensor(name, path, dtype, tuple(shape), start + first, last - first)
-    wanted = DTYPES.get(dtype)
-    if last < first or (wanted is not None and tensor.nbytes != math.prod(shape) * wanted.itemsize):
+    width = _WIDTHS.get(dtype)
+    if last < first or (width is not None and tensor.nbytes != math.prod(shape) * width):
         raise CheckpointError(f"{path}: corrupt header: {_plain(name)} is {dtype} {shown(shape)} but has "
                               f"{tensor.nbytes} bytes")
     return tensor

@@ -19,8 +19,8 @@ _BUNDLED = Path(__file__).resolve().parents[1] / "models"
 _HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<tag>[^:\\\s]+))?")
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.IGNORECASE)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_QUANTISATION = re.compile(r"(?<![A-Z0-9])((?:UD-)?(?:(?:I?Q|TQ)\d+(?:_[A-Z0-9]+)*|BF16|FP?16|FP?32|MXFP4(?:_MOE)?))"
-                           r"(?![A-Z0-9])", re.IGNORECASE)
+_QUANTISATION = re.compile(r"(?<![A-Z0-9])((?:UD-)?(?:(?:I?Q|TQ)\d+(?:_[A-Z0-9]+)*|BF16|FP?16|FP?32|"
+                           r"(?:MX|NV)FP4(?:_MOE)?))(?![A-Z0-9])", re.IGNORECASE)
 # GGUF files that hold no language model: a vision tower, and statistics that quantising takes.
 _NO_MODEL = ("mmproj", "imatrix")
 PREFERRED = "Q4_K_M"  # of several quantisations, the one that most people run

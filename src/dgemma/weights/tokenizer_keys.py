@@ -19,11 +19,12 @@ TOKENIZER_JSON = "dgemma.tokenizer.json"
 TOKENIZER_CONFIG_JSON = "dgemma.tokenizer_config.json"
 
 # Kinds of tokens, by ggml's numbers.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # Special tokens that llama.cpp shall write out, for whoever parses an answer.
 _VISIBLE = frozenset(("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>",
                       "<tool_response|>", '<|"|>'))
-_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "mask": "mask"}
+# A role -> what ggml's keys call it.
+GGML_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "mask": "mask"}
 
 
 def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
@@ -51,9 +52,9 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
         raise CheckpointError(f"{path}: token ids go up to {max(ids.values())}, but the network knows {vocab_size} "
                               "tokens only")
     roles = special_roles(config)
-    special = {f"<{role}>" for role in _ROLES} | {text for key, text in roles.items() if key in ROLE_KEYS}
+    special = {f"<{role}>" for role in GGML_ROLES} | {text for key, text in roles.items() if key in ROLE_KEYS}
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
-    types = [_UNUSED] * vocab_size
+    types = [UNUSED] * vocab_size
     byte_fallback = bool(model.get("byte_fallback"))
     for text, token_id in ids.items():
         tokens[token_id] = text
@@ -67,7 +68,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.scores": [0.0] * vocab_size,
         "tokenizer.ggml.token_type": types,
         **({"tokenizer.ggml.merges": merges} if merges else {}),
-        **{f"tokenizer.ggml.{theirs}_token_id": ids[text] for role, theirs in _ROLES.items()
+        **{f"tokenizer.ggml.{theirs}_token_id": ids[text] for role, theirs in GGML_ROLES.items()
            if (text := roles.get(f"{role}_token") or f"<{role}>") in ids},
         "tokenizer.ggml.add_bos_token": gemma,
         "tokenizer.ggml.add_space_prefix": False,
@@ -88,12 +89,12 @@ def _is_gemma(data: Mapping[str, Any]) -> bool:
 def _token_type(text: str, added: Mapping[str, Any] | None, unknown: str | None, byte_fallback: bool,
                 has_role: bool) -> int:
     if text == (unknown or "<unk>"):
-        return _UNKNOWN
+        return UNKNOWN
     if has_role and text not in _VISIBLE:
-        return _CONTROL
+        return CONTROL
     if added is not None:
-        return _CONTROL if added.get("special") and text not in _VISIBLE else _USER_DEFINED
-    return _BYTE if byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", text) else _NORMAL
+        return CONTROL if added.get("special") and text not in _VISIBLE else USER_DEFINED
+    return BYTE if byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", text) else NORMAL
 
 
 def _chat_templates(folder: Path, config: Fields) -> dict[str, Any]:
@@ -111,14 +112,14 @@ def _chat_templates(folder: Path, config: Fields) -> dict[str, Any]:
 
 
 def mended_types(metadata: Mapping[str, Any]) -> list[int] | None:
-    """``tokenizer.ggml.token_type`` of a file with the tokens that have a role as control tokens, as they should be.
+    """``tokenizer.ggml.token_type`` of a file with the tokens that have a role as `tokenizer_metadata` types them.
 
     Conversions that go by an ``eos_token`` of "<turn|>" leave `<eos>` an ordinary token. None: nothing to mend.
     """
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
         return None
-    roles = {f"<{role}>" for role in _ROLES}
-    mended = [_CONTROL if token in roles and kind in (_NORMAL, _USER_DEFINED) else kind
+    own = {f"<{role}>": UNKNOWN if role == "unk" else CONTROL for role in GGML_ROLES}
+    mended = [own[token] if token in own and kind in (NORMAL, USER_DEFINED) else kind
               for token, kind in zip(tokens, types, strict=True)]
     return mended if mended != types else None
