@@ -24,7 +24,6 @@ _PRINT = re.compile(r"print\s*\(\s*")
 _NAMESPACE = re.compile(r"(?:default_api|functions|tools)[.:]")
 _NAME_QUOTES = (QUOTE, '"', "'", "`")
 _SIGNS = (QUOTE, '"""', "'''", '"', "'")  # what opens a string, the longest first
-_BETWEEN = re.compile(rf"(?:[\s,;]|{re.escape(CLOSE)}|<channel\|>)*")  # what may stand between two calls
 _SPACE = re.compile(r"(?:\s|<channel\|>)*")  # that mark closes a thought; where none is open it means nothing
 _LEFT_OVER = re.compile(rf"(?:[\s}}\]),;]|{re.escape(CLOSE)}|<channel\|>)*")
 _ANY_LEFT_OVER = re.compile(_LEFT_OVER.pattern + rf"(?:{re.escape(QUOTE)}|[\"'])?\s*")

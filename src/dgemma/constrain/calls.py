@@ -28,7 +28,6 @@ _OPEN, _CLOSE, _QUOTE, _THINK, _THOUGHT = (Literal(bytes([byte])) for byte in MA
 _NO_KEY = [(0, 0x20), (0x7F, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
            (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xE000, 0xF8FF),
            *((ord(sign), ord(sign)) for sign in "{}[],:<>()=;")]
-_TEXT = Repeat(Chars(ANY_CHAR), 0, None)
 _THOUGHT_BODY = Repeat(Alt((Chars(ANY_CHAR), _QUOTE)), 0, None)
 _LOOSE = seq(Literal(b"{"), Repeat(Alt((Chars(ANY_CHAR), _QUOTE)), 0, None), Literal(b"}"))  # held to nothing
 _ESCAPES = {ord("n"): 10, ord("t"): 9, ord("r"): 13, ord("b"): 8, ord("f"): 12, 34: 34, 92: 92, ord("/"): ord("/")}

@@ -64,20 +64,6 @@ _USER_LENGTH = 200  # characters of a user's name that tell him from others; the
 # Below this the schedule's temperatures would leave float32; the draw is greedy there anyway.
 _GREEDY = 1e-3
 
-# Fields of OpenAI, Anthropic, vLLM and llama.cpp that change what an answer is, or its form, and cannot be honoured on
-# any route, with the values that ask for nothing.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "min_tokens": (0,), "min_new_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,), "use_beam_search": (False,), "num_beams": (1, 0), "best_of": (1,),
-    "bad_words": ([],), "allowed_token_ids": (), "prompt_logprobs": (), "n_probs": (0,), "functions": ([],),
-    "function_call": ("none", "auto"), "audio": (), "modalities": (["text"],), "web_search_options": (),
-    "suffix": ("",), "grammar": ("",), "guided_grammar": ("",), "ebnf": ("",), "structural_tag": (),
-    "chat_template": (), "documents": ([],), "add_generation_prompt": (True,), "continue_final_message": (False,),
-    "logits_processors": ([],), "prompt_embeds": (), "lora": ([],), "mcp_servers": ([],), "container": (),
-    "compaction": (), "truncate_prompt_tokens": (), "images": ([],), "videos": ([],), "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,), "input_prefix": ("",), "input_suffix": ("",), "plugins": ([],),
-}
-
 
 class Body(BaseModel):
     """A JSON object. Types are those that the schema names: the string "1" is no number."""

@@ -17,7 +17,6 @@ from fastapi import Request as HttpRequest
 from pydantic import Field
 
 from dgemma.serve.bodies import (
-    REFUSED,
     Body,
     CacheSalt,
     Length,
@@ -42,6 +41,20 @@ Penalty = Annotated[float, Field(allow_inf_nan=False, description="Has no effect
 IGNORED_HEADER = "x-dgemma-ignored"
 _MOST_TOLD = 20  # names in that header
 _TELLABLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+# Fields of OpenAI, Anthropic, vLLM and llama.cpp that change what an answer is, or its form, and cannot be honoured on
+# any route, with the values that ask for nothing.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "min_tokens": (0,), "min_new_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,), "use_beam_search": (False,), "num_beams": (1, 0), "best_of": (1,),
+    "bad_words": ([],), "allowed_token_ids": (), "prompt_logprobs": (), "n_probs": (0,), "functions": ([],),
+    "function_call": ("none", "auto"), "audio": (), "modalities": (["text"],), "web_search_options": (),
+    "suffix": ("",), "grammar": ("",), "guided_grammar": ("",), "ebnf": ("",), "structural_tag": (),
+    "chat_template": (), "documents": ([],), "add_generation_prompt": (True,), "continue_final_message": (False,),
+    "logits_processors": ([],), "prompt_embeds": (), "lora": ([],), "mcp_servers": ([],), "container": (),
+    "compaction": (), "truncate_prompt_tokens": (), "images": ([],), "videos": ([],), "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,), "input_prefix": ("",), "input_suffix": ("",), "plugins": ([],),
+}
 
 # Other samplers' settings, with the values that ask for nothing. Popular programs send them with every request, so
 # that they are told rather than refused.

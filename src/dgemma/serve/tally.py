@@ -21,7 +21,7 @@ class Tally:
     seconds: float = 0.0  # until its last answer was over
     calls: int = 0  # of tools
     healed_calls: int = 0  # of these, mended
-    error: str | None = None  # what the client was told went wrong
+    error: str | None = None  # what went wrong: as the client was told, or as the engine says
     answers: list[dict[str, Any]] | None = None  # what was asked of the model and came of it; None: nobody wants it
     body: bytes = field(default=b"", repr=False)  # what the client sent, where ``answers`` are wanted
 
