@@ -152,6 +152,8 @@ def test_our_own_key_carries_any_tokenizer():
 
 @pytest.mark.parametrize(("change", "fragment"), [
     ({"tokenizer.ggml.model": None}, "no tokenizer in this file"),
+    ({"tokenizer.chat_template": "{% for %}"}, "tokenizer.chat_template: the chat template is broken at line 1"),
+    ({"tokenizer.chat_template.a": "{{"}, "tokenizer.chat_template.a: the chat template is broken at line 1"),
     ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model 'llama' is not supported"),
     ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing"),
     ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens is missing or no list of texts"),

@@ -87,6 +87,7 @@ def test_no_template_is_said_clearly(folder):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
+        ("{% if %}", "broken at line 1"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages.append(1) }}", "refuses"),
         ("{{ messages + 1 }}", "fails on"),
@@ -102,14 +103,21 @@ def test_a_template_that_fails(template, message):
 
 
 @pytest.mark.parametrize(("template", "message"), [
-    ("{% for %}", "chat template of x is broken at line 1"),
+    ("{% for %}", "broken at line 1"),
     ("\n{{ a | nothing }}", "broken at line 2.*nothing"),
-    ({"default": "{{ messages }}", "tool_use": "{{"}, "broken at line 1"),
+    ([{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": "{{"}], "broken at line 1"),
     ("{{ " + "(" * 5000, "is broken"),
 ])
-def test_a_template_that_does_not_compile_is_refused_with_the_tokenizer(template, message):
-    with pytest.raises(CheckpointError, match=f"(?s){message}"):
-        Tokenizer(bundled.build_byte_tokenizer(), template, source="x")
+def test_a_template_that_does_not_compile_is_refused_with_its_file(template, message, tmp_path):
+    bundled.save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(CheckpointError, match=rf"(?s)tokenizer_config\.json: .*{message}"):
+        Tokenizer.from_folder(tmp_path)
+    if isinstance(template, str):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        with pytest.raises(CheckpointError, match=rf"(?s)chat_template\.jinja: .*{message}"):
+            Tokenizer.from_folder(tmp_path)
 
 
 def test_the_documented_environment():

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dgemma.chat.template import compiled
 from dgemma.chat.tokenizer import MARKS, ROLES, Tokenizer, read_backend, special_roles
 from dgemma.errors import CheckpointError
 from dgemma.fields import Fields, is_whole, parse_json, shown
@@ -117,4 +118,6 @@ def _templates(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
     keys = Fields(metadata, source)
     found = {"default" if key == prefix else key.removeprefix(f"{prefix}."): keys.text(key, "") for key in metadata
              if key == prefix or key.startswith(f"{prefix}.")}
+    for name, text in found.items():
+        compiled(text, f"{source}: {prefix if name == 'default' else f'{prefix}.{name}'}")
     return {name: text for name, text in found.items() if text}

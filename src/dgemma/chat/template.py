@@ -33,7 +33,7 @@ def compiled(source: str, where: str) -> Template:
     except Exception as error:  # it is somebody else's program, on which the compiler may fail in any way
         at = f" at line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         raise CheckpointError(
-            f"the chat template of {where} is broken{at}: {str(error) or type(error).__name__}"
+            f"{where}: the chat template is broken{at}: {str(error) or type(error).__name__}"
         ) from error
 
 

@@ -52,7 +52,6 @@ class Tokenizer:
         `chat_template`: one template, or several by name ("default", "tool_use"). `special_tokens`: their roles,
         such as `{"bos_token": "<bos>"}`; templates see them under these names. `source` names the checkpoint in
         errors. Tokens with a role and the chat format's marks become special in `backend`, whatever it says of them.
-        Raises `CheckpointError` when a template does not compile.
         """
         self.backend = backend
         self.source = source
@@ -61,8 +60,6 @@ class Tokenizer:
         self.chat_templates = (
             {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
         )
-        for text in self.chat_templates.values():
-            templates.compiled(text, source)
         self.bos_id = self._role_id("bos")
         self.eos_id = self._role_id("eos")
         self.pad_id = self._role_id("pad")
@@ -82,7 +79,8 @@ class Tokenizer:
         """The tokenizer of the checkpoint in `folder`.
 
         `tokenizer.json` is needed; `tokenizer_config.json` (roles of special tokens, a template in older
-        checkpoints) and `chat_template.jinja` (which wins) may be absent. Raises `CheckpointError`.
+        checkpoints) and `chat_template.jinja` (which wins) may be absent. Raises `CheckpointError`, for a template that
+        does not compile, too.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -94,8 +92,12 @@ class Tokenizer:
         backend = read_backend(read_text(path), str(path))
         config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
         config = Fields(read_json(config_path) if is_there(config_path) else {}, str(config_path))
-        templates = read_text(template_path) if is_there(template_path) else config_templates(config)
-        return cls(backend, templates, special_roles(config), str(folder))
+        apart = is_there(template_path)
+        found = read_text(template_path) if apart else config_templates(config)
+        tokenizer = cls(backend, found, special_roles(config), str(folder))
+        for text in tokenizer.chat_templates.values():
+            templates.compiled(text, str(template_path if apart else config_path))
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
