@@ -368,7 +368,7 @@ def test_tool_calls_are_put_together():
 
 
 def test_arguments_without_end_stay_text():
-    reader = AnswerReader(Vocabulary(), False, None)
+    reader = StreamReader(Vocabulary(), False, None)
     reader.feed({"choices": [{"delta": {"tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}}]})
     assert reader.finish(False)[-1].generation.tool_calls == [{"name": "f", "arguments": "[" * 100_000}]
 

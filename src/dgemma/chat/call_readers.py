@@ -38,8 +38,6 @@ _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2}|\r\n|[
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"', "'": "'",
             "\n": "", "\r\n": ""}
 _PLAIN_ARGUMENT = re.compile(_KEY.pattern + rf"""["']?\s*:\s*(?:{re.escape(QUOTE)}|["'{{\[\d]|null|true|false)""")
-# What a call written as JSON may hold, at its top and inside; anything more and it is other JSON.
-
 
 class NoCallError(ValueError):
     """It can be read, and is no call."""
