@@ -35,6 +35,11 @@ def draft_chunk(text: str, *, canvas: int = 0, step: int = 1, length: int = 16, 
         "accepted": [i < sure for i in range(length)]}}}
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone away is no news, least of all on the stderr that a test reads."""
+
+
 @dataclass
 class OpenAIStandIn:
     models: Any = field(default_factory=lambda: [{"id": "first", "owned_by": "them"}, {"id": "second"}])
@@ -56,7 +61,7 @@ class OpenAIStandIn:
         class Handler(_Handler):
             server_stand_in = stand_in
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self

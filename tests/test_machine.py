@@ -19,7 +19,9 @@ from dgemma.machine import peak_memory, signals_handled, usable_cores
 from dgemma.memory import release_freed
 
 UNIX_ONLY = ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "readline", "syslog")
-MODULES = sorted(module.name for module in pkgutil.walk_packages(dgemma.__path__, "dgemma."))
+# Python takes the library of kernels for a module: it is none.
+MODULES = sorted(module.name for module in pkgutil.walk_packages(dgemma.__path__, "dgemma.")
+                 if "libdgemma" not in module.name)
 
 
 def in_thread(work):

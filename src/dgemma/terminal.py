@@ -55,7 +55,7 @@ class SafeConsole(Console):
 def say(text: object = "", *, err: bool = False, nl: bool = True, fg: str | None = None,
         dim: bool | None = None) -> None:
     """Print a line of the program's own on stdout, or on stderr, with what it quotes made harmless."""
-    typer.secho(printable(str(text)), err=err, nl=nl, fg=fg, dim=dim)
+    typer.secho(printable(str(text)), err=err, nl=nl, fg=fg, dim=dim, reset=bool(fg or dim))
 
 
 def say_error(error: object) -> None:

@@ -172,11 +172,15 @@ def test_warnings_are_one_harmless_line(capsys, monkeypatch):
 
     from dgemma.cli.main import main
 
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setattr(sys, "argv", ["dgemma", "--version"])
     with pytest.raises(SystemExit):
         main()
-    assert warnings.formatwarning(UserWarning(EVIL), UserWarning, "x.py", 1) == f"Warning: {printable(EVIL)}\n"
+    capsys.readouterr()
+    warnings.showwarning(UserWarning(EVIL), UserWarning, "lib/dgemma/x.py", 1)
+    assert capsys.readouterr().err == f"Note: {printable(EVIL)}\n"
+    warnings.showwarning(UserWarning(EVIL), UserWarning, "x.py", 1)
+    assert printable(EVIL) in capsys.readouterr().err
 
 
 def test_errors_of_the_library_keep_what_was_there():

@@ -199,7 +199,7 @@ def test_beside_a_form_the_answer_is_calls_or_the_form(form, byte_tokenizer):
         for seed in range(3):
             ids = denoise(made, byte_tokenizer, 110, 40, seed, drawn=seed % 2 == 0,
                           log_probs=pushing(byte_tokenizer, byte_tokenizer.encode(wanted)[0]))
-            answer = read_answer(byte_tokenizer, [], ids, tools=())
+            answer = read_answer(byte_tokenizer, [], ids, tools=("look", "tree"), form=True, held=True)
             if answer.tool_calls:
                 assert answer.text == ""
                 check_calls(answer.tool_calls, SCHEMAS)

@@ -92,7 +92,7 @@ def test_the_base_recipe_is_found_beside_this_one(tmp_path):
     ({"evaluation": {"sweep": [4]}}, "name a metric"),
     ({"evaluation": {"max_tokens": 0}}, "max_tokens must be at least 1"),
     ({"optimizer": {"lr": float("nan")}}, "lr must be a number"),
-    ({"seed": -1}, "seed must be at least 0"),
+    ({"seed": -1}, "seed must be a whole number from 0"),
     ({"name": "../x"}, "cannot be the name of a folder"),
     ({"data": {"kind": "sudoku", "givens": [40, 30]}}, "givens must be two numbers"),
     ({"data": {"train": "talk.jsonl", "held_out_share": 1.0}}, "held_out_share must be"),

@@ -809,10 +809,11 @@ def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
 def test_a_bar_on_a_terminal(monkeypatch):
     import io
 
-    from rich.console import Console
+    from dgemma.terminal import SafeConsole
 
     screen = io.StringIO()
-    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=70))
+    monkeypatch.setattr("dgemma.terminal.SafeConsole",
+                        lambda **_: SafeConsole(file=screen, force_terminal=True, width=70))
     with ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay())
         display.begin("downloading a-rather-long-name-of-a-file-Q4_K_M.gguf", 0, 2_000_000)
