@@ -276,8 +276,8 @@ def test_numbers_of_requests_can_be_asked_for_while_they_come_and_go(model):
             async for _ in service.stream(request):
                 pass
 
-        for _ in range(5):
-            await asyncio.gather(*(one() for _ in range(60)))
+        for _ in range(2):
+            await asyncio.gather(*(one() for _ in range(40)))
         over.set()
         for thread in threads:
             thread.join()
