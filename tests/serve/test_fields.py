@@ -582,3 +582,45 @@ def test_a_wrong_method_says_which_is_right(server):
         answer = server[0].request(method, path)
         assert refusal(answer, 405)[0] == f"{path} takes {right}, not {method}"
         assert answer.headers["allow"] == right
+
+
+# ---- counting makes nothing, so it refuses nothing ---------------------------------------------------
+
+
+COUNT = "/v1/messages/count_tokens"
+
+
+@pytest.mark.parametrize("fields", [
+    {"thinking": True}, {"thinking": {"type": "auto"}}, {"thinking": {"type": "enabled", "budget_tokens": 10**12}},
+    {"enable_thinking": True}, {"reasoning_effort": "high"}, {"reasoning": {"max_tokens": 5}}])
+def test_a_prompt_to_think_is_counted_as_it_is_sent(server, fields):
+    counted = server[0].post(COUNT, json={"model": "sudoku", "messages": HELLO, **fields}).json()["input_tokens"]
+    assert counted == len(asked(server, "/v1/messages", **fields).prompt_ids)
+    plain = server[0].post(COUNT, json={"model": "sudoku", "messages": HELLO}).json()["input_tokens"]
+    assert counted > plain
+
+
+@pytest.mark.parametrize("fields", [
+    {"messages": [*HELLO, {"role": "assistant", "content": "Once"}]}, {"tool_choice": {"type": "any"}},
+    {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, {"max_tokens": 5}, {"stream": True},
+    {"thinking": {"type": "enabled", "budget_tokens": 0}}, {"messages": [{"role": "user", "content": "x" * 50_000}]}])
+def test_what_could_not_be_answered_is_counted(server, fields):
+    answer = server[0].post(COUNT, json={"model": "sudoku", "messages": HELLO, **fields})
+    assert answer.status_code == 200 and answer.json()["input_tokens"] > 0, answer.text
+
+
+def test_tokenising_reads_a_conversation_as_chat_does(server):
+    fields = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "enable_thinking": True}
+    counted = server[0].post("/tokenize", json=fields).json()["tokens"]
+    assert counted == asked(server, "/v1/chat/completions", **fields).prompt_ids
+
+
+# ---- mistakes in a union name what was meant --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "fields", "message"), [
+    ("/v1/responses", {"input": [{"role": "tool", "content": "x"}]}, "input[0].role: must be 'user'"),
+    ("/v1/chat/completions", {"thinking": {"type": "x"}}, "thinking.type: must be 'enabled'"),
+    ("/v1/chat/completions", {"tool_choice": {"type": "x"}}, "tool_choice.type: must be 'function'")])
+def test_a_branch_that_was_meant_is_told(server, path, fields, message):
+    assert refusal(ask(server, path, **fields))[0].startswith(message)

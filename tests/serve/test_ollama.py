@@ -194,3 +194,62 @@ def test_log_probabilities_come_when_asked_for(client):
     assert len(answer.logprobs) == 4
     assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 2 for entry in answer.logprobs)
     assert client.chat("sudoku", HELLO, options={"num_predict": 4, "seed": 1}).logprobs is None
+
+
+# What every other route takes, under whatever name
+
+
+def ask(http, path, **fields):
+    body = {"model": "sudoku", "stream": False} | (
+        {"messages": HELLO} if path == "/api/chat" else {"prompt": "Hello"})
+    return http.post(path, json=body | fields)
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"enum": [3, 4]}}, "required": ["a"], "additionalProperties": False}
+WEATHER = {"type": "function", "function": {"name": "weather", "strict": True, "parameters": {
+    "type": "object", "properties": {"city": {"enum": ["Paris"]}}, "required": ["city"],
+    "additionalProperties": False}}}
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+@pytest.mark.parametrize("fields", [
+    {"format": SCHEMA}, {"guided_json": SCHEMA}, {"json_schema": SCHEMA}, {"structured_outputs": {"json": SCHEMA}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, {"response_schema": SCHEMA},
+    {"format": {"type": "json_schema", "schema": SCHEMA}}])
+def test_a_form_under_any_name_is_kept(http, path, fields):
+    answer = ask(http, path, max_denoising_steps=8, **fields).json()
+    assert json.loads(answer.get("response") or answer["message"]["content"])["a"] in (3, 4)
+
+
+def test_settings_stand_in_options_or_beside_them(scripted):
+    http, service = scripted("Hello")
+    for fields in ({"options": {"seed": 5, "num_predict": 7, "stop": ["x"]}}, {"seed": 5, "max_tokens": 7, "stop": "x"},
+                   {"seed": 1, "options": {"seed": 5, "num_predict": 7.0, "stop": ["x"]}}):
+        assert ask(http, "/api/chat", **fields).status_code == 200
+        request = service.requests[-1]
+        assert (request.seed, request.settings.max_tokens, request.stop) == (5, 7, ("x",)), fields
+    for limit in (-1, -2, 0, 10**30):
+        assert ask(http, "/api/generate", options={"num_predict": limit}).status_code == 200
+        assert service.requests[-1].settings.max_tokens > 8000
+    ask(http, "/api/chat", cache_salt="mine", user="ann")
+    assert (service.requests[-1].tenant, service.requests[-1].user) == ("/mine", "ann")
+
+
+def test_a_tool_is_called_when_it_must_be_and_held_to_its_schema(http, scripted):
+    answer = ask(http, "/api/chat", tools=[WEATHER], tool_choice="required", options={"num_predict": 60}).json()
+    assert {call["function"]["name"] for call in answer["message"]["tool_calls"]} == {"weather"}
+    assert answer["message"]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+    scripted_http, service = scripted(CALL, CALL)
+    assert ask(scripted_http, "/api/chat", tools=[WEATHER]).status_code == 200
+    assert service.requests[-1].held  # for it is strict
+    said = ask(scripted_http, "/api/chat", tools=[WEATHER], tool_choice="none").json()["message"]
+    assert "tool_calls" not in said and said["content"] == CALL
+
+
+def test_what_cannot_be_meant_is_refused_as_elsewhere(http):
+    for path, fields, named in (
+            ("/api/chat", {"think": "banana"}, "think"), ("/api/chat", {"top_logprobs": 2}, "top_logprobs"),
+            ("/api/generate", {"raw": True, "think": True}, "think"), ("/api/generate", {"tools": [WEATHER]}, "tools"),
+            ("/api/generate", {"raw": True, "system": "x"}, "system"), ("/api/chat", {"n": "x"}, "n")):
+        answer = ask(http, path, **fields)
+        assert answer.status_code == 400 and named in answer.json()["error"], (fields, answer.text)
