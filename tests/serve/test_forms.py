@@ -1,5 +1,6 @@
 """Working out a form takes time: the request's own, and nobody else's."""
 
+import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import pytest
 
 from dgemma.engine.service import FORM_THREADS
 from dgemma.serve.settings import Settings
+from dgemma.serve.streams import EventStream
 
 CHAT = "/v1/chat/completions"
 TEXT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
@@ -76,3 +78,34 @@ def test_many_slow_forms_do_not_hold_up_those_who_ask_for_none(scripted, slow_fo
         finally:
             slow_forms.set()
         assert {one.result().status_code for one in waiting} == {200}
+
+
+def test_a_stream_has_the_requests_time_once():
+    """Not once till it begins and once more for what it says."""
+    class Source:
+        async def open(self):
+            await asyncio.sleep(0.6)
+
+        async def aclose(self):
+            pass
+
+    async def events():
+        yield b"begun"
+        await asyncio.sleep(0.6)
+        yield b"too late"
+
+    async def run():
+        sent, never = [], asyncio.Event()
+
+        async def receive():
+            await never.wait()
+
+        async def send(message):
+            sent.append(message.get("body", b""))
+
+        stream = EventStream(Source(), events(), Settings(("sudoku",), timeout=1.0))
+        await stream({"type": "http", "path": "/v1/messages"}, receive, send)
+        return b"".join(sent)
+
+    said = asyncio.run(run())
+    assert b"begun" in said and b"too late" not in said and b"event: error" in said

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dgemma.engine.service import Admission, admission
-from dgemma.serve.errors import ApiError, as_api_error, error_body, error_response, to_json
+from dgemma.serve.errors import ApiError, as_api_error, error_body, error_response, is_anthropic, to_json
 from dgemma.serve.settings import Settings
 from dgemma.serve.tally import note_error, time_left
 
@@ -174,9 +175,10 @@ class EventStream(Response):
         self.source, self.events, self.settings, self.ping = source, events, settings, ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limit, began = time_left(self.settings.timeout), time.monotonic()
         async with contextlib.aclosing(self.source), contextlib.aclosing(self.events):
             try:
-                await while_connected(receive, self.source.open(), time_left(self.settings.timeout))
+                await while_connected(receive, self.source.open(), limit)
             except ClientGoneError:
                 scope["dgemma.gone"] = True
                 return
@@ -184,7 +186,8 @@ class EventStream(Response):
                 await error_response(as_api_error(error), scope["path"])(scope, receive, send)
                 return
             try:
-                await while_connected(receive, self._write(send), time_left(self.settings.timeout))
+                left = max(limit - (time.monotonic() - began), 1e-3) if limit else 0.0
+                await while_connected(receive, self._write(send), left)
             except ClientGoneError:
                 scope["dgemma.gone"] = True
             except Exception as error:
@@ -197,7 +200,7 @@ class EventStream(Response):
     def last_words(self, error: ApiError, path: str) -> bytes:
         """What tells a client in the middle of its stream that something went wrong."""
         note_error(error.message)
-        return event(error_body(error, path), "error" if path.startswith("/v1/messages") else None)
+        return event(error_body(error, path), "error" if is_anthropic(path) else None)
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
