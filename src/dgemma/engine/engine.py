@@ -461,8 +461,7 @@ class Engine:
             row.redraw()
             self._begin_canvas(seat)
             return
-        bounded = seat.guide is not None and row.request.thoughts is not None
-        event = row.close_canvas(seat.guide.least if seat.guide is not None and bounded else 0)
+        event = row.close_canvas(0 if seat.guide is None else seat.guide.least)
         found = logprobs_of(self.network, seat, len(event.token_ids))
         if found is not None:
             event = replace(event, logprobs=found)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from dgemma.api import Prompt
 from dgemma.chat import Tokenizer
 from dgemma.config import SAMPLER_SETTINGS
-from dgemma.constrain.choice import ToolsError, read_tool_choice
+from dgemma.constrain.choice import ToolsError, calls_of, read_tool_choice
 from dgemma.diffusion.row import Request, longest_prompt
 from dgemma.engine.adapters import UnknownAdapterError
 from dgemma.engine.service import Service, in_form_thread
@@ -266,12 +266,11 @@ def _has_form(options: Mapping[str, Any]) -> bool:
     """Whether a request's answer, or the calls in it, will be held to a form."""
     if options.get("response_format") not in (None, {"type": "text"}):
         return True
-    tools = options.get("tools") or ()
     try:
-        required = read_tool_choice(options.get("tool_choice")).mode in ("required", "function")
+        choice = read_tool_choice(options.get("tool_choice"))
+        return calls_of(options.get("tools"), choice, parallel=True, formed=False) is not None
     except ToolsError:
         return False  # it will be refused
-    return bool(tools) and (required or any(tool.get("function", tool).get("strict") for tool in tools))
 
 
 def system_tokens(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> int:

@@ -77,7 +77,7 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
 
 # What changes nothing about an answer wherever it is sent: not worth telling.
 HARMLESS = frozenset((
-    "metadata", "store", "service_tier", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+    "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "prediction", "verbosity", "truncation", "include", "cache_control", "cache_prompt",
     "inference_geo", "speed", "diagnostics", "billing_policy", "fallbacks", "fallback_credit_token",
     "betas", "anthropic_version", "priority", "request_id", "keep_alive", "id_slot", "slot_id",
@@ -303,6 +303,19 @@ class ConversationFields(AnswerFields):
         """``tool_choice`` as `read_tool_choice` reads it."""
         choice = self.tool_choice
         return choice.model_dump(exclude_unset=True) if isinstance(choice, ChosenTools) else choice
+
+
+class ProbabilityFields(ConversationFields):
+    """Log-probabilities as chat asks for them: a switch, and how many alternatives beside each token's."""
+
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives beside each token's log-probability; None: no log-probabilities. Raises `ApiError`."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def _thinks(effort: str | None) -> bool:

@@ -9,42 +9,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dgemma.serve.bodies import Listed, RequestBody, Whole
+from dgemma.serve.bodies import Body, Listed, RequestBody, Whole
 from dgemma.serve.errors import ApiError
-from dgemma.serve.fields import AnswerFields, ConversationFields
+from dgemma.serve.fields import AnswerFields, ProbabilityFields
+from dgemma.serve.openai_body import Function
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Function(RequestBody):
-    """With ``strict`` the arguments of every call satisfy ``parameters``."""
-
-    name: Annotated[str, Field(min_length=1)]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(RequestBody):
+class Tool(Body):
     """A function that the model may call."""
 
     type: Literal["function"] = "function"
     function: Function
 
 
-class CalledFunction(RequestBody):
+class CalledFunction(Body):
     name: Annotated[str, Field(min_length=1)]
     arguments: dict[str, Any] | str | None = None
 
 
-class ToolCall(RequestBody):
+class ToolCall(Body):
     """A call that the model made earlier."""
 
     function: CalledFunction
     id: str | None = None
 
 
-class Message(RequestBody):
+class Message(Body):
     """A message; the answer of a tool says whose it is by ``tool_name``, or by the ``tool_call_id`` of the call."""
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -56,7 +48,7 @@ class Message(RequestBody):
     tool_call_id: str | None = None
 
 
-class OllamaBody(ConversationFields):
+class OllamaBody(ProbabilityFields):
     """What chat and generate have in common. ``stream`` is on unless it is false.
 
     ``options`` may say what the body itself may: sampling, length, stop strings, the checkpoint's sampler settings.
@@ -68,8 +60,6 @@ class OllamaBody(ConversationFields):
     options: dict[str, Any] | None = None
     num_predict: Annotated[Whole, Field(ge=-(2**63), description="Tokens; below 1: no limit.")] | None = None
     keep_alive: Number | str | None = None  # how long an idle model stays in memory; here it always does
-    logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -79,12 +69,6 @@ class OllamaBody(ConversationFields):
             return body
         own = body.keys() - AnswerFields.model_fields.keys()
         return body | {name: value for name, value in options.items() if name not in own}
-
-    def wanted_logprobs(self) -> int | None:
-        """How many alternatives beside each token's log-probability; None: no log-probabilities. Raises `ApiError`."""
-        if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-        return (self.top_logprobs or 0) if self.logprobs else None
 
     def declared_tools(self) -> list[dict[str, Any]] | None:
         return None

@@ -95,8 +95,7 @@ def router(service: Service, settings: Settings) -> APIRouter:
         """Answer a conversation."""
         adapter = adapter_of(body.model, service, settings)
         check_fields(body, http, settings)
-        body.check()
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        logprobs = body.wanted_logprobs()
         seeds = choice_seeds(body.seed, body.n or 1)
         request = await engine_request(service, settings, body.conversation(), adapter=adapter, logprobs=logprobs,
                                        **body.asks(http))

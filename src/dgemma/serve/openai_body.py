@@ -11,7 +11,7 @@ from pydantic import Field
 
 from dgemma.serve.bodies import MEDIA, Body, Listed, Whole, file_text, text_only, titled
 from dgemma.serve.errors import ApiError
-from dgemma.serve.fields import AnswerFields, ConversationFields
+from dgemma.serve.fields import AnswerFields, ProbabilityFields
 
 MAX_CHOICES = 128  # answers to one request
 
@@ -70,19 +70,11 @@ class Tool(Body):
     function: Function
 
 
-
-class ChatBody(CompletionFields, ConversationFields):
+class ChatBody(CompletionFields, ProbabilityFields):
     """POST /v1/chat/completions."""
 
     messages: Annotated[Listed[Message], Field(min_length=1)]
     tools: Listed[Tool] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-
-    def check(self) -> None:
-        """Raises `ApiError` naming a field that contradicts another or cannot be honoured."""
-        if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as the library reads them. Raises `ApiError` for a part that is no text."""
