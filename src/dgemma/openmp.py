@@ -2,7 +2,7 @@
 
 torch and the C++ kernels share work out over OpenMP's threads, and at the end of each share the first to finish waits
 for the last. By default it spins for milliseconds, which costs nothing on an idle machine; where something else runs
-too, it spins away the time slices that the last one needs, and a step takes thirty times as long.
+too, it spins away the time slices that the last one needs, and a step takes many times as long.
 
 OpenMP reads its settings when its library is loaded, with torch. So `wait_passively` runs when ``dgemma`` is imported,
 before anything here imports torch; processes started later inherit the setting. Standard library only, as is `machine`.
