@@ -109,6 +109,7 @@ class _Guide:
     rule: Alternating
     count: int = 0
     rooms: list = field(default_factory=list)
+    least = 1
 
     @property
     def finished(self):
