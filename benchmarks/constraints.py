@@ -60,7 +60,7 @@ def large_tokenizer(size: int = 262_144) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
-    from dgemma.train.tokenizer import SPECIAL_IDS, byte_symbols, vocabulary
+    from dgemma.train.data.tokenizer import SPECIAL_IDS, byte_symbols, vocabulary
 
     rng, symbols = random.Random(0), byte_symbols()
     known = vocabulary()
@@ -122,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(describe())
-    from dgemma.weights.locate import locate
+    from dgemma.weights.hub.locate import locate
 
     for tokenizer, canvas in zip((Tokenizer.from_folder(locate("sudoku")), large_tokenizer()), options.canvas,
                                  strict=True):

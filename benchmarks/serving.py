@@ -25,13 +25,13 @@ import step_time
 import torch
 from machine import describe
 
-from dgemma.api import Model
 from dgemma.config import GenerationConfig, model_config_from_dict
 from dgemma.diffusion.events import CanvasCommitted, Finished
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
+from dgemma.model import Model
 from dgemma.nn import DiffusionTransformer
-from dgemma.train import sudoku
+from dgemma.tasks import sudoku
 
 SLICE_PROMPT = 64
 

@@ -32,7 +32,7 @@ from dgemma.config import FULL, SLIDING, LayerConfig, ModelConfig
 from dgemma.memory import program_bytes
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, attach
-from dgemma.train.plan import Plan, memory_plan
+from dgemma.train.checks.plan import Plan, memory_plan
 
 TARGETS = {"lora": ("attention", "mlp"), "experts": ("attention", "mlp", "experts"), "full": ()}
 SMALL = {"hidden": 1024, "dense": 768, "experts": 32, "expert": 256, "heads": 8, "sliding_heads": 4, "full_heads": 2,

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from block_bytes import HALVES, exact_activations, packed
+from dgemma.gguf.blocks import BLOCK_TYPES
+from dgemma.gguf.quantize import can_quantize, quantize
 from dgemma.kernels import PackedWeight, native
-from dgemma.kernels.blocks import BLOCK_TYPES
-from dgemma.kernels.quantize import can_quantize, quantize
+from support.block_bytes import HALVES, exact_activations, packed
 
 ROWS, OUTPUTS, WIDTH = 64, 512, 2816
 

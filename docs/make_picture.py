@@ -19,8 +19,8 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.terminal_theme import TerminalTheme
 
-from dgemma.cli.drafts import PieceOf
-from dgemma.cli.view import CanvasView
+from dgemma.cli.terminal.drafts import PieceOf
+from dgemma.cli.terminal.view import CanvasView
 from dgemma.diffusion.events import Denoised, Event
 from dgemma.diffusion.trace import read_trace
 

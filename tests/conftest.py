@@ -14,7 +14,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def tiny_network():
     """Our network alone: two sliding layers and a full one, canvas of 8; not to be changed."""
-    from reference import random_network, tiny_config
+    from support.reference import random_network, tiny_config
 
     return random_network(tiny_config(), feedback=0.2)
 

@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from dgemma import bench
-from dgemma.kernels.blocks import BLOCK_TYPES
+from dgemma.gguf.blocks import BLOCK_TYPES
+from dgemma.gguf.quantize import quantize
 from dgemma.kernels.packed import PackedWeight
-from dgemma.kernels.quantize import quantize
 from dgemma.nn.packed import packed_bytes, set_weights
-from reference import random_network, tiny_config
+from support.reference import random_network, tiny_config
 
 
 def test_parts_sum_up_to_the_mean_step(tiny_network):

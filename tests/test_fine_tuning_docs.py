@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from dgemma.cli.main import app
-from dgemma.train.metrics import METRICS
+from dgemma.train.eval.metrics import METRICS
 from dgemma.train.objective import Objective
 from dgemma.train.recipe import load_recipe
 

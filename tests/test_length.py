@@ -6,10 +6,10 @@ import pytest
 
 import dgemma
 from dgemma.errors import ContextLengthError, DgemmaError
-from dgemma.train.evaluate import evaluate_sudoku
-from dgemma.train.metrics import Question
-from dgemma.train.sudoku import BANDS, generate
-from dgemma.train.tasks import run_task
+from dgemma.tasks.evaluate import evaluate_sudoku
+from dgemma.tasks.sudoku import BANDS, generate
+from dgemma.train.eval.metrics import Question
+from dgemma.train.eval.tasks import run_task
 
 CONTEXT, CANVAS = 8192, 90  # of the bundled model, whose own default is 90 tokens
 FILLER = 102

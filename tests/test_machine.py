@@ -58,7 +58,7 @@ def test_a_model_answers_and_a_run_is_locked_where_unixes_own_modules_are_missin
         from pathlib import Path
         from dgemma.errors import DgemmaError
         from dgemma.train.recipe import Recipe, SudokuData
-        from dgemma.train.run import RunFolder
+        from dgemma.train.runs.run import RunFolder
         assert dgemma.load("sudoku").generate("hi", max_denoising_steps=1).steps == [1]
         import torch
         folder = RunFolder(Path(sys.argv[1]), Recipe(name="a", model="sudoku", data=SudokuData(), max_steps=1))

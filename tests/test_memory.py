@@ -6,7 +6,7 @@ import resource
 import pytest
 
 from dgemma.memory import machine_memory, mapped_bytes, program_bytes, release_freed, request_memory
-from reference import random_network, tiny_config
+from support.reference import random_network, tiny_config
 
 GIB = 1 << 30
 
@@ -104,9 +104,9 @@ def test_groups_of_the_first_version_are_read_too(system, limit, left):
 
 def test_weights_in_mapped_files_are_taken_off_what_requests_may_have(tmp_path, monkeypatch):
     from dgemma import memory
-    from dgemma.api import load
+    from dgemma.model import load
+    from dgemma.weights.hub.locate import locate
     from dgemma.weights.load import load_network
-    from dgemma.weights.locate import locate
 
     own = random_network(tiny_config())
     assert mapped_bytes(own) == 0
@@ -135,9 +135,9 @@ def test_what_the_program_takes_is_what_was_measured_with_the_26b_models_vocabul
 
 
 def test_packed_weights_of_a_mapped_gguf_file_are_taken_off_too(tmp_path):
-    from dgemma.api import load
+    from dgemma.model import load
     from dgemma.nn.packed import packed_bytes
-    from dgemma.weights.locate import locate
+    from dgemma.weights.hub.locate import locate
     from dgemma.weights.quantize import convert
 
     convert(locate("sudoku"), tmp_path / "small.gguf", "Q8_0")

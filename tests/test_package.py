@@ -69,6 +69,6 @@ class TestTheBundledModel:
         assert batch[1].steps == alone.steps
 
     def test_it_fits_the_package(self):
-        from dgemma.weights.locate import locate
+        from dgemma.weights.hub.locate import locate
 
         assert sum(path.stat().st_size for path in locate("sudoku").iterdir()) < 16 * 2**20

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 from dgemma.openmp import wait_passively
 
 if TYPE_CHECKING:
-    from dgemma.api import Model, load
     from dgemma.config import GenerationConfig, ModelConfig
     from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Finished, Generation
     from dgemma.errors import CheckpointError, DgemmaError
+    from dgemma.model import Model, load
 
 wait_passively()  # OpenMP reads its settings once, when torch is loaded: before anything here does that
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "api", "Model": "api",
+    "load": "model", "Model": "api",
     "GenerationConfig": "config", "ModelConfig": "config",
     "CanvasStarted": "diffusion.events", "Denoised": "diffusion.events", "CanvasCommitted": "diffusion.events",
     "Finished": "diffusion.events", "Generation": "diffusion.events",

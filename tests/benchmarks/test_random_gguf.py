@@ -74,7 +74,7 @@ def test_the_full_vocabulary_has_the_real_ones_size():
 def test_dgemma_reads_configuration_and_tokenizer(small_file, small_shape):
     gguf_model = pytest.importorskip("dgemma.weights.gguf_model")
     from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
-    from dgemma.weights.gguf import read_gguf
+    from dgemma.gguf.reader import read_gguf
 
     model = gguf_model.open_gguf(small_file)
     assert model.config.num_hidden_layers == 3

@@ -7,7 +7,7 @@ import training
 from dgemma.train import objective as objective_module
 from dgemma.train.batch import Batch
 from dgemma.train.noise import draw_noise
-from reference import SHAPES, network_like, reference_model
+from support.reference import SHAPES, network_like, reference_model
 
 pytest.importorskip("peft")
 CONTEXT, ROWS = 11, 2

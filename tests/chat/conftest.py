@@ -3,7 +3,7 @@
 import pytest
 
 from dgemma.chat import Tokenizer
-from dgemma.train import tokenizer as bundled
+from dgemma.train.data import tokenizer as bundled
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import pytest
 
 from dgemma.chat import Tokenizer
 from dgemma.chat.answer import read_answer
-from dgemma.train import tokenizer as bundled
+from dgemma.train.data import tokenizer as bundled
 
 
 @pytest.fixture(scope="module")

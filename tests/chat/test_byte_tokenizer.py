@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgemma.chat import Tokenizer
-from dgemma.train import tokenizer as bundled
+from dgemma.train.data import tokenizer as bundled
 
 SPELLINGS = sorted(bundled.SPECIAL_IDS)
 BACKEND = bundled.build_byte_tokenizer()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dgemma.chat import Tokenizer, read_answer, read_calls
 from dgemma.chat.reply import ReplyReader
-from dgemma.train import tokenizer as bundled
+from dgemma.train.data import tokenizer as bundled
 
 TOKENIZER = Tokenizer(bundled.build_byte_tokenizer(), bundled.TEMPLATE_FILE.read_text(), {"bos_token": "<bos>"})
 OPEN, CLOSE, Q = "<|tool_call>", "<tool_call|>", '<|"|>'

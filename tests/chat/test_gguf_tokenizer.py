@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as Backend
 
 from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
 from dgemma.errors import CheckpointError
-from dgemma.train.tokenizer import build_byte_tokenizer, tokenizer_config
-from gguf_files import MERGES, TEMPLATE, TOKENS, TYPES, tokenizer_metadata
+from dgemma.train.data.tokenizer import build_byte_tokenizer, tokenizer_config
+from support.gguf_files import MERGES, TEMPLATE, TOKENS, TYPES, tokenizer_metadata
 
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>",
             "<|channel>", "<channel|>", '<|"|>']

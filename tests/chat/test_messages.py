@@ -6,8 +6,8 @@ import pytest
 
 from dgemma.chat import Tokenizer, normalise_messages, normalise_tools, read_answer
 from dgemma.errors import DgemmaError
-from dgemma.train import tokenizer as bundled
-from gemma_files import TEMPLATE as GEMMA_LIKE
+from dgemma.train.data import tokenizer as bundled
+from support.gemma_files import TEMPLATE as GEMMA_LIKE
 
 USER = {"role": "user", "content": "hi"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}

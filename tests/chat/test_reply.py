@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from dgemma.chat import AnswerReader, Tokenizer, read_answer
 from dgemma.chat.reply import Called, ReplyReader, Said, Thought, declared_tools
-from dgemma.train import tokenizer as bundled
-from gemma_files import SPECIALS, tokenizer_json
+from dgemma.train.data import tokenizer as bundled
+from support.gemma_files import SPECIALS, tokenizer_json
 
 TOKENIZER = Tokenizer(bundled.build_byte_tokenizer(), bundled.TEMPLATE_FILE.read_text(), {"bos_token": "<bos>"})
 CALL = '<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|>'

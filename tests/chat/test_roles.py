@@ -7,11 +7,11 @@ import pytest
 from dgemma.chat import Tokenizer
 from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
 from dgemma.chat.tokenizer import MARKS, ROLES
-from dgemma.cli.drafts import Place, spell
-from dgemma.cli.view import CanvasView
+from dgemma.cli.terminal.drafts import Place, spell
+from dgemma.cli.terminal.view import CanvasView
 from dgemma.diffusion.events import CanvasStarted, Denoised
-from gemma_files import SPECIALS, tokenizer_json, write_tokenizer
-from gguf_files import MERGES
+from support.gemma_files import SPECIALS, tokenizer_json, write_tokenizer
+from support.gguf_files import MERGES
 
 ROLE_TOKENS = [f"<{role}>" for role in ROLES]
 TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *MARKS, *(f"<0x{byte:02X}>" for byte in range(256)), "\n", "▁",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dgemma.chat import Tokenizer
 from dgemma.errors import CheckpointError, DgemmaError
-from dgemma.train import tokenizer as bundled
+from dgemma.train.data import tokenizer as bundled
 
 ROOT = Path(__file__).parents[2]
 SPECIALS = set(bundled.SPECIAL_IDS.values())

@@ -201,9 +201,9 @@ CHECKPOINT = {
 def checkpoint(tmp_path_factory):
     """The folder of a tiny random model of bytes, canvas of 16; not to be written to."""
     from dgemma.config import model_config_from_dict
-    from dgemma.train import tokenizer
+    from dgemma.train.data import tokenizer
     from dgemma.weights.save import save_checkpoint
-    from reference import random_network
+    from support.reference import random_network
 
     folder = tmp_path_factory.mktemp("tiny")
     network = random_network(model_config_from_dict(CHECKPOINT))

@@ -8,8 +8,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from dgemma.cli import canvas as canvas_module
-from dgemma.cli.canvas import LiveCanvas
+from dgemma.cli.terminal import canvas as canvas_module
+from dgemma.cli.terminal.canvas import LiveCanvas
 from dgemma.diffusion.events import CanvasCommitted, Denoised
 
 SUDOKU = "534678912\n672195348\n198342567\n859761423\n426853791\n713924856\n961537284\n287419635\n345286179"
@@ -188,7 +188,7 @@ def test_importing_it_is_light():
     from pathlib import Path
 
     code = (
-        "import sys, dgemma.cli.canvas, dgemma.cli.replay\n"
+        "import sys, dgemma.cli.terminal.canvas, dgemma.cli.commands.replay\n"
         "assert not {'torch', 'tokenizers', 'jinja2'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "src"}, cwd=Path(__file__).parents[2])

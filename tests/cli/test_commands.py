@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 
 import dgemma
-from dgemma.cli import chat as chat_module
 from dgemma.cli import session
-from dgemma.cli.chat import Conversation, checked, load, save
-from dgemma.cli.drafts import printable
+from dgemma.cli.commands import chat as chat_module
+from dgemma.cli.commands.chat import Conversation, checked, load, save
+from dgemma.cli.terminal.drafts import printable
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.diffusion.events import Generation
 from dgemma.diffusion.trace import TraceWriter, read_trace
 from dgemma.engine import Engine
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
-from dgemma.weights import locate as locate_module
+from dgemma.weights.hub import locate as locate_module
 
 STEERING = "\x1b[2Ja\r\n  日本\x07 \u202eb\n\nc "  # what no terminal should get, and no pipe should lose
 

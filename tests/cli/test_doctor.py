@@ -8,9 +8,10 @@ from importlib import metadata
 import pytest
 import torch
 
-from dgemma import doctor, openmp
+from dgemma import openmp
+from dgemma.cli import doctor
 from dgemma.kernels import native
-from hub_server import HubServer, connect, demo_repos
+from support.hub_server import HubServer, connect, demo_repos
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from dgemma.chat.thoughts import split_thoughts
-from dgemma.cli.drafts import LOOKS, Place, looks_of, printable, spell
-from dgemma.cli.view import CanvasView, Part, status_line
-from dgemma.cli.wrap import join, to_cells, wrap
+from dgemma.cli.terminal.drafts import LOOKS, Place, looks_of, printable, spell
+from dgemma.cli.terminal.layout import join, to_cells, wrap
+from dgemma.cli.terminal.view import CanvasView, Part, status_line
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised
 
 SPECIALS = ["<|channel>", "<channel|>", "<turn|>", "<pad>", "<|tool_call>", '<|"|>']

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import dgemma
+from dgemma.gguf.reader import read_gguf
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, attach
 from dgemma.weights.adapters import save_adapter
-from dgemma.weights.gguf import read_gguf
 
 
 @pytest.fixture

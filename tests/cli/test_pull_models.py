@@ -11,11 +11,11 @@ import time
 
 import pytest
 
-from dgemma.cli import models as models_command
+from dgemma.cli.commands import models as models_command
 from dgemma.memory import program_bytes
-from dgemma.weights.cache import LocalModel
-from dgemma.weights.locate import bundled_path
-from hub_server import COMMIT, HubServer, connect, demo_repos, environment, gguf
+from dgemma.weights.hub.cache import LocalModel
+from dgemma.weights.hub.locate import bundled_path
+from support.hub_server import COMMIT, HubServer, connect, demo_repos, environment, gguf
 
 GGUF = "org/diffuse-GGUF"
 COMMAND = [sys.executable, "-c", "from dgemma.cli.main import main; main()"]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dgemma.cli import quantize as module
-from dgemma.cli.quantize import TypeName
-from dgemma.terminal import SafeConsole
-from dgemma.weights.gguf import read_gguf
+from dgemma.cli.commands import quantize as module
+from dgemma.cli.commands.quantize import TypeName
+from dgemma.cli.terminal.console import SafeConsole
+from dgemma.gguf.reader import read_gguf
 from dgemma.weights.quantize import MIXTURES
 
 
@@ -85,7 +85,7 @@ def test_the_bar_on_a_terminal(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
-    from gemma_files import write_checkpoint
+    from support.gemma_files import write_checkpoint
 
     write_checkpoint(tmp_path / "model", hidden_size=256, num_experts=96, moe_intermediate_size=256)
     out = tmp_path / "out"

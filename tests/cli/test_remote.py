@@ -13,14 +13,14 @@ import time
 import pytest
 from rich.console import Console
 
-from dgemma.cli.openai_client import OpenAIServer, base_url
-from dgemma.cli.plain import PlainText
-from dgemma.cli.remote import StreamReader, Vocabulary, connect
+from dgemma.cli.remote.client import OpenAIServer, base_url
+from dgemma.cli.remote.model import StreamReader, Vocabulary, connect
 from dgemma.cli.session import follow
-from dgemma.cli.view import CanvasView
+from dgemma.cli.terminal.plain import PlainText
+from dgemma.cli.terminal.view import CanvasView
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Finished, Generation
 from dgemma.errors import DgemmaError
-from openai_server import BREAK, WAIT, OpenAIStandIn, draft_chunk, text_chunks
+from support.openai_server import BREAK, WAIT, OpenAIStandIn, draft_chunk, text_chunks
 
 OURS = [{"id": "sudoku", "owned_by": "dgemma"}]
 
@@ -145,7 +145,7 @@ def test_nobody_listens(dgemma_command):
 
 
 def test_a_server_that_never_says_anything_is_given_up(run, server, monkeypatch):
-    monkeypatch.setattr("dgemma.cli.openai_client.SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr("dgemma.cli.remote.client.SILENCE_SECONDS", 0.2)
     server.chunks = [*text_chunks("a")[:2], WAIT]
     failed(run("hi"), "has said nothing for 0.2 s")
 

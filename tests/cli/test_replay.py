@@ -6,11 +6,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dgemma.cli import replay as replay_module
-from dgemma.cli.replay import replay
+from dgemma.cli.commands import replay as replay_module
+from dgemma.cli.commands.replay import replay
+from dgemma.cli.terminal.console import SafeConsole
 from dgemma.diffusion.trace import TraceWriter
 from dgemma.errors import DgemmaError
-from dgemma.terminal import SafeConsole
 
 TEXT = "The first line.\nThe second \x1b[2J."
 

@@ -20,12 +20,12 @@ import pytest
 import dgemma
 from dgemma import memory
 from dgemma.cli import session
-from dgemma.cli.canvas import LiveCanvas
 from dgemma.cli.session import follow
+from dgemma.cli.terminal.canvas import LiveCanvas
 from dgemma.diffusion.events import Denoised, Finished, Generation
 from dgemma.diffusion.trace import read_trace
 from dgemma.errors import DgemmaError
-from dgemma.weights.locate import bundled_path
+from dgemma.weights.hub.locate import bundled_path
 from dgemma.weights.quantize import convert
 
 

@@ -27,7 +27,7 @@ def shell(line, **options):
 @pytest.fixture
 def said(dgemma_command, monkeypatch):
     """A function: the prompt that the model got when ``run`` reads these bytes."""
-    from dgemma.api import Model
+    from dgemma.model import Model
 
     prompts = []
     real = Model.stream

@@ -26,8 +26,8 @@ from dgemma.diffusion.events import Event  # noqa: E402
 from dgemma.diffusion.row import Request  # noqa: E402
 from dgemma.serve.app import create_app  # noqa: E402
 from dgemma.serve.settings import Settings  # noqa: E402
-from scripted_service import ScriptedService, served  # noqa: E402
-from server_process import serving  # noqa: E402
+from support.scripted_service import ScriptedService, served  # noqa: E402
+from support.server_process import serving  # noqa: E402
 
 BUILD = ROOT / "build" / "clients"
 # name -> script, packages

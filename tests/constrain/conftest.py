@@ -2,8 +2,8 @@
 
 import pytest
 
-from constrain_helpers import byte_level, spelling
-from dgemma.train.tokenizer import SPECIAL_IDS, vocabulary
+from dgemma.train.data.tokenizer import SPECIAL_IDS, vocabulary
+from support.constrain_helpers import byte_level, spelling
 
 PIECES = ['{"', '": ', '": "', '", "', '"}', "}", "[]", "{}", "]}", ", ", "true", "tr", "null", "name", "na", "me",
           "12", "00", "the", " the", "é", "日本", "日", '\\"', "\\", '"a', 'a"', '"], "', "1, ", "e1", "-1", ".5"]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from constrain_helpers import STOPS, denoise, random_log_probs, walk
 from dgemma.constrain import constraint_of, made
 from dgemma.constrain.cache import ByteCache
+from support.constrain_helpers import STOPS, denoise, random_log_probs, walk
 
 
 @dataclass

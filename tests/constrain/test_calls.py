@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constrain_helpers import STOPS, denoise, random_log_probs, walk
 from dgemma.chat import read_answer
 from dgemma.constrain import constraint_of
 from dgemma.constrain.choice import CallableTool, Calls, ToolsError, calls_of, read_tool_choice, shown_tools
+from support.constrain_helpers import STOPS, denoise, random_log_probs, walk
 
 LOOK = {"type": "object", "required": ["q", "n"], "additionalProperties": False, "properties": {
     "q": {"type": "string", "maxLength": 12}, "n": {"type": "integer", "minimum": 1, "maximum": 20},
@@ -308,7 +308,7 @@ def test_too_little_room_is_said_in_the_words_of_calls(byte_tokenizer):
 
 
 def test_a_model_without_the_marks_cannot_be_made_to_call():
-    from constrain_helpers import tokenizer_of
+    from support.constrain_helpers import tokenizer_of
 
     with pytest.raises(ToolsError, match="vocabulary has no"):
         constraint_of(None, tokenizer_of("abc"), (0,), calls=required(tool("f", None)))

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constrain_helpers import STOPS, denoise, random_log_probs, walk
 from dgemma.constrain import constraint_of, made
 from dgemma.errors import DgemmaError
+from support.constrain_helpers import STOPS, denoise, random_log_probs, walk
 
 PERSON = {"type": "object", "required": ["name", "age"],
           "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0, "maximum": 150},

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from constrain_helpers import tokenizer_of, walk
 from dgemma.constrain import constraint_of
+from support.constrain_helpers import tokenizer_of, walk
 
 PIECES = ["a", "b", "ab", "ba", b"\xc3", b"\xa9"]  # the last two are the halves of é
 STOPS = (0, 1)

@@ -11,7 +11,7 @@ from dgemma.constrain.automaton import TooLarge, compile_language
 from dgemma.constrain.scalars import FORMATS, integer, number
 from dgemma.constrain.schema import dumps, schema_language
 from dgemma.errors import DgemmaError
-from schema_texts import empty, reader_of
+from support.schema_texts import empty, reader_of
 
 VALUES = [None, True, False, 0, -1, 7, 150, 2.5, -0.25, "", "a", "ab", "AB12", "x\n\"é", [], [1], [1, 2, 3], ["a"],
           ["a", 1], {}, {"a": "x"}, {"a": "x", "b": 1}, {"b": 1}, {"a": 1}, {"c": 3}, {"a": "x", "c": 3},

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dgemma.constrain.schema import dumps
-from schema_texts import accepts, empty, invalid_text, reader_of
+from support.schema_texts import accepts, empty, invalid_text, reader_of
 
 INT, TEXT, NULL = {"type": "integer"}, {"type": "string"}, {"type": "null"}
 DRAFT7 = {"$schema": "http://json-schema.org/draft-07/schema#"}

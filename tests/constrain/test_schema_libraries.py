@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from schema_texts import empty, invalid_text, reader_of, some_texts
+from support.schema_texts import empty, invalid_text, reader_of, some_texts
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ import pytest
 
 from dgemma.constrain.schema import dumps
 from dgemma.errors import DgemmaError
-from random_schemas import VALUES, random_schema
-from schema_texts import DRAFTS, accepts, empty, reader_of, some_texts
+from support.random_schemas import VALUES, random_schema
+from support.schema_texts import DRAFTS, accepts, empty, reader_of, some_texts
 
 
 def is_kept(seed):

@@ -6,7 +6,7 @@ import torch
 from dgemma.config import GenerationConfig
 from dgemma.diffusion.row import Request, Row
 from dgemma.nn import head as head_module
-from reference import tiny_config
+from support.reference import tiny_config
 
 CONFIG = tiny_config()
 C = CONFIG.canvas_length

@@ -6,7 +6,7 @@ from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import Finished
 from dgemma.diffusion.row import Request
 from dgemma.engine import Engine
-from readers import reading
+from support.readers import reading
 
 # By default nothing stops early: neither a stop token nor an adaptive stop.
 PLAIN = {"max_denoising_steps": 4, "eos_token_id": (), "confidence_threshold": 1e-9, "entropy_bound": 2.0,

@@ -9,15 +9,15 @@ import torch
 
 from dgemma.diffusion.events import Denoised, Failed, Finished
 from dgemma.engine.prefixes import PrefixStore
+from dgemma.gguf.blocks import BLOCK_TYPES
+from dgemma.gguf.quantize import quantize
 from dgemma.kernels import PackedWeight
-from dgemma.kernels.blocks import BLOCK_TYPES
-from dgemma.kernels.quantize import quantize
+from dgemma.nn.activation import mountable
 from dgemma.nn.adapters import AdapterConfig, adaptable, adapter_parameters, adapters, attach
-from dgemma.nn.mounts import mountable
 from dgemma.nn.packed import set_weights
 from dgemma.weights.gguf_model import is_matrix
 from dgemma.weights.load import empty_network
-from reference import random_network, tiny_config
+from support.reference import random_network, tiny_config
 
 CONFIGS = {"sql": AdapterConfig(r=3, alpha=6, targets=("attention", "mlp", "self_conditioning", "experts")),
            "mails": AdapterConfig(r=2, alpha=8, targets=("attention", "experts.down_proj"), dora=True)}

@@ -8,7 +8,7 @@ import torch
 from dgemma.diffusion.constraint import Chosen
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Failed, Finished
 from dgemma.diffusion.row import Choices
-from reference import tiny_config
+from support.reference import tiny_config
 
 C = tiny_config().canvas_length
 PROMPT = [5, 6, 7, 8, 9]

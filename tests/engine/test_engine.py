@@ -10,9 +10,9 @@ from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Fi
 from dgemma.diffusion.sampler import EntropyBoundSampler, temperature_at
 from dgemma.engine import Engine, PrefixStore
 from dgemma.engine import engine as engine_module
-from engine_requests import PROMPT, C, mixed_requests, tokens_of
-from readers import reading
-from reference import random_network, tiny_config
+from support.engine_requests import PROMPT, C, mixed_requests, tokens_of
+from support.readers import reading
+from support.reference import random_network, tiny_config
 
 
 def assert_same_events(events, others):

@@ -8,8 +8,8 @@ from dgemma.engine import PrefixStore
 from dgemma.engine import fingerprint as fingerprint_module
 from dgemma.engine.fingerprint import fingerprint
 from dgemma.nn.adapters import AdapterConfig, adapters, attach, detach, install, merge
-from engine_requests import PROMPT, C, tokens_of
-from reference import random_network, tiny_config
+from support.engine_requests import PROMPT, C, tokens_of
+from support.reference import random_network, tiny_config
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import CanvasStarted, Denoised, Finished, Generation
 from dgemma.diffusion.row import Request, Row
 from dgemma.engine import Engine
-from reference import SHAPES, network_like, reference_model
+from support.reference import SHAPES, network_like, reference_model
 
 PAD = 0
 

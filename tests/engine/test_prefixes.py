@@ -7,7 +7,7 @@ import torch
 
 from dgemma.engine.prefixes import PrefixStore
 from dgemma.nn import rows as rows_module
-from reference import tiny_config
+from support.reference import tiny_config
 
 W = tiny_config().sliding_window
 PAGE = 5

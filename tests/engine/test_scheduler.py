@@ -4,7 +4,7 @@ import pytest
 
 from dgemma.diffusion.row import Row
 from dgemma.engine.scheduler import FairQueue, Memory, shares
-from reference import tiny_config
+from support.reference import tiny_config
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from contextlib import aclosing
 import psutil
 import pytest
 
-from dgemma.api import Model
 from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import CanvasCommitted, Denoised, Failed, Finished
 from dgemma.diffusion.row import unread
 from dgemma.engine.service import Overloaded, Service
-from reference import tiny_config
+from dgemma.model import Model
+from support.reference import tiny_config
 
 C = tiny_config().canvas_length
 

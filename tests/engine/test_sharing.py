@@ -13,9 +13,9 @@ from dgemma.engine import Engine, PrefixStore
 from dgemma.engine import engine as engine_module
 from dgemma.errors import NotFiniteError
 from dgemma.nn import rows as rows_module
-from engine_requests import PROMPT, C, mixed_requests, tokens_of
-from readers import reading
-from reference import random_network, tiny_config
+from support.engine_requests import PROMPT, C, mixed_requests, tokens_of
+from support.readers import reading
+from support.reference import random_network, tiny_config
 
 
 def test_a_long_prompt_does_not_stall_who_is_denoising(engine_of, ask, monkeypatch, encoded):

@@ -13,8 +13,8 @@ from dgemma.diffusion.row import NARROWER, Request, Row, Thoughts
 from dgemma.engine import Engine
 from dgemma.engine import engine as engine_module
 from dgemma.engine.batch import Outcome
-from readers import reading
-from reference import random_network, tiny_config
+from support.readers import reading
+from support.reference import random_network, tiny_config
 
 C = tiny_config().canvas_length
 OPEN, CLOSE, STOP = 40, 41, 42

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from block_bytes import HALVES, exact_activations, packed, with_half
+from dgemma.gguf.blocks import BLOCK_TYPES
 from dgemma.kernels import native
-from dgemma.kernels.blocks import BLOCK_TYPES
 from dgemma.kernels.packed import PackedWeight
 from dgemma.kernels.products import as_int8
 from dgemma.nn.head import _Sums
+from support.block_bytes import HALVES, exact_activations, packed, with_half
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"the CPU kernels are {native.why_absent()}")
 

@@ -18,8 +18,8 @@ def test_shapes_are_known_without_data():
 
 @pytest.mark.skipif(not native.available(), reason="the C++ kernels are not built here")
 def test_the_operator_is_the_kernel():
-    from dgemma.kernels.blocks import BLOCK_TYPES
-    from dgemma.kernels.quantize import quantize
+    from dgemma.gguf.blocks import BLOCK_TYPES
+    from dgemma.gguf.quantize import quantize
 
     torch.manual_seed(0)
     kind = BLOCK_TYPES["Q8_0"]

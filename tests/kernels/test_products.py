@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from block_bytes import HALVES, exact_activations, packed
 from dgemma.errors import DgemmaError
+from dgemma.gguf.blocks import BLOCK_TYPES
+from dgemma.gguf.quantize import quantize
 from dgemma.kernels import PackedWeight, embedding, expert_mlp, linear, mix_rows, native, products, rms_norm
-from dgemma.kernels.blocks import BLOCK_TYPES
 from dgemma.kernels.products import as_int8
-from dgemma.kernels.quantize import quantize
+from support.block_bytes import HALVES, exact_activations, packed
 
 TYPES = list(HALVES)
 compiled = pytest.mark.skipif(not native.available(), reason=f"the CPU kernels are {native.why_absent()}")
@@ -265,7 +265,7 @@ SUDOKU = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419.
 def test_the_bundled_model_says_the_same_without_the_library(environment, tmp_path):
     """Packed as Q8_0, for one seed: the same text from the kernels and from plain torch, and one warning from torch."""
     import dgemma
-    from dgemma.weights.locate import bundled_path
+    from dgemma.weights.hub.locate import bundled_path
     from dgemma.weights.quantize import convert
 
     convert(bundled_path("sudoku"), tmp_path / "sudoku.gguf", "Q8_0")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dgemma.errors import DgemmaError
+from dgemma.gguf.blocks import BLOCK_TYPES
+from dgemma.gguf.quantize import quantize
 from dgemma.kernels import PackedWeight, linear
-from dgemma.kernels.blocks import BLOCK_TYPES
-from dgemma.kernels.quantize import quantize
 from dgemma.nn.adapters import (
     AdapterConfig,
     adaptable,
@@ -21,7 +21,7 @@ from dgemma.nn.adapters import (
 from dgemma.nn.packed import set_weights
 from dgemma.weights.gguf_model import is_matrix
 from dgemma.weights.load import empty_network
-from reference import random_network, tiny_config
+from support.reference import random_network, tiny_config
 
 EVERYTHING = ("attention", "mlp", "self_conditioning", "experts")
 

@@ -12,7 +12,7 @@ from dgemma.nn import cache as cache_module
 from dgemma.nn import transformer as transformer_module
 from dgemma.nn.cache import CACHE_TYPES
 from dgemma.weights.inspect import kv_cache_bytes
-from reference import SHAPES, network_like, random_network, reference_model, tiny_config
+from support.reference import SHAPES, network_like, random_network, reference_model, tiny_config
 
 CONFIG = tiny_config()
 WINDOW = CONFIG.sliding_window

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from block_bytes import packed
 from dgemma.diffusion.logprobs import token_logprobs
 from dgemma.nn import canvas_stats, distributions
 from dgemma.nn import head as head_module
 from dgemma.nn.distributions import Distributions, favoured, narrowed_stats
+from support.block_bytes import packed
 
 CAP, SCALE, VOCAB, WIDTH = 30.0, 5.0, 48, 12
 NO_BIAS = torch.zeros(VOCAB)

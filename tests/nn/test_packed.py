@@ -10,14 +10,14 @@ from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import Finished
 from dgemma.diffusion.row import Request
 from dgemma.engine import Engine
+from dgemma.gguf.blocks import BLOCK_TYPES
+from dgemma.gguf.quantize import quantize
 from dgemma.kernels import PackedWeight
-from dgemma.kernels.blocks import BLOCK_TYPES
-from dgemma.kernels.quantize import quantize
 from dgemma.nn.head import vocab_tiles
 from dgemma.nn.packed import set_weights
 from dgemma.weights.gguf_model import is_matrix
 from dgemma.weights.load import empty_network
-from reference import random_network, tiny_config
+from support.reference import random_network, tiny_config
 
 CONFIG = tiny_config(hidden_size=256, intermediate_size=512, moe_intermediate_size=256, head_dim=64,
                      global_head_dim=128, num_experts=3, top_k_experts=3)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dgemma.config import model_config_from_dict
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn import transformer as transformer_module
-from reference import SHAPES, RoutingMargin, config_dict, network_like, reference_model
+from support.reference import SHAPES, RoutingMargin, config_dict, network_like, reference_model
 
 TOLERANCE = 1e-4
 # Inputs for which a router hangs in the balance say nothing: other inputs are drawn.

@@ -5,7 +5,7 @@ import torch
 
 from dgemma.nn import rows as rows_module
 from dgemma.nn.rows import Page
-from reference import random_network, tiny_config
+from support.reference import random_network, tiny_config
 
 W = tiny_config().sliding_window
 

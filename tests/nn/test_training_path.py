@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from reference import random_network, tiny_config
+from support.reference import random_network, tiny_config
 
 
 @pytest.fixture(scope="module", params=[4, 20], ids=["dense-experts", "grouped-experts"])

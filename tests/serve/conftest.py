@@ -10,7 +10,7 @@ import dgemma
 from dgemma.engine.service import Service
 from dgemma.serve.app import create_app
 from dgemma.serve.settings import Settings
-from scripted_service import ScriptedService, served
+from support.scripted_service import ScriptedService, served
 
 
 @pytest.fixture(scope="session")

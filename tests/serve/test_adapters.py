@@ -12,15 +12,15 @@ import torch
 from typer.testing import CliRunner
 
 import dgemma
-from dgemma.api import Model
 from dgemma.cli.main import app
 from dgemma.engine.service import Service
 from dgemma.errors import DgemmaError
+from dgemma.model import Model
+from dgemma.nn.activation import mounted_bytes
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, attach
-from dgemma.nn.mounts import mounted_bytes
 from dgemma.serve.settings import Settings
 from dgemma.weights.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
-from server_process import serving
+from support.server_process import serving
 
 PROMPT = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 CONFIGS = {"sql": AdapterConfig(r=2, targets=("attention", "experts")),

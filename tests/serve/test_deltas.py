@@ -17,7 +17,7 @@ from dgemma.serve.deltas import (
     collect,
     deltas,
 )
-from scripted_service import ScriptedService
+from support.scripted_service import ScriptedService
 
 CALL = "<|tool_call>call:f{a:1}<tool_call|>"
 

@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 import dgemma
 from dgemma.serve.app import create_app
 from dgemma.serve.settings import Settings
-from scripted_service import ScriptedService
+from support.scripted_service import ScriptedService
 
 HELLO = [{"role": "user", "content": "Hello"}]
 BODIES = {

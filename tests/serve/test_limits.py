@@ -15,7 +15,7 @@ from dgemma.errors import DgemmaError
 from dgemma.serve.limits import RateLimit
 from dgemma.serve.server import check_exposure
 from dgemma.serve.settings import Settings
-from scripted_service import eventually
+from support.scripted_service import eventually
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 PATH = "/v1/chat/completions"

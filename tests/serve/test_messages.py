@@ -8,7 +8,7 @@ import pytest
 
 from dgemma.engine.service import Overloaded
 from dgemma.serve.settings import Settings
-from scripted_service import eventually
+from support.scripted_service import eventually
 
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 HELLO = [{"role": "user", "content": "Hello"}]

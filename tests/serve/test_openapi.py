@@ -9,7 +9,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 import dgemma
 from dgemma.serve.app import create_app
 from dgemma.serve.settings import Settings
-from scripted_service import ScriptedService
+from support.scripted_service import ScriptedService
 
 ANSWERS = ("Hello", 'I look.<|tool_call>call:f{a:1}<tool_call|>', "<|channel>thought\nhm<channel|>So.")
 AUTHORISED = {"Authorization": "Bearer key"}

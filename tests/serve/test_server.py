@@ -22,8 +22,8 @@ from dgemma.errors import DgemmaError
 from dgemma.serve.app import create_app
 from dgemma.serve.server import bind, impatient
 from dgemma.serve.settings import Settings
-from scripted_service import ScriptedService, served
-from server_process import serving
+from support.scripted_service import ScriptedService, served
+from support.server_process import serving
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 PATH = "/v1/chat/completions"

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2 as httpx
 import pytest
 
-from dgemma.api import Model
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Overloaded, Service
+from dgemma.model import Model
 from dgemma.nn.rows import PAGE
 from dgemma.serve.bodies import system_tokens
 from dgemma.serve.settings import Settings

@@ -9,8 +9,8 @@ from dgemma.nn import KVCache
 from dgemma.train.batch import collate
 from dgemma.train.noise import keyed_noise
 from dgemma.train.objective import Objective, batch_loss, means, prefixes, read
-from reference import random_network, tiny_config
-from token_examples import Example
+from support.reference import random_network, tiny_config
+from support.token_examples import Example
 
 VOCAB, CANVAS, WINDOW = 50, 8, 6
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dgemma.gguf.blocks import BLOCK_TYPES
 from dgemma.kernels import PackedWeight
-from dgemma.kernels.blocks import BLOCK_TYPES
 from dgemma.nn.head import soft_cap
 from dgemma.train.losses import chunked_cross_entropy, cross_entropy
 

@@ -9,8 +9,8 @@ from dgemma.train import objective as objective_module
 from dgemma.train.batch import collate
 from dgemma.train.noise import corrupt, draw_noise, keyed_noise
 from dgemma.train.objective import Batch, Objective, batch_loss, means, totals_of
-from reference import random_network, tiny_config
-from token_examples import random_example
+from support.reference import random_network, tiny_config
+from support.token_examples import random_example
 
 PROMPT, CANVAS, VOCAB = 6, 8, 50
 

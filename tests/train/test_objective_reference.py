@@ -13,8 +13,8 @@ from dgemma.train.batch import collate
 from dgemma.train.noise import keyed_noise
 from dgemma.train.objective import Objective, batch_loss, totals_of
 from dgemma.weights.names import network_name
-from reference import SHAPES, RoutingMargin, network_like, reference_model
-from token_examples import Example
+from support.reference import SHAPES, RoutingMargin, network_like, reference_model
+from support.token_examples import Example
 
 
 def turn(prompt, response, canvas, vocab, seed):

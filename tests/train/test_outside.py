@@ -6,12 +6,12 @@ import random
 import pytest
 
 from dgemma.errors import DgemmaError
-from dgemma.train.conversations import read_conversations
-from dgemma.train.evaluate import read_puzzles
-from dgemma.train.past_run import read_run
+from dgemma.tasks.evaluate import read_puzzles
+from dgemma.train.data.conversations import read_conversations
+from dgemma.train.log.past_run import read_run
 from dgemma.train.recipe import read_yaml
-from dgemma.train.variants import is_finished
-from mutations import byte_mutations
+from dgemma.train.runs.variants import is_finished
+from support.mutations import byte_mutations
 
 RECIPE = b"name: x\ndata: {kind: sudoku}\nmodel: sudoku\n"
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'

@@ -8,7 +8,7 @@ import yaml
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig
 from dgemma.train.recipe import ConversationData, SudokuData, beginning, load_recipe, recipe_of
-from dgemma.train.run import settings_of
+from dgemma.train.runs.run import settings_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

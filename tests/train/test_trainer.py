@@ -13,15 +13,15 @@ import torch
 import yaml
 
 import dgemma
-from dgemma.api import read_parts
 from dgemma.errors import DgemmaError
+from dgemma.model import read_parts
 from dgemma.nn.adapters import AdapterConfig, adapters
-from dgemma.train import evaluation as evaluation_module
-from dgemma.train import trainee as trainee_module
 from dgemma.train import trainer as trainer_module
-from dgemma.train.distributed import Ranks
-from dgemma.train.journal import read_journal
+from dgemma.train.eval import evaluation as evaluation_module
+from dgemma.train.log.journal import read_journal
+from dgemma.train.parallel.distributed import Ranks
 from dgemma.train.recipe import ConversationData, Evaluation, Recipe, load_recipe
+from dgemma.train.runs import state as trainee_module
 from dgemma.train.trainer import STATE, Trainer
 
 RANKS = Ranks(torch.device("cpu"))

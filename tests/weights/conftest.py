@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from dgemma.train import tokenizer as bundled_tokenizer
+from dgemma.train.data import tokenizer as bundled_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 import dgemma
 from dgemma.config import load_model_config
 from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.gguf.reader import read_gguf, read_tensor
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, adapters, attach, merge
 from dgemma.weights.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
-from dgemma.weights.gguf import read_gguf, read_tensor
 from dgemma.weights.load import load_network
 from dgemma.weights.merge import merge_to_folder, merge_to_gguf
 from dgemma.weights.quantize import convert
 from dgemma.weights.save import save_checkpoint
-from gemma_files import write_checkpoint
-from gguf_files import write_network
-from reference import SHAPES, RoutingMargin, network_like, random_network, reference_model, tiny_config
+from support.gemma_files import write_checkpoint
+from support.gguf_files import write_network
+from support.reference import SHAPES, RoutingMargin, network_like, random_network, reference_model, tiny_config
 
 # PEFT looks for patterns' matches among modules only, and says so although it has just used them for a parameter.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")

@@ -11,18 +11,18 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import dgemma
-from dgemma.cli.inspect import inspect
+from dgemma.cli.commands.inspect import inspect
 from dgemma.errors import CheckpointError, NotFiniteError
-from dgemma.kernels.blocks import BLOCK_TYPES, dequantize
+from dgemma.gguf.blocks import BLOCK_TYPES, dequantize
+from dgemma.gguf.reader import GGUFTensor, read_gguf
 from dgemma.weights import finite
 from dgemma.weights.finite import check_finite
-from dgemma.weights.gguf import GGUFTensor, read_gguf
+from dgemma.weights.hub.locate import bundled_path
 from dgemma.weights.inspect import NOT_FINITE, inspect_checkpoint
 from dgemma.weights.load import StoredTensor, read_headers
-from dgemma.weights.locate import bundled_path
 from dgemma.weights.quantize import convert
-from gguf_files import write_network
-from reference import random_network, tiny_config
+from support.gguf_files import write_network
+from support.reference import random_network, tiny_config
 
 NAME = "model.decoder.layers.1.mlp.up_proj.weight"
 

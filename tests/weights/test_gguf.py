@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 import dgemma
 from dgemma.config import FULL, SLIDING, GenerationConfig, load_generation_config, model_config_from_dict
 from dgemma.errors import CheckpointError
+from dgemma.gguf.keys import config_metadata, gguf_name, network_name, rope_freqs, rotary_fraction, stop_ids
+from dgemma.gguf.reader import map_tensors, read_gguf
 from dgemma.kernels.packed import PackedWeight
 from dgemma.nn.layers import inverse_frequencies
-from dgemma.weights.gguf import map_tensors, read_gguf
-from dgemma.weights.gguf_keys import config_metadata, gguf_name, network_name, rope_freqs, rotary_fraction, stop_ids
 from dgemma.weights.gguf_model import is_matrix, load_gguf_network, match_gguf, open_gguf, packed_weights
+from dgemma.weights.hub.locate import bundled_models, locate
 from dgemma.weights.inspect import inspect_checkpoint, network_shapes
 from dgemma.weights.load import empty_network
-from dgemma.weights.locate import bundled_models, locate
-from gguf_files import metadata_of, tensors_of, write, write_network
-from reference import SHAPES, random_network, tiny_config
+from support.gguf_files import metadata_of, tensors_of, write, write_network
+from support.reference import SHAPES, random_network, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -695,7 +695,7 @@ def test_inspect_prints_types_and_exits_with_the_verdict(packed, parts, network)
     import typer
     from typer.testing import CliRunner
 
-    from dgemma.cli.inspect import inspect
+    from dgemma.cli.commands.inspect import inspect
 
     app = typer.Typer()
     app.command()(inspect)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from dgemma.errors import CheckpointError
-from dgemma.weights import transfer
-from dgemma.weights.cache import cached_path, find_local, local_models, note_wanted, remove_model, repo_folder
-from dgemma.weights.hub import NotThereError, fetch, locate_on_hub, plan_pull
-from dgemma.weights.locate import locate
-from dgemma.weights.progress import ProgressDisplay
-from hub_server import COMMIT, HubServer, blob_of, connect, demo_repos, gguf
+from dgemma.weights.hub import transfer
+from dgemma.weights.hub.cache import cached_path, find_local, local_models, note_wanted, remove_model, repo_folder
+from dgemma.weights.hub.locate import locate
+from dgemma.weights.hub.progress import ProgressDisplay
+from dgemma.weights.hub.repository import NotThereError, fetch, locate_on_hub, plan_pull
+from support.hub_server import COMMIT, HubServer, blob_of, connect, demo_repos, gguf
 
 GGUF, PLAIN = "org/diffuse-GGUF", "org/diffuse"
 
@@ -783,7 +783,7 @@ def test_what_is_wanted_is_kept_for_each_pull(hub):
 
 
 def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
-    from dgemma.weights import progress
+    from dgemma.weights.hub import progress
 
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
@@ -809,10 +809,10 @@ def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
 def test_a_bar_on_a_terminal(monkeypatch):
     import io
 
-    from dgemma.terminal import SafeConsole
+    from dgemma.cli.terminal.console import SafeConsole
 
     screen = io.StringIO()
-    monkeypatch.setattr("dgemma.terminal.SafeConsole",
+    monkeypatch.setattr("dgemma.cli.terminal.console.SafeConsole",
                         lambda **_: SafeConsole(file=screen, force_terminal=True, width=70))
     with ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay())

@@ -11,9 +11,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from dgemma.cli.inspect import inspect
+from dgemma.cli.commands.inspect import inspect
 from dgemma.config import FULL, SLIDING, load_model_config, model_config_from_dict
 from dgemma.errors import CheckpointError
+from dgemma.weights.hub.locate import locate
 from dgemma.weights.inspect import (
     count_parameters,
     inspect_checkpoint,
@@ -24,7 +25,6 @@ from dgemma.weights.inspect import (
     working_bytes,
 )
 from dgemma.weights.load import load_network
-from dgemma.weights.locate import locate
 
 PUBLISHED = {  # the 26B-A4B model's config.json, as far as the text network goes
     "model_type": "diffusion_gemma",

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from dgemma.kernels.blocks import BLOCK_TYPES, dequantize
-from dgemma.weights.gguf import map_tensors
-from dgemma.weights.gguf_keys import gguf_name
+from dgemma.gguf.blocks import BLOCK_TYPES, dequantize
+from dgemma.gguf.keys import gguf_name
+from dgemma.gguf.reader import map_tensors
 from dgemma.weights.gguf_model import open_gguf
 from dgemma.weights.load import empty_network
 from dgemma.weights.quantize import convert
-from gemma_files import write_checkpoint
-from llamacpp import log_probabilities, relabelled
+from support.gemma_files import write_checkpoint
+from support.llamacpp import log_probabilities, relabelled
 
 pytest.importorskip("xllamacpp")
 

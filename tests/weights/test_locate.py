@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import dgemma.weights.locate as locate_module
+import dgemma.weights.hub.locate as locate_module
 from dgemma.errors import CheckpointError
-from dgemma.weights.locate import bundled_models, find_tagged, gguf_models, hub_name, locate, tag_of, weight_files
+from dgemma.weights.hub.locate import bundled_models, find_tagged, gguf_models, hub_name, locate, tag_of, weight_files
 
 
 @pytest.fixture(autouse=True)

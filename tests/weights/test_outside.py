@@ -15,22 +15,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dgemma.api import read_parts
 from dgemma.cli.main import app
 from dgemma.diffusion.trace import read_trace
 from dgemma.errors import CheckpointError, DgemmaError
-from dgemma.kernels.blocks import BLOCK_TYPES
+from dgemma.gguf.blocks import BLOCK_TYPES
+from dgemma.gguf.reader import read_gguf
+from dgemma.gguf.tokenizer import tokenizer_metadata
+from dgemma.gguf.writer import TensorEntry, header
+from dgemma.model import read_parts
 from dgemma.nn.adapters import AdapterConfig, attach
 from dgemma.weights.adapters import read_adapter, save_adapter
-from dgemma.weights.gguf import read_gguf
 from dgemma.weights.gguf_model import load_gguf_network
-from dgemma.weights.gguf_writer import TensorEntry, header
 from dgemma.weights.inspect import inspect_checkpoint
 from dgemma.weights.load import load_network
 from dgemma.weights.quantize import convert
-from dgemma.weights.tokenizer_keys import tokenizer_metadata
-from gemma_files import config_dict, tokenizer_json, write_checkpoint
-from mutations import apply, as_json, byte_mutations, field_mutations, in_place_of_a_file, remove
+from support.gemma_files import config_dict, tokenizer_json, write_checkpoint
+from support.mutations import apply, as_json, byte_mutations, field_mutations, in_place_of_a_file, remove
 
 SAMPLE = int(os.environ.get("DGEMMA_MUTATIONS", "30"))
 TEXT = dict(vocab_size=320, hidden_size=8, intermediate_size=8, num_hidden_layers=2, head_dim=8, global_head_dim=8,

@@ -18,17 +18,17 @@ from dgemma.chat import Tokenizer
 from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
 from dgemma.config import load_generation_config, load_model_config, model_config_from_dict
 from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.gguf.keys import gguf_name
+from dgemma.gguf.reader import read_gguf
+from dgemma.gguf.tokenizer import tokenizer_metadata
+from dgemma.gguf.writer import TensorEntry
 from dgemma.weights import quantize as module
-from dgemma.weights.gguf import read_gguf
-from dgemma.weights.gguf_keys import gguf_name
 from dgemma.weights.gguf_model import open_gguf
-from dgemma.weights.gguf_writer import TensorEntry
+from dgemma.weights.hub.locate import bundled_path
 from dgemma.weights.load import empty_network
-from dgemma.weights.locate import bundled_path
 from dgemma.weights.names import checkpoint_name
 from dgemma.weights.quantize import MIXTURES, convert, fitting, mixture_types
-from dgemma.weights.tokenizer_keys import tokenizer_metadata
-from gemma_files import GENERATION, TEMPLATE, config_dict, tokenizer_json, write_checkpoint
+from support.gemma_files import GENERATION, TEMPLATE, config_dict, tokenizer_json, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -529,7 +529,7 @@ def test_memory_is_that_of_a_few_pieces(checkpoint, tmp_path):
 def write_large(folder, changes):
     """A checkpoint of zeros: no time goes into drawing it, and it is never in memory as a whole network."""
     from dgemma.weights.save import save_checkpoint
-    from gemma_files import write_tokenizer
+    from support.gemma_files import write_tokenizer
 
     data = config_dict(**changes)
     network = empty_network(model_config_from_dict(data)).bfloat16().to_empty(device="cpu")

@@ -14,18 +14,18 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 import dgemma
-from block_bytes import HALVES, packed
 from dgemma.errors import CheckpointError, DgemmaError
-from dgemma.kernels import codebooks
-from dgemma.kernels.blocks import BLOCK_TYPES
+from dgemma.gguf import codebooks
+from dgemma.gguf.blocks import BLOCK_TYPES
+from dgemma.gguf.keys import gguf_name
+from dgemma.gguf.quantize import can_quantize
 from dgemma.kernels.packed import PackedWeight
-from dgemma.kernels.quantize import can_quantize
 from dgemma.nn.packed import packed_bytes
-from dgemma.weights.gguf_keys import gguf_name
 from dgemma.weights.gguf_model import is_matrix
 from dgemma.weights.inspect import inspect_checkpoint
-from gguf_files import write_network
-from reference import random_network, tiny_config
+from support.block_bytes import HALVES, packed
+from support.gguf_files import write_network
+from support.reference import random_network, tiny_config
 
 RARE = ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4"]
 # Every token takes every expert: a router's close decision, turned over by rounding, would hide what is measured here.

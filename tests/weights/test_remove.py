@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dgemma.weights.cache import cache_folder, files_beside, find_local, local_models, remove_model, repo_folder
-from dgemma.weights.hub import fetch, plan_pull
-from dgemma.weights.transfer import Listener
-from hub_server import COMMIT, HubServer, connect, demo_repos, gguf
+from dgemma.weights.hub.cache import cache_folder, files_beside, find_local, local_models, remove_model, repo_folder
+from dgemma.weights.hub.repository import fetch, plan_pull
+from dgemma.weights.hub.transfer import Listener
+from support.hub_server import COMMIT, HubServer, connect, demo_repos, gguf
 
 GGUF, PLAIN = "org/diffuse-GGUF", "org/diffuse"
 NEWER = "d" * 40

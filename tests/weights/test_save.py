@@ -8,10 +8,10 @@ import pytest
 
 from dgemma.config import load_generation_config, load_model_config
 from dgemma.errors import DgemmaError
-from dgemma.train import tokenizer as bundled_tokenizer
+from dgemma.train.data import tokenizer as bundled_tokenizer
 from dgemma.weights.load import load_network
 from dgemma.weights.save import save_checkpoint
-from reference import random_network, tiny_config
+from support.reference import random_network, tiny_config
 
 CONFIG = {
     "model_type": "diffusion_gemma", "canvas_length": 8,

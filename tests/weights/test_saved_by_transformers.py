@@ -8,13 +8,13 @@ import torch
 
 from dgemma.config import FULL, SLIDING, load_model_config, model_config_from_dict
 from dgemma.errors import CheckpointError
-from dgemma.train import tokenizer as bundled_tokenizer
+from dgemma.train.data import tokenizer as bundled_tokenizer
 from dgemma.weights.gguf_model import load_gguf_network, open_gguf
 from dgemma.weights.inspect import inspect_checkpoint
 from dgemma.weights.load import load_network
 from dgemma.weights.quantize import convert
 from dgemma.weights.save import save_checkpoint
-from reference import reference_model
+from support.reference import reference_model
 
 SHAPE = dict(layer_types=([SLIDING] * 5 + [FULL]) * 2, hidden_size=32, intermediate_size=32, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, sliding_window=5,

@@ -10,17 +10,17 @@ import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dgemma.cli.inspect import inspect
+from dgemma.cli.commands.inspect import inspect
 from dgemma.config import load_model_config
 from dgemma.errors import CheckpointError
-from dgemma.train import tokenizer as bundled_tokenizer
+from dgemma.train.data import tokenizer as bundled_tokenizer
+from dgemma.weights.hub.locate import INDEX_FILE, SINGLE_FILE, locate, weight_files
 from dgemma.weights.inspect import inspect_checkpoint
 from dgemma.weights.load import load_network
-from dgemma.weights.locate import INDEX_FILE, SINGLE_FILE, locate, weight_files
 from dgemma.weights.merge import replace_weights
 from dgemma.weights.save import save_checkpoint
-from gguf_files import write_network
-from reference import random_network, tiny_config
+from support.gguf_files import write_network
+from support.reference import random_network, tiny_config
 
 
 def load(folder):

@@ -14,14 +14,7 @@ from dgemma.chat.template import compiled
 from dgemma.chat.tokenizer import MARKS, ROLES, Tokenizer, read_backend, special_roles
 from dgemma.errors import CheckpointError
 from dgemma.fields import Fields, is_whole, parse_json, shown
-from dgemma.weights.tokenizer_keys import (
-    CONTROL,
-    GGML_ROLES,
-    TOKENIZER_CONFIG_JSON,
-    TOKENIZER_JSON,
-    UNKNOWN,
-    USER_DEFINED,
-)
+from dgemma.gguf.tokenizer import CONTROL, GGML_ROLES, TOKENIZER_CONFIG_JSON, TOKENIZER_JSON, UNKNOWN, USER_DEFINED
 
 if TYPE_CHECKING:
     import tokenizers

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dgemma.chat.healing import unmarked_calls, weighed_calls
+from dgemma.chat.repair import unmarked_calls, weighed_calls
 from dgemma.chat.thoughts import possible_beginning
 from dgemma.chat.tools import CLOSE, PRIVATE, QUOTE, Called, Tools
 

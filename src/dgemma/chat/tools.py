@@ -113,7 +113,7 @@ def read_calls(source: str, closed: bool = True, tools: Iterable[str | Tool | Ma
 
     ``closed``: the closing mark follows. ``tools`` are the declared tools, or their names.
     """
-    from dgemma.chat.healing import guessed_calls
+    from dgemma.chat.repair import guessed_calls
 
     known = tools_of(tools)
     reading = weigh_calls(source, closed, known)
@@ -129,7 +129,7 @@ def weigh_calls(source: str, closed: bool, tools: Tools, held: bool = False) -> 
     try:
         return Reading([_well_formed(source, closed, tools, held)])
     except ValueError:
-        from dgemma.chat.healing import weighed_calls
+        from dgemma.chat.repair import weighed_calls
 
         return weighed_calls(source, closed, tools)
 

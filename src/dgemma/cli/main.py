@@ -13,22 +13,22 @@ import typer
 from typer.core import TyperGroup
 
 from dgemma import __version__
-from dgemma.cli.bench import bench
-from dgemma.cli.chat import chat
-from dgemma.cli.doctor import doctor
-from dgemma.cli.evaluate import evaluate_app
-from dgemma.cli.inspect import inspect
-from dgemma.cli.merge import merge
-from dgemma.cli.models import models_app
+from dgemma.cli.commands.bench import bench
+from dgemma.cli.commands.chat import chat
+from dgemma.cli.commands.doctor import doctor
+from dgemma.cli.commands.evaluate import evaluate_app
+from dgemma.cli.commands.inspect import inspect
+from dgemma.cli.commands.merge import merge
+from dgemma.cli.commands.models import models_app
+from dgemma.cli.commands.pull import pull
+from dgemma.cli.commands.quantize import quantize
+from dgemma.cli.commands.replay import replay
+from dgemma.cli.commands.run import run
+from dgemma.cli.commands.serve import serve
+from dgemma.cli.commands.train import train
 from dgemma.cli.output import give_up_stdout, occupy_descriptors
-from dgemma.cli.pull import pull
-from dgemma.cli.quantize import quantize
-from dgemma.cli.replay import replay
-from dgemma.cli.run import run
-from dgemma.cli.serve import serve
-from dgemma.cli.train import train
+from dgemma.cli.terminal.console import printable, say, say_error, say_warning
 from dgemma.errors import DgemmaError
-from dgemma.terminal import printable, say, say_error, say_warning
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 

@@ -11,8 +11,8 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from dgemma.cli.terminal.console import printable
 from dgemma.errors import DgemmaError
-from dgemma.terminal import printable
 
 
 def print_text(text: str) -> None:

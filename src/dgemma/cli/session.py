@@ -11,19 +11,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dgemma.cli.terminal.console import SafeConsole
 from dgemma.machine import signals_handled
-from dgemma.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.progress import Progress
 
-    from dgemma.api import Model
-    from dgemma.cli.canvas import LiveCanvas
-    from dgemma.cli.plain import PlainText
-    from dgemma.cli.remote import RemoteModel
+    from dgemma.cli.remote.model import RemoteModel
+    from dgemma.cli.terminal.canvas import LiveCanvas
+    from dgemma.cli.terminal.plain import PlainText
     from dgemma.diffusion.events import Event, Generation
+    from dgemma.model import Model
 
     AnyModel = Model | RemoteModel
 
@@ -52,7 +52,7 @@ def _say_if_tight(model: Model) -> None:
 
     The program itself is in memory already: `machine_memory` does not count what it takes as available.
     """
-    from dgemma.cli.models import conversation_memory
+    from dgemma.cli.commands.models import conversation_memory
     from dgemma.files import size_text
     from dgemma.memory import machine_memory, mapped_bytes
     from dgemma.nn.packed import packed_bytes
@@ -140,10 +140,10 @@ def _viewer(model: AnyModel) -> LiveCanvas | PlainText:
     """What shows the model's events: the live canvas, or text as it comes from a server without drafts."""
     console = SafeConsole(highlight=False)
     if getattr(model, "has_drafts", True):
-        from dgemma.cli.canvas import LiveCanvas
+        from dgemma.cli.terminal.canvas import LiveCanvas
 
         return LiveCanvas(console, piece_of(model))
-    from dgemma.cli.plain import PlainText
+    from dgemma.cli.terminal.plain import PlainText
 
     return PlainText(console, piece_of(model))
 

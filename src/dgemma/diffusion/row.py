@@ -19,8 +19,8 @@ from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Fi
 from dgemma.diffusion.reading import TextReader, Unread
 from dgemma.diffusion.sampler import temperature_at
 from dgemma.errors import ContextLengthError
+from dgemma.nn.activation import MountedAdapter
 from dgemma.nn.head import vocab_tiles
-from dgemma.nn.mounts import MountedAdapter
 
 
 @dataclass(frozen=True)

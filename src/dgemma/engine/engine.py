@@ -27,8 +27,8 @@ from dgemma.engine.prefixes import Prefix, PrefixStore
 from dgemma.engine.scheduler import FairQueue, Memory, shares
 from dgemma.errors import ContextLengthError, DgemmaError, NotFiniteError
 from dgemma.nn import DiffusionTransformer
+from dgemma.nn.activation import MountedAdapter
 from dgemma.nn.adapters import LowRank
-from dgemma.nn.mounts import MountedAdapter
 from dgemma.nn.rows import PAGE, row_bytes
 from dgemma.weights.inspect import working_bytes
 

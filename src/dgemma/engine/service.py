@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from dgemma.api import Model
 from dgemma.diffusion.events import Denoised, Event, Failed, Finished
 from dgemma.diffusion.row import Request
-from dgemma.engine.adapters import AdapterShelf
 from dgemma.engine.engine import Counts, Engine
+from dgemma.engine.registry import AdapterShelf
 from dgemma.errors import DgemmaError
 from dgemma.memory import request_memory
-from dgemma.nn.mounts import MountedAdapter, mounted_bytes
+from dgemma.model import Model
+from dgemma.nn.activation import MountedAdapter, mounted_bytes
 
 PREFIX_SHARE = 4  # one part in so many of the memory for requests keeps what was read before
 

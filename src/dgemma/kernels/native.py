@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dgemma.errors import DgemmaError
-from dgemma.kernels.blocks import BY_CODE, BlockType
-from dgemma.kernels.codebooks import GRIDS, grid
+from dgemma.gguf.blocks import BY_CODE, BlockType
+from dgemma.gguf.codebooks import GRIDS, grid
 
 ABI = 5
 _NAMES = {"linux": "libdgemma_cpu.so", "darwin": "libdgemma_cpu.dylib", "win32": "dgemma_cpu.dll"}

@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from dgemma.engine.adapters import UnknownAdapterError
+from dgemma.engine.registry import UnknownAdapterError
 from dgemma.engine.service import Service
 from dgemma.errors import DgemmaError
 from dgemma.serve.bodies import RequestBody, unknown_model

@@ -18,10 +18,14 @@ from starlette.responses import Response
 
 from dgemma import __version__
 from dgemma.engine.service import Service
-from dgemma.serve import adapters, errors, messages, ollama, openai, responses
+from dgemma.serve import adapters, errors
+from dgemma.serve.anthropic import routes as messages
 from dgemma.serve.errors import JsonResponse
 from dgemma.serve.limits import Gate, RequestLog, Watch
 from dgemma.serve.metrics import MeasuredService, Metrics
+from dgemma.serve.ollama import routes as ollama
+from dgemma.serve.openai import responses
+from dgemma.serve.openai import routes as openai
 from dgemma.serve.outgoing import Outgoing
 from dgemma.serve.settings import Settings
 

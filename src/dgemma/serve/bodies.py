@@ -18,18 +18,18 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dgemma.api import Prompt
 from dgemma.chat import Tokenizer
 from dgemma.config import SAMPLER_SETTINGS
 from dgemma.constrain.choice import ToolsError, calls_of, read_tool_choice
 from dgemma.diffusion.row import Request, longest_prompt
-from dgemma.engine.adapters import UnknownAdapterError
+from dgemma.engine.registry import UnknownAdapterError
 from dgemma.engine.service import Service, in_form_thread
 from dgemma.errors import ContextLengthError, DgemmaError
-from dgemma.nn.mounts import MountedAdapter
+from dgemma.model import Prompt
+from dgemma.nn.activation import MountedAdapter
 from dgemma.serve.errors import ApiError, as_api_error
 from dgemma.serve.settings import Settings
-from dgemma.serve.tally import tally, time_left
+from dgemma.serve.usage import tally, time_left
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from dgemma.diffusion.events import CanvasCommitted, Denoised, Event, Failed, Fi
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
 from dgemma.errors import DgemmaError
-from dgemma.serve.tally import tally
+from dgemma.serve.usage import tally
 
 log = logging.getLogger("dgemma.serve")
 

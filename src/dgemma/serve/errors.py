@@ -23,7 +23,7 @@ from starlette.responses import Response
 from dgemma.engine.service import Overloaded
 from dgemma.errors import ContextLengthError, DgemmaError
 from dgemma.serve.deltas import BrokenAnswerError
-from dgemma.serve.tally import note_error
+from dgemma.serve.usage import note_error
 
 log = logging.getLogger("dgemma.serve")
 

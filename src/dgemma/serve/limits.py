@@ -26,7 +26,7 @@ from dgemma.errors import DgemmaError
 from dgemma.serve.errors import OLLAMA, ApiError, as_api_error, error_response
 from dgemma.serve.metrics import Metrics
 from dgemma.serve.settings import Settings
-from dgemma.serve.tally import Tally, tally
+from dgemma.serve.usage import Tally, tally
 
 log = logging.getLogger("dgemma.serve")
 

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Event, Failed, Finished
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Service
-from dgemma.serve.tally import Tally, tally
+from dgemma.serve.usage import Tally, tally
 
 # name, field of Stats, help.
 _GAUGES = (

@@ -17,9 +17,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from dgemma.api import Model
 from dgemma.engine.service import Service
 from dgemma.errors import DgemmaError
+from dgemma.model import Model
 from dgemma.serve.app import create_app
 from dgemma.serve.settings import Settings, is_loopback
 

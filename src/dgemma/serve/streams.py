@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from dgemma.engine.service import Admission, admission
 from dgemma.serve.errors import ApiError, as_api_error, error_body, error_response, is_anthropic, to_json
 from dgemma.serve.settings import Settings
-from dgemma.serve.tally import note_error, time_left
+from dgemma.serve.usage import note_error, time_left
 
 T = TypeVar("T")
 

@@ -18,10 +18,10 @@ import yaml
 from dgemma.config import generation_config_from_dict, model_config_from_dict
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig
-from dgemma.train.extraction import KEYS, MOST_DISTRACTORS
+from dgemma.tasks.extraction import KEYS, MOST_DISTRACTORS
+from dgemma.tasks.sudoku import MIN_GIVENS
 from dgemma.train.objective import Objective
-from dgemma.train.sudoku import MIN_GIVENS
-from dgemma.weights.locate import bundled_models
+from dgemma.weights.hub.locate import bundled_models
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ class TextData:
 
 @dataclass(frozen=True)
 class ExtractionData:
-    """Generated notes and the JSON that says what is in them; see `dgemma.train.extraction.conversations`."""
+    """Generated notes and the JSON that says what is in them; see `dgemma.tasks.extraction.conversations`."""
 
     count: int = 20_000
     held_out: int = 256
@@ -147,11 +147,11 @@ class OptimizerSettings:
 class Evaluation:
     """What is looked at while a run goes on, every ``every`` steps and at its end.
 
-    ``metric`` is one of `dgemma.train.metrics`, or "file.py:function"; without one the validation loss decides which
-    checkpoint is the best. Questions come from ``count`` held-out conversations (Sudoku: puzzles of each band), one for
-    each turn to be learnt; ``examples`` held-out examples are measured. ``sweep``: at the end, the best checkpoint once
-    more with at most so many denoising steps each. ``settings`` are sampler settings, ``temperature``, ``top_k`` and
-    ``top_p``.
+    ``metric`` is one of `dgemma.train.eval.metrics`, or "file.py:function"; without one the validation loss decides
+    which checkpoint is the best. Questions come from ``count`` held-out conversations (Sudoku: puzzles of each band),
+    one for each turn to be learnt; ``examples`` held-out examples are measured. ``sweep``: at the end, the best
+    checkpoint once more with at most so many denoising steps each. ``settings`` are sampler settings, ``temperature``,
+    ``top_k`` and ``top_p``.
     """
 
     every: int = 200

@@ -14,14 +14,14 @@ from torch import Tensor
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
 from dgemma.train.batch import Batch, collate
-from dgemma.train.compiled import CompiledPasses
-from dgemma.train.distributed import Ranks, Share, clip_gradients
-from dgemma.train.examples import Example
+from dgemma.train.data.examples import Example
+from dgemma.train.data.sources import Source
 from dgemma.train.noise import Noise, keyed_noise, noise_key
 from dgemma.train.objective import Totals, batch_loss, means, totals_of
-from dgemma.train.optimizers import Optimizers, learning_rate_factor
+from dgemma.train.optim.optimizers import Optimizers, learning_rate_factor
+from dgemma.train.parallel.compiled import CompiledPasses
+from dgemma.train.parallel.distributed import Ranks, Share, clip_gradients
 from dgemma.train.recipe import Recipe
-from dgemma.train.sources import Source
 
 _FIRST_STEPS = 16
 

@@ -26,28 +26,28 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dgemma.api import Parts
+from dgemma.cli.terminal.console import say
 from dgemma.errors import DgemmaError
 from dgemma.files import make_folder, size_text
 from dgemma.machine import signals_handled
 from dgemma.memory import release_freed
-from dgemma.terminal import say
-from dgemma.train.display import Display
-from dgemma.train.distributed import Ranks, collect, gathered, shard, spread
-from dgemma.train.evaluation import Evaluator
-from dgemma.train.examples import Example
-from dgemma.train.journal import Journal, writers_for
-from dgemma.train.metrics import means
-from dgemma.train.optimizers import Optimizers
-from dgemma.train.plan import available_memory, recipe_plan
-from dgemma.train.preflight import require, run_preflight
+from dgemma.model import Parts
+from dgemma.train.checks.plan import available_memory, recipe_plan
+from dgemma.train.checks.preflight import require, run_preflight
+from dgemma.train.data.examples import Example
+from dgemma.train.data.sources import Listed, fingerprint, longest_context, source_of
+from dgemma.train.eval.evaluation import Evaluator
+from dgemma.train.eval.metrics import means
+from dgemma.train.eval.tasks import TaskScore
+from dgemma.train.log.display import Display
+from dgemma.train.log.journal import Journal, writers_for
+from dgemma.train.optim.optimizers import Optimizers
+from dgemma.train.parallel.distributed import Ranks, collect, gathered, shard, spread
 from dgemma.train.recipe import Recipe
-from dgemma.train.run import RunFolder
-from dgemma.train.sources import Listed, fingerprint, longest_context, source_of
+from dgemma.train.runs.run import RunFolder
+from dgemma.train.runs.state import begin, parts_of
+from dgemma.train.runs.state import restore as restore_folder
 from dgemma.train.step import Stepper
-from dgemma.train.tasks import TaskScore
-from dgemma.train.trainee import begin, parts_of
-from dgemma.train.trainee import restore as restore_folder
 from dgemma.weights.save import write_safetensors
 
 STATE = "state.safetensors"
@@ -387,7 +387,7 @@ class Trainer:
             yield journal
 
     def _finish(self, finished: bool) -> None:
-        from dgemma.train.report import write_report
+        from dgemma.train.log.report import write_report
 
         with self._in_use():
             self._export("last")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dgemma.errors import CheckpointError
-from dgemma.kernels.blocks import BlockType, dequantize
-from dgemma.kernels.codebooks import missing_grid
-from dgemma.weights.gguf import GGUFTensor
+from dgemma.gguf.blocks import BlockType, dequantize
+from dgemma.gguf.codebooks import missing_grid
+from dgemma.gguf.reader import GGUFTensor
 from dgemma.weights.load import StoredTensor
 
 _PIECE = 16 << 20  # bytes read at a time

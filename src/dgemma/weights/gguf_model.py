@@ -16,12 +16,9 @@ from torch import Tensor
 
 from dgemma.config import FULL, GenerationConfig, ModelConfig
 from dgemma.errors import CheckpointError
-from dgemma.kernels.blocks import BLOCK_TYPES, BlockType, dequantize
-from dgemma.kernels.codebooks import missing_grid
-from dgemma.kernels.packed import PackedWeight
-from dgemma.nn import DiffusionTransformer
-from dgemma.weights.gguf import GGUFFile, GGUFTensor, map_tensors, read_gguf, read_tensor
-from dgemma.weights.gguf_keys import (
+from dgemma.gguf.blocks import BLOCK_TYPES, BlockType, dequantize
+from dgemma.gguf.codebooks import missing_grid
+from dgemma.gguf.keys import (
     ROPE_FREQS,
     check_architecture,
     gguf_name,
@@ -29,6 +26,9 @@ from dgemma.weights.gguf_keys import (
     read_model_config,
     rotary_fraction,
 )
+from dgemma.gguf.reader import GGUFFile, GGUFTensor, map_tensors, read_gguf, read_tensor
+from dgemma.kernels.packed import PackedWeight
+from dgemma.nn import DiffusionTransformer
 from dgemma.weights.load import DTYPES, Problem, Shape, describe, empty_network, tensor_shapes
 
 UNPACKED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -25,6 +25,8 @@ from dgemma.config import (
     load_model_config,
 )
 from dgemma.errors import CheckpointError
+from dgemma.gguf.keys import network_name as gguf_network_name
+from dgemma.gguf.reader import GGUFTensor
 from dgemma.kernels.attention import COLUMNS, SCORES
 from dgemma.kernels.experts import DENSE_EXPERTS
 from dgemma.memory import program_bytes
@@ -32,9 +34,8 @@ from dgemma.nn.cache import token_bytes
 from dgemma.nn.head import VOCAB_TILE
 from dgemma.nn.transformer import ENCODE_CHUNK
 from dgemma.weights.finite import check_finite
-from dgemma.weights.gguf import GGUFTensor
-from dgemma.weights.gguf_keys import network_name as gguf_network_name
 from dgemma.weights.gguf_model import UNPACKED, match_gguf, open_gguf
+from dgemma.weights.hub.locate import is_gguf
 from dgemma.weights.load import (
     Contents,
     Problem,
@@ -45,7 +46,6 @@ from dgemma.weights.load import (
     network_shapes,
     read_headers,
 )
-from dgemma.weights.locate import is_gguf
 from dgemma.weights.names import is_vision
 
 PARTS: tuple[str, ...] = ("embedding", "attention", "dense MLP", "experts", "router and norms",

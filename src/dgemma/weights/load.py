@@ -23,7 +23,7 @@ from dgemma.config import ModelConfig
 from dgemma.errors import CheckpointError
 from dgemma.fields import is_whole, parse_json_value, shown
 from dgemma.nn import DiffusionTransformer
-from dgemma.weights.locate import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
+from dgemma.weights.hub.locate import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
 from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, network_name
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

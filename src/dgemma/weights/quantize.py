@@ -20,16 +20,16 @@ from torch import Tensor
 from dgemma.config import load_generation_config, load_model_config
 from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import atomic_write
-from dgemma.kernels.blocks import BLOCK_TYPES, BlockType, dequantize
-from dgemma.kernels.quantize import quantize
-from dgemma.weights import gguf_keys as keys
-from dgemma.weights.gguf import read_gguf
+from dgemma.gguf import keys
+from dgemma.gguf.blocks import BLOCK_TYPES, BlockType, dequantize
+from dgemma.gguf.quantize import quantize
+from dgemma.gguf.reader import read_gguf
+from dgemma.gguf.tokenizer import mended_types, tokenizer_metadata
+from dgemma.gguf.writer import TensorEntry, header, padding
 from dgemma.weights.gguf_model import match_gguf, open_gguf
-from dgemma.weights.gguf_writer import TensorEntry, header, padding
+from dgemma.weights.hub.locate import is_gguf
 from dgemma.weights.load import DTYPES, Problem, describe, match, network_shapes, read_headers
-from dgemma.weights.locate import is_gguf
 from dgemma.weights.names import is_vision
-from dgemma.weights.tokenizer_keys import mended_types, tokenizer_metadata
 
 _PIECE = 4 << 20  # weights converted at a time
 _BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(.+)")

@@ -1,0 +1,109 @@
+"""`dgemma eval`: measure a model with the sampler that it ships with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dgemma.cli import options
+from dgemma.cli.output import need_stdout, print_json
+from dgemma.cli.terminal.console import SafeConsole
+from dgemma.errors import DgemmaError
+
+if TYPE_CHECKING:
+    from dgemma.tasks.evaluate import BandScore
+
+evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a model on a task.")
+
+
+@evaluate_app.callback()
+def _tasks() -> None:
+    """Measure a model on a task."""
+
+
+@evaluate_app.command()
+def sudoku(
+    count: Annotated[int | None, typer.Option(min=1, help="Puzzles per band. Default: 100.",
+                                              show_default=False)] = None,
+    band: Annotated[str | None, typer.Option(help="easy (40-45 givens), medium (30-39) or hard (24-29). Default: all.",
+                                             show_default=False)] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which puzzles, and the sampler's randomness.")] = 0,
+    puzzles: Annotated[Path | None, typer.Option(
+        help='Puzzles to use instead: {"puzzle": 81 characters, "solution": 81 digits} per line.',
+        show_default=False)] = None,
+    model: options.ModelOption = None,
+    json: options.JsonOption = False,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
+    cache_type: options.CacheTypeOption = None,
+    adapter: options.AdapterOption = None,
+    max_denoising_steps: options.MaxStepsOption = None,
+    entropy_bound: options.EntropyBoundOption = None,
+    t_min: options.TMinOption = None,
+    t_max: options.TMaxOption = None,
+    stability_threshold: options.StabilityOption = None,
+    confidence_threshold: options.ConfidenceOption = None,
+) -> None:
+    """Unseen Sudoku puzzles: how many are solved exactly, in how many steps."""
+    settings = options.sampler_settings(locals())
+    need_stdout()
+
+    from rich.progress import Progress
+
+    from dgemma.cli.session import load_model
+    from dgemma.tasks.evaluate import as_json, evaluate_bands, evaluate_file
+    from dgemma.tasks.sudoku import BANDS
+
+    if band is not None and band not in BANDS:
+        raise DgemmaError(f"band must be one of {', '.join(BANDS)}, got {band!r}")
+    for name, value in (("--band", band), ("--count", count)):
+        if value is not None and puzzles is not None:
+            raise DgemmaError(f"{name} is about generated puzzles; it cannot be used with --puzzles")
+    loaded = load_model(model, device, dtype, cache_type, hint=False, adapter=adapter)
+    with Progress(console=SafeConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        tasks: dict[str, int] = {}
+
+        def report(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=total)
+            progress.update(tasks[name], completed=done)  # type: ignore[arg-type]
+
+        if puzzles is not None:
+            scores = evaluate_file(loaded, puzzles, seed=seed, progress=report, **settings)
+        else:
+            bands = None if band is None else [band]
+            scores = evaluate_bands(loaded, count or 100, bands, seed=seed, progress=report, **settings)
+    if json:
+        print_json(as_json(scores))
+    else:
+        _print_table(scores)
+
+
+def _print_table(scores: dict[str, BandScore]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(caption="exact: all 81 digits right, with its 95 % interval; kept: no given changed",
+                  caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("band", no_wrap=True)
+    for name in ("puzzles", "exact", "(95 %)", "kept", "mean steps", "p50/p90", "s/puzzle"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for band, score in scores.items():
+        low, high = score.exact_interval
+        table.add_row(band, str(score.count), f"{score.exact:.1%}", f"{low:.1%}-{high:.1%}", f"{score.givens_kept:.1%}",
+                      f"{score.mean_steps:.1f}", f"{_percentile(score.steps, 0.5)}/{_percentile(score.steps, 0.9)}",
+                      f"{score.seconds_per_puzzle:.3f}")
+    SafeConsole().print(table)
+
+
+def _percentile(steps: dict[int, int], share: float) -> int:
+    """The number of steps within which ``share`` of the puzzles were done."""
+    seen, total = 0, sum(steps.values())
+    for value, times in sorted(steps.items()):
+        seen += times
+        if seen >= share * total:
+            return value
+    return max(steps)

@@ -1,0 +1,106 @@
+"""`dgemma quantize`: pack a checkpoint's weights into a GGUF file."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dgemma.cli.terminal.console import SafeConsole, say, say_warning
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from dgemma.weights.quantize import Summary
+
+
+class TypeName(StrEnum):
+    """What there is to choose from; `weights.quantize.MIXTURES` says what is in them."""
+
+    Q4_K_M = "Q4_K_M"
+    Q5_K_M = "Q5_K_M"
+    Q6_K = "Q6_K"
+    Q8_0 = "Q8_0"
+    BF16 = "BF16"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="IN", help="A bundled name, a checkpoint folder, a .gguf file, or a "
+                                         "name on the hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The GGUF file to write.")],
+    type: Annotated[TypeName, typer.Option(case_sensitive=False, help="Q4_K_M is the smallest, Q8_0 nearly exact, BF16 "
+                                           "what the weights were trained in.")] = TypeName.Q4_K_M,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write a checkpoint as a GGUF file with packed weights, which take less memory and less time to read.
+
+    Takes the memory of a few tensors, whatever the model's size. OUT appears when it is complete.
+    """
+    from dgemma.weights.hub.locate import locate
+    from dgemma.weights.quantize import convert
+
+    source = locate(model)
+    with Bar() as bar:
+        summary = convert(source, out, type.value, force=force, progress=bar.update)
+    show(summary, out)
+
+
+def show(summary: Summary, out: Path) -> None:
+    """Say what was written, on stdout, and what to mind, on stderr."""
+    rows = [(name, f"{total.tensors:,} tensors", f"{total.weights / 1e6:,.1f} M weights",
+             f"{total.nbytes / 1e6:,.1f} MB") for name, total in summary.types.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        say("  ".join(text.rjust(width) if column else text.ljust(width)
+                             for column, (text, width) in enumerate(zip(row, widths, strict=True))))
+    say(f"{out}: {_size(summary.nbytes)}, {summary.bits_per_weight:.2f} bits per weight, "
+               f"{_duration(summary.seconds)}")
+    if summary.left_out:
+        _note(f"The vision tower ({summary.left_out} tensors) was left out: a GGUF file holds text weights only.")
+    if summary.requantized:
+        _note(f"The source was quantised already ({', '.join(summary.requantized)}), and rounding twice loses quality: "
+              "convert the original checkpoint if you can.")
+
+
+class Bar:
+    """Progress on stderr if that is a terminal; nothing elsewhere. A context manager."""
+
+    def __init__(self) -> None:
+        self._console = SafeConsole(stderr=True)
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, tensor: str, done: int, total: int) -> None:
+        if self._progress is None:
+            if not self._console.is_terminal:
+                return
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
+
+            name = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True,
+                                                                                     overflow="ellipsis", min_width=12))
+            self._progress = Progress(name, BarColumn(24), DownloadColumn(), TimeRemainingColumn(),
+                                      console=self._console, transient=True, expand=True)
+            self._progress.add_task(tensor, total=total)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], description=tensor, completed=done)
+
+
+def _note(text: str) -> None:
+    say_warning(text)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds // 60)} min {int(seconds % 60)} s"

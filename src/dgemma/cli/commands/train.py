@@ -1,0 +1,144 @@
+"""`dgemma train`: run a recipe, or show what it would train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dgemma.cli import options
+from dgemma.cli.terminal.console import SafeConsole, say
+from dgemma.errors import DgemmaError
+
+if TYPE_CHECKING:
+    from dgemma.chat import Tokenizer
+    from dgemma.train.data.examples import Example
+
+_PREVIEW = "Preview"
+_LEFT_OUT_SHOWN = 10
+
+
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe, such as recipes/sudoku.yaml.",
+                                                  show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for checkpoints and logs. Default: runs/NAME.",
+                                             show_default=False)] = None,
+    device: options.DeviceOption = None,
+    preview: Annotated[bool, typer.Option("--preview", rich_help_panel=_PREVIEW, help="Train nothing: show which "
+                                          "tokens of a recipe's examples, or of --data, have loss.")] = False,
+    count: Annotated[int, typer.Option("--count", "-n", min=0, rich_help_panel=_PREVIEW,
+                                       help="How many of the assistant's turns to show.")] = 3,
+    data: Annotated[list[str] | None, typer.Option(
+        rich_help_panel=_PREVIEW, show_default=False,
+        help="Conversations: a JSONL, JSON or Parquet file, a folder of them, or a dataset on the hub.")] = None,
+    model: Annotated[str | None, typer.Option(
+        "--model", "-m", rich_help_panel=_PREVIEW, show_default=False,
+        help="The model that --data is meant for: its tokenizer, template and canvas. Default: sudoku.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Train nothing: say how much memory the recipe will take, and "
+                                       "what to change where that is too much.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", rich_help_panel=_PREVIEW,
+                                           help="Count rows that cannot be used instead of stopping there.")] = False,
+) -> None:
+    """Train a model by a recipe; run it again to go on where it stopped (Ctrl-C saves first).
+
+    The result is OUT/best by evaluation and OUT/last, the latest: a checkpoint for `dgemma run -m`, or an adapter for
+    `dgemma run --adapter`. OUT/report.html shows the run.
+    """
+    if recipe is not None:
+        _needs_extra()
+    if preview:
+        if (recipe is None) == (not data):
+            raise DgemmaError("--preview shows what a recipe trains on, or conversations: give a recipe or --data")
+        if recipe is not None:
+            _preview_recipe(recipe, count)
+        else:
+            _preview_data(data or [], model or "sudoku", count, skip_bad)
+        return
+    if recipe is None or data:
+        raise DgemmaError("give a recipe to train by, such as recipes/sudoku.yaml, or --preview with --data")
+    if plan:
+        _show_plan(recipe, device)
+        return
+    from dgemma.cli.session import LoadingBar
+    from dgemma.train.parallel.distributed import joined
+    from dgemma.train.recipe import read_yaml
+    from dgemma.train.runs.variants import train as run
+
+    folder = out or Path("runs") / str(read_yaml(recipe).get("name") or recipe.stem)
+    with joined(device) as ranks, LoadingBar() as bar:
+        if ranks.is_main:
+            finished = run(recipe, folder, ranks, say, bar.update)
+        else:
+            finished = run(recipe, folder, ranks, lambda text: None)
+    if not finished:
+        raise typer.Exit(130)  # as a shell says it of what Ctrl-C ended
+
+
+def _needs_extra() -> None:
+    try:
+        import matplotlib  # noqa: F401  (the report's plots)
+        import tensorboard  # noqa: F401  (the trainer logs to it)
+        import yaml  # noqa: F401  (recipes are written in it)
+    except ImportError as error:
+        raise DgemmaError(f"training needs its extra ({error.name} is missing): pip install 'dgemma[train]'") from error
+
+
+def _show_plan(recipe: Path, device: str | None) -> None:
+    from dgemma.train.checks.plan import available_memory
+    from dgemma.train.parallel.distributed import joined
+    from dgemma.train.runs.variants import plans
+
+    with joined(device) as ranks:
+        for name, plan in plans(recipe, ranks).items():
+            if ranks.is_main:
+                say(f"{name}\n" if name else "", nl=False)
+                say(plan.text(available_memory(ranks.device)))
+
+
+def _preview_data(data: list[str], model: str, count: int, skip_bad: bool) -> None:
+    """Print the first turns of conversations, with what each token counts, and the whole data in numbers."""
+    from dgemma.model import read_parts
+    from dgemma.train.data.conversations import read_conversations
+    from dgemma.train.data.examples import prepare
+
+    parts = read_parts(model)
+    canvas = parts.config.canvas_length
+    found = read_conversations(data, skip_bad=skip_bad)
+    prepared = prepare(found.rows, parts.tokenizer, canvas, stop_ids=parts.generation_config.eos_token_id,
+                       max_context=parts.config.max_position_embeddings - canvas, skip_bad=skip_bad)
+    _show(prepared.examples, parts.tokenizer, count, found.bad + prepared.skipped)
+
+
+def _preview_recipe(path: Path, count: int) -> None:
+    """Print the first examples of a recipe's first steps; puzzles come from fewer base puzzles than in training."""
+    from dgemma.train.recipe import load_recipe
+    from dgemma.train.runs.variants import glimpse
+
+    name, settings = next(iter(load_recipe(path).items()))
+    left_out: list[str] = []
+    parts, source = glimpse(settings, left_out.append)
+    examples = []
+    step = 0
+    while len(examples) < max(count, 1):
+        examples += source.batch(step)
+        step += 1
+    say(f"{path}{f', variant {name}' if name else ''}: {'; '.join(left_out)}")
+    _show(examples, parts.tokenizer, count, [])
+
+
+def _show(examples: Sequence[Example], tokenizer: Tokenizer, count: int, left_out: list[str]) -> None:
+    from rich.text import Text
+
+    from dgemma.train.data.preview import preview, summary
+
+    console = SafeConsole(highlight=False, markup=False, soft_wrap=True)
+    for text in preview(examples, tokenizer, count):
+        console.print(text)
+    for name, value in summary(examples):
+        console.print(Text(f"{name:<20}{value}"))
+    if left_out:
+        console.print(Text(f"{'left out':<20}{len(left_out):,}", "red"))
+        for line in left_out[:_LEFT_OUT_SHOWN]:
+            console.print(Text(f"  {line}", "red"))

@@ -1,0 +1,114 @@
+"""The live canvas: text coming into focus on a terminal.
+
+Works on: events and a console. Knows nothing of: models, tokenizers. `view` decides what is to be seen, `stage` paints
+it; this file decides when.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+
+from rich.console import Console
+from rich.segment import Segment
+
+from dgemma.cli.terminal.drafts import PieceOf
+from dgemma.cli.terminal.layout import Row
+from dgemma.cli.terminal.live import Stage
+from dgemma.cli.terminal.view import CanvasView, Line, row_segments
+from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Event, Finished
+
+FRAME_SECONDS = 1 / 30
+
+
+class LiveCanvas:
+    """Shows one request's events as they come; a context manager.
+
+    The canvas that is being denoised and a status line are redrawn in place; what is committed is printed above them
+    for good. In the end only the text and a summary are left. On an exception (Ctrl-C, too) what was committed stays
+    and the terminal is as it was. On a dumb terminal only what is committed is printed.
+    """
+
+    def __init__(self, console: Console, piece_of: PieceOf, *, min_frame_seconds: float = 0.0) -> None:
+        """`piece_of`: a token's bytes and whether it is special.
+
+        `min_frame_seconds`: show every step, each for so long at least (for models that are faster than the eye);
+        `show` waits meanwhile. Without it steps are left out so that at most 30 frames a second are drawn.
+        """
+        self.console = console
+        self._view = CanvasView(piece_of)
+        self._stage = Stage(console)
+        self._min_frame_seconds = min_frame_seconds
+        self._drawn_at = float("-inf")
+        self._due = False  # a step has come that was not drawn
+        self._height = 0
+        self._closed = False
+
+    def __enter__(self) -> LiveCanvas:
+        self._stage.start()
+        return self
+
+    def show(self, event: Event) -> None:
+        """Take in an event, and draw it if it is time to."""
+        if isinstance(event, (CanvasCommitted, Finished)):
+            self._draw_due()
+        self._view.apply(event)
+        if isinstance(event, Denoised):
+            self._due = True
+            if self._min_frame_seconds or time.monotonic() - self._drawn_at >= FRAME_SECONDS:
+                self._draw_due()
+        elif isinstance(event, (CanvasStarted, CanvasCommitted)):
+            self._draw()
+        else:
+            self._close()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._close()
+        finally:
+            self._stage.stop()
+
+    def _draw_due(self) -> None:
+        if self._due:
+            self._draw()
+
+    def _draw(self) -> None:
+        wait = self._drawn_at + self._min_frame_seconds - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
+        width, height = self.console.size
+        rows = self._view.take_rows(width)
+        lines = self._view.frame(width, height)
+        # It may grow at once, but shrinks a line at a time, so that the status line glides and does not jump.
+        self._height = min(max(len(lines), self._height - len(rows) - 1), height) if lines else 0
+        blank: list[Line] = [[] for _ in range(self._height - len(lines))]
+        self._stage.draw([*lines[:-1], *blank, *lines[-1:]], _permanent(rows))
+        self._view.drawn()
+        self._due = False
+        self._drawn_at = time.monotonic()
+
+    def _close(self) -> None:
+        """Leave what was committed, and the summary if the answer is finished."""
+        if self._closed:
+            return
+        self._closed = True
+        width = self.console.width
+        above = _permanent(self._view.take_rows(width, everything=True))
+        if summary := self._view.summary(width):
+            above += [*summary, Segment.line()]
+        self._stage.draw([], above)
+
+
+def _permanent(rows: Iterable[Row]) -> list[Segment]:
+    segments: list[Segment] = []
+    for row in rows:
+        segments += row_segments(row)
+        if not row.soft:
+            segments.append(Segment.line())
+    return segments

@@ -1,0 +1,74 @@
+"""Adapters by name, read from their files and ready to be put on one network.
+
+Works on adapters' files and a network's modules; knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dgemma.errors import DgemmaError
+from dgemma.nn import DiffusionTransformer
+from dgemma.nn.activation import MountedAdapter, mountable
+from dgemma.nn.adapters import adaptable, adapters
+
+if TYPE_CHECKING:
+    from dgemma.weights.adapters import Adapter
+
+
+class UnknownAdapterError(DgemmaError):
+    """No adapter has this name, or none has it any more."""
+
+
+class AdapterShelf:
+    """A network's adapters under their names. Make it before the network works; to `read` it may work on."""
+
+    def __init__(self, network: DiffusionTransformer):
+        self._places = adaptable(network)
+        self._fixed = bool(adapters(network))  # one is on already, and always
+        self._config = network.config
+        # And where it was read. Replaced, never changed: several threads read it.
+        self._known: dict[str, tuple[MountedAdapter, str]] = {}
+
+    def paths(self) -> dict[str, str]:
+        """Where each adapter was read."""
+        return {name: path for name, (_, path) in self._known.items()}
+
+    def get(self, name: str) -> MountedAdapter:
+        """The adapter that has the name now; raises `UnknownAdapterError`."""
+        known = self._known.get(name)
+        if known is None:
+            raise UnknownAdapterError(f"there is no adapter {name!r}")
+        return known[0]
+
+    def offers(self, adapter: MountedAdapter) -> bool:
+        """Whether it has its name now."""
+        return self._known.get(adapter.name, (None, ""))[0] is adapter
+
+    def read(self, name: str, path: str | Path) -> Adapter:
+        """An adapter for this network from its files. Raises DgemmaError."""
+        from dgemma.weights.adapters import read_adapter
+        from dgemma.weights.load import empty_network
+
+        if self._fixed:
+            raise DgemmaError(f"adapter {name!r} cannot be added: this model was loaded with an adapter that is always "
+                              "on; load the model without it, and give that one a name, too")
+        # The names and shapes are those of a network of this shape: this one's modules may be changing just now.
+        return read_adapter(path, empty_network(self._config))
+
+    def mountable(self, name: str, adapter: Adapter) -> MountedAdapter:
+        """The adapter where the network is; nobody knows it yet."""
+        return mountable(name, self._places, adapter.config, adapter.factors)
+
+    def put(self, adapter: MountedAdapter, path: str | Path) -> MountedAdapter | None:
+        """Let an adapter have its name; the one that had it before."""
+        before = self._known.get(adapter.name)
+        self._known = {**self._known, adapter.name: (adapter, str(path))}
+        return before and before[0]
+
+    def take(self, name: str) -> MountedAdapter:
+        """Take a name away, and return what had it; raises `UnknownAdapterError`."""
+        adapter = self.get(name)
+        self._known = {known: what for known, what in self._known.items() if known != name}
+        return adapter

@@ -1,0 +1,96 @@
+"""Writing the GGUF container, version 3: a header that names everything, then the tensors' bytes in turn.
+
+Works on bytes; knows nothing of models. `gguf.py` is the other direction and describes the format.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dgemma.gguf.blocks import BlockType
+
+ALIGNMENT = 32  # of every tensor's data, which needs no key when it is this
+
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64, _INT64, _FLOAT64 = 4, 5, 6, 7, 8, 9, 10, 11, 12
+_LETTERS = {_UINT32: "I", _INT32: "i", _FLOAT32: "f", _BOOL: "?", _UINT64: "Q", _INT64: "q", _FLOAT64: "d"}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor to be written; ``shape`` is torch's, its last axis the one that is packed in blocks."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: BlockType
+
+    @property
+    def weights(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights // self.shape[-1] * self.type.row_bytes(self.shape[-1]) if self.weights else 0
+
+
+def padding(nbytes: int) -> int:
+    """How many zero bytes follow so many bytes, up to the next multiple of `ALIGNMENT`."""
+    return -nbytes % ALIGNMENT
+
+
+def header(metadata: Mapping[str, Any], tensors: Sequence[TensorEntry]) -> bytes:
+    """Everything before the data, which follows in the order of ``tensors``, each with its `padding`.
+
+    ``metadata`` are texts, numbers, booleans and lists of one of these. Whole numbers become 32-bit (unsigned by
+    themselves, signed in lists: what ggml's readers take), fractions float32; wider where these do not hold them.
+    """
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        parts.append(_text(key))
+        parts += _value(value)
+    offset = 0
+    for tensor in tensors:
+        count = len(tensor.shape)
+        parts += [_text(tensor.name), struct.pack(f"<I{count}QIQ", count, *reversed(tensor.shape), tensor.type.code,
+                                                  offset)]
+        offset += tensor.nbytes + padding(tensor.nbytes)
+    data = b"".join(parts)
+    return data + bytes(padding(len(data)))
+
+
+def _text(text: str) -> bytes:
+    data = text.encode(errors="replace")  # a lone surrogate has no UTF-8 form
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Any) -> list[bytes]:
+    """The type's number and the value."""
+    if isinstance(value, str):
+        return [struct.pack("<I", _STRING), _text(value)]
+    if not isinstance(value, (list, tuple)):
+        kind = _number_type([value], _UINT32)
+        return [struct.pack(f"<I{_LETTERS[kind]}", kind, value)]
+    if value and isinstance(value[0], str):
+        return [struct.pack("<IIQ", _ARRAY, _STRING, len(value)), *map(_text, value)]
+    kind = _number_type(value, _INT32)
+    return [struct.pack(f"<IIQ{len(value)}{_LETTERS[kind]}", _ARRAY, kind, len(value), *value)]
+
+
+def _number_type(values: Iterable[Any], whole: int) -> int:
+    """The smallest type from ``whole`` on that holds them all; float32 for fractions unless they need more."""
+    values = list(values)
+    if all(isinstance(value, bool) for value in values) and values:
+        return _BOOL
+    if all(isinstance(value, int) for value in values):
+        low, high = min(values, default=0), max(values, default=0)
+        fits = {_UINT32: low >= 0 and high < 1 << 32, _INT32: low >= -(1 << 31) and high < 1 << 31,
+                _UINT64: low >= 0, _INT64: True}
+        return whole if fits[whole] else next(kind for kind, fit in fits.items() if fit)
+    if all(isinstance(value, (int, float)) for value in values):
+        return _FLOAT32 if all(abs(value) < 3.4e38 or value != value for value in values) else _FLOAT64
+    raise TypeError(f"no GGUF value: {values!r:.80}")

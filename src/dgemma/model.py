@@ -1,0 +1,328 @@
+"""Loading a model and generating with it: the library's face."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dgemma.chat import AnswerReader, Tokenizer, normalise_messages, normalise_tools
+from dgemma.chat.reply import inside_thought
+from dgemma.chat.thoughts import CLOSE, OPEN
+from dgemma.config import GenerationConfig, ModelConfig, load_generation_config, load_model_config
+from dgemma.constrain.choice import ToolChoice, calls_of, read_tool_choice, shown_tools, usable_tools
+from dgemma.diffusion.events import Event, Finished, Generation
+from dgemma.diffusion.row import Choices, Request, Thoughts
+from dgemma.engine import Engine, PrefixStore
+from dgemma.errors import ContextLengthError, DgemmaError
+from dgemma.memory import request_memory
+from dgemma.nn import DiffusionTransformer
+from dgemma.nn.cache import check_cache_type
+
+if TYPE_CHECKING:
+    from dgemma.weights.gguf_model import GGUFModel
+
+Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | torch.Tensor | np.ndarray
+
+
+class Model:
+    """A network with its tokenizer and settings; `load` makes one.
+
+    Attributes: ``network``, ``tokenizer``, ``config`` (the network's shape), ``generation_config``, ``name``.
+    """
+
+    def __init__(self, network: DiffusionTransformer, tokenizer: Tokenizer, generation_config: GenerationConfig,
+                 name: str):
+        self.network, self.tokenizer, self.name = network, tokenizer, name
+        self.generation_config = generation_config
+        self.prefixes = PrefixStore(request_memory(network) // 4)  # what a conversation's earlier turns have read
+        self._engines: list[weakref.ref[Engine]] = []  # replaced, never changed: `cancel` may come at any moment
+        self._adding = threading.Lock()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    def generate(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
+                 thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
+                 images: Sequence[Any] | None = None, **options: Any) -> Generation:
+        """Answer ``prompt``: a user message, a list of chat messages, or token ids that are used as they are.
+
+        Without ``max_tokens`` an answer may go on to the end of the model's context; ``finish_reason`` tells "length"
+        where it got there. ``options`` are those of `request`, sampler settings under the checkpoint's names
+        (`GenerationConfig`) among them. Raises DgemmaError on a bad argument.
+        """
+        options["drafts"] = False  # nobody hears of them
+        for event in self.stream(prompt, max_tokens=max_tokens, seed=seed, thinking=thinking, system=system,
+                                 tools=tools, images=images, **options):
+            if isinstance(event, Finished):
+                return event.generation
+        raise RuntimeError("the engine stopped without finishing the request")
+
+    def stream(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
+               thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
+               images: Sequence[Any] | None = None, **options: Any) -> Iterator[Event]:
+        """`generate` as it happens: CanvasStarted, Denoised, CanvasCommitted, …, Finished.
+
+        Closing the iterator stops the work before the next denoising step; `cancel` does too, and still yields
+        Finished with what was committed.
+        """
+        return self._run([self.request(prompt, max_tokens=max_tokens, seed=seed, thinking=thinking, system=system,
+                                       tools=tools, images=images, **options)])
+
+    def generate_batch(self, prompts: Sequence[Prompt], *, seeds: Sequence[int] | None = None,
+                       max_tokens: int | None = None, thinking: bool = False, **options: Any) -> list[Generation]:
+        """Answer many prompts in shared forward passes; answer i depends on prompt i and seed i only."""
+        if seeds is not None and len(seeds) != len(prompts):
+            raise DgemmaError(f"there are {len(prompts)} prompts but {len(seeds)} seeds")
+        requests = []
+        options["drafts"] = False  # nobody hears of them
+        for index, prompt in enumerate(prompts):
+            seed = None if seeds is None else _plain_number(seeds[index])
+            request = self.request(prompt, max_tokens=max_tokens, seed=seed, thinking=thinking, **options)
+            requests.append(replace(request, id=index))
+        finished = {event.request: event.generation for event in self._run(requests) if isinstance(event, Finished)}
+        return [finished[index] for index in range(len(requests))]
+
+    def cancel(self) -> None:
+        """Stop what runs before its next denoising step; may be called from another thread."""
+        for reference in self._engines:
+            if (engine := reference()) is not None:
+                engine.cancel_all()
+
+    def prompt_ids(self, prompt: Prompt, *, thinking: bool = False, system: str | None = None,
+                   tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """The token ids that a prompt becomes: through the checkpoint's chat template unless it is ids already."""
+        given: Any = prompt
+        if isinstance(given, (torch.Tensor, np.ndarray)):
+            if given.ndim != 1 or "int" not in str(given.dtype):
+                raise DgemmaError(f"a prompt of token ids is one-dimensional integers, got {tuple(given.shape)} of "
+                                  f"{given.dtype}")
+            return given.tolist()
+        if _is_ids(prompt):
+            numbers = [_plain_number(item) for item in given]
+            if not all(_is_token(item) for item in numbers):
+                raise DgemmaError("a prompt of token ids holds whole numbers only")
+            return numbers
+        if not isinstance(prompt, (str, list, tuple)):
+            raise DgemmaError(f"a prompt is text, a list of messages or a list of token ids, not "
+                              f"{type(prompt).__name__}")
+        conversation: Any = prompt if isinstance(prompt, str) else list(prompt)
+        messages = normalise_messages(conversation, system=system)
+        shown = shown_tools(normalise_tools(tools), ToolChoice())
+        return self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=shown)
+
+    def request(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
+                thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
+                images: Sequence[Any] | None = None, canvas: Sequence[int | None] | None = None,
+                pinned: Sequence[bool] | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
+                response_format: Mapping[str, Any] | None = None, tool_choice: Any = None,
+                parallel_tool_calls: bool = True, reasoning_budget: int | None = None, redraw_empty: bool = True,
+                stop: str | Sequence[str] = (), drafts: bool = True, client: str = "", **settings: Any) -> Request:
+        """What `generate` asks of the engine, checked.
+
+        ``max_tokens`` None: to the end of the context, whatever the checkpoint's own default
+        (``generation_config.max_tokens``) is. ``seed`` fixes all randomness (drawn and reported when None). ``canvas``
+        seeds the first canvas with token ids (None: noise) and ``pinned`` marks those that must not change.
+        ``temperature``, ``top_k``, ``top_p`` and ``logit_bias`` narrow the draw (`Choices`). ``logprobs`` asks for
+        every answer token's log-probability beside that many alternatives. ``response_format`` is a form that the
+        answer will have: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": …}},
+        {"type": "regex", "regex": …} or {"type": "choice", "choice": […]}. ``stop``: the answer ends before any of
+        these strings. ``settings`` are sampler settings under the checkpoint's names (`GenerationConfig`). Raises
+        DgemmaError on a bad argument.
+
+        ``tool_choice`` is "auto", "none" (the model is not told of the tools), "required", a tool by name ({"name": …})
+        or some of them ({"type": "allowed_tools", "mode": "auto" or "required", "tools": […]}). What must be called is
+        called once, or, without a name and with ``parallel_tool_calls``, as often as the model likes; its arguments
+        satisfy the tool's schema. So do those of tools declared ``strict``, whenever they are called. Beside a
+        ``response_format`` the answer is calls, or that.
+
+        ``reasoning_budget``: the most tokens that thoughts have together, their marks included; then the thought is
+        closed, and the answer follows. 0: no thinking. Thoughts always leave a canvas for the answer (half of
+        ``max_tokens`` where that is less than two). ``redraw_empty``: an answer that comes out empty at its first
+        canvas is drawn once more, narrower and from other noise.
+        """
+        if images:
+            raise DgemmaError("this version reads text only: images are not supported yet")
+        given = (seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget)
+        seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget = map(_plain_number, given)
+        settings = {name: _plain_number(value) for name, value in settings.items()}
+        bias = [(_plain_number(token), _plain_number(value)) for token, value in (logit_bias or {}).items()]
+        if isinstance(stop, str):
+            stop = (stop,)
+        elif not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):
+            raise DgemmaError(f"stop must be a string or a list of strings, got {stop!r}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+            raise DgemmaError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+        if reasoning_budget is not None and (type(reasoning_budget) is not int or reasoning_budget < 0):
+            raise DgemmaError(f"reasoning_budget must be a whole number of at least 0, got {reasoning_budget!r}")
+        thinking = thinking and reasoning_budget != 0
+        choice, declared = read_tool_choice(tool_choice), normalise_tools(tools)
+        prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=shown_tools(declared, choice))
+        canvas = None if canvas is None else [_plain_number(item) for item in canvas]
+        constraint = None
+        try:
+            # A default of the checkpoint's, 256 in Google's, would cut every longer answer.
+            room = max(self.config.max_position_embeddings - len(prompt_ids), 1)
+            merged = self.generation_config.replace(max_tokens=room if max_tokens is None else max_tokens, **settings)
+        except ValueError as error:
+            raise DgemmaError(str(error)) from error
+        formed = response_format is not None and response_format != {"type": "text"}
+        calls = calls_of(declared, choice, parallel_tool_calls, formed)
+        thought_open = inside_thought(self.tokenizer, prompt_ids)
+        if formed or calls is not None:
+            if self.tokenizer.vocab_size > self.config.vocab_size:
+                raise DgemmaError(f"{'response_format' if formed else 'tool_choice'} cannot be kept: the tokenizer has "
+                                  f"{self.tokenizer.vocab_size} tokens, the network {self.config.vocab_size}")
+            from dgemma.constrain import constraint_of
+
+            constraint = constraint_of(response_format, self.tokenizer, merged.eos_token_id, thinking=thinking,
+                                       inside_thought=thought_open, calls=calls)
+        try:
+            request = Request(
+                0, prompt_ids, merged,
+                secrets.randbits(32) if seed is None else seed, None if canvas is None else list(canvas),
+                None if pinned is None else [bool(pin) for pin in pinned],
+                Choices(temperature, top_k, top_p, tuple(bias)), logprobs, constraint, tuple(stop), drafts, client,
+                tools=None if tools is None and _is_ids(prompt) else tuple(usable_tools(declared, choice) or ()),
+                held=calls is not None,
+                thoughts=self._thoughts(thought_open, reasoning_budget), redraw_empty=redraw_empty)
+            request.check(self.config)
+        except ContextLengthError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise DgemmaError(str(error)) from error
+        return request
+
+    def _thoughts(self, inside: bool, budget: int | None) -> Thoughts | None:
+        """How this model's thoughts are told from what it says; None where it has no marks for them."""
+        opened, closed = self.tokenizer.token_to_id(OPEN), self.tokenizer.token_to_id(CLOSE)
+        return None if opened is None or closed is None else Thoughts(opened, closed, inside, budget)
+
+    def _run(self, requests: list[Request]) -> Iterator[Event]:
+        # An engine of its own for every call: a caller who stops listening leaves nothing behind in another's batch.
+        # It is known before the first event is asked for, so that a cancel can never come too early.
+        # What prefixes take is measured as used, or is theirs to take yet.
+        memory = request_memory(self.network) + self.prefixes.spare
+        memory = max(memory - self.prefixes.budget, memory // 2)
+        engine = Engine(self.network, self.reader, prefixes=self.prefixes, memory=memory)
+        with self._adding:
+            self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
+        return engine.run(requests)
+
+    def reader(self, request: Request) -> AnswerReader:
+        """What reads a request's answer: its text, reasoning and tool calls, and where a stop string ends it."""
+        return AnswerReader(self.tokenizer, request.prompt_ids, **request.reading)
+
+
+def _is_ids(prompt: Any) -> bool:
+    """Whether a prompt is token ids, or was meant to be."""
+    if isinstance(prompt, (torch.Tensor, np.ndarray)):
+        return True
+    return isinstance(prompt, (list, tuple, range)) and len(prompt) > 0 and _is_number(prompt[0])
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.generic, np.ndarray, torch.Tensor))
+
+
+def _plain_number(value: Any) -> Any:
+    """A number of numpy's or torch's as Python's own; anything else as it is."""
+    if isinstance(value, np.generic) or (isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0):
+        return value.item()
+    return value
+
+
+def parse_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, the GPU if there is one for None; raises DgemmaError when it cannot be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise DgemmaError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+         cache_type: str | None = None, adapter: str | Path | None = None,
+         progress: Callable[[int, int], None] | None = None) -> Model:
+    """Load a model: a bundled name ("sudoku"), a checkpoint folder, a GGUF file, or a hub id.
+
+    ``device`` defaults to the GPU if there is one, ``dtype`` ("float32", "bfloat16", "float16") to the checkpoint's
+    own; it is not for a quantised GGUF on the CPU, whose weights stay packed. ``cache_type`` is what keys and values
+    are kept in ("f32", "f16", "bf16", "q8_0"; None: what they are computed in, "bf16" for packed weights).
+    ``adapter`` is one for this model in PEFT's format: its folder, or the .safetensors file in it.
+    ``progress(done_bytes, total_bytes)`` is called while weights are read. Raises CheckpointError, naming file
+    and cause, when it cannot be used.
+    """
+    from dgemma.weights.load import load_network
+
+    try:
+        check_cache_type(cache_type)
+    except ValueError as error:
+        raise DgemmaError(str(error)) from error
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes and dtype not in dtypes.values():
+        raise DgemmaError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    dtype = dtypes[dtype] if isinstance(dtype, str) else dtype
+    target = parse_device(device)
+    parts = read_parts(name)
+    assert parts.source is not None
+    if parts.gguf is not None:
+        from dgemma.weights.gguf_model import load_gguf_network
+
+        network = load_gguf_network(parts.gguf, device=target, dtype=dtype, progress=progress)
+        network.cache_type = cache_type or network.cache_type
+    else:
+        network = load_network(parts.source, parts.config, device=target, dtype=dtype, progress=progress)
+        network.cache_type = cache_type
+    _adapt(network, adapter)
+    return Model(network, parts.tokenizer, parts.generation_config, str(name))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is known of a model without its weights.
+
+    ``source`` is its checkpoint (None: it has yet to be made), ``gguf`` what was read of it where that is a GGUF file.
+    """
+
+    tokenizer: Tokenizer
+    config: ModelConfig
+    generation_config: GenerationConfig
+    source: Path | None
+    gguf: GGUFModel | None = None
+
+
+def read_parts(name: str | Path) -> Parts:
+    """The parts of a bundled name, a checkpoint folder, a GGUF file or a hub id; raises CheckpointError."""
+    from dgemma.weights.hub.locate import locate
+
+    source = locate(name)
+    if source.is_file():
+        from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
+        from dgemma.weights.gguf_model import open_gguf
+
+        gguf = open_gguf(source)
+        return Parts(tokenizer_from_gguf(gguf.file.metadata, str(source)), gguf.config, gguf.generation, source, gguf)
+    config = load_model_config(source)
+    return Parts(Tokenizer.from_folder(source), config, load_generation_config(source, config), source)
+
+
+def _adapt(network: DiffusionTransformer, adapter: str | Path | None) -> None:
+    if adapter is not None:
+        from dgemma.weights.adapters import load_adapter
+
+        load_adapter(network, adapter)

@@ -1,0 +1,195 @@
+"""A task that is no Sudoku: short business texts to JSON records, made up endlessly and reproducibly.
+
+Works on plain text: a user turn is an order confirmation, an appointment, a delivery note, a job advert or an invoice,
+the assistant's turn a record of fixed keys. Knows nothing of tokens, networks or metrics. Names, numbers and codes are
+copied; months and ways to write an amount are brought to one form; what a text does not say is null.
+
+What is held out is held out twice over: every sentence that carries a field of a held-out text has a wording that no
+training text has (`dgemma.tasks.extraction_phrases`), and every value in it (names, codes, days, amounts, times,
+addresses) is one that no training text can contain (`_Values`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dgemma.tasks.extraction_phrases import DISTRACTORS, EXTRA, FIELDS, OPENINGS, Phrases
+from dgemma.train.data.conversations import Conversation
+
+KEYS = ("type", "date", "ref", "sum", "who", "time", "place", "mail")
+MOST_DISTRACTORS = 3  # sentences of a text that say nothing of its record
+
+# How often a text does not say something: usual, and where it differs.
+_MISSING = {"date": 0.1, "ref": 0.12, "sum": 0.12, "who": 0.1, "time": 0.2, "place": 0.2, "mail": 0.2}
+_MISSING_SUM = {"visit": 0.5, "parcel": 0.5, "job": 0.25}
+
+_MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+           "November", "December")
+_DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+# Short ones, so that a record of few keys fits a small canvas.
+_FIRST = ("Ada Alan Amir Anna Bea Ben Cem Dora Edda Elif Emil Emma Enno Eva Fay Finn Gia Hugo Ida Ilse Ines Ivan Jana "
+          "Jim Jon Karl Kim Kofi Lea Leo Lena Luca Lutz Mara Max Mia Mona Nele Nils Nora Olga Omar Otto Paul Pia Ravi "
+          "Rosa Ruth Sam Sara Sven Tim Tina Tom Uma Ute Vera Wim Yara Zoë").split()
+_FIRST_HELD_OUT = "Abe Cleo Dina Eric Faye Gus Hans Iris Kai Lou Milo Noah Pam René Tess Vito".split()
+_HEADS = ("Al Ber Bo Bra Cor Da Del Do El Fal Fen Ga Gil Ha Hal Hol Ing Ja Kel Ko Lan Li Lor Mal Me Mor No Ol Pa Pel "
+          "Ro Sal San Ste Ta Tor Ul Va Ver Wal Wi").split()
+_TAILS = "au berg by den dal fors ga ham holm ic ini ka ler lo man mer nes oso ova rup sen sky ter tin vik".split()
+_STREETS = "Mill Park Church Station Garden River Bridge School Market Forest Harbour Castle".split()
+_STREETS_HELD_OUT = "Abbey Orchard Quarry".split()
+_WAYS = "Street Lane Road Way".split()
+_TOWNS = "Leeds Bonn Graz Turin Ghent Basel Porto Lyon Bath Riga Delft Malmö York Essen Cork Aachen".split()
+_TOWNS_HELD_OUT = "Derby Siena Ulm Bruges".split()
+_HOSTS = "nordmail.net posteo.org inbox.eu webpost.com".split()
+_LETTERS = "ABCDEFGHKLMNPRSTUVWXYZ"
+
+
+def conversations(count: int, seed: int, held_out: bool = False, *, keys: Sequence[str] = KEYS,
+                  distractors: int = MOST_DISTRACTORS) -> list[Conversation]:
+    """The first ``count`` conversations of the endless row of that seed.
+
+    Records have ``keys``, of `KEYS` and in that order: the kind of text, month and day of what is announced (MM-DD),
+    the document's own code, what is to be paid or earned in all, the person it is about, the time of day (HH:MM), house
+    number with street and town, the e-mail address. A text has up to ``distractors`` sentences beside those that say
+    them; without any, what a value looks like tells which one it is.
+    """
+    return [_conversation(index, seed, held_out, keys, distractors) for index in range(count)]
+
+
+def answer_of(record: dict[str, Any]) -> str:
+    """The record as the assistant writes it: on one line, spaced as ``response_format`` spaces JSON, amounts with two
+    decimals."""
+    texts = {key: f"{value:.2f}" if key == "sum" and value is not None else json.dumps(value, ensure_ascii=False)
+             for key, value in record.items()}
+    return "{" + ", ".join(f'"{key}": {text}' for key, text in texts.items()) + "}"
+
+
+def _conversation(index: int, seed: int, held_out: bool, keys: Sequence[str], distractors: int) -> Conversation:
+    rng = random.Random(f"extraction {seed} {held_out} {' '.join(keys)} {distractors} {index}")
+    text, record = _document(rng, held_out, keys, distractors)
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer_of(record)}]
+    return Conversation(messages, None, (1,), f"extraction{' held out' * held_out} {seed}: {index}")
+
+
+def _document(rng: random.Random, held_out: bool, keys: Sequence[str],
+              distractors: int) -> tuple[str, dict[str, Any]]:
+    """A text and the record that stands in it."""
+    values = _Values(rng, held_out)
+    kind = rng.choice(list(FIELDS))
+    record: dict[str, Any] = {}
+    shown: dict[str, str] = {}  # as the text writes it
+    for key in keys:
+        if key == "type":
+            record[key] = kind
+            continue
+        chance = _MISSING_SUM.get(kind, _MISSING[key]) if key == "sum" else _MISSING[key]
+        value, text = getattr(values, key)()
+        record[key] = None if rng.random() < chance else value
+        if record[key] is not None:
+            shown[key] = text
+
+    def worded(phrases: Phrases) -> str:
+        return rng.choice(phrases.held_out if held_out else phrases.training)
+
+    said = [worded((FIELDS[kind] | EXTRA)[key]).format(text) for key, text in shown.items()]
+    rng.shuffle(said)
+    parts = [worded(OPENINGS[kind]), *said]
+    count = min(distractors, rng.choice((0, 1, 1, 2, 2, 3)))
+    for phrase in rng.sample(_allowed(held_out, keys), count):
+        parts.insert(rng.randint(1, len(parts)), phrase.format_map(_Distracting(values)))
+    parts.sort(key=lambda part: not part.startswith("Dear "))  # who is greeted is greeted first
+    return rng.choice((" ", " ", "\n")).join(parts), record
+
+
+def _allowed(held_out: bool, keys: Sequence[str]) -> list[str]:
+    """The wordings of distractors that say nothing which could be taken for a field."""
+    phrases = DISTRACTORS.held_out if held_out else DISTRACTORS.training
+    return [p for p in phrases if not any(f"{{{key}}}" in p for key in ("time", "place") if key in keys)]
+
+
+class _Distracting(dict[str, str]):
+    """Values that are in a text and not in its record, drawn when a phrase asks for one."""
+
+    def __init__(self, values: _Values):
+        self._values = values
+
+    def __missing__(self, key: str) -> str:
+        return getattr(self._values, key)()[1]
+
+
+class _Values:
+    """Draws values, each as (what the record says, how the text writes it).
+
+    None is both for training and held out: first names, streets and towns have two lists each, and of what is made of
+    letters and digits a sixth is held out, told by its check sum.
+    """
+
+    def __init__(self, rng: random.Random, held_out: bool):
+        self._rng, self._held_out = rng, held_out
+
+    def _own(self, draw: Callable[[], str]) -> str:
+        """A text that may be used on this side."""
+        while True:
+            text = draw()
+            if (zlib.crc32(text.encode()) % 6 == 0) == self._held_out:
+                return text
+
+    def _surname(self) -> str:
+        return self._own(lambda: self._rng.choice(_HEADS) + self._rng.choice(_TAILS))
+
+    def first(self) -> tuple[str, str]:
+        name = self._rng.choice(_FIRST_HELD_OUT if self._held_out else _FIRST)
+        return name, name
+
+    def who(self) -> tuple[str, str]:
+        name = f"{self.first()[0]} {self._surname()}"
+        return name, name
+
+    def ref(self) -> tuple[str, str]:
+        def draw() -> str:
+            letters = "".join(self._rng.choice(_LETTERS) for _ in range(self._rng.choice((1, 1, 2))))
+            return f"{self._rng.choice((letters, letters + '-', ''))}{self._rng.randrange(100, 10_000)}"
+
+        code = self._own(draw)
+        return code, code
+
+    def date(self) -> tuple[str, str]:
+        def draw() -> str:
+            month = self._rng.randrange(12)
+            return f"{month + 1:02}-{self._rng.randint(1, _DAYS[month]):02}"
+
+        date = self._own(draw)
+        month, day = (int(part) for part in date.split("-"))
+        name = _MONTHS[month - 1]
+        return date, self._rng.choice((f"{day} {name}", f"{name} {day}", f"{day} {name[:3]}", f"{name[:3]} {day}",
+                                       f"2026-{date}"))
+
+    def sum(self) -> tuple[float, str]:
+        most, cents = self._rng.choice((100, 1000)), 0 if self._rng.random() < 0.15 else None
+        number = self._own(lambda: f"{self._rng.randrange(5, most)}."
+                                   f"{self._rng.randrange(1, 100) if cents is None else cents:02}")
+        shown = number.removesuffix(".00")
+        if self._rng.random() < 0.25:
+            shown = shown.replace(".", ",")
+        return float(number), self._rng.choice(("EUR {}", "{} EUR", "{} euros", "${}", "GBP {}", "€{}")).format(shown)
+
+    def time(self) -> tuple[str, str]:
+        clock = self._own(lambda: f"{self._rng.randrange(8, 19):02}:{self._rng.randrange(0, 60, 5):02}")
+        return clock, clock
+
+    def place(self) -> tuple[str, str]:
+        streets, towns = (_STREETS_HELD_OUT, _TOWNS_HELD_OUT) if self._held_out else (_STREETS, _TOWNS)
+        place = (f"{self._rng.randint(1, 199)} {self._rng.choice(streets)} {self._rng.choice(_WAYS)}, "
+                 f"{self._rng.choice(towns)}")
+        return place, place
+
+    def mail(self) -> tuple[str, str]:
+        mail = f"{self._rng.choice(_LETTERS)}.{self._surname()}@{self._rng.choice(_HOSTS)}".lower()
+        return mail, mail
+
+    def phone(self) -> tuple[str, str]:
+        number = self._own(lambda: f"0{self._rng.randrange(100, 1000)} {self._rng.randrange(1000):03}")
+        return number, number

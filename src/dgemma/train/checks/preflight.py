@@ -1,0 +1,351 @@
+"""Preflight: in seconds, whether a run is about to train what will be sampled.
+
+Works on a loaded network and a few examples, with the very loss function that the run uses; every check is a function
+that changes nothing and returns a `Check`. Knows nothing of data files or of the training loop.
+
+The checks look at what goes into `denoise` and comes out of it, and at the loss; not at how the loss is written. So
+they hold for any objective, and catch what the public recipes got wrong: a canvas that never arrived, contexts cut at
+the sliding window, a cache overwritten by a canvas, adapters applied twice, "no self-conditioning" that was not zero,
+and checkpointing that lost the cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from dgemma import seeds
+from dgemma.errors import DgemmaError
+from dgemma.kernels import PackedWeight
+from dgemma.nn import DiffusionTransformer
+from dgemma.nn.adapters import adaptable, adapters
+from dgemma.nn.head import vocab_tiles
+from dgemma.train.batch import Example, collate
+from dgemma.train.checks.workbench import (
+    Bench,
+    LossOf,
+    Pass,
+    beyond_the_window,
+    by_canvas,
+    distance_of,
+    local,
+    movement,
+    some_entries,
+    tolerance_of,
+)
+from dgemma.train.objective import Objective, batch_loss, prefixes, read
+from dgemma.train.parallel.distributed import let_go, whole
+
+POSITIONS = 32  # canvas positions whose logits are compared: [32, V] at a time
+_NOISE = 10  # a difference counts when it is so many times that of the same computation done twice (0 on a CPU)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer. ``measured`` is the evidence, ``meaning`` what to do about a failure."""
+
+    name: str
+    passed: bool
+    measured: str
+    meaning: str
+
+
+def canvas_is_used(bench: Bench) -> Check:
+    """The canvas given is the canvas that is denoised: the right share of it is kept, and changing it is felt."""
+    batch, clean = bench.batch, bench.noise(t=0.0)
+    given = batch.canvas
+    wrong = sum(int((seen.canvas != given).sum()) for seen in bench.passes(batch, clean))
+    # A position without loss, changed: what its target is does not count, so the loss moves only through the input.
+    weights = torch.ones_like(given, dtype=torch.float32)  # not the example's own, of which nothing might be left
+    weights[:, -1] = 0.0
+    without = dataclasses.replace(batch, weights=weights)
+    alone = dataclasses.replace(bench, objective=dataclasses.replace(bench.objective, causal_weight=0.0))
+    first, again = (alone.loss(without, clean) for _ in range(2))
+    moved = given.clone()
+    moved[:, -1] = (moved[:, -1] + 1) % bench.network.config.vocab_size
+    change = abs(alone.loss(dataclasses.replace(without, canvas=moved), clean) - first)
+    same = abs(first - again) <= tolerance_of(bench.network) * abs(first)
+    return Check("canvas is used", wrong == 0 and same and change > _NOISE * abs(first - again),
+                 f"{wrong} of {given.numel()} tokens changed on the way; the loss moved by {change:.2g} with one token "
+                 f"a row, by {abs(first - again):.2g} without any",
+                 "the network must denoise the canvas of the example: if not, it trains on something else, such as "
+                 "pure noise; look at the name under which the canvas is passed")
+
+
+def no_target_leaks(bench: Bench) -> Check:
+    """With every token replaced by noise, no prediction may depend on what stands behind its context.
+
+    That is the clean canvas; where several canvases of a turn read one row, the rest of the row, which begins with that
+    very canvas; and other rows. The network always has such a turn to read, past the sliding window.
+    """
+    batch, noise, limit = bench.batch, bench.noise(t=1.0), tolerance_of(bench.network)
+    other = dataclasses.replace(batch, canvas=(batch.canvas + 1) % bench.network.config.vocab_size)
+    reference = bench.passes(batch, noise)
+    leak, floor = (movement(reference, bench.passes(changed, noise)) for changed in (other, batch))
+    turns = [dataclasses.replace(bench, batch=turn) for turn in (batch, *beyond_the_window(bench))]
+    later, neighbour = max(map(_later_leak, turns)), _neighbour_leak(bench)
+    return Check("no target leaks", leak <= _NOISE * floor and later <= limit and neighbour <= limit,
+                 f"predictions moved by {leak:.2g} with the canvas to be predicted, by {later:.2g} with what follows "
+                 f"in its turn, by {neighbour:.2g} with other rows",
+                 "the answer can be seen while it is predicted (the loss will be far too good and samples bad): a "
+                 "canvas must see its own context only, never itself clean, a later canvas or another example")
+
+
+def training_equals_sampling(bench: Bench, sampler: DiffusionTransformer | None = None) -> Check:
+    """What the loss computes logits from is what the engine's own passes compute, self-conditioning included.
+
+    On every canvas of the batch, and on two canvases of one turn with a context longer than the sliding window.
+    ``sampler`` is the network that will sample, where it is another one (adapters merged into the weights).
+    """
+    sampler = sampler or bench.network
+    worst = 0.0
+    for batch in (bench.batch, *beyond_the_window(bench)):
+        part = dataclasses.replace(bench, batch=batch)
+        for row, passes in enumerate(by_canvas(part.passes(batch, part.noise(conditioned=True)))):
+            worst = max(worst, _compared(part, sampler, row, passes))
+    tolerance = tolerance_of(bench.network)
+    window = bench.network.config.sliding_window
+    longest = bench.batch.context.shape[1]
+    return Check("training equals sampling", worst <= tolerance,
+                 f"logits differ by {worst:.2g} of their deviation at most ({tolerance:.2g} allowed); contexts up to "
+                 f"{longest} tokens and one past the window of {window}",
+                 "the network is trained on other activations than it samples with: the context was cut or overwritten "
+                 "(cache, sliding window), or adapters are applied twice or not at all")
+
+
+def checkpointing_changes_nothing(bench: Bench) -> Check:
+    """Gradients with and without activation checkpointing are the same, past the sliding window too.
+
+    A run with checkpointing may not have the memory to do without: then it is left out in one block of each kind only.
+    """
+    network, was = bench.network, bench.network.checkpointing
+    everywhere = frozenset(range(len(network.layers)))
+    kinds = {layer: index for index, layer in enumerate(network.config.layers)}  # the last block of each geometry
+    without = [everywhere - {index} for index in kinds.values()] if was else [frozenset[int]()]
+    distances, problem = {}, ""
+    try:
+        for batch in (bench.batch, *beyond_the_window(bench)) if bench.past_window else (bench.batch,):
+            part = dataclasses.replace(bench, batch=batch)
+            network.checkpointing = True
+            found = part.gradients()
+            for layers in without:
+                network.checkpointing = layers
+                wanted = part.gradients()
+                for name in wanted.keys() | found.keys():
+                    both = name in wanted and name in found
+                    distance = distance_of(found[name], wanted[name]) if both else float("inf")
+                    distances[name] = max(distance, distances.get(name, 0.0))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # torch compares what a block made the first and the second time, in part
+        if not network.checkpointing:
+            raise
+        problem = f"; running a block again failed: {error}"
+    finally:
+        network.checkpointing = was
+    worst = max(distances, key=lambda name: distances[name], default="none")
+    largest = distances.get(worst, 0.0)
+    return Check("checkpointing changes nothing", not problem and largest <= tolerance_of(network),
+                 f"gradients differ by {largest:.2g} of their size at most{problem}",
+                 f"a block that is run again for its gradient sees other keys and values than before (worst: {worst}); "
+                 "train without checkpointing until that is mended")
+
+
+@torch.no_grad()
+def adapters_count_once(bench: Bench) -> Check:
+    """A matrix with its adapter computes what the matrix merged with it once would; one of each name is looked at.
+
+    A new adapter adds nothing, so its B is random while it is looked at.
+    """
+    places, generator = adaptable(bench.network), seeds.generator(bench.seed)
+    chosen = {name.rpartition(".")[2]: name for name, adapter in adapters(bench.network).items() if adapter.b.ndim == 2}
+    distances = {}
+    for name in chosen.values():
+        with whole(bench.network, name):
+            module, attribute = places[name]
+            weight, adapter = getattr(module, attribute), adapters(bench.network)[name]
+            kept = adapter.b.clone()
+            adapter.b.copy_(torch.randn(kept.shape, generator=generator))
+            try:
+                x = torch.randn(16, weight.shape[-1], generator=generator).to(bench.network.device, bench.network.dtype)
+                plain = weight.dequantize() if isinstance(weight, PackedWeight) else weight
+                merged = adapter.factors.merged_rows(plain.float(), 0)
+                distances[name] = distance_of(module(x), x.float() @ merged.T)
+            finally:
+                adapter.b.copy_(kept)
+    worst = max(distances, key=lambda name: distances[name], default="")
+    largest = distances.get(worst, 0.0)
+    return Check("adapters count once", largest <= max(tolerance_of(bench.network), 1e-2),
+                 f"{len(distances)} adapted matrices differ by {largest:.2g} of their output from the merged ones"
+                 if distances else "the network has no adapters on plain matrices",
+                 "what is trained is not what merging gives: encoder and decoder share their weights, so an adapter "
+                 f"must be applied, and merged, exactly once (worst: {worst or 'none'})")
+
+
+def frozen_stays_frozen(bench: Bench, optimizers: Sequence[torch.optim.Optimizer] | None = None) -> Check:
+    """After one step of the optimizers, what needs no gradient is as it was, and something else is not.
+
+    Weights and optimizer states are put back. ``optimizers`` None: AdamW, of one trainable parameter after the other,
+    so that no second copy of all of them is needed.
+    """
+    network = bench.network
+    let_go(network)
+    trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    frozen = {name: tensor for name, tensor in [*network.named_parameters(), *network.named_buffers()]
+              if name not in trainable}
+    before = {name: some_entries(tensor) for name, tensor in frozen.items()}
+    for parameter in trainable.values():
+        parameter.grad = None
+    try:
+        with torch.enable_grad():
+            bench.loss_of(network, bench.batch, bench.objective, bench.noise())[0].backward()
+        if optimizers is None:
+            steps = [([torch.optim.AdamW([p], lr=1e-3, weight_decay=0.1)], {name: p}) for name, p in trainable.items()]
+        else:
+            steps = [(optimizers, trainable)]
+        moved, changed = 0, dict[str, None]()  # in the order in which they stand in the network
+        for step in steps:
+            with _stepped(*step) as count:
+                moved += count
+                changed |= dict.fromkeys(name for name, tensor in frozen.items()
+                                         if not torch.equal(before[name], some_entries(tensor)))
+    finally:
+        for parameter in trainable.values():
+            parameter.grad = None
+    return Check("frozen stays frozen", not changed and moved > 0,
+                 f"{len(changed)} of {len(frozen)} frozen tensors changed in one step"
+                 + (f" ({', '.join(list(changed)[:3])})" if changed else "")
+                 + f", {moved} of {len(trainable)} trainable ones did",
+                 "the optimizer must move what is trained and nothing else: look at its parameter list, at weights "
+                 "that share memory, and at whether the loss reaches the trained ones at all")
+
+
+@contextmanager
+def _stepped(optimizers: Sequence[torch.optim.Optimizer],
+             trainable: Mapping[str, torch.nn.Parameter]) -> Iterator[int]:
+    """How many of these parameters a step has moved; they and the optimizers are as before afterwards."""
+    kept = {name: local(p).to("cpu", copy=True) for name, p in trainable.items()}
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    try:
+        for optimizer in optimizers:
+            optimizer.step()
+        yield sum(not torch.equal(kept[name], local(p).cpu()) for name, p in trainable.items())
+    finally:
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                local(parameter).copy_(kept[name])
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def null_conditioning_is_zero(bench: Bench) -> Check:
+    """An example that is not self-conditioned is denoised with zeros, exactly: what the sampler's first step gets."""
+    network, noise = bench.network, bench.noise(conditioned=False)
+    seen = bench.passes(bench.batch, noise)
+    supervised = seen[0] if bench.objective.passes > 1 else seen[-1]
+    largest = 0.0 if supervised.soft is None else float(supervised.soft.abs().max())
+    with torch.no_grad():
+        cache = prefixes(bench.batch, read(network, bench.batch)[1])
+        shape = (*bench.batch.canvas.shape, network.config.hidden_size)
+        zeros = torch.zeros(shape, dtype=network.dtype, device=network.device)
+        none, zero = network.denoise(bench.batch.canvas, cache), network.denoise(bench.batch.canvas, cache, zeros)
+    same = torch.equal(none, zero)
+    return Check("null self-conditioning is zero", largest == 0 and same,
+                 f"largest number fed: {largest:.2g}; no conditioning and zeros {'agree' if same else 'differ'}",
+                 "without self-conditioning the soft embeddings are true zeros; the softmax of zero logits is the mean "
+                 "embedding instead, which the first sampling step never sees")
+
+
+def run_preflight(network: DiffusionTransformer, examples: Sequence[Example], objective: Objective | None = None, *,
+                  loss_of: LossOf = batch_loss, sampler: DiffusionTransformer | None = None,
+                  optimizers: Sequence[torch.optim.Optimizer] | None = None, seed: int = 0,
+                  past_window: bool = True, required: bool = False) -> list[Check]:
+    """All checks on a few examples, with the run's own objective.
+
+    They take no more memory than a training step on these examples, with checkpointing where the network has it on;
+    with ``past_window`` (contexts of this run may be longer than the sliding window) than one on a context so long.
+    On several processes all of them come here, after the network was sharded, with the same examples. ``loss_of``,
+    ``sampler`` and ``optimizers`` (of which none may hold what is frozen) are the run's where they are not the
+    package's. The network is as before afterwards. Raises DgemmaError for examples that are unusable and,
+    where the checks are ``required``, as `require` does.
+    """
+    try:
+        batch = collate(examples).to(network.device)
+    except ValueError as error:
+        raise DgemmaError(f"preflight: the examples cannot be used: {error}") from error
+    bench = Bench(network, batch, objective or Objective(), loss_of, seed, past_window)
+    training = network.training
+    network.eval()  # dropout, where an adapter has it, would make every comparison random
+    try:
+        checks = []
+        if bench.objective.denoising_weight:  # else nothing is denoised that could be looked at
+            checks += [canvas_is_used(bench), no_target_leaks(bench), training_equals_sampling(bench, sampler),
+                       null_conditioning_is_zero(bench)]
+        checks += [adapters_count_once(bench), checkpointing_changes_nothing(bench),
+                   frozen_stays_frozen(bench, optimizers)]
+    finally:
+        network.train(training)
+        let_go(network)
+    if required:
+        require(checks)
+    return checks
+
+
+def require(checks: Sequence[Check]) -> None:
+    """Raises DgemmaError naming all checks that failed, if any did."""
+    failures = [check for check in checks if not check.passed]
+    if failures:
+        raise DgemmaError("preflight: this run would go wrong:\n" + "\n".join(
+            f"- {check.name}: {check.measured}. {check.meaning}" for check in failures))
+
+
+def _later_leak(bench: Bench) -> float:
+    """How far a canvas' predictions move with what stands behind its context in the row that it reads."""
+    batch, noise, worst = bench.batch, bench.noise(t=1.0), 0.0
+    reference = list(by_canvas(bench.passes(batch, noise)))
+    for index in set(range(len(batch.canvas))) - set(batch.last):
+        context = batch.context.clone()
+        behind = context[batch.rows[index], batch.before[index] :]
+        behind.copy_((behind + 1) % bench.network.config.vocab_size)
+        seen = list(by_canvas(bench.passes(dataclasses.replace(batch, context=context), noise)))
+        worst = max(worst, movement(reference[index], seen[index]))
+    return worst
+
+
+def _neighbour_leak(bench: Bench) -> float:
+    """How far the first canvas' predictions move with the rows that it does not read."""
+    batch, noise = bench.batch, bench.noise(t=1.0)
+    if len(batch.context) == 1:
+        return 0.0
+    others = torch.arange(len(batch.context)) != batch.rows[0]
+    context = batch.context.clone()
+    context[others] = (context[others] + 1) % bench.network.config.vocab_size
+    seen = bench.passes(dataclasses.replace(batch, context=context), noise)
+    return movement(next(by_canvas(bench.passes(batch, noise))), next(by_canvas(seen)))
+
+
+@torch.no_grad()
+def _compared(bench: Bench, sampler: DiffusionTransformer, row: int, passes: list[Pass]) -> float:
+    """The largest distance between the logits of a row's passes and the engine's, and between what they fed back."""
+    batch, config = bench.batch, sampler.config
+    cache = sampler.new_row()
+    sampler.encode_rows([(batch.context[batch.rows[row], : batch.before[row]].tolist(), cache)])
+    width = batch.canvas.shape[1]
+    places = torch.linspace(0, width - 1, min(width, POSITIONS)).round().long()
+    temperature = torch.tensor([bench.objective.temperature], device=sampler.device)
+    zeros = torch.zeros(1, width, config.hidden_size, dtype=sampler.dtype, device=sampler.device)
+    uniform = torch.zeros(1, width, vocab_tiles(config.vocab_size), 2, device=sampler.device)
+    worst, fed = 0.0, zeros
+    for seen in passes:
+        soft = zeros if seen.soft is None else seen.soft
+        if bool(soft.any()):
+            worst = max(worst, distance_of(soft, fed))
+        hidden = sampler.denoise_rows(seen.canvas, [cache], soft)
+        worst = max(worst, distance_of(bench.network.logits(seen.hidden[:, places]), sampler.logits(hidden[:, places])))
+        fed = sampler.head(hidden, temperature, uniform).soft
+    return worst

@@ -1,0 +1,325 @@
+"""One run over several processes: each holds a part of the network and works on a part of every batch.
+
+Works on a network, an optimizer and tensors by name, with PyTorch's `fully_shard` (FSDP2) and collectives; knows
+nothing of data, objective or files. The processes are started by `torchrun` or `accelerate launch`, which say in the
+environment who is who. In a single process everything here does the obvious without touching `torch.distributed`.
+
+What a step has to keep to: every rank makes the same forward and backward passes (`share` cuts the batch so), and the
+losses of all ranks *add up* to that of the whole batch, as gradients are summed and not averaged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgemma.errors import DgemmaError
+from dgemma.model import parse_device
+from dgemma.nn import DiffusionTransformer, KVCache, transformer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Share(Generic[T]):
+    """A micro-batch: ``items`` and the place of the first of them in the whole batch.
+
+    ``weight`` is what its loss is multiplied by: 1, or 0 for work that is only done so that all ranks do as much.
+    """
+
+    items: Sequence[T]
+    start: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of ``world`` processes this is, and what they agree on. Every method is called by all of them."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that reports and writes files."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T], most: int) -> list[Share[T]]:
+        """This rank's micro-batches of a batch, of at most ``most`` items and as even as can be.
+
+        There are as many on every rank; where there are fewer items than needed for that, some have weight 0.
+        """
+        each = -(-len(items) // (self.world * most))
+        cuts = [len(items) * index // (each * self.world) for index in range(each * self.world + 1)]
+        own = [(cuts[index], cuts[index + 1]) for index in range(self.rank * each, (self.rank + 1) * each)]
+        return [Share(items[start:end], start) if end > start else Share(items[:1], 0, 0.0) for start, end in own]
+
+    def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each tensor summed over ranks, float64 on the CPU; all of them bring the same names and shapes."""
+        names = sorted(values)
+        flat = torch.cat([values[name].detach().double().cpu().flatten() for name in names] or [torch.zeros(0)])
+        if self.world > 1:
+            dist.all_reduce(flat)
+        parts = flat.split([values[name].numel() for name in names])
+        return {name: part.view(values[name].shape) for name, part in zip(names, parts, strict=True)}
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank: a signal that one of them got stops all at the same step."""
+        return bool(self.sum({"flag": torch.tensor(float(flag))})["flag"])
+
+    def from_main(self, value: T) -> T:
+        """What the main process brings, on all of them; what the others bring is ignored."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+
+@contextmanager
+def joined(device: str | None = None) -> Iterator[Ranks]:
+    """The processes that the environment tells of, connected for as long as this is open.
+
+    ``device`` is "cuda", "cpu" or None for the GPU if there is one; of several, each process takes its own. Raises
+    DgemmaError when the environment is incomplete, a GPU is missing, or the others cannot be reached.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield Ranks(parse_device(device))
+        return
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise DgemmaError(f"the environment says WORLD_SIZE={world} but not {', '.join(missing)}: start the run with "
+                          "torchrun or accelerate launch, or unset WORLD_SIZE")
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    kind = parse_device(device).type
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise DgemmaError(f"process {local} of this machine has no GPU of its own: there are "
+                              f"{torch.cuda.device_count()}; start as many processes as there are GPUs")
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:  # of which the errors of torch.distributed are kinds
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise DgemmaError(f"process {rank} of {world} cannot reach the others at {address}: {error}") from error
+    try:
+        yield Ranks(torch.device(kind, local) if kind == "cuda" else torch.device(kind), rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(network: DiffusionTransformer, ranks: Ranks) -> None:
+    """Keep only this rank's part of every parameter, on its device; does nothing in a single process.
+
+    Comes after adapters are attached and what is trained is chosen, and before the optimizer is made. Each block is
+    gathered when it runs and let go of again; embedding table, self-conditioning and final norm, which losses read by
+    themselves, stay gathered from the first pass to the end of the backward one. Nothing is cast: a gradient has its
+    parameter's dtype, so frozen bfloat16 weights and float32 adapters may share a block. Packed weights are no
+    parameters: each rank holds all of them.
+    """
+    if ranks.world == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for block in network.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor, even of 1
+    for name in ("encode", "denoise", "encode_rows", "denoise_rows"):
+        register_fsdp_forward_method(network, name)
+    _keep_step(network)
+
+
+def _keep_step(network: DiffusionTransformer) -> None:
+    """Give all ranks the same passes whatever their contexts: as many pieces of `encode`, forwards and backwards."""
+    encode, denoise = network.encode, network.denoise
+    waiting: list[Tensor] = []
+
+    @wraps(encode)
+    def padded_encode(token_ids: Tensor, cache: KVCache, lengths: Sequence[int] | None = None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return encode(token_ids, cache, lengths)
+        if not any(cache.lengths):
+            waiting.clear()  # a new cache: what was not denoised with the last one never will be
+        batch, width = token_ids.shape
+        pieces = torch.tensor(-(-width // transformer.ENCODE_CHUNK))
+        dist.all_reduce(pieces, dist.ReduceOp.MAX)
+        missing = (int(pieces) - 1) * transformer.ENCODE_CHUNK + 1 - width
+        if missing > 0:
+            lengths = [width] * batch if lengths is None else lengths
+            token_ids = F.pad(token_ids, (0, missing))
+        hidden = encode(token_ids, cache, lengths)
+        if hidden.requires_grad:
+            waiting.append(hidden)
+        return hidden[:, :width]
+
+    @wraps(denoise)
+    def tied_denoise(canvas_ids: Tensor, cache: KVCache, soft: Tensor | None = None) -> Tensor:
+        hidden = denoise(canvas_ids, cache, soft)
+        if torch.is_grad_enabled() and waiting:
+            hidden = _Tied.apply(hidden, *waiting)
+            waiting.clear()
+        return hidden
+
+    network.encode, network.denoise = padded_encode, tied_denoise
+
+
+class _Tied(torch.autograd.Function):
+    """The first tensor as it is; the others get a gradient of zeros where it gets one.
+
+    FSDP gathers a block's weights for the backward pass when a gradient reaches what the block returned. The keys and
+    values that the encoder leaves in the cache are a way around that, and without a causal loss the only one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, *others: Tensor) -> Tensor:
+        ctx.shapes = [other.shape for other in others]
+        return first.view_as(first)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0], *(grads[0].new_zeros(()).expand(shape) for shape in ctx.shapes)
+
+
+@contextmanager
+def gathered(network: DiffusionTransformer) -> Iterator[None]:
+    """Every rank holds the whole network on its device for as long as this is open.
+
+    Passes without gradients and ``state_dict()`` need nothing of the other ranks then: each evaluates what it likes,
+    and the main process may save. No optimizer may step.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    if not parts:  # a single process
+        yield
+        return
+    for part in parts:
+        part.reshard()  # what is gathered already may be older than what is sharded
+        part.set_reshard_after_forward(False, recurse=False)
+        part.set_reshard_after_backward(False, recurse=False)
+        part.unshard()
+    # FSDP's own would shard everything again first.
+    whole = (*network.named_parameters(), *network.named_buffers())
+    network.state_dict = lambda: {name: tensor.detach() for name, tensor in whole}  # pyright: ignore
+    try:
+        yield
+    finally:
+        del network.state_dict
+        for part in parts:
+            part.set_reshard_after_forward(part is not network, recurse=False)
+            part.set_reshard_after_backward(True, recurse=False)
+            part.reshard()
+
+
+def let_go(network: DiffusionTransformer) -> None:
+    """Every rank holds its part of the network only: passes without gradients leave what all of them use gathered,
+    and then its parameters are not those that get gradients."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def whole(network: DiffusionTransformer, name: str) -> Iterator[None]:
+    """The block that holds a parameter is whole on every rank for as long as this is open; no other one is."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for path, module in network.named_modules()
+             if isinstance(module, FSDPModule) and path and name.startswith(f"{path}.")]
+    part = parts[-1] if parts else network
+    if not isinstance(part, FSDPModule):  # a single process
+        yield
+        return
+    part.unshard()
+    try:
+        yield
+    finally:
+        part.reshard()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:
+    """Scale gradients so that their norm is at most ``most``; returns what it was, over all ranks."""
+    from torch.distributed.tensor import DTensor
+
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    if isinstance(norm, DTensor):  # which adds up over ranks only now
+        norm = norm.full_tensor()
+    nn.utils.clip_grads_with_norm_(trained, most, norm)
+    return norm.item()
+
+
+def collect(tree: Any, ranks: Ranks) -> Any:
+    """Mappings and lists of tensors, sharded ones made whole one after the other, as copies on the main process' CPU.
+
+    What is no tensor is kept as it is. The other processes take part and get None.
+    """
+    from torch.distributed.tensor import DTensor
+
+    def whole(tensor: Tensor) -> Tensor | None:
+        full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        return full.to("cpu", copy=True) if ranks.is_main else None
+
+    collected = _mapped(tree, whole)
+    return collected if ranks.is_main else None
+
+
+def spread(tree: Any, network: DiffusionTransformer, ranks: Ranks) -> Any:
+    """What `collect` gave on any number of ranks, for this number of them: cut as `shard` cuts the parameters.
+
+    That is along the first dimension; what has no dimension is copied. Only the main process' ``tree`` counts. In a
+    single process it is given back as it is.
+    """
+    if ranks.world == 1:
+        return tree
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    parameter = next(network.parameters())
+    assert isinstance(parameter, DTensor)  # the network is sharded
+    sources = iter(_tensors(tree) if ranks.is_main else ())
+
+    def part(outline: Tensor) -> Tensor:
+        device = ranks.device if outline.ndim else torch.device("cpu")  # where optimizers keep single numbers
+        full = next(sources).to(device) if ranks.is_main else torch.empty_like(outline, device=device)
+        if full.ndim:
+            return distribute_tensor(full, parameter.device_mesh, [Shard(0)])
+        dist.broadcast(full, src=0)
+        return full
+
+    # Others first learn what there is: the same tree of tensors without numbers.
+    return _mapped(ranks.from_main(_mapped(tree, lambda tensor: tensor.to("meta"))), part)
+
+
+def _mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A tree with every tensor changed, in order."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: _mapped(value, change) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_mapped(value, change) for value in tree)
+    return tree
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _mapped(tree, found.append)
+    return found

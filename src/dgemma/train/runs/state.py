@@ -1,0 +1,233 @@
+"""What a recipe trains: a network with its tokenizer and settings, and how it is written as a checkpoint or an adapter.
+
+Works on recipes, networks and folders; knows nothing of data, losses and steps.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dgemma import seeds
+from dgemma.chat.tokenizer import Tokenizer
+from dgemma.config import (
+    GenerationConfig,
+    generation_config_from_dict,
+    model_config_from_dict,
+)
+from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.files import make_folder
+from dgemma.model import Model, Parts, read_parts
+from dgemma.nn import DiffusionTransformer
+from dgemma.nn.adapters import attach, install
+from dgemma.train.data import tokenizer as bundled_tokenizer
+from dgemma.train.eval.tasks import Answering
+from dgemma.train.recipe import Recipe
+from dgemma.weights.adapters import read_adapter, save_adapter
+from dgemma.weights.hub.locate import weight_files
+from dgemma.weights.load import load_network
+from dgemma.weights.merge import replace_weights
+from dgemma.weights.names import network_name
+from dgemma.weights.save import save_checkpoint
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A network in training. ``source`` is the checkpoint that it comes from, None for fresh weights."""
+
+    network: DiffusionTransformer
+    tokenizer: Tokenizer
+    generation_config: GenerationConfig
+    recipe: Recipe
+    source: Path | None
+
+    @property
+    def name(self) -> str:
+        """The base model, as the adapter's file and the report call it."""
+        return str(self.recipe.model) if isinstance(self.recipe.model, str) else str(self.source or "fresh weights")
+
+    def model(self) -> Answering:
+        """The network as what answers prompts: by denoising, or from left to right where nothing else is trained."""
+        parts = (self.network, self.tokenizer, self.generation_config, self.recipe.name)
+        if self.recipe.objective.denoising_weight:
+            return Model(*parts)
+        from dgemma.train.eval.baseline import CausalModel
+
+        return CausalModel(*parts)
+
+    def export(self, folder: Path) -> None:
+        """Write what is trained, as `dgemma run` takes it: an adapter, or a whole checkpoint.
+
+        A complete new folder takes the place of the one that is there. Raises DgemmaError when it cannot be written.
+        """
+        beside = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(beside, ignore_errors=True)
+        make_folder(beside)
+        try:
+            if self.recipe.adapter is not None:
+                save_adapter(self.network, self.recipe.adapter, beside, self.name)
+            elif self.source is not None:
+                replace_weights(self.source, dict(self.network.state_dict()), beside)
+            else:
+                bundled_tokenizer.save(beside)
+                # In float32: what is evaluated is what ships, every processor runs it fast, and it is small.
+                save_checkpoint(self.network, beside, _config_dict(self.recipe), _generation_dict(self.recipe),
+                                torch.float32)
+            _swap(beside, folder)
+        except OSError as error:
+            raise DgemmaError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    @contextmanager
+    def exported(self, folder: Path) -> Iterator[None]:
+        """Within it the network is what `export` wrote to a folder; what it was waits in main memory."""
+        trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+        try:
+            if self.recipe.adapter is not None:
+                adapter = read_adapter(folder, self.network)
+                install(self.network, adapter.config, adapter.factors)
+            else:
+                _read_weights(folder, trained)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in kept.items():
+                    trained[name].copy_(tensor)
+
+
+def restore(folder: Path) -> None:
+    """Put back a folder whose replacement was cut off between two renamings."""
+    old = folder.with_name(f"{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def parts_of(recipe: Recipe, base: Path | None = None) -> Parts:
+    """The parts of the model that a recipe begins with; ``base`` is the checkpoint of the recipe that it goes on from.
+
+    Raises DgemmaError when they cannot be had.
+    """
+    return _fresh_parts(recipe) if recipe.fresh else read_parts(base or str(recipe.model))
+
+
+def begin(recipe: Recipe, parts: Parts, device: torch.device,
+          progress: Callable[[int, int], None] | None = None) -> Trainee:
+    """The network that a recipe begins with, its adapter attached and everything else frozen that is to stay.
+
+    Raises DgemmaError when it cannot be had.
+    """
+    if parts.gguf is not None and recipe.adapter is None:
+        raise DgemmaError(f"{parts.source}: a GGUF file is trained by an adapter only (a section `adapter:` in the "
+                          "recipe); to train everything take the checkpoint that it was made of")
+    if parts.source is None:
+        network = DiffusionTransformer(parts.config)
+        initialise(network, recipe.seed)
+        network.to(device, None if recipe.dtype is None else getattr(torch, recipe.dtype))
+    elif parts.gguf is not None:
+        from dgemma.weights.gguf_model import load_gguf_network
+
+        network = load_gguf_network(parts.gguf, device, progress=progress, keep_packed=True)
+    else:
+        dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
+        network = load_network(parts.source, parts.config, device=device, dtype=dtype, progress=progress)
+    trainee = Trainee(network, parts.tokenizer, parts.generation_config, recipe, parts.source)
+    if recipe.adapter is not None:
+        attach(network, recipe.adapter, recipe.seed)
+    else:
+        _train_everything(trainee)
+    network.checkpointing = recipe.checkpointing
+    network.train()
+    return trainee
+
+
+def initialise(network: DiffusionTransformer, seed: int) -> None:
+    """Fresh weights for a small network.
+
+    Matrices are normal with std 1/√columns; the norms at the end of a residual branch start small, so that
+    the residual stream grows slowly with depth; query and key norms make attention scores start near unit size,
+    since there is no 1/√d in the softmax.
+    """
+    generator = seeds.generator(seed)
+    depth = 2 * len(network.layers)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.fill_(parameter.shape[0] ** -0.25)
+            elif name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+                parameter.fill_(depth**-0.5)
+            else:
+                parameter.fill_(1.0)
+
+
+def _fresh_parts(recipe: Recipe) -> Parts:
+    config = model_config_from_dict(_config_dict(recipe), f"recipe {recipe.name}: model")
+    with tempfile.TemporaryDirectory() as folder:
+        bundled_tokenizer.save(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DgemmaError(f"recipe {recipe.name}: the byte tokenizer of new models has {tokenizer.vocab_size} tokens, "
+                          f"the model's vocab_size is {config.vocab_size}")
+    return Parts(tokenizer, config, generation_config_from_dict(_generation_dict(recipe), config), None)
+
+
+def _train_everything(trainee: Trainee) -> None:
+    """Make every parameter trainable but those that the recipe freezes."""
+    network, recipe = trainee.network, trainee.recipe
+    frozen = recipe.freeze if recipe.freeze is not None else () if recipe.fresh else (".router.",)
+    names = [name for name, _ in network.named_parameters()]
+    for part in frozen:
+        if recipe.freeze is not None and not any(part in f".{name}" for name in names):
+            raise DgemmaError(f"recipe {recipe.name}: freeze: no parameter has {part!r} in its name; they are called "
+                              f"{', '.join(names[:3])}, …")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(not any(part in f".{name}" for part in frozen))
+
+
+@torch.no_grad()
+def _read_weights(folder: Path, parameters: Mapping[str, Tensor]) -> None:
+    """Give parameters the numbers that a checkpoint has for them."""
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                for stored in file.keys():  # noqa: SIM118 (it is no dict)
+                    name = network_name(stored)
+                    if name is not None and name in parameters:
+                        parameters[name].copy_(file.get_tensor(stored))
+        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: another shape
+            raise CheckpointError(f"{path}: cannot be read as this model's weights ({error})") from error
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put a complete folder in the place of another; `restore` mends what a kill in between leaves."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _config_dict(recipe: Recipe) -> dict[str, Any]:
+    assert isinstance(recipe.model, dict)
+    return {"model_type": "diffusion_gemma", "architectures": ["DiffusionGemmaForBlockDiffusion"], **recipe.model}
+
+
+def _generation_dict(recipe: Recipe) -> dict[str, Any]:
+    """The ``generation_config.json`` of a new checkpoint."""
+    assert isinstance(recipe.model, dict)
+    return {"eos_token_id": [1, 106, 50], "pad_token_id": 0, "bos_token_id": 2,
+            "max_new_tokens": recipe.model.get("canvas_length", 256), **recipe.generation}

@@ -1,0 +1,325 @@
+"""Models of the Hugging Face hub: which files one is made of, and fetching them into the local cache.
+
+Works on repositories, by way of the hub's own library; reads no tensor. A model is named ``org/name`` (safetensors), or
+``org/name:tag`` for a GGUF file in a repository, where the tag is a quantisation such as Q4_K_M or a file's name.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.files import size_text
+from dgemma.weights.hub.cache import (
+    alone,
+    cache_folder,
+    cached_path,
+    note_finished,
+    note_wanted,
+    partial_of,
+    repo_folder,
+)
+from dgemma.weights.hub.locate import SINGLE_FILE, checkpoint_files, choose_gguf, gguf_models, is_checkpoint, tag_of
+from dgemma.weights.hub.progress import ProgressDisplay
+from dgemma.weights.hub.transfer import (
+    Listener,
+    TransferError,
+    download,
+    first_line,
+    is_network_trouble,
+    size_of,
+    verify,
+)
+
+_GIT_NAME = re.compile(r"[0-9a-f]{40}")
+_PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*")  # what may become a file's name in the cache
+
+
+class NotThereError(CheckpointError):
+    """The hub has no such repository, or (``offline``) cannot be asked; ``reason`` says which."""
+
+    def __init__(self, repo: str, reason: str, offline: bool):
+        super().__init__(f"{repo}: {'not complete in the local cache, and ' if offline else ''}{reason}")
+        self.reason, self.offline = reason, offline
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository; ``blob`` is its name in the cache, ``sha256`` known for large files only."""
+
+    name: str
+    size: int
+    blob: str
+    sha256: str | None = None
+
+    @property
+    def checksum(self) -> str | None:
+        """What its contents are checked by: the SHA-256 of a large file, of others what git calls them."""
+        return self.sha256 or (self.blob if _GIT_NAME.fullmatch(self.blob) else None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The files that a pull is about, all of one commit. ``model`` is what to write after -m, if they make one."""
+
+    repo: str
+    commit: str
+    files: tuple[HubFile, ...]
+    model: str | None
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def to_fetch(self) -> int:
+        """Bytes that are not on this machine yet."""
+        return sum(file.size - _here(self, file) for file in self.files)
+
+
+def locate_on_hub(repo: str, tag: str | None, listener: Listener | None = None) -> Path:
+    """The local snapshot or GGUF file of a model; fetched if it is not complete in the cache.
+
+    Without a listener the download is shown on stderr. Raises CheckpointError.
+    """
+    found = cached_path(repo, tag)
+    if found is not None:
+        return found
+    try:
+        plan = plan_pull(repo, tag)
+    except NotThereError:
+        # A loose tag (Q4_K) may mean another file of the repository than the one that is here: the hub goes first.
+        found = cached_path(repo, tag, loose=True)
+        if found is not None:
+            return found
+        raise
+    if listener is not None:
+        return fetch(plan, listener)
+    with ProgressDisplay() as display:
+        return fetch(plan, display)
+
+
+def plan_pull(repo: str, tag: str | None = None, include: Sequence[str] = ()) -> Plan:
+    """Ask the hub for a repository's files and choose those that the model is made of, or those ``include`` matches.
+
+    Raises CheckpointError (NotThereError where there is nobody to ask or nothing of that name).
+    """
+    commit, files = _listing(repo)
+    names = list(files)
+    model: str | None = repo
+    if include:
+        chosen = [name for name in names if any(_matches(name, pattern) for pattern in include)]
+        if not chosen:
+            raise CheckpointError(f"{repo}: no file matches {' or '.join(include)}; there are {_listed(names)}")
+        whole = [gguf for gguf in gguf_models(chosen) if gguf.complete]
+        if not is_checkpoint(chosen) or not {*checkpoint_files(names)} <= {*chosen}:
+            model = f"{repo}:{tag_of(whole[0], gguf_models(names))}" if whole else None
+    elif tag is None and is_checkpoint(names):
+        chosen = checkpoint_files(names)
+    else:
+        models = gguf_models(names)
+        if not models and tag is not None and is_checkpoint(names):
+            raise CheckpointError(f"{repo}: there are no GGUF files in this repository, only safetensors: leave away "
+                                  f"the {tag!r}")
+        if not models:
+            raise CheckpointError(f"{repo}: neither a checkpoint in safetensors form (config.json, {SINGLE_FILE}) nor "
+                                  f"GGUF files in this hub repository; there are {_listed(names)}")
+        gguf = choose_gguf(models, tag, repo, "in this hub repository")
+        if not gguf.complete:
+            raise CheckpointError(f"{repo}: {gguf.stem} was split into {gguf.parts} parts, and this hub repository "
+                                  f"lacks {_listed(gguf.missing)}")
+        chosen = list(gguf.files)
+        model = f"{repo}:{tag_of(gguf, models)}"
+    # Small files first: they tell what the large ones are for.
+    order = sorted((files[name] for name in chosen), key=lambda file: (file.sha256 is not None, file.name))
+    return Plan(repo, commit, tuple(order), model)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(PurePosixPath(name).name, pattern)
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "no files") + rest
+
+
+def _listing(repo: str) -> tuple[str, dict[str, HubFile]]:
+    """The present commit of a repository, and its files by name."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(repo, files_metadata=True)
+    except Exception as error:
+        raise _explained(repo, error) from error
+    files = {}
+    for sibling in info.siblings or ():
+        sha256 = sibling.lfs.sha256 if sibling.lfs else None
+        blob = sha256 or sibling.blob_id
+        if any(part in ("", ".", "..") or "\\" in part for part in sibling.rfilename.split("/")):
+            continue  # no such file is ever fetched: its name leads out of the cache
+        if sibling.size is None or not (_PLAIN.fullmatch(blob or "") and _PLAIN.fullmatch(info.sha or "")):
+            raise CheckpointError(f"{repo}: {_endpoint()} does not tell sizes and checksums; if HF_ENDPOINT is set, it "
+                                  "must be that of a Hugging Face hub")
+        files[sibling.rfilename] = HubFile(sibling.rfilename, sibling.size, blob or "", sha256)
+    return info.sha or "", files
+
+
+def _explained(repo: str, error: Exception) -> CheckpointError:
+    """What to tell the user when the hub's library, the network or the disk did not do what it should."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return NotThereError(repo, "the Hugging Face hub must not be asked (HF_HUB_OFFLINE is set)", offline=True)
+    if isinstance(error, GatedRepoError):
+        return CheckpointError(f"{repo}: this repository is gated: accept its terms on {_endpoint()}/{repo}, then log "
+                               "in with `hf auth login` (or set HF_TOKEN)")
+    if isinstance(error, RepositoryNotFoundError):
+        return NotThereError(repo, "the Hugging Face hub has no such repository (a private one needs `hf auth login`)",
+                             offline=False)
+    if is_network_trouble(error) and not isinstance(error, HfHubHTTPError):
+        return NotThereError(repo, f"the Hugging Face hub cannot be reached from here (offline?): {first_line(error)}",
+                             offline=True)
+    if isinstance(error, HfHubHTTPError):
+        return CheckpointError(f"{repo}: the Hugging Face hub answered with an error: {first_line(error)}")
+    return CheckpointError(f"{repo}: downloading from the Hugging Face hub failed: {type(error).__name__}: "
+                           f"{first_line(error)}")
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def fetch(plan: Plan, listener: Listener) -> Path:
+    """Bring all files of the plan into the cache, checked, and say where the model is.
+
+    That is the snapshot's folder, or the GGUF file (its first part) where there is no folder to load. What an earlier
+    try has fetched is not fetched again. Nothing has its final name before its size and, where the hub knows one, its
+    checksum are right. Raises CheckpointError, also when there is too little space, before anything is fetched.
+    """
+    folder = repo_folder(plan.repo)
+    snapshot = folder / "snapshots" / plan.commit
+    try:
+        missing = [file for file in plan.files if not _is_linked(snapshot, file)]
+        _check_space(plan, folder)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (folder / "blobs").mkdir(exist_ok=True)
+        if missing:
+            note_wanted(folder, {file.name: (file.blob, file.size) for file in missing})
+        for file in missing:
+            with alone(folder, file.blob,
+                       lambda name=file.name: listener.note(f"another process is fetching {name}; waiting for it")):
+                if not _is_linked(snapshot, file):
+                    _fetch_blob(plan, file, folder, listener)
+                    _link(folder / "blobs" / file.blob, snapshot / file.name)
+        _write_reference(folder, plan.commit)
+        note_finished(folder, [file.name for file in plan.files])
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            raise CheckpointError(
+                f"{plan.repo}: the disk is full: {size_text(plan.to_fetch)} are still to come into {cache_folder()}; "
+                f"make space there ({_how_to_make_space()}), then the same command goes on where it stopped"
+            ) from error
+        if _is_from_http(error):
+            raise _explained(plan.repo, error) from error
+        where = f"{error.filename}: " if error.filename else ""
+        raise CheckpointError(f"{where}{plan.repo} cannot be stored in the local cache "
+                              f"({error.strerror or first_line(error)})") from error
+    except DgemmaError:
+        raise
+    except Exception as error:
+        raise _explained(plan.repo, error) from error
+    names = [file.name for file in plan.files]
+    models = [gguf for gguf in gguf_models(names) if gguf.complete]
+    return snapshot / models[0].files[0] if models and not is_checkpoint(names) else snapshot
+
+
+def _fetch_blob(plan: Plan, file: HubFile, folder: Path, listener: Listener) -> None:
+    """Bring one file's contents into ``blobs``, unless they are there."""
+    from huggingface_hub import hf_hub_url
+
+    blob, partial = folder / "blobs" / file.blob, partial_of(folder, file.blob)
+    if blob.is_file() and size_of(blob) == file.size:
+        return
+    base = PurePosixPath(file.name).name
+    url = hf_hub_url(plan.repo, file.name, revision=plan.commit, endpoint=_endpoint())
+    listener.begin(f"downloading {base}", min(size_of(partial), file.size), file.size)
+    try:
+        download(url, partial, file.size, listener)
+    except TransferError as error:
+        raise CheckpointError(f"{plan.repo}: the download broke off after {size_text(size_of(partial))} of "
+                              f"{size_text(file.size)} of {file.name} ({error}); the same command goes on from "
+                              "there") from error
+    if file.checksum is not None:
+        listener.begin(f"checking {base}", 0, file.size)
+        try:
+            verify(partial, file.checksum, listener)
+        except TransferError as error:
+            partial.unlink()
+            raise CheckpointError(f"{plan.repo}: {file.name} arrived damaged ({error}); it was deleted, so that the "
+                                  "same command fetches it again") from error
+    partial.replace(blob)
+
+
+def _check_space(plan: Plan, folder: Path) -> None:
+    needed = plan.to_fetch
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise CheckpointError(f"{plan.repo}: not enough space on the disk of {cache_folder()}: {size_text(needed)} are "
+                              f"needed, {size_text(free)} are free; {_how_to_make_space()}, or set HF_HOME to a folder "
+                              "on another disk")
+
+
+def _how_to_make_space() -> str:
+    return "`dgemma models` shows what is here, `dgemma models remove NAME` removes it"
+
+
+def _here(plan: Plan, file: HubFile) -> int:
+    """How many bytes of a file are on this machine."""
+    folder = repo_folder(plan.repo)
+    if _is_linked(folder / "snapshots" / plan.commit, file) or size_of(folder / "blobs" / file.blob) == file.size:
+        return file.size
+    return min(size_of(partial_of(folder, file.blob)), file.size)
+
+
+def _is_linked(snapshot: Path, file: HubFile) -> bool:
+    path = snapshot / file.name
+    return path.is_file() and path.stat().st_size == file.size
+
+
+def _link(blob: Path, path: Path) -> None:
+    """Give a blob its name in the snapshot; where there are no symbolic links the file itself goes there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    try:
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    except OSError:
+        blob.replace(path)
+
+
+def _write_reference(folder: Path, commit: str) -> None:
+    reference = folder / "refs" / "main"
+    if not reference.is_file() or reference.read_text() != commit:
+        reference.parent.mkdir(exist_ok=True)
+        reference.write_text(commit)
+
+
+def _is_from_http(error: OSError) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return isinstance(error, HfHubHTTPError) or is_network_trouble(error)

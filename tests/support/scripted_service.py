@@ -1,0 +1,106 @@
+"""A service whose answers are written down beforehand, and a real HTTP server around an app."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+from dgemma.chat import read_answer
+from dgemma.diffusion.events import (
+    CanvasCommitted,
+    CanvasStarted,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Generation,
+    TokenLogprob,
+)
+from dgemma.diffusion.row import Request
+from dgemma.engine.registry import AdapterShelf
+from dgemma.engine.service import Overloaded, Stats
+from dgemma.model import Model
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether it comes true: a request is noted when it is over, which is after its client has the answer."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+class ScriptedService:
+    """Answers every request with the next of ``answers`` (the last one again and again), canvas by canvas.
+
+    An answer is a string (control tokens as they are spelt), a list of them, one per canvas, or an exception:
+    `Overloaded` is raised, any other makes the request fail. ``requests`` are those that came, ``closed`` counts
+    those whose caller went away before the end.
+    """
+
+    healthy = True
+
+    def __init__(self, model: Model, *answers: str | Sequence[str] | Exception, finish: FinishReason = "stop",
+                 seconds: float = 0, cached_tokens: int = 0):
+        self.model, self.answers, self.finish = model, answers, finish
+        self.seconds, self.cached_tokens = seconds, cached_tokens
+        self.requests: list[Request] = []
+        self.closed = 0
+        self.adapters = AdapterShelf(model.network)
+        self.logprobs: list[TokenLogprob] | None = None  # of all of the first canvas
+
+    def stats(self) -> Stats:
+        return Stats(finished=len(self.requests))
+
+    async def stream(self, request: Request) -> AsyncIterator[Event]:
+        answer = self.answers[min(len(self.requests), len(self.answers) - 1)]
+        self.requests.append(request)
+        if isinstance(answer, Overloaded):
+            raise answer
+        config = self.model.config
+        yield CanvasStarted(0, 0, [0] * config.canvas_length, [False] * config.canvas_length, len(request.prompt_ids),
+                            1)
+        if isinstance(answer, Exception):
+            yield Failed(0, str(answer))
+            return
+        canvases = [self.model.tokenizer.encode(text) for text in ([answer] if isinstance(answer, str) else answer)]
+        finished = False
+        try:
+            for index, token_ids in enumerate(canvases):
+                await asyncio.sleep(self.seconds)
+                yield CanvasCommitted(0, index, token_ids, 3, 0.1, self.logprobs)
+            finished = True
+            yield Finished(0, self._generation(request, canvases))
+        finally:
+            self.closed += not finished
+
+    def _generation(self, request: Request, canvases: list[list[int]]) -> Generation:
+        token_ids = [token for canvas in canvases for token in canvas]
+        answer = read_answer(self.model.tokenizer, request.prompt_ids, token_ids)
+        return Generation(answer.text, answer.reasoning, answer.tool_calls, token_ids, self.finish,
+                          [3] * len(canvases), 1.0, len(request.prompt_ids), 0.1, request.seed,
+                          cached_tokens=self.cached_tokens)
+
+
+@contextlib.contextmanager
+def served(app: Any, **options: Any) -> Iterator[str]:
+    """The app behind a real server on a free port; its URL."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", **options))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not server.started:
+        assert time.monotonic() < deadline and thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)

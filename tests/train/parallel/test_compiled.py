@@ -1,0 +1,80 @@
+"""Compiled passes: of one shape only, and what they compute is what the network computes."""
+
+import pytest
+import torch
+
+from dgemma.errors import DgemmaError
+from dgemma.train.batch import Batch, collate
+from dgemma.train.objective import Objective, batch_loss, keyed_noise
+from dgemma.train.parallel.compiled import CompiledPasses
+from support.reference import random_network, tiny_config
+from support.token_examples import random_example
+
+CANVAS, VOCAB = 8, 50
+
+
+def batch(rows, width):
+    return Batch(torch.arange(rows * width).view(rows, width) % VOCAB, torch.arange(rows * CANVAS).view(rows, CANVAS))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """What was compiled -> how often it was called; nothing really is."""
+    calls = {}
+
+    def compile(function, **_):
+        def counted(*args):
+            calls[function.__name__] += 1
+            return function(*args)
+
+        calls[function.__name__] = 0
+        return counted
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return calls
+
+
+def test_the_most_frequent_shape_runs_compiled_and_no_other(compiled):
+    network = random_network(tiny_config())
+    passes = CompiledPasses(network, [batch(2, 5), batch(3, 6), batch(3, 6)])
+    objective = Objective(passes=3, causal_weight=0.0)
+    for some, expected in ((batch(2, 5), {"encode": 0, "denoise": 0}), (batch(3, 6), {"encode": 1, "denoise": 3})):
+        noise = keyed_noise(objective, list(range(len(some.canvas))), CANVAS, VOCAB)
+        with passes.calls(some):
+            loss, _ = batch_loss(network, some, objective, noise)
+        assert compiled == expected
+        torch.testing.assert_close(loss, batch_loss(network, some, objective, noise)[0], rtol=0, atol=0)
+    assert not {"encode", "denoise"} & set(vars(network))
+
+
+def test_no_shape_is_compiled_that_hardly_comes_back(compiled):
+    network = random_network(tiny_config())
+    assert CompiledPasses(network, [batch(2, width) for width in (5, 5, 6, 7, 8)]).shape is None
+
+
+def test_a_compiler_that_is_missing_is_told(monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def compile(function, **_):
+        def failing(*_):
+            raise TorchDynamoException("no g++\nand much more")
+
+        return failing
+
+    monkeypatch.setattr(torch, "compile", compile)
+    network = random_network(tiny_config())
+    some = batch(2, 5)
+    with pytest.raises(DgemmaError, match=r"torch.compile failed \(no g\+\+\).*compile: false"), CompiledPasses(
+            network, [some]).calls(some):
+        network.encode(some.context, network.new_cache(2))
+
+
+def test_padded_batches_are_never_compiled(compiled):
+    network = random_network(tiny_config())
+    padded = collate([random_example(width, CANVAS, VOCAB, real=CANVAS, prompt=width, fill_weight=1.0)
+                      for width in (5, 7)])
+    passes = CompiledPasses(network, [padded])
+    assert passes.shape is None
+    with passes.calls(padded):
+        network.denoise(padded.canvas, network.new_cache(2))
+    assert compiled == {"encode": 0, "denoise": 0}
