@@ -26,8 +26,9 @@ import torch
 from torch import nn
 
 from dgemma import seeds
+from dgemma.cache.pages import Paged, PagedBatch, PageFormat
 from dgemma.config import FULL, GenerationConfig
-from dgemma.diffusion.sampler import EntropyBoundSampler
+from dgemma.diffusion.sampler import EntropyBoundSampler, StepSettings
 from dgemma.engine.engine import PIECE
 from dgemma.kernels import PackedWeight, native
 from dgemma.nn import DiffusionTransformer, head
@@ -74,15 +75,16 @@ def measure(network: DiffusionTransformer, *, context: int = 64, canvas: int | N
     def tokens(count: int) -> torch.Tensor:
         return torch.randint(config.vocab_size, (1, count), generator=draw).to(device)
 
-    settings = [GenerationConfig()]
+    settings = StepSettings.of([GenerationConfig()], [0], device)
     sampler = EntropyBoundSampler()
     watch = _Stopwatch(device)
     seconds: list[float] = []
     with torch.inference_mode():
-        cache = network.new_row()
+        cache = Paged(PageFormat(config, device, network.cache_type))
         began = watch.now()
         for start in range(0, context, PIECE):
-            network.encode_rows([(tokens(min(PIECE, context - start))[0].tolist(), cache)])
+            count = min(PIECE, context - start)
+            network.encode(tokens(count), PagedBatch([cache], [count]))
         prefill = context / (watch.now() - began) if context else None
         ids, soft = tokens(width), torch.zeros(1, width, config.hidden_size, dtype=network.dtype, device=device)
         for step in range(steps + 1):
@@ -91,12 +93,12 @@ def measure(network: DiffusionTransformer, *, context: int = 64, canvas: int | N
             noise = torch.rand(1, width, vocab_tiles(config.vocab_size), 2, generator=draw).to(device)
             fresh, began = tokens(width), watch.now()
             with watch.attached(network):
-                hidden = network.denoise_rows(ids, [cache], soft)
+                hidden = network.denoise(ids, PagedBatch([cache]), soft)
                 with watch.timed("whole head"):
                     stats = network.head(hidden, torch.tensor([0.8], device=device), noise)
                 with watch.timed("sampler"):
                     ids, _ = sampler.advance(stats, fresh, settings)
-                    sampler.done(stats, [stats.argmax[:0]], settings)
+                    sampler.done(stats, stats.argmax.unsqueeze(0)[:0], settings)
             soft = stats.soft
             seconds.append(watch.now() - began)
     times = {name: spent / steps for name, spent in watch.times.items()}

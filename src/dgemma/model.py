@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dgemma.cache import check_cache_type
 from dgemma.chat import AnswerReader, Tokenizer, normalise_messages, normalise_tools
 from dgemma.chat.reply import inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
@@ -24,7 +25,6 @@ from dgemma.engine import Engine, PrefixStore
 from dgemma.errors import ContextLengthError, DgemmaError
 from dgemma.memory import request_memory
 from dgemma.nn import DiffusionTransformer
-from dgemma.nn.cache import check_cache_type
 
 if TYPE_CHECKING:
     from dgemma.weights.gguf_model import GGUFModel

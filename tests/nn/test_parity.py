@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dgemma.cache import KVCache
 from dgemma.config import model_config_from_dict
 from dgemma.nn import DiffusionTransformer
-from dgemma.nn import transformer as transformer_module
 from support.reference import SHAPES, RoutingMargin, config_dict, network_like, reference_model
 
 TOLERANCE = 1e-4
@@ -225,12 +225,12 @@ def test_padding_tokens_do_not_matter(pair):
 
 
 @pytest.mark.parametrize("chunk", [5, 16])
-def test_reading_in_pieces_changes_nothing(pair, chunk, monkeypatch):
+def test_reading_in_pieces_changes_nothing(pair, chunk):
     def outcome(pieces: int):
-        monkeypatch.setattr(transformer_module, "ENCODE_CHUNK", pieces)
         tokens, lengths = pad_right(ragged(pair)[1:])
         canvas = pair.canvas(len(lengths))
-        even, uneven = pair.network.new_cache(1), pair.network.new_cache(len(lengths))
+        even, uneven = (KVCache(pair.network.config, rows, pair.network.device, piece=pieces)
+                        for rows in (1, len(lengths)))
         rows = [pair.network.encode(tokens[1:2], even)[0]]
         encoded = pair.network.encode(tokens, uneven, lengths)
         rows += [row[:n] for row, n in zip(encoded, lengths, strict=True)]

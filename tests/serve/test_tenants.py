@@ -11,7 +11,7 @@ import pytest
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Overloaded, Service
 from dgemma.model import Model
-from dgemma.nn.rows import PAGE
+from dgemma.cache.pages import PAGE
 from dgemma.serve.bodies import system_tokens
 from dgemma.serve.settings import Settings
 

@@ -16,6 +16,7 @@ from dgemma import seeds
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.constraint import Constraint
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
+from dgemma.diffusion.prompt import Piece, SoftSpan, check_spans, piece_of, prompt_keys
 from dgemma.diffusion.reading import TextReader, Unread
 from dgemma.diffusion.sampler import temperature_at
 from dgemma.errors import ContextLengthError
@@ -91,6 +92,7 @@ class Thoughts:
 class Request:
     """What is asked of the engine: token ids in, token ids out.
 
+    ``spans`` are the prompt's soft tokens (pictures), in order.
     ``canvas`` seeds the first canvas: token ids from its start, None where noise shall stand; ``pinned`` (same length)
     marks those that must not change. ``seed`` fixes all of the request's randomness. ``logprobs`` asks for the
     log-probability of every answer token and of so many alternatives; ``constraint`` says what the answer may be;
@@ -123,6 +125,7 @@ class Request:
     held: bool = False
     thoughts: Thoughts | None = None
     redraw_empty: bool = False
+    spans: tuple[SoftSpan, ...] = ()
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -142,6 +145,7 @@ class Request:
             raise ContextLengthError(
                 f"the prompt has {len(self.prompt_ids)} tokens; this model takes at most {room} before a "
                 f"canvas of {config.canvas_length}", len(self.prompt_ids), room)
+        check_spans(self.spans, len(self.prompt_ids), config.hidden_size)
         if self.canvas is not None:
             if len(self.canvas) > config.canvas_length:
                 raise ValueError(f"canvas has {len(self.canvas)} tokens, the model's canvas {config.canvas_length}")
@@ -213,6 +217,7 @@ class Row:
     def __post_init__(self) -> None:
         self.generator = seeds.generator(self.request.seed)
         self.context = list(self.request.prompt_ids)
+        self._keys = prompt_keys(self.context, self.request.spans) if self.request.spans else None
         if (thoughts := self.request.thoughts) is not None:
             self.inside_thought = thoughts.inside
             self.thought_left = thoughts.limit(self.room, self.config.canvas_length)
@@ -221,6 +226,15 @@ class Row:
     def reader(self) -> TextReader:
         """Has read all committed tokens, till it is asked to finish."""
         return self.read(self.request)
+
+    @property
+    def keys(self) -> list[int]:
+        """What the tokens of the context are known by to those who keep what was read."""
+        return self.context if self._keys is None else self._keys + self.context[len(self._keys) :]
+
+    def piece(self, start: int, count: int) -> Piece:
+        """``count`` tokens of the context from ``start`` on, to be read."""
+        return piece_of(self.context, self.request.spans, start, count)
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began

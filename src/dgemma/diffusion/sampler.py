@@ -7,6 +7,8 @@ diffusion models via entropy bounded unmasking" (arXiv 2505.24857), as Diffusion
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -46,39 +48,67 @@ def renoise(sample: Tensor, accepted: Tensor, random: Tensor) -> Tensor:
     return torch.where(accepted, sample, random)
 
 
-def converged(argmax: Tensor, history: Tensor, entropy: Tensor, confidence_threshold: Tensor) -> Tensor:
+def converged(argmax: Tensor, history: Tensor, entropy: Tensor, confidence_threshold: Tensor,
+              agreeing: Tensor | None = None) -> Tensor:
     """Whether each row may stop: its argmax canvas is stable and its mean entropy is low, both at once.
 
-    argmax [B, C]; history [H, B, C], the argmax canvases of the H earlier steps that must agree (-1 where there was
-    none yet; H may be 0); entropy [B, C]; confidence_threshold [B] -> [B] bool.
+    argmax [B, C]; history [H, B, C], the argmax canvases of the H earlier steps, the last one last (-1 where there was
+    none yet; H may be 0), of which the last ``agreeing`` [B] must agree (None: all); entropy [B, C];
+    confidence_threshold [B] -> [B] bool.
     """
-    stable = (history == argmax).all(-1).all(0)
-    return stable & (entropy.mean(-1) < confidence_threshold)
+    same = (history == argmax).all(-1)
+    if agreeing is not None:
+        back = torch.arange(len(history), 0, -1, device=history.device).unsqueeze(1)
+        same = same | (back > agreeing)
+    return same.all(0) & (entropy.mean(-1) < confidence_threshold)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """The settings of the rows of one step, [B] each."""
+
+    temperature: Tensor  # of the step
+    entropy_bound: Tensor
+    confidence_threshold: Tensor
+    agreeing: Tensor  # how many earlier drafts must be the same
+    last: Tensor  # bool: there are no more steps
+    sharpness: Tensor | None = None  # the draw is from probabilities to this power (None: 1)
+
+    @classmethod
+    def of(cls, rows: Sequence[GenerationConfig], steps: Sequence[int], device: torch.device,
+           sharpness: Sequence[float] = ()) -> StepSettings:
+        """For rows that have done ``steps`` each. ``sharpness`` (empty: 1) as above."""
+        def column(values: Iterable[float | bool]) -> Tensor:
+            return torch.tensor(list(values), device=device)
+
+        return cls(column(temperature_at(step, row.max_denoising_steps, row.t_min, row.t_max)
+                          for row, step in zip(rows, steps, strict=True)),
+                   column(float(row.entropy_bound) for row in rows),
+                   column(float(row.confidence_threshold) for row in rows),
+                   column(row.stability_threshold for row in rows),
+                   column(step + 1 >= row.max_denoising_steps for row, step in zip(rows, steps, strict=True)),
+                   column(sharpness) if any(power != 1 for power in sharpness) else None)
 
 
 class Sampler(Protocol):
-    """What the loop asks of a sampler; rows of one batch may have different settings."""
+    """What a step asks of a sampler, for rows of different settings; tensors to tensors, nothing goes to the host."""
 
-    def advance(self, stats: CanvasStats, random: Tensor, settings: list[GenerationConfig]) -> tuple[Tensor, Tensor]:
+    def advance(self, stats: CanvasStats, random: Tensor, settings: StepSettings) -> tuple[Tensor, Tensor]:
         """The next canvas [B, C] and which positions were accepted [B, C]; ``random`` [B, C] are uniform tokens."""
         ...
 
-    def done(self, stats: CanvasStats, histories: list[Tensor], settings: list[GenerationConfig]) -> list[bool]:
-        """Whether each row's canvas is finished; ``histories`` are its earlier argmax canvases, [H, C] each."""
+    def done(self, stats: CanvasStats, history: Tensor, settings: StepSettings) -> Tensor:
+        """Whether each row's canvas is finished [B]; ``history`` [H, B, C] as in `converged`."""
         ...
 
 
 class EntropyBoundSampler:
-    """The reference's sampler: `accept`, `renoise` and `converged` over a batch."""
+    """The reference's sampler: `accept`, `renoise` and `converged`."""
 
-    def advance(self, stats: CanvasStats, random: Tensor, settings: list[GenerationConfig]) -> tuple[Tensor, Tensor]:
-        bound = torch.tensor([s.entropy_bound for s in settings], device=stats.entropy.device)
-        accepted = accept(stats.entropy, bound)
+    def advance(self, stats: CanvasStats, random: Tensor, settings: StepSettings) -> tuple[Tensor, Tensor]:
+        accepted = accept(stats.entropy, settings.entropy_bound)
         return renoise(stats.sample, accepted, random), accepted
 
-    def done(self, stats: CanvasStats, histories: list[Tensor], settings: list[GenerationConfig]) -> list[bool]:
-        argmax, entropy = stats.argmax.cpu(), stats.entropy.cpu()
-        threshold = torch.tensor([s.confidence_threshold for s in settings])
-        # Row by row: rows may ask for histories of different lengths.
-        return [bool(converged(argmax[i : i + 1], history.unsqueeze(1), entropy[i : i + 1], threshold[i : i + 1]))
-                for i, history in enumerate(histories)]
+    def done(self, stats: CanvasStats, history: Tensor, settings: StepSettings) -> Tensor:
+        return settings.last | converged(stats.argmax, history, stats.entropy, settings.confidence_threshold,
+                                         settings.agreeing)

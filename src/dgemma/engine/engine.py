@@ -18,18 +18,20 @@ from typing import TypeVar
 
 import torch
 
+from dgemma.cache.pages import sequence_bytes
 from dgemma.diffusion.events import Event, Failed, Finished, Generation
+from dgemma.diffusion.prompt import uncut
 from dgemma.diffusion.row import Read, Request, Row, unread
 from dgemma.diffusion.sampler import EntropyBoundSampler, Sampler
-from dgemma.engine.batch import Outcome, Seat, denoise, logprobs_of
 from dgemma.engine.fingerprint import fingerprint
 from dgemma.engine.prefixes import Prefix, PrefixStore
+from dgemma.engine.runner import Outcome, Runner, Seat, logprobs_of
 from dgemma.engine.scheduler import FairQueue, Memory, shares
 from dgemma.errors import ContextLengthError, DgemmaError, NotFiniteError
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.activation import MountedAdapter
 from dgemma.nn.adapters import LowRank
-from dgemma.nn.rows import PAGE, row_bytes
+from dgemma.nn.passes import Passes
 from dgemma.weights.inspect import working_bytes
 
 # Numbers of hidden states that a CPU works on at a time. More rows in a pass reuse weights better, but beyond about so
@@ -67,6 +69,7 @@ class Engine:
     tip a choice). ``prefixes`` may outlive the engine. With ``isolate``, whatever goes wrong inside a
     request ends that one with a Failed event; without, it is raised. ``between`` is called between the passes of a
     step; it may `submit`, `cancel` and `retire`. With ``whole_pages`` only these are told of what was read before.
+    ``passes`` stand for the network's own.
 
     A request is promised memory for its prompt and a canvas, and more as canvases follow, to the oldest first; ``lent``
     bytes of that are the prefixes' as long as nobody needs them. Whoever there is none for waits until others have
@@ -80,10 +83,11 @@ class Engine:
     def __init__(self, network: DiffusionTransformer, read: Read = unread, max_batch: int = 32,
                  prefixes: PrefixStore | None = None, sampler: Sampler | None = None, *,
                  memory: int | None = None, lent: int = 0, isolate: bool = False,
-                 whole_pages: bool = False, between: Callable[[], None] | None = None):
+                 whole_pages: bool = False, between: Callable[[], None] | None = None,
+                 passes: Passes | None = None):
         self.network, self.read, self.max_batch = network, read, max_batch
         self.prefixes = prefixes or PrefixStore()
-        self.sampler = sampler or EntropyBoundSampler()
+        self.runner = Runner(network, sampler or EntropyBoundSampler(), passes)
         self.isolate, self.whole_pages, self.between = isolate, whole_pages, between
         self.memory = Memory(memory, lent)
         self.counts = Counts()
@@ -162,7 +166,7 @@ class Engine:
 
     def _memory_for(self, tokens: int) -> int:
         config, item = self.network.config, self.network.dtype.itemsize
-        return (row_bytes(config, tokens, self.network.cache_type or item)
+        return (sequence_bytes(config, tokens, self.network.cache_type or item)
                 + working_bytes(config, config.canvas_length, item))
 
     def cancel(self, request_id: int) -> None:
@@ -383,7 +387,8 @@ class Engine:
         opened = sum(seat.soft is not None for seat in self._seats)
         # Beside canvases to denoise, reading may take a step half as long again.
         budget = max(PIECE, opened * self.network.config.canvas_length // 2)
-        work.update(zip(prompts, shares([seat.unread for seat in prompts], budget), strict=True))
+        for seat, share in zip(prompts, shares([seat.unread for seat in prompts], budget), strict=True):
+            work[seat] = uncut(seat.row.request.spans, seat.prefix.cache.length, share) if share else 0
         for group in _by_adapter([seat for seat, count in work.items() if count]):
             for seat, count in self._each(group, lambda seats: self._encode([(seat, work[seat]) for seat in seats])):
                 if count is None:
@@ -391,19 +396,17 @@ class Engine:
                                      else "while the prompt was read")
                     continue
                 self.counts.read_tokens += 0 if seat.row.canvas_index else count
-                self._alone(seat, lambda seat: seat.prefix.keep(seat.row.context))
+                self._alone(seat, lambda seat: seat.prefix.keep(seat.row.keys))
 
     def _take_over(self, seat: Seat) -> None:
         """Go on from what others have read of the same prompt by now."""
-        gain = seat.prefix.extend(seat.row.context)
+        gain = seat.prefix.extend(seat.row.keys)
         seat.cached_tokens += 0 if seat.row.canvas_index else gain  # later it is what this request has read itself
 
     def _encode(self, work: list[tuple[Seat, int]]) -> list[int | None]:
         """How many tokens of each were read, None where that came to numbers that are none."""
         self._mount(work[0][0].row.request.adapter)
-        finite = self.network.encode_rows([(seat.row.context[seat.prefix.cache.length :][:count], seat.prefix.cache)
-                                           for seat, count in work])
-        return [count if good else None for (_, count), good in zip(work, finite, strict=True)]
+        return [count if fine else None for (_, count), fine in zip(work, self.runner.read(work), strict=True)]
 
     def _prompts(self) -> list[Seat]:
         """Whose prompt is to be read now. Who would read much the same as another waits, and then takes that over."""
@@ -411,11 +414,11 @@ class Engine:
         for seat in [seat for seat in self._seats if seat.reads_long and not seat.stalled]:
             if not self._alone(seat, self._take_over):
                 continue
-            context, request = seat.row.context, seat.row.request
+            context, request = seat.row.keys, seat.row.request
             half = len(context) - seat.unread // 2
             others = [other.row for other in chosen if other.row.request.adapter is request.adapter
                       and (other.row.request.tenant == request.tenant or half <= request.shared)]
-            if seat.unread and not any(context[:half] == other.context[:half] for other in others):
+            if seat.unread and not any(context[:half] == other.keys[:half] for other in others):
                 chosen.append(seat)
         return chosen
 
@@ -448,7 +451,7 @@ class Engine:
 
     def _denoise(self, seats: list[Seat]) -> list[Outcome]:
         self._mount(seats[0].row.request.adapter)
-        outcomes = denoise(self.network, self.sampler, seats)
+        outcomes = self.runner.denoise(seats)
         self.counts.steps += 1
         self.counts.rows += len(seats)
         return outcomes
@@ -554,7 +557,8 @@ class Engine:
             redrawn_steps=redrawn))
 
     def _told_cached(self, seat: Seat) -> int:
-        return seat.cached_tokens // PAGE * PAGE if self.whole_pages else seat.cached_tokens
+        page = self.prefixes.page
+        return seat.cached_tokens // page * page if self.whole_pages else seat.cached_tokens
 
     def _alone(self, seat: Seat, work: Callable[[Seat], None]) -> bool:
         """Do something for one seat, and whether it went well; what goes wrong in it is the seat's own."""

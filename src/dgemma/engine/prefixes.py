@@ -1,6 +1,6 @@
 """What was read before, kept so that nobody reads it twice: a chat's next turn, a common system prompt, n samples.
 
-A tree of pages (`dgemma.nn.rows`): a node is up to `PAGE` tokens, its children what followed on them. A new context
+A tree of pages (`dgemma.cache.pages`): a node is up to `PAGE` tokens, its children what followed on them. A new context
 goes on from its longest common beginning with anything in the tree, to the token. What was read with an adapter is in
 a tree of that adapter's own, and so is what was read by weights that have changed since. Works on token ids and pages;
 knows nothing of requests.
@@ -23,9 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dgemma.cache.pages import PAGE, Page, Paged, PageFormat
 from dgemma.engine.fingerprint import fingerprint
-from dgemma.nn import rows
-from dgemma.nn.rows import Page, RowCache
 from dgemma.nn.transformer import DiffusionTransformer
 
 Top = tuple[bytes, object]  # what a tree was read by: the network's fingerprint, the adapter (None: none)
@@ -102,13 +101,13 @@ class _Children(dict[tuple[int, ...], _Node]):
 class PrefixStore:
     """Contexts read before: up to ``budget`` bytes of keys and values that nobody uses, ``lent`` of which others have.
 
-    For several threads.
+    For several threads. ``page`` is how many tokens a page has.
     ``hits`` counts the contexts that began with something known, ``hit_tokens`` these tokens. ``nbytes`` is the memory
     of all that is known, ``spare`` of what nobody uses.
     """
 
-    def __init__(self, budget: int = 1 << 30):
-        self.budget, self.lent = budget, 0
+    def __init__(self, budget: int = 1 << 30, page: int = PAGE):
+        self.budget, self.lent, self.page = budget, 0, page
         self.nbytes = self.spare = self.hits = self.hit_tokens = 0
         self.version = 0  # of what is known: what has not changed need not be looked up again
         self._tops: dict[Top, _Children] = {}
@@ -124,7 +123,8 @@ class PrefixStore:
         """
         weights = fingerprint(network) if weights is None else weights
         with self._lock:
-            prefix = Prefix(self, network.new_row(), (weights, adapter), tenant, shared)
+            form = PageFormat(network.config, network.device, network.cache_type, self.page)
+            prefix = Prefix(self, Paged(form), (weights, adapter), tenant, shared)
             prefix.extend(context)
             return prefix
 
@@ -214,7 +214,7 @@ class PrefixStore:
         children, position = self._top(top), 0
         while position < len(context):
             children = children.line(tenant) if len(path) == shared else children
-            rest = tuple(context[position : position + rows.PAGE])
+            rest = tuple(context[position : position + self.page])
             node, count = children.get(rest), len(rest)
             if node is None and len(path) < shared:
                 break
@@ -223,7 +223,7 @@ class PrefixStore:
             if node is None or not count:
                 break
             path.append((node, count))
-            if count < rows.PAGE:
+            if count < self.page:
                 break
             position += count
             children = node.children
@@ -233,9 +233,9 @@ class PrefixStore:
 class Prefix:
     """What one request has read, and its hold on the tree: what it uses is not let go. `close` ends it."""
 
-    def __init__(self, store: PrefixStore, cache: RowCache, top: Top, tenant: str, shared: int):
+    def __init__(self, store: PrefixStore, cache: Paged, top: Top, tenant: str, shared: int):
         self._store, self.cache, self._top = store, cache, top
-        self._tenant, self._shared = tenant, shared // rows.PAGE
+        self._tenant, self._shared = tenant, shared // store.page
         self._held: list[_Node] = []
         self._asked, self._hit = (-1, 0), False
 
@@ -255,14 +255,14 @@ class Prefix:
                 return 0
             now = next(store._clock)
             pages = []
-            first = known - min(known, cache.config.sliding_window - 1)
+            first = known - min(known, cache.form.config.sliding_window - 1)
             for index, (node, count) in enumerate(path):
                 node.used = now
                 page = node.page if count == node.page.count else node.page.beginning(count)
-                if index >= first // rows.PAGE:
+                if index >= first // store.page:
                     node.seen = now
                 elif page.has_all():
-                    page = page.without_sliding(cache.config)
+                    page = page.without_sliding()
                 pages.append(page)
             cache.pages = pages
             self._hold([node for node, _ in path])
@@ -274,8 +274,8 @@ class Prefix:
     def _usable(self, path: list[tuple[_Node, int]]) -> bool:
         """Whether all that a token behind this path sees is still there."""
         known = sum(count for _, count in path)
-        first = known - min(known, self.cache.config.sliding_window - 1)
-        return all(node.page.has_all() for node, _ in path[first // rows.PAGE :])
+        first = known - min(known, self.cache.form.config.sliding_window - 1)
+        return all(node.page.has_all() for node, _ in path[first // self._store.page :])
 
     def keep(self, context: Sequence[int]) -> None:
         """Remember this cache, which has read ``context`` up to its length."""
@@ -284,10 +284,10 @@ class Prefix:
             now = next(store._clock)
             children, path = store._top(self._top), []
             for index, page in enumerate(cache.pages):
-                if index < self._shared and page.count < rows.PAGE:
+                if index < self._shared and page.count < store.page:
                     break  # nobody else may see where it ends
                 children = children.line(self._tenant) if index == self._shared else children
-                tokens = tuple(context[index * rows.PAGE : index * rows.PAGE + page.count])
+                tokens = tuple(context[index * store.page : index * store.page + page.count])
                 node = children.get(tokens)
                 if node is None:
                     # A shorter end that this page goes on from becomes this page.
@@ -296,7 +296,7 @@ class Prefix:
                         children.take(shorter))
                     if shorter is not None:
                         store._count(node, -1)
-                    node.tokens, node.page, node.lighter = tokens, page, page.without_sliding(cache.config)
+                    node.tokens, node.page, node.lighter = tokens, page, page.without_sliding()
                     children.add(node)
                     children.settle()
                     store._count(node, 1)
@@ -305,7 +305,7 @@ class Prefix:
                 elif page.has_all():
                     if not node.page.has_all():
                         store._count(node, -1)
-                        node.page, node.lighter = page, page.without_sliding(cache.config)
+                        node.page, node.lighter = page, page.without_sliding()
                         store._count(node, 1)
                         store.version += 1
                     node.seen = now

@@ -3,7 +3,7 @@
 Knows nothing of files or of the tokens' text.
 """
 
-from dgemma.nn.cache import KVCache
+from dgemma.cache import KVCache
 from dgemma.nn.head import CanvasStats, canvas_stats
 from dgemma.nn.transformer import DiffusionTransformer
 

@@ -6,24 +6,19 @@ states into what the sampler needs. Reference: `transformers`, models/diffusion_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dgemma.config import FULL, SLIDING, ModelConfig
-from dgemma.kernels import PackedWeight, embedding, grouped_attention, linear
-from dgemma.kernels.attention import LAST, Visible
+from dgemma.cache import Cache, KVCache, Pass, Spans
+from dgemma.config import ModelConfig
+from dgemma.kernels import PackedWeight, embedding, linear
 from dgemma.nn.block import Block
-from dgemma.nn.cache import KVCache
 from dgemma.nn.head import CanvasStats, canvas_stats, soft_cap
 from dgemma.nn.layers import RMSNorm, SelfConditioning, rope_tables
-from dgemma.nn.rows import Page, Passes, RowCache
-
-# The encoder reads long prompts in pieces, so that no mask or score matrix is quadratic in the prompt.
-ENCODE_CHUNK = 1024
 
 
 class DiffusionTransformer(nn.Module):
@@ -55,69 +50,36 @@ class DiffusionTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def new_cache(self, batch_size: int = 1, spare: int = 0) -> KVCache:
-        """An empty cache for ``batch_size`` rows, of the network's ``cache_type``; ``spare`` as there."""
-        return KVCache(self.config, batch_size, self.device, self.cache_type, spare)
-
-    def new_row(self, pages: Iterable[Page] = ()) -> RowCache:
-        """The cache of one request for `encode_rows` and `denoise_rows`; it may begin with pages read before."""
-        return RowCache(self.config, self.cache_type, pages)
+    def new_cache(self, batch_size: int = 1, spare: int = 0, **sizes: int) -> KVCache:
+        """An empty cache for ``batch_size`` rows, of the network's ``cache_type``; the rest as `KVCache` has it."""
+        return KVCache(self.config, batch_size, self.device, self.cache_type, spare, **sizes)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [B, T] -> embeddings times √D, [B, T, D]."""
         return embedding(token_ids, self.embed_tokens.weight) * self.embed_scale
 
-    def encode(self, token_ids: Tensor, cache: KVCache, lengths: Sequence[int] | None = None) -> Tensor:
-        """Causal pass over token ids [B, T]; appends them to the cache and returns hidden states [B, T, D].
+    def encode(self, inputs: Tensor, cache: Cache, lengths: Sequence[int] | None = None,
+               spans: Spans | None = None) -> Tensor:
+        """Causal pass over token ids [B, T], or what they are embedded as [B, T, D]; the cache takes them in.
 
-        ``lengths`` says how many leading tokens of each row are real; the rest is padding, which no token sees and
-        the cache does not keep (its hidden states mean nothing). None: all of them.
-        Raises ValueError when the batch sizes differ.
+        Returns hidden states [B, T, D]. ``lengths`` says how many leading tokens of each row are real; the rest is
+        padding, which no token sees and the cache does not keep (its hidden states mean nothing). None: all of them.
+        ``spans`` are the columns of each row that are pictures. Raises ValueError when the batch sizes differ.
         """
-        batch, width = token_ids.shape
+        batch, width = inputs.shape[:2]
         if batch != cache.batch_size:
             raise ValueError(f"token_ids have {batch} rows, the cache {cache.batch_size}")
-        counts = [width] * batch if lengths is None else [int(n) for n in lengths]
-        if len(counts) != batch or any(not 0 <= n <= width for n in counts):
-            raise ValueError(f"lengths must be {batch} numbers between 0 and {width}, got {counts}")
         outputs = []
-        for start in range(0, width, ENCODE_CHUNK):
-            piece = token_ids[:, start : start + ENCODE_CHUNK]
-            used = [min(max(n - start, 0), piece.shape[1]) for n in counts]
-            outputs.append(self._encode_piece(piece, cache, used))
+        for columns, reading in cache.reading(width, lengths, spans, self._recomputes()):
+            piece = inputs[:, columns]
+            x = piece if piece.is_floating_point() else self.embed(piece)
+            outputs.append(self._layers(x, reading, encoding=True))
+            reading.finish()
         if not outputs:
-            return self.embed(token_ids)  # no tokens, no hidden states: [B, 0, D]
+            return self.embed(inputs)  # no tokens, no hidden states: [B, 0, D]
         return self.norm(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0])
 
-    def _encode_piece(self, token_ids: Tensor, cache: KVCache, counts: list[int]) -> Tensor:
-        plan, positions = cache.begin(counts, token_ids.shape[1])
-        visible = {kind: self._causal(kind, positions, seen) for kind, seen in plan.positions.items()}
-
-        before = cache.snapshot() if self.checkpointing else cache
-        read: set[int] = set()
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            # A checkpointed block runs again for its gradient: on the cache as it was, and leaving it as it is by now.
-            into = before.snapshot() if layer in read else cache
-            read.add(layer)
-            blocks = into.extend(plan, layer, key, value)
-            return grouped_attention(query, blocks, visible[self.config.layers[layer].kind])
-
-        x = self._blocks(self.embed(token_ids), positions, attend, encoding=True)
-        cache.finish(plan)
-        return x
-
-    def encode_rows(self, rows: Sequence[tuple[Sequence[int], RowCache]]) -> list[bool]:
-        """Causal pass over the tokens of several requests at once, appended to each one's own cache.
-
-        Returns for each whether its hidden states are finite; a cache whose are not stays as it was.
-        """
-        passes = Passes([cache for _, cache in rows], [len(ids) for ids, _ in rows], self.device, causal=True)
-        token_ids = torch.tensor([[token for ids, _ in rows for token in ids]], device=self.device)
-        hidden = self._blocks(self.embed(token_ids), passes.positions, passes.attend, encoding=True)
-        return passes.finish(hidden[0].isfinite().all(-1))
-
-    def denoise(self, canvas_ids: Tensor, cache: KVCache, soft: Tensor | None = None) -> Tensor:
+    def denoise(self, canvas_ids: Tensor, cache: Cache, soft: Tensor | None = None) -> Tensor:
         """Bidirectional pass over a canvas [B, C], reading the cache and leaving it as it is -> hidden [B, C, D].
 
         ``soft`` [B, C, D] are the soft embeddings of the previous step; None means the first step (zeros).
@@ -127,53 +89,21 @@ class DiffusionTransformer(nn.Module):
             raise ValueError(f"canvas_ids have {batch} rows, the cache {cache.batch_size}")
         x = self.embed(canvas_ids)
         x = self.self_conditioning(x, torch.zeros_like(x) if soft is None else soft.to(x.dtype))
-        if self.checkpointing:
-            cache = cache.snapshot()  # a block that runs again later must see what it saw
-        lengths = torch.tensor(cache.lengths, device=self.device).unsqueeze(1)
-        visible = {kind: self._canvas_rectangle(cache, kind, lengths, width) for kind in cache.positions}
+        return self.norm(self._layers(x, cache.denoising(width, self._recomputes()), encoding=False))
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            blocks = cache.with_canvas(layer, key, value)
-            return grouped_attention(query, blocks, visible[self.config.layers[layer].kind])
+    def _recomputes(self) -> bool:
+        """Whether layers of a pass will run again for their gradients."""
+        return bool(self.checkpointing) and torch.is_grad_enabled()
 
-        positions = lengths + torch.arange(width, device=self.device)
-        return self.norm(self._blocks(x, positions, attend, encoding=False))
-
-    def denoise_rows(self, canvas_ids: Tensor, caches: Sequence[RowCache], soft: Tensor) -> Tensor:
-        """`denoise` of several requests' canvases [B, C] at once, each reading its own cache -> hidden [B, C, D]."""
-        batch, width = canvas_ids.shape
-        passes = Passes(caches, [width] * batch, self.device, causal=False)
-        x = self.embed(canvas_ids)
-        x = self.self_conditioning(x, soft.to(x.dtype)).view(1, batch * width, -1)
-        return self.norm(self._blocks(x, passes.positions, passes.attend, encoding=False)).view(batch, width, -1)
-
-    def _blocks(self, x: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-                encoding: bool) -> Tensor:
-        """Every layer over x [B, T, D] at ``positions`` [B, T]; ``attend`` is told the layer's index."""
-        ropes = self._ropes(positions)
+    def _layers(self, x: Tensor, run: Pass, encoding: bool) -> Tensor:
+        """Every layer over x [B, T, D]."""
+        ropes = self._ropes(run.positions)
         for index, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            arguments = (x, ropes[layer.kind], partial(attend, index), encoding)
+            arguments = (x, ropes[layer.kind], partial(run.attend, index), encoding)
             chosen = self.checkpointing
             again = (chosen if isinstance(chosen, bool) else index in chosen) and torch.is_grad_enabled()
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return x
-
-    def _causal(self, kind: str, positions: Tensor, seen: Tensor) -> Visible:
-        """What tokens at ``positions`` [B, T] see of the columns at ``seen`` [B, S + T]."""
-        reach = self.config.sliding_window if kind == SLIDING else LAST
-        padding = positions < 0  # sees everything: an empty softmax is NaN
-        first = (positions - (reach - 1)).clamp(min=0).masked_fill(padding, -1)
-        return Visible(first, positions.masked_fill(padding, LAST), seen)
-
-    def _canvas_rectangle(self, cache: KVCache, kind: str, lengths: Tensor, width: int) -> Visible | None:
-        """The canvas and the rectangle of context that every one of its tokens sees; None for all columns."""
-        positions = cache.positions[kind]
-        reach = max(cache.lengths) if kind == FULL else min(max(cache.lengths), self.config.sliding_window - 1)
-        if len(set(cache.lengths)) == 1 and positions.shape[1] == reach:
-            return None
-        canvas = lengths + torch.arange(width, device=self.device)
-        first = (lengths - reach).clamp(min=0)
-        return Visible(first, torch.full_like(first, LAST), torch.cat([positions, canvas], dim=1))
 
     def head(self, hidden: Tensor, temperature: Tensor, noise: Tensor,
              sharpness: Tensor | None = None) -> CanvasStats:

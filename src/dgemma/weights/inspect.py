@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dgemma.cache.store import READ_AT_ONCE, token_bytes
 from dgemma.config import (
     FULL,
     SLIDING,
@@ -30,9 +31,7 @@ from dgemma.gguf.reader import GGUFTensor
 from dgemma.kernels.attention import COLUMNS, SCORES
 from dgemma.kernels.experts import DENSE_EXPERTS
 from dgemma.memory import program_bytes
-from dgemma.nn.cache import token_bytes
 from dgemma.nn.head import VOCAB_TILE
-from dgemma.nn.transformer import ENCODE_CHUNK
 from dgemma.weights.finite import check_finite
 from dgemma.weights.gguf_model import UNPACKED, match_gguf, open_gguf
 from dgemma.weights.hub.locate import is_gguf
@@ -313,7 +312,7 @@ def kv_cache_bytes(config: ModelConfig, tokens: int, cache_type: str | int) -> i
 def working_bytes(config: ModelConfig, tokens: int, item_size: int) -> int:
     """An estimate of what a pass allocates beside weights and cache, at its widest moment.
 
-    The widest pass has T = max(canvas, min(tokens, `ENCODE_CHUNK`)) rows: a canvas, or a piece of the prompt. Its
+    The widest pass has T = max(canvas, min(tokens, `READ_AT_ONCE`)) rows: a canvas, or a piece of the prompt. Its
     hidden states take T·D·(4e + 8) bytes (e: bytes per element; norms work in float32), and beside them the largest
     of three: the chosen experts' inputs and outputs, T·k·D·(3e + 8) (few experts: all of their inner activations and
     a copy of the layer's experts, (4T + 3D)·E·I·e); attention's queries and outputs, T·heads·head_dim·(4e + 16), with
@@ -321,7 +320,7 @@ def working_bytes(config: ModelConfig, tokens: int, item_size: int) -> int:
     which grows with the context; the head's tile, C·tile·(e + 12) + 12·C·D.
     """
     canvas, hidden = config.canvas_length, config.hidden_size
-    rows = max(canvas, min(tokens, ENCODE_CHUNK))
+    rows = max(canvas, min(tokens, READ_AT_ONCE))
     if config.num_experts <= DENSE_EXPERTS:
         experts = (4 * rows + 3 * hidden) * config.num_experts * config.moe_intermediate_size * item_size
     else:

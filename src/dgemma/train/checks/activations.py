@@ -67,10 +67,10 @@ class Moment:
 
 def context_passes(step: Step) -> list[Pass]:
     """How the context is read: in pieces, as `DiffusionTransformer.encode` does."""
-    from dgemma.nn.transformer import ENCODE_CHUNK
+    from dgemma.cache.store import READ_AT_ONCE
 
-    return [Pass(min(ENCODE_CHUNK, step.context - start), start, True)
-            for start in range(0, step.context, ENCODE_CHUNK)]
+    return [Pass(min(READ_AT_ONCE, step.context - start), start, True)
+            for start in range(0, step.context, READ_AT_ONCE)]
 
 
 def canvas_passes(step: Step) -> list[Pass]:

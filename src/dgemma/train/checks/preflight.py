@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from dgemma import seeds
+from dgemma.cache.pages import Paged, PagedBatch, PageFormat
 from dgemma.errors import DgemmaError
 from dgemma.kernels import PackedWeight
 from dgemma.nn import DiffusionTransformer
@@ -333,8 +334,9 @@ def _neighbour_leak(bench: Bench) -> float:
 def _compared(bench: Bench, sampler: DiffusionTransformer, row: int, passes: list[Pass]) -> float:
     """The largest distance between the logits of a row's passes and the engine's, and between what they fed back."""
     batch, config = bench.batch, sampler.config
-    cache = sampler.new_row()
-    sampler.encode_rows([(batch.context[batch.rows[row], : batch.before[row]].tolist(), cache)])
+    context = batch.context[batch.rows[row] : batch.rows[row] + 1, : batch.before[row]]
+    cache = Paged(PageFormat(config, sampler.device, sampler.cache_type))
+    sampler.encode(context, PagedBatch([cache], [context.shape[1]]))
     width = batch.canvas.shape[1]
     places = torch.linspace(0, width - 1, min(width, POSITIONS)).round().long()
     temperature = torch.tensor([bench.objective.temperature], device=sampler.device)
@@ -345,7 +347,7 @@ def _compared(bench: Bench, sampler: DiffusionTransformer, row: int, passes: lis
         soft = zeros if seen.soft is None else seen.soft
         if bool(soft.any()):
             worst = max(worst, distance_of(soft, fed))
-        hidden = sampler.denoise_rows(seen.canvas, [cache], soft)
+        hidden = sampler.denoise(seen.canvas, PagedBatch([cache]), soft)
         worst = max(worst, distance_of(bench.network.logits(seen.hidden[:, places]), sampler.logits(hidden[:, places])))
         fed = sampler.head(hidden, temperature, uniform).soft
     return worst

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dgemma.errors import DgemmaError
 from dgemma.model import parse_device
-from dgemma.nn import DiffusionTransformer, KVCache, transformer
+from dgemma.nn import DiffusionTransformer, KVCache
 
 T = TypeVar("T")
 
@@ -140,7 +140,7 @@ def shard(network: DiffusionTransformer, ranks: Ranks) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor, even of 1
-    for name in ("encode", "denoise", "encode_rows", "denoise_rows"):
+    for name in ("encode", "denoise"):
         register_fsdp_forward_method(network, name)
     _keep_step(network)
 
@@ -157,9 +157,9 @@ def _keep_step(network: DiffusionTransformer) -> None:
         if not any(cache.lengths):
             waiting.clear()  # a new cache: what was not denoised with the last one never will be
         batch, width = token_ids.shape
-        pieces = torch.tensor(-(-width // transformer.ENCODE_CHUNK))
+        pieces = torch.tensor(-(-width // cache.piece))
         dist.all_reduce(pieces, dist.ReduceOp.MAX)
-        missing = (int(pieces) - 1) * transformer.ENCODE_CHUNK + 1 - width
+        missing = (int(pieces) - 1) * cache.piece + 1 - width
         if missing > 0:
             lengths = [width] * batch if lengths is None else lengths
             token_ids = F.pad(token_ids, (0, missing))

@@ -5,12 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dgemma.cache import CACHE_TYPES, KVCache
 from dgemma.config import FULL, SLIDING, LayerConfig, ModelConfig
 from dgemma.kernels import q8_0
-from dgemma.nn import KVCache
-from dgemma.nn import cache as cache_module
-from dgemma.nn import transformer as transformer_module
-from dgemma.nn.cache import CACHE_TYPES
 from dgemma.weights.inspect import kv_cache_bytes
 from support.reference import SHAPES, network_like, random_network, reference_model, tiny_config
 
@@ -19,10 +16,13 @@ WINDOW = CONFIG.sliding_window
 CANVAS = CONFIG.canvas_length
 
 
-@pytest.fixture(params=[7, 2048], ids=["blocks-of-7", "one-block"], autouse=True)
-def block_size(request, monkeypatch):
-    """Every test twice: with a context in many blocks, and in one."""
-    monkeypatch.setattr(cache_module, "BLOCK", request.param)
+@pytest.fixture(params=[7, 2048], ids=["blocks-of-7", "one-block"])
+def new_cache(request):
+    """A function that makes a cache; every test twice: with a context in many blocks, and in one."""
+    def make(rows: int, cache_type: str | None = None, block: int = request.param) -> KVCache:
+        return KVCache(CONFIG, rows, torch.device("cpu"), cache_type, block=block)
+
+    return make
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,10 +30,6 @@ def without_gradients():
     """As when generating."""
     with torch.no_grad():
         yield
-
-
-def new_cache(rows: int, cache_type: str | None = None) -> KVCache:
-    return KVCache(CONFIG, rows, torch.device("cpu"), cache_type)
 
 
 def label(row: int, position: int) -> float:
@@ -100,7 +96,7 @@ def assert_holds(cache: KVCache, names: list[int], lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("length", [1, WINDOW - 2, WINDOW - 1, WINDOW, 3 * WINDOW])
-def test_sliding_layers_keep_one_token_less_than_their_window(length):
+def test_sliding_layers_keep_one_token_less_than_their_window(length, new_cache):
     cache = new_cache(2)
     write(cache, [0, 1], [length, length])
     assert context(cache, 0)[0].shape[2] == min(length, WINDOW - 1)
@@ -108,7 +104,7 @@ def test_sliding_layers_keep_one_token_less_than_their_window(length):
     assert_holds(cache, [0, 1], [length, length])
 
 
-def test_a_long_context_takes_memory_in_full_layers_only():
+def test_a_long_context_takes_memory_in_full_layers_only(new_cache):
     cache, sizes = new_cache(1), []
     for _ in range(2):
         write(cache, [0], [100])
@@ -117,14 +113,14 @@ def test_a_long_context_takes_memory_in_full_layers_only():
     assert sizes[1] - sizes[0] == 2 * 100 * full.num_key_value_heads * full.head_dim * 4
 
 
-def test_rows_of_unequal_length_keep_what_each_can_see():
+def test_rows_of_unequal_length_keep_what_each_can_see(new_cache):
     cache = new_cache(3)
     write(cache, [0, 1, 2], [2, 13, WINDOW - 1])
     write(cache, [0, 1, 2], [5, 1, 0])
     assert_holds(cache, [0, 1, 2], [7, 14, WINDOW - 1])
 
 
-def test_padding_columns_are_not_kept():
+def test_padding_columns_are_not_kept(new_cache):
     cache = new_cache(2)
     write(cache, [0, 1], [3, 4], padding=6)
     assert_holds(cache, [0, 1], [3, 4])
@@ -134,9 +130,8 @@ def test_padding_columns_are_not_kept():
 # Blocks
 
 
-def test_appending_copies_one_block_at_most(monkeypatch):
-    monkeypatch.setattr(cache_module, "BLOCK", 16)
-    cache = new_cache(1)
+def test_appending_copies_one_block_at_most(new_cache):
+    cache = new_cache(1, block=16)
     for length in range(5, 100, 5):
         before = [[key.data_ptr() for key, _ in blocks] for blocks in cache._blocks]
         write(cache, [0], [5])
@@ -147,9 +142,8 @@ def test_appending_copies_one_block_at_most(monkeypatch):
         assert widths == [16] * (length // 16) + [length % 16] * (length % 16 > 0)
 
 
-def test_a_long_context_is_not_copied_for_a_canvas(monkeypatch):
-    monkeypatch.setattr(cache_module, "BLOCK", 16)
-    cache = new_cache(1)
+def test_a_long_context_is_not_copied_for_a_canvas(new_cache):
+    cache = new_cache(1, block=16)
     write(cache, [0], [40])
     canvas = torch.ones(1, 1, CANVAS, CONFIG.layers[2].head_dim)
     *context_blocks, own = cache.with_canvas(2, canvas, canvas)
@@ -159,7 +153,7 @@ def test_a_long_context_is_not_copied_for_a_canvas(monkeypatch):
 
 @given(st.lists(st.integers(0, 2**16), max_size=8))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_passes_leave_every_row_its_last_tokens(seeds):
+def test_any_passes_leave_every_row_its_last_tokens(new_cache, seeds):
     cache, names, lengths = new_cache(3), [0, 1, 2], [0, 0, 0]
     for seed in seeds:
         random = torch.Generator().manual_seed(seed)
@@ -174,7 +168,7 @@ def test_any_passes_leave_every_row_its_last_tokens(seeds):
 
 
 def test_denoising_leaves_the_cache_as_it_was(tiny_network, random_ids):
-    cache = tiny_network.new_cache(2)
+    cache = tiny_network.new_cache(2, block=7)
     with torch.inference_mode():
         tiny_network.encode(random_ids(2, 11), cache, [11, 4])
         before = everything(cache)
@@ -193,7 +187,7 @@ def test_an_empty_cache_can_be_denoised_against(tiny_network, random_ids):
 
 
 def test_a_cache_of_another_batch_size_is_refused(tiny_network, random_ids):
-    cache = tiny_network.new_cache(2)
+    cache = tiny_network.new_cache(2, block=7)
     with pytest.raises(ValueError, match="3 rows, the cache 2"):
         tiny_network.encode(random_ids(3, 4), cache)
     with pytest.raises(ValueError, match="1 rows, the cache 2"):
@@ -210,8 +204,8 @@ def wide_config(**changes) -> ModelConfig:
     return tiny_config(head_dim=64, global_head_dim=40, top_k_experts=4, **changes)
 
 
-def kept(network, ids, lengths=None) -> KVCache:
-    cache = network.new_cache(len(ids))
+def kept(network, ids, lengths=None, **sizes) -> KVCache:
+    cache = network.new_cache(len(ids), block=7, **sizes)
     network.encode(ids, cache, lengths)
     return cache
 
@@ -228,7 +222,7 @@ def typed():
     return of_type
 
 
-def test_an_unknown_type_is_refused(typed):
+def test_an_unknown_type_is_refused(typed, new_cache):
     with pytest.raises(ValueError, match="cache_type must be one of f32, f16, bf16, q8_0, got 'q4_0'"):
         new_cache(1, "q4_0")
     with pytest.raises(ValueError, match="cache_type must be one of"):
@@ -260,7 +254,7 @@ STEPS = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 0.501 / 127}
 
 
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)
-def test_every_type_gives_back_what_it_was_given(cache_type):
+def test_every_type_gives_back_what_it_was_given(cache_type, new_cache):
     cache, config = new_cache(2, cache_type), CONFIG
     generator = torch.Generator().manual_seed(0)
     written = [[torch.empty(2, g.num_key_value_heads, 0, g.head_dim)] * 2 for g in config.layers]
@@ -281,7 +275,7 @@ def test_every_type_gives_back_what_it_was_given(cache_type):
 @pytest.mark.parametrize("tokens", [1, WINDOW - 1, 40])
 def test_a_cache_holds_what_the_arithmetic_says(typed, random_ids, cache_type, tokens):
     network = typed(cache_type)
-    cache = network.new_cache(1)
+    cache = network.new_cache(1, block=7)
     for piece in random_ids(1, tokens).split(11, dim=1):
         network.encode(piece, cache)
     assert cache.nbytes == kv_cache_bytes(network.config, tokens, cache_type)
@@ -310,11 +304,10 @@ def test_the_error_of_a_type_is_bounded(typed, random_ids, cache_type):
 
 
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)
-def test_the_pieces_of_a_prompt_make_no_difference(typed, random_ids, cache_type, monkeypatch):
+def test_the_pieces_of_a_prompt_make_no_difference(typed, random_ids, cache_type):
     network, ids, canvas = typed(cache_type), random_ids(2, 40), random_ids(2, CANVAS)
     whole = kept(network, ids)
-    monkeypatch.setattr(transformer_module, "ENCODE_CHUNK", 9)
-    pieces = kept(network, ids)
+    pieces = kept(network, ids, piece=9)
     # Sums in another order can tip a rounding of the second layer's keys; they then differ by that one step.
     step = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 2e-2}[cache_type]
     for layer in range(3):

@@ -1,25 +1,28 @@
-"""The key-value cache: what the encoder has read, as far as a later pass can still see it.
+"""The cache of a fixed batch: for training, whose gradients it keeps, for parity and research.
 
-The network uses four calls only: `begin` a pass, `extend` layer by layer, `finish`; and `with_canvas` while denoising.
-Training shares one reading among several canvases with `select`.
-Rows may have different lengths: a column that holds nothing for a row has position -1 there. This is the cache of a
-fixed batch, for training and research; `dgemma.nn.rows` has that of requests that come and go.
+Rows may have different lengths: a column that holds nothing for a row has position -1 there. Training shares one
+reading among several canvases with `select`. `dgemma.cache.pages` has the cache of requests that come and go.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dgemma.cache import visibility
+from dgemma.cache.visibility import Spans
 from dgemma.config import FULL, SLIDING, ModelConfig
-from dgemma.kernels import q8_0
+from dgemma.kernels import grouped_attention, q8_0
+from dgemma.kernels.attention import Visible
 
 # Most columns of a block. A whole block is never copied again, so appending costs the same however long the context.
 BLOCK = 2048
+# Long texts are read in pieces, so that no mask or score matrix is quadratic in their length.
+READ_AT_ONCE = 1024
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0")
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -29,7 +32,7 @@ Block = tuple[Tensor, Tensor]  # keys and values [B, Hkv, S, d] (q8_0: int8 [B, 
 
 
 @dataclass
-class _Pass:
+class _Plan:
     """One encoder pass: where its tokens stand and which columns stay afterwards, per kind of layer."""
 
     lengths: list[int]  # every row's length once the pass is done
@@ -38,7 +41,7 @@ class _Pass:
 
 
 class KVCache:
-    """Keys and values of the committed tokens, for every layer, in blocks of at most `BLOCK` columns.
+    """Keys and values of the committed tokens, for every layer, in blocks of at most ``block`` columns.
 
     Full layers keep everything; sliding layers keep the last ``sliding_window - 1`` tokens, which is all that a
     causal token or a canvas can see of them. ``lengths`` counts the tokens that each row has seen.
@@ -53,12 +56,12 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, cache_type: str | None = None,
-                 spare: int = 0):
-        """Raises ValueError for a ``cache_type`` that there is not."""
+                 spare: int = 0, block: int = BLOCK, piece: int | None = None):
+        """``piece``: tokens that are read at once (`READ_AT_ONCE`). Raises ValueError for an unknown ``cache_type``."""
         self.config = config
         self.device = device
         self.cache_type = check_cache_type(cache_type)
-        self.spare = spare
+        self.spare, self.block, self.piece = spare, block, piece or READ_AT_ONCE
         self.lengths = [0] * batch_size
         empty = torch.empty(batch_size, 0, dtype=torch.long, device=device)
         self.positions = {SLIDING: empty, FULL: empty}
@@ -79,7 +82,22 @@ class KVCache:
         other._blocks = list(self._blocks)
         return other
 
-    def begin(self, counts: list[int], width: int) -> tuple[_Pass, Tensor]:
+    def reading(self, width: int, lengths: Sequence[int] | None, spans: Spans | None,
+                recomputed: bool) -> Iterator[tuple[slice, _Reading]]:
+        """Causal passes over ``width`` tokens in pieces (`dgemma.cache.Cache`)."""
+        counts = [width] * self.batch_size if lengths is None else [int(n) for n in lengths]
+        if len(counts) != self.batch_size or any(not 0 <= n <= width for n in counts):
+            raise ValueError(f"lengths must be {self.batch_size} numbers between 0 and {width}, got {counts}")
+        for columns in visibility.pieces(width, self.piece, spans):
+            count = columns.stop - columns.start
+            plan, positions = self.begin([min(max(n - columns.start, 0), count) for n in counts], count)
+            yield columns, _Reading(self, plan, positions, visibility.within(columns, spans), recomputed)
+
+    def denoising(self, width: int, recomputed: bool) -> _Denoising:
+        """A pass over canvases behind what was read (`dgemma.cache.Cache`)."""
+        return _Denoising(self.snapshot() if recomputed else self, width)
+
+    def begin(self, counts: list[int], width: int) -> tuple[_Plan, Tensor]:
         """Plan an encoder pass over ``width`` columns of which row b uses the first ``counts[b]``.
 
         Returns the plan and the new tokens' positions [B, width] (padding gets -1).
@@ -99,24 +117,24 @@ class KVCache:
             else:  # they are sorted: the cached ones always, and the new ones follow on them
                 keep[kind] = room
             positions[kind] = both
-        return _Pass(lengths, positions, keep), new
+        return _Plan(lengths, positions, keep), new
 
-    def extend(self, plan: _Pass, layer: int, key: Tensor, value: Tensor) -> list[Block]:
+    def extend(self, plan: _Plan, layer: int, key: Tensor, value: Tensor) -> list[Block]:
         """Add a layer's new keys and values [B, Hkv, T, d]; returns old and new ones, S + T columns in all."""
         kind = self.config.layers[layer].kind
         new = (stored(key, self.cache_type), stored(value, self.cache_type))
         old, keep = self._blocks[layer], plan.keep[kind]
         if kind == FULL and isinstance(keep, int):
-            self._blocks[layer] = _last(_append(old, new), keep)
+            self._blocks[layer] = _last(_append(old, new, self.block), keep)
             return [*old, new]
         both = joined([*old, new])
         if isinstance(keep, int):
             self._blocks[layer] = _last([both], keep)
         else:
-            self._blocks[layer] = _cut(_columns(both, keep))
+            self._blocks[layer] = _cut(_columns(both, keep), self.block)
         return [both]
 
-    def finish(self, plan: _Pass) -> None:
+    def finish(self, plan: _Plan) -> None:
         """Make the plan's tokens part of the past."""
         for kind, positions in plan.positions.items():
             keep = plan.keep[kind]
@@ -133,7 +151,7 @@ class KVCache:
             if not self.lengths[row] - self.spare <= length <= self.lengths[row]:
                 raise ValueError(f"row {row} of {self.lengths[row]} tokens cannot be cut to {length}: the cache was "
                                  f"made with spare={self.spare}")
-        other = KVCache(self.config, len(rows), self.device, self.cache_type)
+        other = KVCache(self.config, len(rows), self.device, self.cache_type, 0, self.block, self.piece)
         other.lengths = list(lengths)
         chosen = torch.tensor(rows, device=self.device)
         limits = torch.tensor(lengths, device=self.device).unsqueeze(1)
@@ -144,8 +162,10 @@ class KVCache:
             # As `begin` does it: a row's columns by position, empty ones first.
             keep[kind] = left.argsort(dim=1, stable=True)[:, left.shape[1] - _room(self.config, kind, lengths) :]
             other.positions[kind] = left.gather(1, keep[kind])
-        other._blocks = [_cut(_columns(_map(joined(blocks), lambda t: t.index_select(0, chosen)), keep[layer.kind]))
-                         if blocks else [] for blocks, layer in zip(self._blocks, self.config.layers, strict=True)]
+        for index, (blocks, layer) in enumerate(zip(self._blocks, self.config.layers, strict=True)):
+            if blocks:
+                picked = _map(joined(blocks), lambda t: t.index_select(0, chosen))
+                other._blocks[index] = _cut(_columns(picked, keep[layer.kind]), self.block)
         return other
 
     def with_canvas(self, layer: int, key: Tensor, value: Tensor) -> list[Block]:
@@ -154,8 +174,48 @@ class KVCache:
         A short context is copied to make one block of both; a long one never is.
         """
         blocks = [*self._blocks[layer], (key, value)]
-        short = sum(k.shape[2] for k, _ in blocks) <= BLOCK and all(k.dtype == key.dtype for k, _ in blocks)
+        short = sum(k.shape[2] for k, _ in blocks) <= self.block and all(k.dtype == key.dtype for k, _ in blocks)
         return [joined(blocks)] if short else blocks
+
+
+class _Reading:
+    """A causal pass over a piece of a text."""
+
+    def __init__(self, cache: KVCache, plan: _Plan, positions: Tensor, spans: Spans | None, recomputed: bool):
+        self.positions = positions
+        self._cache, self._plan = cache, plan
+        self._visible = {kind: visibility.causal(cache.config, kind, positions, seen, spans)
+                         for kind, seen in plan.positions.items()}
+        self._before = cache.snapshot() if recomputed else cache
+        self._read: set[int] = set()
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # A layer runs again for its gradient: on the cache as it was, and leaving it as it is by now.
+        into = self._before.snapshot() if layer in self._read else self._cache
+        self._read.add(layer)
+        blocks = into.extend(self._plan, layer, key, value)
+        return grouped_attention(query, blocks, self._visible[into.config.layers[layer].kind])
+
+    def finish(self) -> None:
+        self._cache.finish(self._plan)
+
+
+class _Denoising:
+    """A pass over canvases of ``width`` tokens."""
+
+    def __init__(self, cache: KVCache, width: int):
+        self._cache = cache
+        self._visible: dict[str, Visible | None] = {
+            kind: visibility.canvas(cache.config, kind, cache.lengths, columns, width)
+            for kind, columns in cache.positions.items()}
+        self.positions = visibility.behind(cache.lengths, width, cache.device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        blocks = self._cache.with_canvas(layer, key, value)
+        return grouped_attention(query, blocks, self._visible[self._cache.config.layers[layer].kind])
+
+    def finish(self) -> None:
+        """Nothing stays of a canvas."""
 
 
 def stored(tensor: Tensor, cache_type: str | None) -> Tensor:
@@ -203,20 +263,20 @@ def joined(blocks: list[Block]) -> Block:
     return torch.cat([key for key, _ in blocks], dim=2), torch.cat([value for _, value in blocks], dim=2)
 
 
-def _cut(block: Block) -> list[Block]:
-    """A block in pieces of at most `BLOCK` columns, each with memory of its own if there are several."""
+def _cut(block: Block, most: int) -> list[Block]:
+    """A block in pieces of at most ``most`` columns, each with memory of its own if there are several."""
     width = block[0].shape[2]
-    if width <= BLOCK:
+    if width <= most:
         return [block] if width else []
-    return [_map(block, lambda t, start=start: t[:, :, start : start + BLOCK].contiguous())
-            for start in range(0, width, BLOCK)]
+    return [_map(block, lambda t, start=start: t[:, :, start : start + most].contiguous())
+            for start in range(0, width, most)]
 
 
-def _append(blocks: list[Block], new: Block) -> list[Block]:
+def _append(blocks: list[Block], new: Block, most: int) -> list[Block]:
     """``blocks`` with more columns; only a last block that is not whole is copied."""
-    if blocks and blocks[-1][0].shape[2] < BLOCK:
-        return [*blocks[:-1], *_cut(joined([blocks[-1], new]))]
-    return [*blocks, *_cut(new)]
+    if blocks and blocks[-1][0].shape[2] < most:
+        return [*blocks[:-1], *_cut(joined([blocks[-1], new]), most)]
+    return [*blocks, *_cut(new, most)]
 
 
 def _last(blocks: list[Block], columns: int) -> list[Block]:

@@ -1,0 +1,214 @@
+"""Several requests at once through the network: what they read, and one denoising step of each one's canvas.
+
+Works on tensors and rows; knows nothing of queues or memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dgemma.cache.pages import PagedBatch
+from dgemma.diffusion.constraint import Guide, Walk
+from dgemma.diffusion.events import Denoised, TokenLogprob
+from dgemma.diffusion.logprobs import token_logprobs
+from dgemma.diffusion.row import Row
+from dgemma.diffusion.sampler import Sampler, StepSettings
+from dgemma.engine.prefixes import Prefix
+from dgemma.engine.step import StepState, denoising_step, forced
+from dgemma.nn import CanvasStats, DiffusionTransformer
+from dgemma.nn.distributions import Distributions, favoured, narrowed_stats
+from dgemma.nn.passes import Passes
+
+_STATS = ("argmax", "sample", "entropy", "soft")
+
+
+@dataclass(eq=False)
+class Seat:
+    """A request that runs: its row, what it has read, and what its canvas carries from step to step."""
+
+    row: Row
+    prefix: Prefix
+    memory: int = 0  # bytes promised to it
+    tokens: int = 0  # how many it may hold in these
+    most: int = 0  # how many it can come to hold
+    age: int = 0  # whoever came later has a larger one
+    stalled: bool = False  # it cannot go on before others have given memory back
+    guide: Guide | None = None
+    soft: Tensor | None = None  # [C, D] self-conditioning; None while no canvas is open
+    noise: tuple[Tensor, Tensor] | None = None  # drawn for the step that comes; kept if that has to be run again
+    hidden: Tensor | None = None  # [C, D] of the last step
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprob] | None = None
+
+    @property
+    def unread(self) -> int:
+        """Tokens that must be read before a canvas can be opened."""
+        return len(self.row.context) - self.prefix.cache.length
+
+    @property
+    def reads_long(self) -> bool:
+        """Whether it has to read a prompt, or again what it let go; else it is a canvas at most."""
+        return self.unread > (self.row.config.canvas_length if self.row.canvas_index else 0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did to one sequence."""
+
+    event: Denoised | None  # None when the request does not want to hear of drafts
+    done: bool  # the canvas is finished
+    finite: bool = True  # if not, the step has come to nothing: the seat is as it was
+
+
+class Runner:
+    """Takes sequences through the network; ``passes`` are the network's own unless others are handed in."""
+
+    def __init__(self, network: DiffusionTransformer, sampler: Sampler, passes: Passes | None = None):
+        self.network, self.sampler, self.passes = network, sampler, passes or Passes.of(network)
+
+    def read(self, work: Sequence[tuple[Seat, int]]) -> list[bool]:
+        """A causal pass over the next so many tokens of each context.
+
+        Returns for each whether its hidden states are finite; who has others has read nothing.
+        """
+        caches, counts = [seat.prefix.cache for seat, _ in work], [count for _, count in work]
+        batch = PagedBatch(caches, counts)
+        parts = [seat.row.piece(seat.prefix.cache.length, count) for seat, count in work]
+        ids = torch.tensor([[token for part in parts for token in part.ids]], device=self.network.device)
+        starts = [0, *itertools.accumulate(counts)]
+        spans = [(start + begin, start + end) for start, part in zip(starts, parts, strict=False)
+                 for begin, end, _ in part.soft]
+        inputs = ids
+        if spans:
+            inputs = self.network.embed(ids)
+            soft = [rows for part in parts for _, _, rows in part.soft]
+            for (begin, end), rows in zip(spans, soft, strict=True):
+                inputs[0, begin:end] = rows.to(inputs)
+        hidden = self.passes.encode(inputs, batch, spans=[spans] if spans else None)
+        fine = [bool(part.all()) for part in hidden[0].isfinite().all(-1).cpu().split(counts)]
+        for index, good in enumerate(fine):
+            if not good:
+                batch.undo(index)
+        return fine
+
+    def denoise(self, seats: Sequence[Seat]) -> list[Outcome]:
+        """One denoising step of every seat's canvas. Raises what goes wrong, and has changed no seat then."""
+        state = self._state(seats)
+        special = any(_narrows(seat) or seat.guide is not None for seat in seats)  # their choices are made on the host
+        batch = PagedBatch([seat.prefix.cache for seat in seats])
+        result = denoising_step(self.network, self.passes, self.sampler, batch, state,
+                                partial(self._predicted, seats, state) if special else None)
+        *columns, done, finite = [t.cpu() for t in (result.draft, result.canvas, result.entropy, result.accepted,
+                                                    result.done, result.finite)]
+        outcomes = []
+        for index, (seat, sound, ended) in enumerate(zip(seats, finite.tolist(), done.tolist(), strict=True)):
+            if not sound:
+                outcomes.append(Outcome(None, False, finite=False))
+                continue
+            seat.soft, seat.hidden, seat.noise = result.soft[index], result.hidden[index], None
+            outcomes.append(Outcome(seat.row.advance(*(column[index] for column in columns)), ended))
+        return outcomes
+
+    def _state(self, seats: Sequence[Seat]) -> StepState:
+        rows, device = [seat.row for seat in seats], self.network.device
+        for seat in seats:
+            seat.noise = seat.noise or seat.row.draw_noise()
+        noise, random = (torch.stack(part).to(device) for part in
+                         zip(*(seat.noise for seat in seats if seat.noise), strict=True))
+        longest = max(len(row.history) for row in rows)
+        history = torch.stack([F.pad(row.history, (0, 0, longest - len(row.history), 0), value=-1) for row in rows], 1)
+        pinned = None
+        if any(row.pinned is not None for row in rows):
+            pinned = torch.stack([torch.zeros_like(row.canvas, dtype=torch.bool) if row.pinned is None else row.pinned
+                                  for row in rows]).to(device)
+        temperatures = [row.request.choices.temperature for row in rows]
+        # A temperature of 0 draws nothing: any number will do.
+        settings = StepSettings.of([row.settings for row in rows], [row.step for row in rows], device,
+                                   [1 / (temperature or 1.0) for temperature in temperatures])
+        greedy = torch.tensor([t == 0 for t in temperatures], device=device) if not all(temperatures) else None
+        return StepState(torch.stack([row.canvas for row in rows]).to(device),
+                         torch.stack([seat.soft for seat in seats if seat.soft is not None]), noise, random,
+                         history.to(device), settings, pinned, greedy)
+
+    def _predicted(self, seats: Sequence[Seat], state: StepState, hidden: Tensor) -> CanvasStats:
+        """Predictions of rows of which some choose for themselves: narrowed ones are not walked through the head."""
+        sound = hidden.isfinite().flatten(1).all(1).tolist()
+        narrow = [index for index, seat in enumerate(seats) if sound[index] and _narrows(seat)]
+        plain = [index for index in range(len(seats)) if index not in narrow]
+        parts = [_narrowed(self.network, seats[index], hidden[index]) for index in narrow]
+        if plain:
+            sharpness = state.settings.sharpness
+            parts.append(self.network.head(hidden[plain], state.settings.temperature[plain], state.noise[plain],
+                                           None if sharpness is None else sharpness[plain]))
+        order = torch.tensor([*narrow, *plain], device=hidden.device).argsort()
+        stats = CanvasStats(*(torch.cat([getattr(part, name) for part in parts])[order] for name in _STATS))
+        sound = stats.entropy.isfinite().all(1).tolist()
+        for index, seat in enumerate(seats):
+            if seat.guide is not None and sound[index]:
+                _guide(self.network, seat, hidden[index], stats, index)
+        return stats
+
+
+def logprobs_of(network: DiffusionTransformer, seat: Seat, count: int) -> list[TokenLogprob] | None:
+    """The log-probabilities of a closing canvas' first ``count`` tokens, if the request asks for them."""
+    if seat.row.request.logprobs is None or seat.hidden is None:
+        return None
+    return token_logprobs(_distributions(network, seat, seat.hidden, 1.0), seat.row.draft, seat.row.request.logprobs,
+                          count)
+
+
+def _narrows(seat: Seat) -> bool:
+    choices = seat.row.request.choices
+    draws = choices.temperature and seat.guide is None  # else the sample is another one
+    return bool(choices.logit_bias or (draws and (choices.top_k or choices.top_p < 1)))
+
+
+def _draws_narrowed(seat: Seat) -> bool:
+    choices = seat.row.request.choices
+    return bool(choices.temperature and (choices.top_k or choices.top_p < 1))
+
+
+def _distributions(network: DiffusionTransformer, seat: Seat, hidden: Tensor, temperature: float) -> Distributions:
+    bias = None
+    if seat.row.request.choices.logit_bias:
+        tokens, values = zip(*seat.row.request.choices.logit_bias, strict=True)
+        bias = torch.zeros(network.config.vocab_size, device=hidden.device)
+        bias[list(tokens)] = torch.tensor(values, dtype=torch.float32, device=hidden.device)
+    return Distributions(hidden, network.embed_tokens.weight, network.config.final_logit_softcapping, temperature, bias)
+
+
+def _narrowed(network: DiffusionTransformer, seat: Seat, hidden: Tensor) -> CanvasStats:
+    choices, noise = seat.row.request.choices, seat.noise
+    assert noise is not None
+    return narrowed_stats(_distributions(network, seat, hidden, seat.row.temperature), network.embed_tokens.weight,
+                          network.embed_scale, noise[0][:, 0, 0].to(hidden.device), choices.top_k, choices.top_p,
+                          1 / (choices.temperature or 1.0))
+
+
+def _guide(network: DiffusionTransformer, seat: Seat, hidden: Tensor, stats: CanvasStats, index: int) -> None:
+    """Put what the constraint chooses in the place of the row's argmax and sample."""
+    row, noise = seat.row, seat.noise
+    assert seat.guide is not None and noise is not None
+    # What is valid as it was predicted is the most probable canvas, and a draw as good as one among the valid ones.
+    if getattr(seat.guide, "may_be_empty", False) and not _draws_narrowed(seat) and all(
+            seat.guide.takes(tokens[index].tolist(), network.config.canvas_length, row.room)
+            for tokens in (stats.argmax, stats.sample)):
+        return
+    # The most probable path is the same at any temperature, so the walk is at the draw's.
+    choices = row.request.choices
+    walk: Walk = _distributions(network, seat, hidden, row.temperature * (choices.temperature or 1.0))
+    if _draws_narrowed(seat):
+        walk = ((place, favoured(log_p, choices.top_k, choices.top_p)) for place, log_p in walk)
+    chosen = seat.guide.choose(walk, network.config.canvas_length, row.room, noise[0][:, 0, 0])
+    stats.argmax[index] = chosen.draft.to(hidden.device)
+    stats.sample[index] = chosen.sample.to(hidden.device)
+    one = CanvasStats(*(getattr(stats, name)[index : index + 1] for name in _STATS))
+    one = forced(network, one, chosen.fixed.to(hidden.device).unsqueeze(0), one.argmax)
+    stats.entropy[index], stats.soft[index] = one.entropy[0], one.soft[0]
