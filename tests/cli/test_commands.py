@@ -215,13 +215,13 @@ def test_inspect(dgemma_command, checkpoint, tmp_path):
 
 def test_turns_follow_each_other_and_only_new_tokens_are_read(chat, model, submitted, monkeypatch):
     read = []
-    real = DiffusionTransformer.encode_rows
+    real = DiffusionTransformer.encode
 
-    def encode_rows(network, rows):
-        read.extend((cache.length, len(tokens)) for tokens, cache in rows)
-        return real(network, rows)
+    def encode(network, inputs, cache, **options):
+        read.extend((sequence.length, count) for sequence, count in zip(cache.sequences, cache.counts, strict=True))
+        return real(network, inputs, cache, **options)
 
-    monkeypatch.setattr(DiffusionTransformer, "encode_rows", encode_rows)
+    monkeypatch.setattr(DiffusionTransformer, "encode", encode)
     outcome = chat("hello", "", '"""and', 'so on"""', options=("--seed", 3, "--max-tokens", 16))
     pieces = list(read)
     said = model.generate("hello", seed=3, max_tokens=16).text
@@ -312,16 +312,16 @@ def test_an_interruption_anywhere_does_not_end_a_conversation(chat, monkeypatch,
 
 
 def test_a_stopped_answer_stays_as_far_as_it_came(chat, monkeypatch, tmp_path):
-    real = DiffusionTransformer.denoise_rows
+    real = DiffusionTransformer.denoise
     calls = iter(range(1000))
 
-    def denoise_rows(*arguments):
+    def denoise(*arguments):
         if next(calls) == 5:  # within the second canvas
             for _ in range(3):
                 signal.raise_signal(signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(DiffusionTransformer, "denoise_rows", denoise_rows)
+    monkeypatch.setattr(DiffusionTransformer, "denoise", denoise)
     kept = tmp_path / "kept.json"
     outcome = chat("one", f"/save {kept}", "two", options=("--seed", 3, "--confidence-threshold", 1e-9))
     assert (outcome.code, outcome.err) == (0, "(stopped)\n")

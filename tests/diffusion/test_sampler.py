@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dgemma.config import GenerationConfig
 from dgemma.diffusion.sampler import (
     EntropyBoundSampler,
+    StepSettings,
     accept,
     converged,
     renoise,
@@ -37,6 +38,10 @@ def stats_of(processed: torch.Tensor, sample: torch.Tensor) -> CanvasStats:
     return CanvasStats(processed.argmax(-1), sample, token_entropy(processed), torch.zeros(1))
 
 
+def settings_of(rows, steps=None):
+    return StepSettings.of(rows, steps or [0] * len(rows), torch.device("cpu"))
+
+
 def tokens(seed: int, batch: int, canvas: int) -> torch.Tensor:
     return torch.randint(VOCAB, (batch, canvas), generator=torch.Generator().manual_seed(seed))
 
@@ -64,7 +69,7 @@ def test_a_step_is_the_reference_s(theirs, seed, batch, canvas, bound):
     next_canvas = reference.renoise_canvas(accepted_canvas, cur_step=3)
 
     ours, accepted = EntropyBoundSampler().advance(stats_of(processed, sample), fresh,
-                                                   [GenerationConfig(entropy_bound=bound)] * batch)
+                                                   settings_of([GenerationConfig(entropy_bound=bound)] * batch))
     assert torch.equal(accepted, reference.accepted_token_mask)
     assert torch.equal(ours, next_canvas)
     assert accepted.any(-1).all()  # a step always makes progress
@@ -131,16 +136,15 @@ def drafts(seed: int, steps: int, batch: int, canvas: int) -> list[torch.Tensor]
 def test_the_decision_to_stop_is_the_reference_s(theirs, threshold, seed):
     batch, canvas, steps, confidence = 3, 6, 10, 0.05
     reference = theirs.StableAndConfidentStoppingCriteria(threshold, confidence)
-    settings_ = [GenerationConfig(stability_threshold=threshold, confidence_threshold=confidence)] * batch
-    histories = [torch.full((threshold, canvas), -1) for _ in range(batch)]
+    settings_ = settings_of([GenerationConfig(stability_threshold=threshold, confidence_threshold=confidence)] * batch)
+    history = torch.full((threshold, batch, canvas), -1)
     for processed in drafts(seed, steps, batch, canvas):
         assume(((token_entropy(processed).mean(-1) - confidence).abs() > 1e-4).all())
         stats = stats_of(processed, processed.argmax(-1))
-        ours = EntropyBoundSampler().done(stats, histories, settings_)
-        assert ours == reference(processed.argmax(-1), processed).tolist()
+        ours = EntropyBoundSampler().done(stats, history, settings_)
+        assert ours.tolist() == reference(processed.argmax(-1), processed).tolist()
         if threshold:
-            histories = [torch.cat([history[1:], draft[None]])
-                         for history, draft in zip(histories, stats.argmax, strict=True)]
+            history = torch.cat([history[1:], stats.argmax[None]])
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 2, 3])
@@ -171,9 +175,15 @@ def test_the_mean_entropy_counts_and_the_threshold_itself_is_not_enough():
 def test_rows_ask_for_histories_of_different_lengths():
     processed = 40.0 * torch.nn.functional.one_hot(torch.tensor([[1, 2]] * 3), VOCAB)
     stats = stats_of(processed, processed.argmax(-1))
-    same, older = torch.tensor([[1, 2]]), torch.tensor([[9, 2], [1, 2]])
-    settings_ = [GenerationConfig(stability_threshold=n) for n in (0, 1, 2)]
-    assert EntropyBoundSampler().done(stats, [torch.empty(0, 2), same, older], settings_) == [True, True, False]
+    history = torch.tensor([[[-1, -1], [-1, -1], [9, 2]], [[-1, -1], [1, 2], [1, 2]]])
+    settings_ = settings_of([GenerationConfig(stability_threshold=n) for n in (0, 1, 2)])
+    assert EntropyBoundSampler().done(stats, history, settings_).tolist() == [True, True, False]
+
+
+def test_the_last_step_there_is_ends_a_canvas_however_unsure_it_is():
+    stats = stats_of(torch.zeros(2, 2, VOCAB), torch.zeros(2, 2, dtype=torch.long))
+    settings_ = settings_of([GenerationConfig(max_denoising_steps=n) for n in (3, 4)], [2, 2])
+    assert EntropyBoundSampler().done(stats, torch.empty(0, 2, 2), settings_).tolist() == [True, False]
 
 
 # Temperature and entropy

@@ -6,6 +6,8 @@ from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import Finished
 from dgemma.diffusion.row import Request
 from dgemma.engine import Engine
+from dgemma.engine.runner import Runner
+from support.passes import watched
 from support.readers import reading
 
 # By default nothing stops early: neither a stop token nor an adaptive stop.
@@ -14,12 +16,14 @@ PLAIN = {"max_denoising_steps": 4, "eos_token_id": (), "confidence_threshold": 1
 
 
 @pytest.fixture
-def engine_of(tiny_network):
-    """A function that makes an engine over the tiny network (or another one)."""
+def engine_of(tiny_network, encoded):
+    """A function that makes an engine over the tiny network (or another one), with ``passes`` of a test's own."""
 
-    def make(network=None, **options):
+    def make(network=None, passes=None, sampler=None, **options):
+        network = network or tiny_network
+        passes = passes or watched(network, encode=lambda inputs, cache: encoded.append(list(cache.counts)))
         read = reading(lambda request, tokens: (f"{len(tokens)} tokens", None, []))
-        return Engine(network or tiny_network, **{"read": read} | options)
+        return Engine(network, **{"read": read, "runner": Runner(network, sampler, passes)} | options)
 
     return make
 
@@ -48,13 +52,6 @@ def answer():
 
 
 @pytest.fixture
-def encoded(tiny_network, monkeypatch):
-    """Every encoder pass that is made, as the tokens of each of its rows."""
-    passes, encode = [], tiny_network.encode_rows
-
-    def spy(rows):
-        passes.append([len(token_ids) for token_ids, _ in rows])
-        return encode(rows)
-
-    monkeypatch.setattr(tiny_network, "encode_rows", spy)
-    return passes
+def encoded():
+    """Every encoder pass that is made, as the tokens of each of its sequences."""
+    return []

@@ -11,6 +11,7 @@ from dgemma.diffusion.sampler import EntropyBoundSampler, temperature_at
 from dgemma.engine import Engine, PrefixStore
 from dgemma.engine import engine as engine_module
 from support.engine_requests import PROMPT, C, mixed_requests, tokens_of
+from support.passes import watched
 from support.readers import reading
 from support.reference import random_network, tiny_config
 
@@ -120,10 +121,10 @@ def test_every_step_of_a_request_is_the_same_in_a_batch(engine_of, ask):
         assert_same_events(list(engine_of().run([request])), [e for e in shared if e.request == request.id])
 
 
-def test_a_batch_never_exceeds_its_limit(engine_of, ask, tiny_network, monkeypatch):
-    sizes, denoise = [], tiny_network.denoise_rows
-    monkeypatch.setattr(tiny_network, "denoise_rows", lambda ids, *rest: sizes.append(len(ids)) or denoise(ids, *rest))
-    list(engine_of(max_batch=3).run(mixed_requests(ask)))
+def test_a_batch_never_exceeds_its_limit(engine_of, ask, tiny_network):
+    sizes = []
+    passes = watched(tiny_network, denoise=lambda ids, *_: sizes.append(len(ids)))
+    list(engine_of(max_batch=3, passes=passes).run(mixed_requests(ask)))
     assert max(sizes) == 3
 
 
@@ -253,15 +254,14 @@ def test_everything_can_be_cancelled_at_once(engine_of, ask):
 
 def test_a_long_prompt_can_be_cancelled_while_it_is_read(engine_of, ask, tiny_network, monkeypatch):
     monkeypatch.setattr(engine_module, "PIECE", 4)
-    engine, pieces, encode = engine_of(), [], tiny_network.encode_rows
+    pieces = []
 
-    def spy(rows):
-        pieces.append([len(token_ids) for token_ids, _ in rows])
+    def spy(inputs, cache):
+        pieces.append(list(cache.counts))
         if len(pieces) == 2:
             engine.cancel_all()
-        return encode(rows)
 
-    monkeypatch.setattr(tiny_network, "encode_rows", spy)
+    engine = engine_of(passes=watched(tiny_network, encode=spy))
     events = list(engine.run([ask(range(30), id=0), ask(range(10, 50), id=1)]))
     assert pieces == [[2, 2], [2, 2]]
     assert [(event.request, event.generation.finish_reason) for event in events] == [(0, "cancelled"), (1, "cancelled")]
@@ -282,10 +282,9 @@ def test_cancelling_what_is_not_there_does_nothing(engine_of, ask, answer):
     assert {e.generation.finish_reason for e in engine.run([]) if isinstance(e, Finished)} == {"length"}
 
 
-def test_a_caller_who_stops_listening_stops_the_work(engine_of, ask, tiny_network, monkeypatch):
-    steps, denoise = [], tiny_network.denoise_rows
-    monkeypatch.setattr(tiny_network, "denoise_rows", lambda *arguments: steps.append(1) or denoise(*arguments))
-    events = engine_of().run([ask(max_tokens=9 * C)])
+def test_a_caller_who_stops_listening_stops_the_work(engine_of, ask, tiny_network):
+    steps = []
+    events = engine_of(passes=watched(tiny_network, denoise=lambda *_: steps.append(1))).run([ask(max_tokens=9 * C)])
     while not isinstance(next(events), Denoised):
         pass
     events.close()
@@ -310,10 +309,10 @@ def test_pinned_positions_never_change_and_stand_in_the_answer(engine_of, ask):
             assert all(event.entropies[i] == 0 and event.accepted[i] for i in fixed)
 
 
-def test_pinned_positions_condition_the_next_step_as_known_tokens(engine_of, ask, tiny_network, monkeypatch):
-    softs, denoise = [], tiny_network.denoise_rows
-    monkeypatch.setattr(tiny_network, "denoise_rows", lambda *given: softs.append(given[2]) or denoise(*given))
-    list(engine_of().run([ask(id=0, canvas=[11, 12], pinned=[True, True]), ask(id=1)]))
+def test_pinned_positions_condition_the_next_step_as_known_tokens(engine_of, ask, tiny_network):
+    softs = []
+    passes = watched(tiny_network, denoise=lambda ids, cache, soft: softs.append(soft))
+    list(engine_of(passes=passes).run([ask(id=0, canvas=[11, 12], pinned=[True, True]), ask(id=1)]))
     known = tiny_network.embed(torch.tensor([11, 12]))
     assert not softs[0].any()
     for soft in softs[1:]:
@@ -367,24 +366,21 @@ def test_a_seeded_canvas_is_where_denoising_starts_but_may_change(engine_of, ask
     assert any(event.canvas_ids[:3] != started.token_ids[:3] for event in rest if isinstance(event, Denoised))
 
 
-def test_the_network_denoises_the_canvas_that_was_given(engine_of, ask, tiny_network, monkeypatch):
-    seen, denoise = [], tiny_network.denoise_rows
-    monkeypatch.setattr(tiny_network, "denoise_rows",
-                        lambda ids, *rest: seen.append(ids.tolist()) or denoise(ids, *rest))
-    events = list(engine_of().run([ask(canvas=[4] * C)]))
+def test_the_network_denoises_the_canvas_that_was_given(engine_of, ask, tiny_network):
+    seen = []
+    passes = watched(tiny_network, denoise=lambda ids, *_: seen.append(ids.tolist()))
+    events = list(engine_of(passes=passes).run([ask(canvas=[4] * C)]))
     canvases = [event.canvas_ids for event in events if isinstance(event, Denoised)]
     assert seen == [[canvas] for canvas in [[4] * C, *canvases[:-1]]]
 
 
-def test_self_conditioning_starts_at_zero_on_every_canvas(engine_of, ask, tiny_network, monkeypatch):
-    sizes, denoise = [], tiny_network.denoise_rows
+def test_self_conditioning_starts_at_zero_on_every_canvas(engine_of, ask, tiny_network):
+    sizes = []
 
     def spy(ids, cache, soft):
         sizes.append([float(row.abs().sum()) > 0 for row in soft])
-        return denoise(ids, cache, soft)
 
-    monkeypatch.setattr(tiny_network, "denoise_rows", spy)
-    list(engine_of().run([ask(id=0, max_tokens=2 * C, max_denoising_steps=2),
+    list(engine_of(passes=watched(tiny_network, denoise=spy)).run([ask(id=0, max_tokens=2 * C, max_denoising_steps=2),
                           ask(id=1, max_tokens=C, max_denoising_steps=3)]))
     assert sizes == [[False, False], [True, True], [False, True], [True]]
 
@@ -479,8 +475,8 @@ def test_a_sampler_of_one_s_own_plugs_in(engine_of, ask, answer):
             self.steps += 1
             return stats.argmax, torch.ones_like(stats.argmax, dtype=torch.bool)
 
-        def done(self, stats, histories, settings):
-            return [self.steps == 2] * len(settings)
+        def done(self, stats, history, settings):
+            return torch.full_like(settings.last, self.steps == 2)
 
     sampler = Greedy()
     events = list(engine_of(sampler=sampler).run([ask(max_denoising_steps=40)]))
@@ -494,7 +490,7 @@ def test_the_sampler_is_told_every_row_s_settings(engine_of, ask):
         heard = []
 
         def advance(self, stats, random, settings):
-            self.heard.append([s.entropy_bound for s in settings])
+            self.heard.append(settings.entropy_bound.tolist())
             return super().advance(stats, random, settings)
 
     list(engine_of(sampler=Listening()).run([ask(id=0, entropy_bound=0.5), ask(id=1, entropy_bound=7.0)]))

@@ -5,22 +5,21 @@ import random
 import pytest
 import torch
 
+from dgemma.cache.pages import Paged, PagedBatch, PageFormat
 from dgemma.engine.prefixes import PrefixStore
-from dgemma.nn import rows as rows_module
 from support.reference import tiny_config
 
 W = tiny_config().sliding_window
 PAGE = 5
 
 
-@pytest.fixture(autouse=True)
-def small_pages(monkeypatch):
-    monkeypatch.setattr(rows_module, "PAGE", PAGE)
-
-
 @pytest.fixture
 def store():
-    return PrefixStore()
+    return PrefixStore(page=PAGE)
+
+
+def encode(network, cache, tokens):
+    network.encode(torch.tensor([tokens]), PagedBatch([cache], [len(tokens)]))
 
 
 def read(store, network, context, piece=PAGE):
@@ -29,19 +28,19 @@ def read(store, network, context, piece=PAGE):
     known = prefix.cache.length
     while prefix.cache.length < len(context):
         done = prefix.cache.length
-        network.encode_rows([(context[done : done + piece], prefix.cache)])
+        encode(network, prefix.cache, context[done : done + piece])
         prefix.keep(context)
     return known, prefix
 
 
 def hidden_of(network, cache):
     canvas = torch.arange(network.config.canvas_length).unsqueeze(0)
-    return network.denoise_rows(canvas, [cache], torch.zeros(*canvas.shape, network.config.hidden_size))
+    return network.denoise(canvas, PagedBatch([cache]))
 
 
 def fresh(network, context):
-    cache = network.new_row()
-    network.encode_rows([(context, cache)])
+    cache = Paged(PageFormat(network.config, network.device, network.cache_type, PAGE))
+    encode(network, cache, context)
     return hidden_of(network, cache)
 
 
@@ -71,21 +70,21 @@ def test_growing_contexts_share_their_pages(store, tiny_network, random_ids):
     for length in range(3, 8 * PAGE, 3):
         read(store, tiny_network, context[:length])
     _, prefix = read(store, tiny_network, context)
-    alone = PrefixStore()
+    alone = PrefixStore(page=PAGE)
     read(alone, tiny_network, context)
     assert store.nbytes == alone.nbytes
-    held = {id(block) for node in store._nodes() for block in node.page.blocks if block}
-    assert all(id(block) in held for page in prefix.cache.pages for block in page.blocks if block)
+    held = {id(memory) for node in store._nodes() for memory in node.page.memories.values()}
+    assert all(id(memory) in held for page in prefix.cache.pages for memory in page.memories.values())
 
 
 @torch.inference_mode()
 def test_memory_stays_within_the_budget_and_the_latest_stay(tiny_network, random_ids):
     contexts = [random_ids(1, 3 * PAGE)[0].tolist() for _ in range(6)]
     contexts = [[index, *context] for index, context in enumerate(contexts)]
-    one = PrefixStore()
+    one = PrefixStore(page=PAGE)
     read(one, tiny_network, contexts[0])[1].close()
     assert one.spare == one.nbytes
-    store = PrefixStore(3 * one.nbytes)
+    store = PrefixStore(3 * one.nbytes, page=PAGE)
     for context in contexts:
         read(store, tiny_network, context)[1].close()
         assert store.nbytes <= store.budget
@@ -96,7 +95,7 @@ def test_memory_stays_within_the_budget_and_the_latest_stay(tiny_network, random
 
 @torch.inference_mode()
 def test_what_is_in_use_stays(tiny_network, random_ids):
-    store = PrefixStore()
+    store = PrefixStore(page=PAGE)
     context = random_ids(1, 3 * PAGE)[0].tolist()
     _, prefix = read(store, tiny_network, context)
     store.shrink(0)
@@ -145,7 +144,7 @@ def test_forgetting_leaves_those_in_use_alone(store, tiny_network, random_ids):
 @torch.inference_mode()
 def test_any_order_of_reading_closing_and_forgetting_keeps_the_books_right(tiny_network):
     chance = random.Random(5)
-    store = PrefixStore()
+    store = PrefixStore(page=PAGE)
     stems = [[chance.randrange(50) for _ in range(30)] for _ in range(2)]
     open_ones = []
     for _ in range(60):
@@ -188,7 +187,7 @@ def test_a_tenant_finds_nothing_that_another_has_read(store, tiny_network, rando
     for tenant in ("a", "b"):
         prefix = store.open(context, tiny_network, tenant=tenant)
         assert prefix.cache.length == 0
-        tiny_network.encode_rows([(context, prefix.cache)])
+        encode(tiny_network, prefix.cache, context)
         prefix.keep(context)
         assert store.open(context[:7], tiny_network, tenant=tenant).cache.length == 7
     assert store.open(context, tiny_network).cache.length == 0
@@ -201,11 +200,11 @@ def test_whole_pages_of_a_shared_beginning_are_found_by_all(store, tiny_network,
     context = random_ids(1, 4 * PAGE)[0].tolist()
     first = store.open(context, tiny_network, tenant="a", shared=shared)
     for start in range(0, len(context), 3):  # also in pieces that end within a page
-        tiny_network.encode_rows([(context[start : start + 3], first.cache)])
+        encode(tiny_network, first.cache, context[start : start + 3])
         first.keep(context)
     other = store.open(context, tiny_network, tenant="b", shared=shared)
     assert other.cache.length == found
-    tiny_network.encode_rows([(context[found:], other.cache)] if found < len(context) else [([1], other.cache)])
+    encode(tiny_network, other.cache, context[found:] or [1])
     assert store.open(context, tiny_network, tenant="a", shared=shared).cache.length == len(context)
     # Who knows a shared page but for one token learns nothing.
     guess = [*context[: PAGE - 1], (context[PAGE - 1] + 1) % 50, *context[PAGE:]]
@@ -214,13 +213,13 @@ def test_whole_pages_of_a_shared_beginning_are_found_by_all(store, tiny_network,
 
 @torch.inference_mode()
 def test_tenants_and_trees_that_are_empty_leave_nothing_behind(tiny_network, random_ids):
-    store = PrefixStore()
+    store = PrefixStore(page=PAGE)
     context = random_ids(1, 3 * PAGE)[0].tolist()
     for tenant in range(20):
         for shared in (0, PAGE):
             prefix = store.open(context, tiny_network, tenant=f"tenant {tenant}", shared=shared)
             while prefix.cache.length < len(context):
-                tiny_network.encode_rows([(context[prefix.cache.length :], prefix.cache)])
+                encode(tiny_network, prefix.cache, context[prefix.cache.length :])
                 prefix.keep(context)
             prefix.close()
     nodes = list(store._nodes())

@@ -171,8 +171,8 @@ def test_stopping_ends_what_takes_too_long_and_says_how_many(serving, ask):
 
 
 def test_a_request_that_comes_with_the_last_step_is_ended_too(serving, ask, tiny_network, monkeypatch):
-    denoise = tiny_network.denoise_rows
-    monkeypatch.setattr(tiny_network, "denoise_rows", lambda *given: time.sleep(0.1) or denoise(*given))
+    denoise = tiny_network.denoise
+    monkeypatch.setattr(tiny_network, "denoise", lambda *given: time.sleep(0.1) or denoise(*given))
 
     async def work(service):
         running = [asyncio.create_task(generation_of(service, ask(max_tokens=100_000)))]

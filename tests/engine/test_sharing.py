@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dgemma.cache.pages import Page
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Failed, Finished
 from dgemma.diffusion.row import Choices, Thoughts
 from dgemma.engine import Engine, PrefixStore
 from dgemma.engine import engine as engine_module
 from dgemma.errors import NotFiniteError
-from dgemma.nn import rows as rows_module
+from dgemma.nn.passes import Passes
 from support.engine_requests import PROMPT, C, mixed_requests, tokens_of
+from support.passes import texts_of, watched
 from support.readers import reading
 from support.reference import random_network, tiny_config
 
@@ -80,37 +82,28 @@ def test_memory_of_a_request_grows_with_what_it_may_become(engine_of, ask):
     assert engine.memory_of(ask(range(40))) > engine.memory_of(ask(range(4)))
 
 
-def broken(tiny_network, monkeypatch, method, bad):
-    """Make a pass fail whenever a row that is `bad` is in it."""
-    whole = getattr(tiny_network, method)
-
-    def fail(*arguments):
-        if any(bad(row) for row in arguments[0]):
-            raise RuntimeError("out of luck")
-        return whole(*arguments)
-
-    monkeypatch.setattr(tiny_network, method, fail)
+def out_of_luck(found):
+    if found:
+        raise RuntimeError("out of luck")
 
 
-@pytest.mark.parametrize("method", ["encode_rows", "denoise_rows"])
-def test_a_request_that_fails_fails_alone(engine_of, ask, answer, tiny_network, monkeypatch, method):
+@pytest.mark.parametrize("breaks", [
+    {"encode": lambda inputs, cache: out_of_luck([49] in texts_of(inputs, cache))},
+    {"denoise": lambda ids, *_: out_of_luck([49] * C in ids.tolist())}], ids=["reading", "denoising"])
+def test_a_request_that_fails_fails_alone(engine_of, ask, answer, tiny_network, breaks):
     good = [ask([3, 4, i], id=i, seed=i, max_tokens=2 * C) for i in range(3)]
     expected = tokens_of([answer(engine_of(), request) for request in good])
     bad = ask([49], id=7, canvas=[49] * C, pinned=[True] * C)
-    if method == "encode_rows":
-        broken(tiny_network, monkeypatch, method, lambda row: row[0] == [49])
-    else:
-        broken(tiny_network, monkeypatch, method, lambda canvas: canvas.tolist() == [49] * C)
-    ends = {e.request: e for e in engine_of(isolate=True).run([*good, bad]) if isinstance(e, Finished | Failed)}
+    engine = engine_of(isolate=True, passes=watched(tiny_network, **breaks))
+    ends = {e.request: e for e in engine.run([*good, bad]) if isinstance(e, Finished | Failed)}
     assert isinstance(ends[7], Failed)
     assert "out of luck" in ends[7].error
     assert tokens_of([ends[i].generation for i in range(3)]) == expected
 
 
-def test_without_isolation_what_goes_wrong_is_raised(engine_of, ask, tiny_network, monkeypatch):
-    broken(tiny_network, monkeypatch, "denoise_rows", lambda _: True)
+def test_without_isolation_what_goes_wrong_is_raised(engine_of, ask, tiny_network):
     with pytest.raises(RuntimeError, match="out of luck"):
-        list(engine_of().run([ask()]))
+        list(engine_of(passes=watched(tiny_network, denoise=lambda *_: out_of_luck(True))).run([ask()]))
 
 
 def test_an_answer_that_cannot_be_read_fails_alone(tiny_network, ask):
@@ -165,24 +158,24 @@ def test_a_transient_failure_wherever_it_comes_costs_nobody_an_answer(engine_of,
     """Memory may run out anywhere: while a pass runs, while its pages are written, while pages are taken over."""
     requests = [ask([3 + i, 4, 5], id=i, seed=i, max_tokens=2 * C) for i in range(2)]
     expected = tokens_of([answer(engine_of(), request) for request in requests])
-    owned, calls = rows_module._owned, itertools.count()
+    memory = Page.longer
 
-    for failing in range(0, 60, 7):
+    for failing in range(8):
         calls = itertools.count()
 
-        def fail_once(columns, calls=calls, failing=failing):
+        def fail_once(page, count, calls=calls, failing=failing):
             if next(calls) == failing:
                 raise torch.OutOfMemoryError("for a moment")
-            return owned(columns)
+            return memory(page, count)
 
-        monkeypatch.setattr(rows_module, "_owned", fail_once)
+        monkeypatch.setattr(Page, "longer", fail_once)
         assert tokens_of(answer(engine_of(isolate=True), *requests)) == expected
 
 
 def test_taking_over_what_another_has_read_can_fail_alone(engine_of, ask, answer, monkeypatch):
     engine = engine_of(isolate=True)
     answer(engine, ask(PROMPT))
-    monkeypatch.setattr(rows_module.Page, "beginning", lambda *_: 1 / 0)
+    monkeypatch.setattr(Page, "beginning", lambda *_: 1 / 0)
     events = list(engine.run([ask([*PROMPT[:3], 40], id=0), ask([30, 31], id=1)]))
     ends = {event.request: type(event) for event in events if isinstance(event, Finished | Failed)}
     assert ends == {0: Failed, 1: Finished}
@@ -481,9 +474,8 @@ def test_a_tenant_cannot_tell_what_another_has_asked(engine_of, ask, answer):
     assert answer(engine, ask(secret, tenant="a")).cached_tokens == len(secret)
 
 
-def test_tenants_share_whole_pages_of_a_system_prompt_if_they_are_allowed_to(engine_of, ask, answer, monkeypatch):
-    monkeypatch.setattr(rows_module, "PAGE", 8)
-    engine, system = engine_of(), [*range(10, 35), 2]  # three pages and two tokens
+def test_tenants_share_whole_pages_of_a_system_prompt_if_they_are_allowed_to(engine_of, ask, answer):
+    engine, system = engine_of(prefixes=PrefixStore(page=8)), [*range(10, 35), 2]  # three pages and two tokens
     for turn, tenant in enumerate(["a", "b", "a", "c"]):
         request = ask([*system, 40 + turn, 3], id=turn, seed=turn, tenant=tenant, shared=len(system))
         generation = answer(engine, request)
@@ -491,9 +483,8 @@ def test_tenants_share_whole_pages_of_a_system_prompt_if_they_are_allowed_to(eng
         assert tokens_of([generation]) == tokens_of([answer(engine_of(), request)])
 
 
-def test_shared_system_prompts_are_read_once_by_those_who_come_together(engine_of, ask, answer, monkeypatch):
-    monkeypatch.setattr(rows_module, "PAGE", 8)
-    engine, system = engine_of(), [*range(10, 34)]
+def test_shared_system_prompts_are_read_once_by_those_who_come_together(engine_of, ask, answer):
+    engine, system = engine_of(prefixes=PrefixStore(page=8)), [*range(10, 34)]
     requests = [ask([*system, 40 + i], id=i, seed=i, tenant=f"tenant {i}", shared=len(system)) for i in range(4)]
     together = answer(engine, *requests)
     assert engine.counts.read_tokens == len(system) + 4
@@ -550,37 +541,24 @@ def test_a_request_whose_numbers_are_none_ends_alone(tiny_network, engine_of, as
     network = copy.deepcopy(tiny_network)
     good = [ask([3, 4, i], id=i, seed=i, max_tokens=2 * C, canvas=[5] * C, pinned=[True] * C) for i in range(4)]
     expected = tokens_of([answer(engine_of(), request) for request in good])
-    whole_encode, whole_denoise = network.encode_rows, network.denoise_rows
 
-    def encode(rows):  # the head reads every embedding, so it is not the weights that are damaged here
-        marked = [token_ids[0] == 49 for token_ids, _ in rows]
-        handle = network.layers[0].register_forward_hook(poison_tokens(rows, marked))
-        try:
-            return whole_encode(rows)
-        finally:
-            handle.remove()
-
-    def poison_tokens(rows, marked):
-        def hook(module, inputs, output):
-            starts = itertools.accumulate((len(ids) for ids, _ in rows), initial=0)
-            for start, (ids, _), bad in zip(starts, rows, marked, strict=False):
-                if bad:
-                    output[:, start : start + len(ids)] = float("nan")
-            return output
-
-        return hook
+    def encode(inputs, cache, **options):  # the head reads every embedding, so it is not the weights that are damaged
+        hidden = network.encode(inputs, cache, **options)
+        for part, text in zip(hidden[0].split(list(cache.counts)), texts_of(inputs, cache), strict=True):
+            if text[0] == 49:
+                part[:] = float("nan")
+        return hidden
 
     def denoise(canvas, *rest):
-        hidden = whole_denoise(canvas, *rest)
+        hidden = network.denoise(canvas, *rest)
         for row, tokens in enumerate(canvas.tolist()):
             if tokens == [48] * C:
                 hidden[row, 3, 2] = float("inf")
         return hidden
 
-    network.encode_rows, network.denoise_rows = encode, denoise
     bad = [ask([49, 3, 4], id=7), ask([5], id=8, canvas=[48] * C, pinned=[True] * C),
            ask([5], id=9, canvas=[48] * C, pinned=[True] * C, choices=Choices(top_k=2))]
-    engine = engine_of(network, isolate=True)
+    engine = engine_of(network, isolate=True, passes=Passes(encode, denoise))
     events = list(engine.run([good[0], bad[0], good[1], bad[1], *good[2:], bad[2]]))
     ends = {event.request: event for event in events if isinstance(event, Finished | Failed)}
     assert [type(ends[i]) for i in (7, 8, 9)] == [Failed] * 3

@@ -11,8 +11,7 @@ from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised
 from dgemma.diffusion.row import NARROWER, Request, Row, Thoughts
 from dgemma.engine import Engine
-from dgemma.engine import engine as engine_module
-from dgemma.engine.batch import Outcome
+from dgemma.engine.runner import Outcome, Runner
 from support.readers import reading
 from support.reference import random_network, tiny_config
 
@@ -21,25 +20,31 @@ OPEN, CLOSE, STOP = 40, 41, 42
 SAID = 7
 
 
+class Scripted(Runner):
+    """Writes what it is told, canvas by canvas, pins kept; ``made`` are the settings that each canvas was made with."""
+
+    def __init__(self, network, canvases):
+        super().__init__(network)
+        self.canvases, self.made = canvases, []
+
+    def denoise(self, seats):
+        outcomes = []
+        for seat in seats:
+            wanted = self.canvases[min(len(self.made), len(self.canvases) - 1)]
+            self.made.append(seat.row.settings)
+            draft = torch.tensor([*wanted, *([SAID] * C)][:C])
+            if seat.row.pinned is not None:
+                draft = torch.where(seat.row.pinned, seat.row.canvas, draft)
+            flags = torch.ones(C, dtype=torch.bool)
+            seat.hidden = torch.zeros(C, self.network.config.hidden_size)
+            outcomes.append(Outcome(seat.row.advance(draft, draft, torch.zeros(C), flags), True))
+        return outcomes
+
+
 @pytest.fixture
-def scripted(tiny_network, monkeypatch):
+def scripted(tiny_network):
     """A function: what the network would write, canvas by canvas -> an engine that writes it, pins kept."""
     def make(*canvases, answer=None, network=tiny_network):
-        made = []
-
-        def denoise(network, sampler, seats):
-            outcomes = []
-            for seat in seats:
-                wanted = canvases[min(len(made), len(canvases) - 1)]
-                made.append(seat.row.settings)
-                draft = torch.tensor([*wanted, *([SAID] * C)][:C])
-                if seat.row.pinned is not None:
-                    draft = torch.where(seat.row.pinned, seat.row.canvas, draft)
-                flags = torch.ones(C, dtype=torch.bool)
-                seat.hidden = torch.zeros(C, network.config.hidden_size)
-                outcomes.append(Outcome(seat.row.advance(draft, draft, torch.zeros(C), flags), True))
-            return outcomes
-
         def text(request, tokens):
             inside, said, thought = False, [], []
             for token in tokens:
@@ -48,10 +53,7 @@ def scripted(tiny_network, monkeypatch):
                     (thought if inside else said).append(token)
             return "x" * len(said), "x" * len(thought) or None, []
 
-        monkeypatch.setattr(engine_module, "denoise", denoise)
-        engine = Engine(network, reading(answer or text))
-        engine.made = made
-        return engine
+        return Engine(network, reading(answer or text), runner=Scripted(network, canvases))
 
     return make
 
@@ -163,7 +165,7 @@ def test_an_empty_first_canvas_is_drawn_once_more_narrower(scripted):
     assert [(type(event), event.canvas) for event in events[:-1]] == [
         (CanvasStarted, 0), (Denoised, 0), (CanvasStarted, 0), (Denoised, 0), (CanvasCommitted, 0)]
     assert events[0].token_ids != events[2].token_ids  # other noise
-    wide, narrow = engine.made
+    wide, narrow = engine.runner.made
     assert (narrow.t_min, narrow.t_max, narrow.entropy_bound) == tuple(
         NARROWER * value for value in (wide.t_min, wide.t_max, wide.entropy_bound))
 
@@ -172,14 +174,14 @@ def test_the_second_try_counts_whatever_comes(scripted):
     engine = scripted([STOP])
     events, generation = run(engine, ask(redraw_empty=True))
     assert (generation.token_ids, generation.finish_reason, engine.counts.redrawn) == ([], "stop", 1)
-    assert len(engine.made) == 2
+    assert len(engine.runner.made) == 2
 
 
 def test_an_empty_thought_alone_is_empty_and_later_canvases_are_drawn_as_ever(scripted):
     engine = scripted([OPEN, CLOSE, STOP], [SAID] * C, [STOP])
     _, generation = run(engine, ask(redraw_empty=True))
     assert generation.token_ids == [SAID] * C
-    assert engine.made[2] == engine.made[0] != engine.made[1]
+    assert engine.runner.made[2] == engine.runner.made[0] != engine.runner.made[1]
 
 
 @pytest.mark.parametrize("canvas", [[SAID, STOP], [OPEN, 8, CLOSE, STOP]])

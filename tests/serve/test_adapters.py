@@ -200,14 +200,14 @@ def test_running_requests_finish_on_what_they_began_with(server, own, monkeypatc
     before = service.engine.memory.limit
     load(http, "sql")
     size = service.adapters.get("sql").nbytes
-    inside, go_on, denoise = threading.Event(), threading.Event(), own.network.denoise_rows
+    inside, go_on, denoise = threading.Event(), threading.Event(), own.network.denoise
 
     def held(*arguments):
         inside.set()
         assert go_on.wait(60)
         return denoise(*arguments)
 
-    monkeypatch.setattr(own.network, "denoise_rows", held)
+    monkeypatch.setattr(own.network, "denoise", held)
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(chat, http, "sql")
         assert inside.wait(60)

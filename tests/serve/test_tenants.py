@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2 as httpx
 import pytest
 
+from dgemma.cache.pages import PAGE
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Overloaded, Service
 from dgemma.model import Model
-from dgemma.cache.pages import PAGE
 from dgemma.serve.bodies import system_tokens
 from dgemma.serve.settings import Settings
 

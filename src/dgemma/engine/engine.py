@@ -22,7 +22,7 @@ from dgemma.cache.pages import sequence_bytes
 from dgemma.diffusion.events import Event, Failed, Finished, Generation
 from dgemma.diffusion.prompt import uncut
 from dgemma.diffusion.row import Read, Request, Row, unread
-from dgemma.diffusion.sampler import EntropyBoundSampler, Sampler
+from dgemma.diffusion.sampler import Sampler
 from dgemma.engine.fingerprint import fingerprint
 from dgemma.engine.prefixes import Prefix, PrefixStore
 from dgemma.engine.runner import Outcome, Runner, Seat, logprobs_of
@@ -31,7 +31,6 @@ from dgemma.errors import ContextLengthError, DgemmaError, NotFiniteError
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.activation import MountedAdapter
 from dgemma.nn.adapters import LowRank
-from dgemma.nn.passes import Passes
 from dgemma.weights.inspect import working_bytes
 
 # Numbers of hidden states that a CPU works on at a time. More rows in a pass reuse weights better, but beyond about so
@@ -69,7 +68,7 @@ class Engine:
     tip a choice). ``prefixes`` may outlive the engine. With ``isolate``, whatever goes wrong inside a
     request ends that one with a Failed event; without, it is raised. ``between`` is called between the passes of a
     step; it may `submit`, `cancel` and `retire`. With ``whole_pages`` only these are told of what was read before.
-    ``passes`` stand for the network's own.
+    ``runner`` takes sequences through the network, by default one with ``sampler``.
 
     A request is promised memory for its prompt and a canvas, and more as canvases follow, to the oldest first; ``lent``
     bytes of that are the prefixes' as long as nobody needs them. Whoever there is none for waits until others have
@@ -84,10 +83,10 @@ class Engine:
                  prefixes: PrefixStore | None = None, sampler: Sampler | None = None, *,
                  memory: int | None = None, lent: int = 0, isolate: bool = False,
                  whole_pages: bool = False, between: Callable[[], None] | None = None,
-                 passes: Passes | None = None):
+                 runner: Runner | None = None):
         self.network, self.read, self.max_batch = network, read, max_batch
         self.prefixes = prefixes or PrefixStore()
-        self.runner = Runner(network, sampler or EntropyBoundSampler(), passes)
+        self.runner = runner or Runner(network, sampler)
         self.isolate, self.whole_pages, self.between = isolate, whole_pages, between
         self.memory = Memory(memory, lent)
         self.counts = Counts()

@@ -19,7 +19,7 @@ from dgemma.diffusion.constraint import Guide, Walk
 from dgemma.diffusion.events import Denoised, TokenLogprob
 from dgemma.diffusion.logprobs import token_logprobs
 from dgemma.diffusion.row import Row
-from dgemma.diffusion.sampler import Sampler, StepSettings
+from dgemma.diffusion.sampler import EntropyBoundSampler, Sampler, StepSettings
 from dgemma.engine.prefixes import Prefix
 from dgemma.engine.step import StepState, denoising_step, forced
 from dgemma.nn import CanvasStats, DiffusionTransformer
@@ -68,10 +68,14 @@ class Outcome:
 
 
 class Runner:
-    """Takes sequences through the network; ``passes`` are the network's own unless others are handed in."""
+    """Takes sequences through the network.
 
-    def __init__(self, network: DiffusionTransformer, sampler: Sampler, passes: Passes | None = None):
-        self.network, self.sampler, self.passes = network, sampler, passes or Passes.of(network)
+    ``passes`` are the network's own, and ``sampler`` the reference's, unless others are handed in.
+    """
+
+    def __init__(self, network: DiffusionTransformer, sampler: Sampler | None = None, passes: Passes | None = None):
+        self.network, self.sampler = network, sampler or EntropyBoundSampler()
+        self.passes = passes or Passes.of(network)
 
     def read(self, work: Sequence[tuple[Seat, int]]) -> list[bool]:
         """A causal pass over the next so many tokens of each context.
