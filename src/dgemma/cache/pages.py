@@ -9,6 +9,7 @@ is padded, reserved or copied when a sequence comes or goes.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -259,8 +260,7 @@ class _Attention:
         self.sequences, self.counts, self._small, self._causal = sequences, counts, small, causal
         self.config, self.cache_type = sequences[0].form.config, sequences[0].form.cache_type
         device = sequences[0].form.device
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        self.spans = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        self.spans = [slice(end - count, end) for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
         own = [torch.arange(sequence.length, sequence.length + count, device=device)
                for sequence, count in zip(sequences, counts, strict=True)]
         self.positions = torch.cat(own).unsqueeze(0) if causal else torch.stack(own)

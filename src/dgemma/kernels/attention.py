@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -60,7 +60,12 @@ class Visible:
         return (self.first[:, rows].unsqueeze(2) <= positions) & (positions <= self.last[:, rows].unsqueeze(2))
 
     def tiles(self, widths: Sequence[int], queries: int, step: int) -> list[Tile]:
-        """The tiles in which anything is seen, each cut to the columns that are; made once for all layers of a pass."""
+        """The tiles in which anything is seen, each cut to the columns that are; made once for all layers of a pass.
+
+        Not on a GPU, which would have to wait for what is seen: there they are all tiles, every one masked.
+        """
+        if self.positions.device.type != "cpu":
+            return [replace(tile, masked=True) for tile in _split(widths, queries, step)]
         key = (*widths, queries, step)
         if key not in self._plans:
             self._plans[key] = self._plan(_split(widths, queries, step))

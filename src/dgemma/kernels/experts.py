@@ -33,6 +33,9 @@ def expert_mlp(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, expert
         mixed = packed_experts(x, gate_up.data, gate_up.type.code, down.data, down.type.code, down.shape[-1], weights,
                                experts)
         return mixed.to(x.dtype)
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and x.device.type != "cpu" and not wants_gradient(
+            x, weights, gate_up, down):
+        return sorted_expert_mlp(x, gate_up, down, weights, experts)
     if wants_gradient(x, weights) and not any(isinstance(part, Tensor) and part.requires_grad
                                               for part in (gate_up, down)):
         return _FrozenExperts.apply(x, gate_up, down, weights, experts)  # type: ignore[return-value]
@@ -57,6 +60,21 @@ def grouped_expert_mlp(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor
         return linear(F.gelu(gate, approximate="tanh") * up, down[expert])
 
     return mix_experts(x, gate_up.shape[0], run, weights, experts)
+
+
+def sorted_expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Tokens sorted by expert and two products over all experts, with nothing brought to the host; as `expert_mlp`."""
+    choices = experts.flatten()
+    order = choices.argsort(stable=True)
+    tokens = order // experts.shape[1]
+    every = torch.arange(gate_up.shape[0], device=x.device)
+    ends = torch.searchsorted(choices.index_select(0, order), every, right=True).to(torch.int32)
+    both = F.grouped_mm(x.index_select(0, tokens), gate_up.mT, offs=ends)
+    gate, up = both.chunk(2, dim=-1)
+    out = F.grouped_mm(F.gelu(gate, approximate="tanh") * up, down.mT, offs=ends)
+    scale = weights.flatten().index_select(0, order).unsqueeze(-1)
+    mixed = torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_add(0, tokens, out.float() * scale)
+    return mixed.to(x.dtype)
 
 
 def mix_experts(x: Tensor, count: int, run: Callable[[Tensor, int], Tensor], weights: Tensor,

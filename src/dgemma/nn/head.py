@@ -116,11 +116,11 @@ class _Sums:
             power = self.sharpness.unsqueeze(1)
             drawn, key = (scores**power).sum(1), peak * self.sharpness + gumbel
         key += drawn.log()
-        wins = (key > self.best_key).nonzero().squeeze(1)
-        if len(wins):
-            self.best_key[wins] = key[wins]
-            cumulative = (scores[wins] if power is None else scores[wins] ** power[wins]).cumsum(1)
-            total = cumulative[:, -1:]
-            # Just below the total at most, or rounding could pick a last token of no weight.
-            target = (inside[wins].unsqueeze(1) * total).minimum(total.nextafter(torch.zeros_like(total)))
-            self.sample[wins] = torch.searchsorted(cumulative, target, right=True).squeeze(1) + start
+        wins = key > self.best_key
+        self.best_key = torch.where(wins, key, self.best_key)
+        cumulative = (scores if power is None else scores**power).cumsum(1)
+        total = cumulative[:, -1:]
+        # Just below the total at most, or rounding could pick a last token of no weight.
+        target = (inside.unsqueeze(1) * total).minimum(total.nextafter(torch.zeros_like(total)))
+        drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1) + start
+        self.sample = torch.where(wins, drawn, self.sample)
