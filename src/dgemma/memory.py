@@ -151,12 +151,9 @@ def mapped_bytes(network: DiffusionTransformer, maps: Path = Path("/proc/self/ma
 
 def _weights(network: DiffusionTransformer) -> Iterator[Tensor]:
     """Every tensor of a network that is in this machine's memory, packed ones too, each memory once."""
-    from dgemma.kernels import PackedWeight
-
     seen: set[int] = set()
     for module in network.modules():
-        packed = (value.data for value in vars(module).values() if isinstance(value, PackedWeight))
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *packed):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.device.type == "cpu" and tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 yield tensor

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dgemma.kernels import experts as experts_module
-from dgemma.kernels.experts import DENSE_EXPERTS, dense_expert_mlp, expert_mlp, grouped_expert_mlp
+from dgemma.kernels.experts import DENSE_EXPERTS, dense_expert_mlp, expert_mlp, grouped_expert_mlp, sorted_expert_mlp
 
 SIZES = [(1, 1, 1), (7, 4, 2), (5, 16, 16), (40, 17, 3), (9, 64, 8)]
 
@@ -32,7 +32,7 @@ def naive(x, gate_up, down, weights, experts):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("path", [dense_expert_mlp, grouped_expert_mlp, expert_mlp])
+@pytest.mark.parametrize("path", [dense_expert_mlp, grouped_expert_mlp, sorted_expert_mlp, expert_mlp])
 def test_every_path_is_the_loop(path, size):
     arguments = inputs(*size)
     torch.testing.assert_close(path(*arguments), naive(*arguments), atol=1e-5, rtol=1e-5)

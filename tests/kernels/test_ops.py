@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import dgemma.kernels  # noqa: F401  (registers them)
+from dgemma.errors import DgemmaError
 from dgemma.kernels import native
 
 
@@ -26,3 +27,18 @@ def test_the_operator_is_the_kernel():
     x, weight = torch.randn(3, 64), quantize(torch.randn(9, 64), kind)
     ours = torch.ops.dgemma.packed_linear(x, weight, kind.code, 64)
     assert torch.equal(ours, native.linear(x, weight, kind.code, 64))
+
+
+@pytest.mark.parametrize(("width", "bytes_", "code"), [(64, 34, 8), (32, 68, 8), (64, 67, 8), (64, 68, 999)])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_widths_that_do_not_fit_are_refused_on_every_device(device, width, bytes_, code):
+    x, weight = torch.zeros(2, 64, device=device), torch.zeros(7, bytes_, dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match=r"fit|blocks"):
+        torch.ops.dgemma.packed_linear(x, weight, code, width)
+
+
+def test_on_a_gpu_an_error_says_what_to_do():
+    with pytest.raises(DgemmaError, match="run it on the CPU"):
+        torch.ops.dgemma.packed_linear.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.zeros(2, 64),
+            torch.zeros(7, 68, dtype=torch.uint8), 8, 64)

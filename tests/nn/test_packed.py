@@ -3,6 +3,8 @@
 Every token takes every expert: a router's close decision, turned over by rounding, would hide what is measured here.
 """
 
+import copy
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from dgemma.gguf.blocks import BLOCK_TYPES
 from dgemma.gguf.quantize import quantize
 from dgemma.kernels import PackedWeight
 from dgemma.nn.head import vocab_tiles
-from dgemma.nn.packed import set_weights
+from dgemma.nn.packed import all_packed, set_weights
 from dgemma.weights.gguf_model import is_matrix
 from dgemma.weights.load import empty_network
 from support.reference import random_network, tiny_config
@@ -125,13 +127,21 @@ def test_the_engine_generates(networks):
         torch.set_num_threads(before)
 
 
-def test_packed_weights_are_no_parameters(networks):
+def test_packed_weights_are_buffers(networks):
     packed, plain = networks
-    names = set(packed.state_dict())
-    assert names == {name for name, tensor in plain.state_dict().items() if not is_matrix(name, tuple(tensor.shape))}
+    blocks = {name for name, tensor in packed.state_dict().items() if tensor.dtype == torch.uint8}
+    assert blocks == {name for name, tensor in plain.state_dict().items() if is_matrix(name, tuple(tensor.shape))}
+    assert not blocks & {name for name, _ in packed.named_parameters()}
     assert packed.device.type == "cpu" and packed.dtype == torch.float32
     with pytest.raises(IndexError, match=r"0\.\.49"), torch.no_grad():
         packed.encode(torch.tensor([[3, 50]]), packed.new_cache(1))
+
+
+def test_packed_weights_move_with_their_network(networks):
+    moved = copy.deepcopy(networks[0]).to("meta")
+    assert moved.device.type == "meta"
+    assert {weight.device.type for weight in all_packed(moved)} == {"meta"}
+    assert [weight.type for weight in all_packed(moved)] == [weight.type for weight in all_packed(networks[0])]
 
 
 def test_weights_that_do_not_fit():

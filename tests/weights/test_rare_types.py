@@ -19,8 +19,7 @@ from dgemma.gguf import codebooks
 from dgemma.gguf.blocks import BLOCK_TYPES
 from dgemma.gguf.keys import gguf_name
 from dgemma.gguf.quantize import can_quantize
-from dgemma.kernels.packed import PackedWeight
-from dgemma.nn.packed import packed_bytes
+from dgemma.nn.packed import all_packed, packed_bytes
 from dgemma.weights.gguf_model import is_matrix
 from dgemma.weights.inspect import inspect_checkpoint
 from support.block_bytes import HALVES, packed
@@ -76,8 +75,7 @@ def test_a_model_is_that_of_its_numbers_and_stays_packed(kinds, tmp_path, random
     ids = [random_ids(1, 12), random_ids(1, 8)]
     ours, wanted = (logits(model.network, lambda _, width: ids[width < 12]) for model in (first, second))
     assert ((ours - wanted).norm() / wanted.norm()).item() < 0.05  # for activations are rounded to int8
-    matrices = [value for module in first.network.modules() for value in vars(module).values()
-                if isinstance(value, PackedWeight)]
+    matrices = list(all_packed(first.network))
     assert {weight.type.name for weight in matrices} == set(kinds)
     assert packed_bytes(first.network) == sum(weight.data.numel() for weight in matrices)
     table = first.network.embed_tokens.weight.dequantize()

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgemma.kernels import PackedWeight
 from dgemma.nn import DiffusionTransformer
 
 WHOLE = 16 << 20  # bytes of plain weights up to which every number of them counts
@@ -36,20 +35,19 @@ def fingerprint(network: DiffusionTransformer) -> bytes:
             if isinstance(value, float):
                 marks.append((name, value))
                 continue
-            packed = isinstance(value, PackedWeight)
-            tensor = _local(value.data if packed else value)
+            tensor = _local(value)
             marks.append((name, tensor.data_ptr(), tensor._version if not tensor.is_inference() else None,
                           tensor.dtype, tuple(tensor.shape), tensor.stride()))
-            if not packed:
+            if name not in getattr(module, "packed", ()):  # of a mapped file, each number would be a read of the disk
                 plain.append(tensor)
     return hashlib.blake2b(repr([marks, _sums(plain)]).encode(), digest_size=16).digest()
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """A module's own tensors, packed ones too, and its settings."""
+    """A module's own tensors and settings."""
     for tensors in (module._parameters, module._buffers):
         yield from ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
-    yield from ((name, value) for name, value in vars(module).items() if isinstance(value, (float, PackedWeight)))
+    yield from ((name, value) for name, value in vars(module).items() if isinstance(value, float))
 
 
 def _local(tensor: Tensor) -> Tensor:

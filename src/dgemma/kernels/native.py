@@ -177,12 +177,40 @@ def _float_rows(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
+def _width(weight: Tensor, code: int) -> int:
+    """The weights in a row of packed bytes; ValueError where they are no rows of whole blocks of that type."""
+    kind = BY_CODE.get(code)
+    if kind is None or kind.block == 1 or weight.dtype != torch.uint8 or weight.shape[-1] % kind.nbytes:
+        raise ValueError(f"{weight.shape[-1]} bytes are no row of whole blocks: there is no block type {code} of packed "
+                         "weights, or its rows are of other widths")
+    return kind.row_width(weight.shape[-1])
+
+
+def check_linear(x: Tensor, weight: Tensor, code: int, width: int) -> None:
+    """Raises ValueError unless x [M, K] fits rows of ``width`` = K packed weights."""
+    held = _width(weight, code)
+    if x.ndim != 2 or weight.ndim != 2 or not x.shape[1] == width == held:
+        raise ValueError(f"rows of {x.shape[-1]} numbers do not fit rows of {held} weights (width={width})")
+
+
+def check_experts(x: Tensor, gate_up: Tensor, gate_up_code: int, down: Tensor, down_code: int, inner: int,
+                   weights: Tensor, experts: Tensor) -> None:
+    """Raises ValueError unless `expert_mlp` can compute with these."""
+    shapes = (*gate_up.shape[:-1], _width(gate_up, gate_up_code), *down.shape[:-1], _width(down, down_code))
+    count, hidden = gate_up.shape[0], x.shape[-1]
+    if shapes != (count, 2 * inner, hidden, count, hidden, inner) or weights.shape != experts.shape or (
+            len(experts) != len(x)):
+        raise ValueError(f"experts {list(gate_up.shape)} and {list(down.shape)} (bytes), tokens {list(x.shape)}, "
+                         f"choices {list(experts.shape)} and weights {list(weights.shape)} do not fit inner={inner}")
+
+
 def linear(x: Tensor, weight: Tensor, code: int, width: int) -> Tensor:
     """x [M, K] · Wᵀ -> [M, N] float32; ``weight`` uint8 [N, row bytes] holds ``width`` = K weights a row."""
+    check_linear(x, weight, code, width)
     x = _float_rows(x)
     rows, count = weight.shape[0], x.shape[0]
-    if x.shape[1] != width or weight.stride(-1) != 1:
-        raise ValueError(f"rows of {x.shape[1]} numbers do not fit rows of {width} weights")
+    if weight.stride(-1) != 1:
+        raise ValueError("the bytes of a row must stand one behind the other")
     out = torch.empty(count, rows)
     _check(_loaded().dg_linear(code, weight.data_ptr(), weight.stride(0), rows, width, x.data_ptr(), count,
                                out.data_ptr(), torch.get_num_threads()))
@@ -192,16 +220,10 @@ def linear(x: Tensor, weight: Tensor, code: int, width: int) -> Tensor:
 def expert_mlp(x: Tensor, gate_up: Tensor, gate_up_code: int, down: Tensor, down_code: int, inner: int,
                weights: Tensor, experts: Tensor) -> Tensor:
     """`kernels.expert_mlp` with packed weights: gate_up uint8 [E, 2I, row bytes], down uint8 [E, D, row bytes]."""
+    check_experts(x, gate_up, gate_up_code, down, down_code, inner, weights, experts)
     x = _float_rows(x)
     experts, weights = experts.to(torch.int64).contiguous(), _float_rows(weights)
     gate_up, down = gate_up.contiguous(), down.contiguous()
-    count, doubled = gate_up.shape[:2]
-    kind = BY_CODE.get(gate_up_code)
-    width = x.shape[1] if kind is None else kind.row_width(gate_up.shape[2])
-    if (doubled, *down.shape[:2], width) != (2 * inner, count, x.shape[1], x.shape[1]) or (
-            len(experts) != len(x) or experts.shape != weights.shape):
-        raise ValueError(f"experts {list(gate_up.shape)} and {list(down.shape)} (bytes), tokens {list(x.shape)}, "
-                         f"choices {list(experts.shape)} and weights {list(weights.shape)} do not fit")
     out = torch.empty_like(x)
     _check(_loaded().dg_expert_mlp(gate_up_code, gate_up.data_ptr(), down_code, down.data_ptr(), gate_up.shape[0],
                                    inner, x.shape[1], x.data_ptr(), x.shape[0], experts.data_ptr(),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dgemma.config import LayerConfig, ModelConfig
 from dgemma.kernels import expert_mlp, norm_rotate, rms_norm
-from dgemma.nn.layers import GatedMLP, Linear, RMSNorm
+from dgemma.nn.layers import GatedMLP, Linear, Packable, RMSNorm
 
 # Queries [B, T, Hq, d], keys and values of this pass [B, Hkv, T, d] -> what they see, in sum [B, T, Hq · d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,7 +59,7 @@ class Router(nn.Module):
         return weights * self.per_expert_scale[experts], experts
 
 
-class Experts(nn.Module):
+class Experts(Packable):
     """The experts' weights, gate and up fused: gate_up_proj [E, 2I, D], down_proj [E, D, I].
 
     ``adapter``, if there is one, computes with what it adds to them (`dgemma.nn.adapters`).

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgemma.config import LayerConfig, ModelConfig
-from dgemma.kernels import linear, rms_norm
+from dgemma.gguf.blocks import BlockType
+from dgemma.kernels import PackedWeight, linear, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -38,8 +43,31 @@ def rope_tables(positions: Tensor, layer: LayerConfig, dtype: torch.dtype) -> tu
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class Linear(nn.Linear):
-    """A matrix product without bias whose weight [N, K] may be packed (`dgemma.nn.packed`).
+class Packable(nn.Module):
+    """A module whose weights may be packed: it holds their blocks as buffers, under the weights' own names.
+
+    So they move between devices with the module and stand in ``state_dict()``, as uint8 [..., N, row bytes].
+    """
+
+    packed: Mapping[str, BlockType] = MappingProxyType({})  # the weights that are, and how
+
+    def pack(self, name: str, weight: PackedWeight) -> None:
+        """Put a packed weight in the place of a parameter; nothing is copied."""
+        del self._parameters[name]
+        self.register_buffer(name, weight.data)
+        self.packed = {**self.packed, name: weight.type}
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return PackedWeight(found, self.packed[name]) if name in self.packed else found
+
+
+class Embedding(Packable, nn.Embedding):
+    """A table of a row for every token, which may be packed."""
+
+
+class Linear(Packable, nn.Linear):
+    """A matrix product without bias whose weight [N, K] may be packed.
 
     ``adapter``, if there is one, adds to what the weight gives (`dgemma.nn.adapters`).
     """

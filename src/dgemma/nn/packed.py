@@ -1,7 +1,4 @@
-"""Putting weights into a network, packed ones too.
-
-A packed weight is no parameter: it has no gradient, does not move between devices and is not in ``state_dict()``.
-"""
+"""Putting weights into a network, packed ones too (`dgemma.nn.layers.Packable`), and which are there."""
 
 from __future__ import annotations
 
@@ -9,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgemma.kernels import PackedWeight
+from dgemma.nn.layers import Packable
 from dgemma.nn.transformer import DiffusionTransformer
 
 
@@ -21,9 +19,8 @@ def set_weights(network: DiffusionTransformer, weights: Mapping[str, Tensor | Pa
     Raises ValueError when a packed weight is not of the shape of the parameter it stands for, RuntimeError (as
     ``load_state_dict`` does) when a name is missing or unknown.
     """
-    expected = network.state_dict()
-    plain = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
-    if unknown := weights.keys() - plain.keys() - expected.keys():
+    expected = dict(network.named_parameters())
+    if unknown := {name for name, weight in weights.items() if not isinstance(weight, Tensor)} - expected.keys():
         raise RuntimeError(f"there is no {', '.join(sorted(unknown))} in this network, or it is packed already")
     for name, weight in weights.items():
         if isinstance(weight, Tensor):
@@ -32,14 +29,22 @@ def set_weights(network: DiffusionTransformer, weights: Mapping[str, Tensor | Pa
             raise ValueError(f"{name}: expected {list(expected[name].shape)}, got packed {list(weight.shape)}")
         owner, _, attribute = name.rpartition(".")
         module = network.get_submodule(owner)
-        del module._parameters[attribute]
-        setattr(module, attribute, weight)
-    network.load_state_dict(plain, assign=True)
+        if not isinstance(module, Packable):
+            raise ValueError(f"{name} cannot be packed")
+        module.pack(attribute, weight)
+    network.load_state_dict({name: weight if isinstance(weight, Tensor) else weight.data
+                             for name, weight in weights.items()}, assign=True)
+
+
+def all_packed(network: nn.Module) -> Iterator[PackedWeight]:
+    """Every packed weight of a network."""
+    return (getattr(module, name) for module in network.modules() if isinstance(module, Packable)
+            for name in module.packed)
 
 
 def packed_bytes(network: DiffusionTransformer) -> int:
     """The bytes of a network's packed weights: 0 when it has none."""
-    return sum(weight.nbytes for weight in _packed(network))
+    return sum(weight.nbytes for weight in all_packed(network))
 
 
 def weight_bytes(network: DiffusionTransformer) -> Counter[str]:
@@ -48,11 +53,6 @@ def weight_bytes(network: DiffusionTransformer) -> Counter[str]:
     found: Counter[str] = Counter()
     for parameter in network.parameters():
         found[names.get(parameter.dtype, str(parameter.dtype))] += parameter.nbytes
-    for weight in _packed(network):
+    for weight in all_packed(network):
         found[weight.type.name] += weight.nbytes
     return found
-
-
-def _packed(network: DiffusionTransformer) -> Iterator[PackedWeight]:
-    return (value for module in network.modules() for value in vars(module).values()
-            if isinstance(value, PackedWeight))

@@ -18,7 +18,7 @@ from dgemma.config import ModelConfig
 from dgemma.kernels import PackedWeight, embedding, linear
 from dgemma.nn.block import Block
 from dgemma.nn.head import CanvasStats, canvas_stats, soft_cap
-from dgemma.nn.layers import RMSNorm, SelfConditioning, rope_tables
+from dgemma.nn.layers import Embedding, RMSNorm, SelfConditioning, rope_tables
 
 
 class DiffusionTransformer(nn.Module):
@@ -32,7 +32,7 @@ class DiffusionTransformer(nn.Module):
         # Activation checkpointing: with gradients, only every block's input is kept, the rest is made again. A set of
         # layers: in these only.
         self.checkpointing: bool | frozenset[int] = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.self_conditioning = SelfConditioning(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -12,6 +12,7 @@ from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, json_bytes, make_folder
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import adapters
+from dgemma.nn.packed import packed_bytes
 from dgemma.weights.hub.locate import INDEX_FILE, SINGLE_FILE
 from dgemma.weights.names import checkpoint_name
 
@@ -34,11 +35,13 @@ def save_checkpoint(network: DiffusionTransformer, folder: Path, config: dict[st
 
     ``config`` is the whole ``config.json``. Each file is written beside its place and then renamed, the weights first.
     An index that is there is taken away: it speaks of other files. Raises DgemmaError when one cannot be written, and
-    for a network with an adapter.
+    for a network with an adapter or with packed weights.
     """
     if adapters(network):
         raise DgemmaError(f"{folder}: a checkpoint has no place for an adapter: merge it into the network, or save "
                           "it by itself")
+    if packed_bytes(network):
+        raise DgemmaError(f"{folder}: a checkpoint has no place for packed weights: they stay in their GGUF file")
     make_folder(folder)
     tensors = {checkpoint_name(name): tensor.detach().to("cpu", dtype).contiguous()
                for name, tensor in network.state_dict().items()}

@@ -16,8 +16,8 @@ from torch import Tensor
 from dgemma import seeds
 from dgemma.config import SLIDING
 from dgemma.errors import DgemmaError
-from dgemma.kernels import PackedWeight
 from dgemma.nn import DiffusionTransformer, KVCache
+from dgemma.nn.packed import packed_bytes
 from dgemma.train.batch import Batch
 from dgemma.train.noise import Noise, draw_noise
 from dgemma.train.objective import Objective, batch_loss
@@ -121,8 +121,7 @@ def tolerance_of(network: DiffusionTransformer) -> float:
     """How far two right computations may be apart, by what the weights are computed in."""
     if network.dtype in (torch.bfloat16, torch.float16):
         return 5e-2
-    packed = any(isinstance(value, PackedWeight) for module in network.modules() for value in vars(module).values())
-    return 2e-2 if packed else 1e-3
+    return 2e-2 if packed_bytes(network) else 1e-3
 
 
 def local(tensor: Tensor) -> Tensor:
