@@ -45,7 +45,7 @@ def caches_of(network, lengths):
 @pytest.mark.parametrize("experts", [4, 20])
 @torch.no_grad()
 def test_a_step_asks_nothing_of_the_host(lengths, experts):
-    network = shapes_only(num_experts=experts)
+    network = shapes_only(num_experts=experts, hidden_size=32, moe_intermediate_size=16)
     caches = caches_of(network, lengths)
     state = state_of(network, len(lengths), pinned=len(lengths) == 2, sharpness=[2.0] * len(lengths))
 

@@ -28,14 +28,13 @@ def expert_mlp(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, expert
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         if gate_up.shape[0] <= DENSE_EXPERTS:
             return dense_expert_mlp(x, gate_up, down, weights, experts)
+        if x.device.type != "cpu" and not wants_gradient(x, weights, gate_up, down) and _aligned(gate_up, down):
+            return sorted_expert_mlp(x, gate_up, down, weights, experts)
     elif isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight) and not wants_gradient(
             x, weights) and on_native(gate_up) and on_native(down):
         mixed = packed_experts(x, gate_up.data, gate_up.type.code, down.data, down.type.code, down.shape[-1], weights,
                                experts)
         return mixed.to(x.dtype)
-    if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and x.device.type != "cpu" and not wants_gradient(
-            x, weights, gate_up, down):
-        return sorted_expert_mlp(x, gate_up, down, weights, experts)
     if wants_gradient(x, weights) and not any(isinstance(part, Tensor) and part.requires_grad
                                               for part in (gate_up, down)):
         return _FrozenExperts.apply(x, gate_up, down, weights, experts)  # type: ignore[return-value]
@@ -60,6 +59,11 @@ def grouped_expert_mlp(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor
         return linear(F.gelu(gate, approximate="tanh") * up, down[expert])
 
     return mix_experts(x, gate_up.shape[0], run, weights, experts)
+
+
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` takes their rows, which must be of 16 bytes each."""
+    return all(matrix.stride(1) * matrix.element_size() % 16 == 0 for matrix in matrices)
 
 
 def sorted_expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:

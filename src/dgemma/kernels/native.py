@@ -181,8 +181,8 @@ def _width(weight: Tensor, code: int) -> int:
     """The weights in a row of packed bytes; ValueError where they are no rows of whole blocks of that type."""
     kind = BY_CODE.get(code)
     if kind is None or kind.block == 1 or weight.dtype != torch.uint8 or weight.shape[-1] % kind.nbytes:
-        raise ValueError(f"{weight.shape[-1]} bytes are no row of whole blocks: there is no block type {code} of packed "
-                         "weights, or its rows are of other widths")
+        raise ValueError(f"{weight.shape[-1]} bytes are no row of whole blocks: there is no block type {code} of "
+                         "packed weights, or its rows are of other widths")
     return kind.row_width(weight.shape[-1])
 
 
