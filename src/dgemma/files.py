@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,19 @@ def name_beside(path: Path) -> Path:
     It tells which file is meant and which process writes it, and is never too long where ``path``'s own is not.
     """
     return path.with_name(f"{path.name[:_NAME_KEPT]}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+
+
+def fill(view: memoryview, file: RawIOBase, what: str) -> None:
+    """Fill ``view`` with the next bytes of a file that was opened without a buffer.
+
+    Raises EOFError where it ends before: ``what`` names what the bytes are of.
+    """
+    filled = 0
+    while filled < len(view):
+        count = file.readinto(view[filled:])
+        if not count:
+            raise EOFError(f"the data of {what} ends early")
+        filled += count
 
 
 def make_folder(path: str | Path) -> Path:

@@ -25,7 +25,7 @@ from dgemma.cli.terminal.canvas import LiveCanvas
 from dgemma.diffusion.events import Denoised, Finished, Generation
 from dgemma.diffusion.trace import read_trace
 from dgemma.errors import DgemmaError
-from dgemma.weights.hub.locate import bundled_path
+from dgemma.weights.files import bundled_path
 from dgemma.weights.quantize import convert
 
 

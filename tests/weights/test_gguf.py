@@ -21,8 +21,9 @@ from dgemma.gguf.keys import config_metadata, gguf_name, network_name, rope_freq
 from dgemma.gguf.reader import map_tensors, read_gguf
 from dgemma.kernels.packed import PackedWeight
 from dgemma.nn.layers import inverse_frequencies
+from dgemma.weights.files import bundled_models
 from dgemma.weights.gguf_model import is_matrix, load_gguf_network, match_gguf, open_gguf, packed_weights
-from dgemma.weights.hub.locate import bundled_models, locate
+from dgemma.weights.hub.locate import locate
 from dgemma.weights.inspect import inspect_checkpoint, network_shapes
 from dgemma.weights.load import empty_network
 from support.gguf_files import metadata_of, tensors_of, write, write_network

@@ -478,7 +478,7 @@ def test_a_small_file_that_is_empty_is_checked_too(hub):
 
 def test_a_hub_that_names_small_files_in_its_own_way_is_believed(hub, monkeypatch):
     """A mirror's ids need not be git's."""
-    monkeypatch.setattr("hub_server.blob_of", lambda name, data: f"id-{len(data)}")
+    monkeypatch.setattr("support.hub_server.blob_of", lambda name, data: f"id-{len(data)}")
     assert (pull(PLAIN) / "config.json").read_bytes() == hub.repos[PLAIN]["config.json"]
 
 

@@ -23,8 +23,8 @@ from dgemma.gguf.reader import read_gguf
 from dgemma.gguf.tokenizer import tokenizer_metadata
 from dgemma.gguf.writer import TensorEntry
 from dgemma.weights import quantize as module
+from dgemma.weights.files import bundled_path
 from dgemma.weights.gguf_model import open_gguf
-from dgemma.weights.hub.locate import bundled_path
 from dgemma.weights.load import empty_network
 from dgemma.weights.names import checkpoint_name
 from dgemma.weights.quantize import MIXTURES, convert, fitting, mixture_types

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dgemma.chat.template import compiled
-from dgemma.chat.tokenizer import MARKS, ROLES, Tokenizer, read_backend, special_roles
+from dgemma.chat.tokenizer import MARKS, Tokenizer
 from dgemma.errors import CheckpointError
 from dgemma.fields import Fields, is_whole, parse_json, shown
 from dgemma.gguf.tokenizer import CONTROL, GGML_ROLES, TOKENIZER_CONFIG_JSON, TOKENIZER_JSON, UNKNOWN, USER_DEFINED
+from dgemma.tokenizer_files import ROLES, read_backend, special_roles
 
 if TYPE_CHECKING:
     import tokenizers

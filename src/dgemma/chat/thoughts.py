@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dgemma.tokenizer_files import STOPS
+
 OPEN, CLOSE = "<|channel>", "<channel|>"
 HEADER = "thought\n"  # the name of the channel, on its own line
-STOPS = ("<turn|>", "<eos>", "<|tool_response>")  # the spellings of the family's stop ids: 106, 1, 50
 
 
 def split_thoughts(raw: str, inside: bool = False) -> tuple[str | None, str]:

@@ -23,6 +23,7 @@ from dgemma.config import (
 )
 from dgemma.errors import CheckpointError
 from dgemma.fields import is_number, is_whole, shown
+from dgemma.tokenizer_files import STOPS
 
 ARCHITECTURE = "diffusion-gemma"
 ROPE_FREQS = "rope_freqs.weight"
@@ -31,9 +32,6 @@ UNROTATED = 1e30  # what a frequency is divided by where a head does not turn
 # Our own keys.
 EOS_TOKEN_IDS = "dgemma.eos_token_ids"
 MAX_NEW_TOKENS = "dgemma.max_new_tokens"
-
-# Tokens that end an answer, beside those that the file's keys name.
-_STOPS = ("<eos>", "<turn|>", "<|tool_response>")
 
 _TOP = {
     "embed_tokens.weight": "token_embd.weight",
@@ -83,6 +81,12 @@ _ELSEWHERE = {
 }
 
 
+def block_and_part(gguf_name: str) -> tuple[int, str] | None:
+    """A tensor's layer and its name within that: "blk.3.attn_q.weight" -> (3, "attn_q.weight"); None elsewhere."""
+    found = _BLOCK_NAME.fullmatch(gguf_name)
+    return found and (int(found[1]), found[2])
+
+
 def gguf_name(network_name: str) -> str:
     """Where a tensor of ours stands in a GGUF file; KeyError for a name that is not the network's."""
     layer = _LAYER_NAME.fullmatch(network_name)
@@ -91,11 +95,11 @@ def gguf_name(network_name: str) -> str:
 
 def network_name(gguf_name: str) -> str | None:
     """Our name for a GGUF file's tensor; None when it is not one of the network's."""
-    block = _BLOCK_NAME.fullmatch(gguf_name)
+    block = block_and_part(gguf_name)
     if block is None:
         return _TOP_OURS.get(gguf_name)
-    ours = _BLOCK_OURS.get(block[2])
-    return ours and f"layers.{block[1]}.{ours}"
+    ours = _BLOCK_OURS.get(block[1])
+    return ours and f"layers.{block[0]}.{ours}"
 
 
 def rope_freqs(config: ModelConfig) -> list[float] | None:
@@ -151,7 +155,7 @@ def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     found = [token_id for token_id in named if _is_token(token_id)]
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list):
-        for stop in _STOPS:
+        for stop in STOPS:
             if stop in tokens:
                 found.append(tokens.index(stop))
     return tuple(dict.fromkeys(found)) or (1,)

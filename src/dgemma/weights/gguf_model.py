@@ -31,7 +31,6 @@ from dgemma.kernels.packed import PackedWeight
 from dgemma.nn import DiffusionTransformer
 from dgemma.weights.load import DTYPES, Problem, Shape, describe, empty_network, tensor_shapes
 
-UNPACKED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 16 << 20  # bytes unpacked at a time
 _MOST_FREQS = 1 << 16
 
@@ -157,7 +156,7 @@ def load_gguf_network(model: GGUFModel, device: torch.device | str = "cpu", dtyp
     if problems:
         raise CheckpointError(f"{model.file.path}: this GGUF file cannot be loaded\n{describe(problems)}")
     types = {name: parts[0].type for name, parts in chosen.items() if is_matrix(name, shapes[name])}
-    packed = any(kind is not None and kind.name not in UNPACKED for kind in types.values())
+    packed = any(kind is not None and kind.name not in DTYPES for kind in types.values())
     if packed and (device.type == "cpu" or keep_packed):
         from dgemma.nn.packed import set_weights
 
@@ -169,7 +168,7 @@ def load_gguf_network(model: GGUFModel, device: torch.device | str = "cpu", dtyp
         network.cache_type = "bf16"
     else:
         embedding = types["embed_tokens.weight"]
-        dtype = dtype or (torch.bfloat16 if packed or embedding is None else UNPACKED[embedding.name])
+        dtype = dtype or (torch.bfloat16 if packed or embedding is None else DTYPES[embedding.name])
         network.load_state_dict(unpacked_weights(model, chosen, shapes, device, dtype, progress), assign=True)
     return network.eval()
 
@@ -197,7 +196,7 @@ def unpacked_weights(model: GGUFModel, chosen: Mapping[str, tuple[GGUFTensor, ..
     weights: dict[str, Tensor] = {}
     for name, rows, kind, done, total in _rows(chosen, data):
         progress(done, total)
-        stored = UNPACKED.get(kind.name)
+        stored = DTYPES.get(kind.name)
         if stored == dtype and device.type == "cpu" and rows.storage_offset() % dtype.itemsize == 0:
             weights[name] = rows.view(dtype)
             continue

@@ -25,6 +25,7 @@ from dgemma.config import (
     load_model_config,
 )
 from dgemma.errors import CheckpointError
+from dgemma.gguf.container import is_gguf
 from dgemma.gguf.keys import network_name as gguf_network_name
 from dgemma.gguf.reader import GGUFTensor
 from dgemma.kernels.attention import COLUMNS, SCORES
@@ -34,9 +35,9 @@ from dgemma.nn.cache import token_bytes
 from dgemma.nn.head import VOCAB_TILE
 from dgemma.nn.transformer import ENCODE_CHUNK
 from dgemma.weights.finite import check_finite
-from dgemma.weights.gguf_model import UNPACKED, match_gguf, open_gguf
-from dgemma.weights.hub.locate import is_gguf
+from dgemma.weights.gguf_model import match_gguf, open_gguf
 from dgemma.weights.load import (
+    DTYPES,
     Contents,
     Problem,
     Shape,
@@ -247,7 +248,7 @@ def _inspect_gguf(path: Path, contexts: Sequence[int] | None, check: bool,
                      for dtype, own in types.items()), key=lambda entry: -entry.nbytes)
     program = _program(tokenizer)
     memory = memory_needs(config, sum(parameters.values()), contexts, program)
-    if any(entry.dtype not in UNPACKED for entry in stored):
+    if any(entry.dtype not in DTYPES for entry in stored):
         # Packed on the CPU: activations in float32, the cache in bfloat16. In bfloat16 as a whole on a GPU.
         weights = sum(entry.nbytes for entry in stored)
         memory = (*(MemoryNeed("packed", need.context, weights, kv_cache_bytes(config, need.context, "bf16"),

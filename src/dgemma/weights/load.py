@@ -12,6 +12,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -22,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from dgemma.config import ModelConfig
 from dgemma.errors import CheckpointError
 from dgemma.fields import is_whole, parse_json_value, shown
+from dgemma.files import fill
 from dgemma.nn import DiffusionTransformer
-from dgemma.weights.hub.locate import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
+from dgemma.weights.files import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
 from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, network_name
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -303,7 +305,7 @@ def _read(chosen: Mapping[str, StoredTensor], device: torch.device, dtype: torch
     return read
 
 
-def _fill(target: Tensor, file: BinaryIO, stored: StoredTensor) -> Iterable[int]:
+def _fill(target: Tensor, file: RawIOBase, stored: StoredTensor) -> Iterable[int]:
     """Fill ``target`` [numel] from the file, converting; yields the bytes read so far after every piece.
 
     Plain reads into one small buffer: pages of a mapped file would count as memory beside the converted copy.
@@ -314,12 +316,7 @@ def _fill(target: Tensor, file: BinaryIO, stored: StoredTensor) -> Iterable[int]
     done = 0
     while done < stored.nbytes:
         view = memoryview(buffer)[: min(len(buffer), stored.nbytes - done)]
-        filled = 0
-        while filled < len(view):
-            count = file.readinto(view[filled:])  # type: ignore[attr-defined]
-            if not count:
-                raise EOFError(f"the data of {stored.name} ends early")
-            filled += count
+        fill(view, file, stored.name)
         piece = torch.frombuffer(buffer, dtype=source, count=len(view) // source.itemsize)
         first = done // source.itemsize
         target[first : first + len(piece)].copy_(piece)

@@ -16,12 +16,13 @@ from torch import Tensor
 from dgemma.config import load_model_config
 from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import atomic_write, make_folder, name_beside
+from dgemma.gguf.container import is_gguf
 from dgemma.gguf.keys import gguf_name
 from dgemma.kernels.packed_grad import pieces
 from dgemma.nn.adapters import Factors
 from dgemma.weights.adapters import read_adapter
+from dgemma.weights.files import INDEX_FILE, weight_files
 from dgemma.weights.gguf_model import open_gguf
-from dgemma.weights.hub.locate import INDEX_FILE, is_gguf, weight_files
 from dgemma.weights.load import describe, empty_network, match, read_headers, tensor_shapes
 from dgemma.weights.names import network_name
 from dgemma.weights.quantize import Change, Progress, Summary, check_space, convert

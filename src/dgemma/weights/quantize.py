@@ -6,33 +6,32 @@ nor a whole tensor. `mixture_type` decides which tensor gets which type, by llam
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dgemma.config import load_generation_config, load_model_config
 from dgemma.errors import CheckpointError, DgemmaError
-from dgemma.files import atomic_write
+from dgemma.files import atomic_write, fill
 from dgemma.gguf import keys
 from dgemma.gguf.blocks import BLOCK_TYPES, BlockType, dequantize
+from dgemma.gguf.container import is_gguf
 from dgemma.gguf.quantize import quantize
 from dgemma.gguf.reader import read_gguf
 from dgemma.gguf.tokenizer import mended_types, tokenizer_metadata
 from dgemma.gguf.writer import TensorEntry, header, padding
 from dgemma.weights.gguf_model import match_gguf, open_gguf
-from dgemma.weights.hub.locate import is_gguf
 from dgemma.weights.load import DTYPES, Problem, describe, match, network_shapes, read_headers
 from dgemma.weights.names import is_vision
 
 _PIECE = 4 << 20  # weights converted at a time
-_BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -141,18 +140,18 @@ def mixture_types(shapes: Mapping[str, tuple[int, ...]], mixture: str) -> dict[s
     """
     kind = MIXTURES[mixture]
     values = [name for name in shapes if name.endswith(".attn_v.weight")]
-    layers = 1 + max((int(found[1]) for name in shapes if (found := _BLOCK_TENSOR.fullmatch(name))), default=0)
+    layers = 1 + max((found[0] for name in shapes if (found := keys.block_and_part(name))), default=0)
 
     def chosen(name: str, shape: tuple[int, ...]) -> str:
-        block = _BLOCK_TENSOR.fullmatch(name)
+        block = keys.block_and_part(name)
         if len(shape) < 2 or name.endswith(("_norm.weight", ".ffn_gate_inp.weight")):
             return "F32"
         if name == "token_embd.weight":
             better = True
         elif name.endswith(".attn_v.weight"):
             better = _worth_more(values.index(name), len(values))
-        elif block and block[2] in ("ffn_down.weight", "ffn_down_exps.weight"):
-            better = _worth_more(int(block[1]), layers)
+        elif block and block[1] in ("ffn_down.weight", "ffn_down_exps.weight"):
+            better = _worth_more(block[0], layers)
         else:
             better = False
         return fitting(kind.better if better else kind.base, shape[-1])
@@ -238,7 +237,7 @@ class _Pieces:
         self._progress = progress or (lambda name, done, total: None)
         self._total = sum(tensor.nbytes for tensor in opened.tensors)
         self._done = 0
-        self._files: dict[Path, BinaryIO] = {}
+        self._files: dict[Path, FileIO] = {}
 
     def __enter__(self) -> _Pieces:
         return self
@@ -271,17 +270,14 @@ class _Pieces:
         if tensor.values is not None:
             return torch.tensor(tensor.values).view(torch.uint8).view(-1, row_bytes)[start:stop]
         buffer = bytearray((stop - start) * row_bytes)
-        view, filled = memoryview(buffer), 0
         try:
             if tensor.file not in self._files:
                 self._files[tensor.file] = tensor.file.open("rb", buffering=0)
             file = self._files[tensor.file]
             file.seek(tensor.offset + start * row_bytes)
-            while filled < len(view):
-                count = file.readinto(view[filled:])  # type: ignore[attr-defined]
-                if not count:
-                    raise CheckpointError(f"{tensor.file}: the data of {tensor.called} ends early")
-                filled += count
+            fill(memoryview(buffer), file, tensor.called)
+        except EOFError as error:
+            raise CheckpointError(f"{tensor.file}: {error}") from error
         except OSError as error:
             raise CheckpointError(f"{tensor.file}: cannot be read ({error.strerror or error})") from error
         return torch.frombuffer(buffer, dtype=torch.uint8).view(-1, row_bytes)

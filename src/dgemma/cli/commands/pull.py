@@ -27,9 +27,10 @@ def pull(
     (HF_HOME), where other programs find them, too. A gated repository needs `hf auth login` or HF_TOKEN.
     """
     from dgemma.errors import CheckpointError
-    from dgemma.weights.hub.locate import bundled_models, hub_name
+    from dgemma.weights.files import bundled_models, hub_name
+    from dgemma.weights.hub.cache import cached_path
     from dgemma.weights.hub.progress import ProgressDisplay
-    from dgemma.weights.hub.repository import NotThereError, cached_path, fetch, plan_pull
+    from dgemma.weights.hub.repository import NotThereError, fetch, plan_pull
 
     if model in bundled_models():
         raise CheckpointError(f"{model}: this model ships with the package; there is nothing to pull")

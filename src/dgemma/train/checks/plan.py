@@ -207,8 +207,8 @@ def stored_types(path: Path) -> dict[str, str]:
     """
     from dgemma.config import load_model_config
     from dgemma.errors import CheckpointError
+    from dgemma.gguf.container import is_gguf
     from dgemma.weights.gguf_model import is_matrix, match_gguf, open_gguf
-    from dgemma.weights.hub.locate import is_gguf
     from dgemma.weights.load import DTYPES, _stored_dtype, describe, match, network_shapes, read_headers
 
     if path.is_file() and is_gguf(path):

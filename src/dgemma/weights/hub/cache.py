@@ -17,8 +17,9 @@ from pathlib import Path
 from dgemma.errors import CheckpointError
 from dgemma.fields import read_json
 from dgemma.files import atomic_write, json_bytes
-from dgemma.weights.hub.locate import (
-    GgufModel,
+from dgemma.gguf.keys import ARCHITECTURE
+from dgemma.weights.files import (
+    GGUFFiles,
     bundled_models,
     bundled_path,
     checkpoint_files,
@@ -33,7 +34,6 @@ from dgemma.weights.hub.locate import (
 from dgemma.weights.hub.transfer import size_of
 
 SAFETENSORS, GGUF = "safetensors", "GGUF"
-ARCHITECTURE = "diffusion-gemma"
 _UNFINISHED = ".dgemma-pull.json"  # beside the blobs: what unfinished pulls want, which no snapshot tells
 _HEAD = 4096  # bytes at a GGUF file's beginning: writers put the architecture first
 
@@ -207,7 +207,7 @@ def _models_in(folder: Path) -> list[LocalModel]:
     return [found[name] for name in sorted(found, key=str.lower)]
 
 
-def _ggufs(repo: str, snapshot: Path, known: Iterable[str]) -> dict[str, GgufModel]:
+def _ggufs(repo: str, snapshot: Path, known: Iterable[str]) -> dict[str, GGUFFiles]:
     """The GGUF models of ours in a snapshot, by the names that they have here."""
     models = [model for model in gguf_models(known) if _is_our_gguf(snapshot / model.files[0])]
     return {f"{repo}:{tag_of(model, models)}": model for model in models}

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import size_text
+from dgemma.weights.files import SINGLE_FILE, checkpoint_files, choose_gguf, gguf_models, is_checkpoint, tag_of
 from dgemma.weights.hub.cache import (
     alone,
     cache_folder,
@@ -26,7 +27,6 @@ from dgemma.weights.hub.cache import (
     partial_of,
     repo_folder,
 )
-from dgemma.weights.hub.locate import SINGLE_FILE, checkpoint_files, choose_gguf, gguf_models, is_checkpoint, tag_of
 from dgemma.weights.hub.progress import ProgressDisplay
 from dgemma.weights.hub.transfer import (
     Listener,
