@@ -25,7 +25,7 @@ wait_passively()  # OpenMP reads its settings once, when torch is loaded: before
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "model", "Model": "api",
+    "load": "model", "Model": "model",
     "GenerationConfig": "config", "ModelConfig": "config",
     "CanvasStarted": "diffusion.events", "Denoised": "diffusion.events", "CanvasCommitted": "diffusion.events",
     "Finished": "diffusion.events", "Generation": "diffusion.events",

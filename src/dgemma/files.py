@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one, and saying in plain words why one cannot be written, or its size.
+"""Writing files so that nobody ever sees half of one, and saying in plain words why one cannot be written.
 
 Works on paths. Knows nothing of what is in the files.
 """
@@ -99,14 +99,6 @@ def json_bytes(data: Any, indent: int | None = None) -> bytes:
         return json.dumps(data, ensure_ascii=False, indent=indent, separators=separators).encode()
     except UnicodeEncodeError:
         return json.dumps(data, indent=indent, separators=separators).encode()
-
-
-def size_text(nbytes: int) -> str:
-    """A size as people say it: 16.8 GB."""
-    for unit, letters in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.1f} {letters}"
-    return f"{nbytes} B"
 
 
 def _mode(file: int | Path) -> int:

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from dgemma.config import FULL, SLIDING, LayerConfig, ModelConfig
 from dgemma.kernels import q8_0
+from dgemma.memory.inference import kv_cache_bytes
 from dgemma.nn import KVCache
 from dgemma.nn import cache as cache_module
 from dgemma.nn import transformer as transformer_module
 from dgemma.nn.cache import CACHE_TYPES
-from dgemma.weights.inspect import kv_cache_bytes
 from support.reference import SHAPES, network_like, random_network, reference_model, tiny_config
 
 CONFIG = tiny_config()

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dgemma.chat.answer import Answer, AnswerReader, read_answer
     from dgemma.chat.messages import normalise_messages, normalise_tools
+    from dgemma.chat.repair import read_calls
     from dgemma.chat.reply import ReplyReader
     from dgemma.chat.thoughts import Piece, ThoughtParser, split_thoughts
     from dgemma.chat.tokenizer import Tokenizer
-    from dgemma.chat.tools import read_calls
 
 _HOMES = {
     "Answer": "answer",
@@ -28,7 +28,7 @@ _HOMES = {
     "Piece": "thoughts",
     "ThoughtParser": "thoughts",
     "split_thoughts": "thoughts",
-    "read_calls": "tools",
+    "read_calls": "repair",
 }
 
 __all__ = [

@@ -17,7 +17,7 @@ from importlib import metadata
 
 from dgemma import __version__, openmp
 from dgemma.errors import DgemmaError
-from dgemma.files import size_text
+from dgemma.formats import size_text
 from dgemma.memory import machine_memory
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"

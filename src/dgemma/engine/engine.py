@@ -26,11 +26,11 @@ from dgemma.engine.fingerprint import fingerprint
 from dgemma.engine.prefixes import Prefix, PrefixStore
 from dgemma.engine.scheduler import FairQueue, Memory, shares
 from dgemma.errors import ContextLengthError, DgemmaError, NotFiniteError
+from dgemma.memory.inference import working_bytes
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.activation import MountedAdapter
 from dgemma.nn.adapters import LowRank
 from dgemma.nn.rows import PAGE, row_bytes
-from dgemma.weights.inspect import working_bytes
 
 # Numbers of hidden states that a CPU works on at a time. More rows in a pass reuse weights better, but beyond about so
 # many its matrices leave the caches: at the 26B's width 4 canvases cost 1.6 s each, 8 cost 1.9 (1 alone: 1.8).

@@ -97,7 +97,7 @@ def load_network(folder: Path, config: ModelConfig, device: torch.device | str =
     chosen, problems = match(contents, tensor_shapes(network))
     if problems:
         raise CheckpointError(f"{folder}: this checkpoint cannot be loaded\n{describe(problems)}")
-    dtype = dtype or _stored_dtype(folder, config, chosen)
+    dtype = dtype or stored_dtype(folder, config, chosen)
     if contents.aside:
         warnings.warn(contents.aside, stacklevel=2)
     network.load_state_dict(_read(chosen, device, dtype, progress or (lambda done, total: None)), assign=True)
@@ -262,7 +262,8 @@ def _parse_header(file: BinaryIO, size: int, path: Path) -> tuple[int, dict[str,
     return 8 + length, header
 
 
-def _stored_dtype(folder: Path, config: ModelConfig, chosen: Mapping[str, StoredTensor]) -> torch.dtype:
+def stored_dtype(folder: Path, config: ModelConfig, chosen: Mapping[str, StoredTensor]) -> torch.dtype:
+    """What the config says that weights are, else what the embedding is; CheckpointError for what is not supported."""
     if config.dtype is None:
         return DTYPES[chosen["embed_tokens.weight"].dtype]
     named = str(config.dtype).removeprefix("torch.")

@@ -20,6 +20,7 @@ from torch import Tensor
 from dgemma.config import load_generation_config, load_model_config
 from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import atomic_write, fill
+from dgemma.formats import size_text
 from dgemma.gguf import keys
 from dgemma.gguf.blocks import BLOCK_TYPES, BlockType, dequantize
 from dgemma.gguf.container import is_gguf
@@ -200,7 +201,7 @@ def check_space(out: Path, size: int) -> None:
     except OSError:
         return  # writing will tell
     if free < size:
-        raise DgemmaError(f"{out}: {size / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free on that disk")
+        raise DgemmaError(f"{out}: {size_text(size)} are needed, and {size_text(free)} are free on that disk")
 
 
 @dataclass(frozen=True)

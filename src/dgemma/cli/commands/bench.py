@@ -10,6 +10,7 @@ import typer
 from dgemma.cli import options
 from dgemma.cli.output import need_stdout, print_json
 from dgemma.cli.terminal.console import say
+from dgemma.formats import count_text, rate_text, size_text
 
 
 def bench(
@@ -59,7 +60,7 @@ def bench(
                     "busy": beside and dataclasses.asdict(beside)})
         return
     say(machine)
-    say(f"measured here: memory {bandwidth / 1e9:.1f} GB/s, arithmetic {peak / 1e12:.2f} TOP/s ({unit})\n")
+    say(f"measured here: memory {size_text(round(bandwidth))}/s, arithmetic {peak / 1e12:.2f} TOP/s ({unit})\n")
     say(f"{model}: canvas of {measured.canvas}, {context} tokens before it, {measured.threads} threads")
     say(f"{'':16}{'seconds':>9}{'share':>8}{'floor':>9}{'x floor':>9}{'GB':>8}{'TOP':>8}")
     total = sum(measured.parts.values())
@@ -73,11 +74,11 @@ def bench(
           f"{sum(needs.nbytes for needs in work.values()) / 1e9:8.2f}"
           f"{sum(needs.operations for needs in work.values()) / 1e12:8.3f}\n")
     if measured.prefill_tokens_per_second:
-        say(f"prompt: {measured.prefill_tokens_per_second:.0f} tokens/s (over {context} tokens); its cache takes "
-              f"{measured.cache_bytes / 1e6:.1f} MB")
-    say(f"at 16 steps a canvas: {measured.canvas / (16 * step):.1f} tokens/s")
+        say(f"prompt: {rate_text(measured.prefill_tokens_per_second, 1)} tokens/s (over {context} tokens); its "
+            f"cache takes {size_text(measured.cache_bytes)}")
+    say(f"at 16 steps a canvas: {rate_text(measured.canvas, 16 * step)} tokens/s")
     if beside:
-        programs = f"{beside.loops} busy program{'s' if beside.loops > 1 else ''}"
+        programs = count_text(beside.loops, "busy program")
         say(f"beside {programs}: {beside.busy_seconds:.3f} s a step, {beside.slowdown:.2f} x the "
               f"{beside.quiet_seconds:.3f} s without; the share of the processors that they take explains "
               f"{beside.explained:.2f} x, waiting costs {beside.ratio:.2f} x")

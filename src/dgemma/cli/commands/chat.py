@@ -64,8 +64,7 @@ def chat(
     if max_tokens is not None:
         settings["max_tokens"] = max_tokens
 
-    from dgemma.cli.remote.model import open_model
-    from dgemma.cli.session import stop_on_interrupt
+    from dgemma.cli.session import open_model, stop_on_interrupt
 
     need_stdout()
     if not has_stdin():

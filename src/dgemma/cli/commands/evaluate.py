@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,9 +50,8 @@ def sudoku(
     settings = options.sampler_settings(locals())
     need_stdout()
 
-    from rich.progress import Progress
-
     from dgemma.cli.session import load_model
+    from dgemma.cli.terminal.progress import ProgressBar
     from dgemma.tasks.evaluate import as_json, evaluate_bands, evaluate_file
     from dgemma.tasks.sudoku import BANDS
 
@@ -63,19 +61,12 @@ def sudoku(
         if value is not None and puzzles is not None:
             raise DgemmaError(f"{name} is about generated puzzles; it cannot be used with --puzzles")
     loaded = load_model(model, device, dtype, cache_type, hint=False, adapter=adapter)
-    with Progress(console=SafeConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        tasks: dict[str, int] = {}
-
-        def report(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = progress.add_task(name, total=total)
-            progress.update(tasks[name], completed=done)  # type: ignore[arg-type]
-
+    with ProgressBar(of_bytes=False) as bar:
         if puzzles is not None:
-            scores = evaluate_file(loaded, puzzles, seed=seed, progress=report, **settings)
+            scores = evaluate_file(loaded, puzzles, seed=seed, progress=bar.step, **settings)
         else:
             bands = None if band is None else [band]
-            scores = evaluate_bands(loaded, count or 100, bands, seed=seed, progress=report, **settings)
+            scores = evaluate_bands(loaded, count or 100, bands, seed=seed, progress=bar.step, **settings)
     if json:
         print_json(as_json(scores))
     else:

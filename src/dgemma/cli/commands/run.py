@@ -53,8 +53,8 @@ def run(
         settings["redraw_empty"] = False
     text = _prompt_text(prompt)
 
-    from dgemma.cli.remote.model import RemoteModel, known, open_model, refuse_with_url
-    from dgemma.cli.session import follow
+    from dgemma.cli.remote.model import RemoteModel, known, refuse_with_url
+    from dgemma.cli.session import follow, open_model
 
     live = visual and not json and is_terminal()
     if url is not None:

@@ -1,6 +1,6 @@
 """The live canvas: text coming into focus on a terminal.
 
-Works on: events and a console. Knows nothing of: models, tokenizers. `view` decides what is to be seen, `stage` paints
+Works on: events and a console. Knows nothing of: models, tokenizers. `view` decides what is to be seen, `live` paints
 it; this file decides when.
 """
 
@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.segment import Segment
 
 from dgemma.cli.terminal.drafts import PieceOf
-from dgemma.cli.terminal.layout import Row
-from dgemma.cli.terminal.live import Stage
+from dgemma.cli.terminal.layout import TextRow
+from dgemma.cli.terminal.live import LiveRegion
 from dgemma.cli.terminal.view import CanvasView, Line, row_segments
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Event, Finished
 
@@ -38,7 +38,7 @@ class LiveCanvas:
         """
         self.console = console
         self._view = CanvasView(piece_of)
-        self._stage = Stage(console)
+        self._region = LiveRegion(console)
         self._min_frame_seconds = min_frame_seconds
         self._drawn_at = float("-inf")
         self._due = False  # a step has come that was not drawn
@@ -46,7 +46,7 @@ class LiveCanvas:
         self._closed = False
 
     def __enter__(self) -> LiveCanvas:
-        self._stage.start()
+        self._region.start()
         return self
 
     def show(self, event: Event) -> None:
@@ -72,7 +72,7 @@ class LiveCanvas:
         try:
             self._close()
         finally:
-            self._stage.stop()
+            self._region.stop()
 
     def _draw_due(self) -> None:
         if self._due:
@@ -88,7 +88,7 @@ class LiveCanvas:
         # It may grow at once, but shrinks a line at a time, so that the status line glides and does not jump.
         self._height = min(max(len(lines), self._height - len(rows) - 1), height) if lines else 0
         blank: list[Line] = [[] for _ in range(self._height - len(lines))]
-        self._stage.draw([*lines[:-1], *blank, *lines[-1:]], _permanent(rows))
+        self._region.draw([*lines[:-1], *blank, *lines[-1:]], _permanent(rows))
         self._view.drawn()
         self._due = False
         self._drawn_at = time.monotonic()
@@ -102,10 +102,10 @@ class LiveCanvas:
         above = _permanent(self._view.take_rows(width, everything=True))
         if summary := self._view.summary(width):
             above += [*summary, Segment.line()]
-        self._stage.draw([], above)
+        self._region.draw([], above)
 
 
-def _permanent(rows: Iterable[Row]) -> list[Segment]:
+def _permanent(rows: Iterable[TextRow]) -> list[Segment]:
     segments: list[Segment] = []
     for row in rows:
         segments += row_segments(row)

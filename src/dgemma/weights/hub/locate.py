@@ -7,18 +7,23 @@ ships with the package, an existing folder or file, a repository on the Hugging 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dgemma.errors import CheckpointError
 from dgemma.gguf.container import PART, is_gguf
 from dgemma.weights.files import GGUFFiles, bundled_models, bundled_path, gguf_models, hub_name, is_checkpoint
 
+if TYPE_CHECKING:
+    from dgemma.weights.hub.transfer import Downloads
 
-def locate(name: str | Path) -> Path:
+
+def locate(name: str | Path, downloads: Downloads | None = None) -> Path:
     """The checkpoint that ``name`` means: a folder with config.json and safetensors, or a GGUF file.
 
     Of a GGUF file that was split it is the first part, and all the others are there. A `Path` is always a path; a
     string may also be a bundled name or one on the hub: ``org/name``, or ``org/name:Q4_K_M`` for one of its GGUF
-    files. What is complete in the hub's local cache is used without asking the hub; else it is downloaded.
+    files. What is complete in the hub's local cache is used without asking the hub; else it is downloaded,
+    which ``downloads`` makes a listener of (None: lines on stderr).
     Raises CheckpointError when there is nothing under that name, or more than one model, and when the hub refuses.
     """
     if isinstance(name, str) and name in bundled_models():
@@ -39,7 +44,7 @@ def locate(name: str | Path) -> Path:
                               "holds config.json and the weights")
     on_hub = hub_name(name) if isinstance(name, str) else None
     if on_hub and (on_hub[1] or path.suffix.lower() != ".gguf"):
-        return _on_hub(*on_hub)
+        return _on_hub(*on_hub, downloads)
     if path.suffix.lower() == ".gguf":
         raise CheckpointError(f"{path}: no such file")
     if isinstance(name, Path) or path.is_absolute() or len(path.parts) > 1 or str(name)[0] in ".~":
@@ -84,11 +89,12 @@ def _complete(model: GGUFFiles, folder: Path) -> Path:
                           f"{', '.join(model.missing[:5])}{' …' if len(model.missing) > 5 else ''}")
 
 
-def _on_hub(repo: str, tag: str | None) -> Path:
+def _on_hub(repo: str, tag: str | None, downloads: Downloads | None) -> Path:
+    from dgemma.weights.hub.progress import ProgressLines
     from dgemma.weights.hub.repository import NotThereError, locate_on_hub
 
     try:
-        return locate_on_hub(repo, tag)
+        return locate_on_hub(repo, tag, downloads or ProgressLines)
     except NotThereError as error:
         cache = "not complete in the local cache, " if error.offline else ""
         raise CheckpointError(f"{repo}: no such folder, no bundled model of that name ({_bundled_list()}), {cache}and "
