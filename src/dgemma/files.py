@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from io import RawIOBase
 from pathlib import Path
@@ -63,6 +64,11 @@ def name_beside(path: Path) -> Path:
     It tells which file is meant and which process writes it, and is never too long where ``path``'s own is not.
     """
     return path.with_name(f"{path.name[:_NAME_KEPT]}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+
+
+def free_space(path: Path) -> int:
+    """The bytes that are free on the disk where ``path`` is, or will be: its folders need not be there yet."""
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
 def fill(view: memoryview, file: RawIOBase, what: str) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dgemma.chat.messages import normalise_messages, normalise_tools
     from dgemma.chat.repair import read_calls
     from dgemma.chat.reply import ReplyReader
-    from dgemma.chat.thoughts import Piece, ThoughtParser, split_thoughts
+    from dgemma.chat.thoughts import Stretch, ThoughtParser, split_thoughts
     from dgemma.chat.tokenizer import Tokenizer
 
 _HOMES = {
@@ -25,7 +25,7 @@ _HOMES = {
     "normalise_messages": "messages",
     "normalise_tools": "messages",
     "ReplyReader": "reply",
-    "Piece": "thoughts",
+    "Stretch": "thoughts",
     "ThoughtParser": "thoughts",
     "split_thoughts": "thoughts",
     "read_calls": "repair",
@@ -34,8 +34,8 @@ _HOMES = {
 __all__ = [
     "Answer",
     "AnswerReader",
-    "Piece",
     "ReplyReader",
+    "Stretch",
     "ThoughtParser",
     "Tokenizer",
     "normalise_messages",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
-
-from dgemma.config import SAMPLER_SETTINGS
 
 _SERVER = "A server instead of this machine"
 ModelOption = Annotated[str | None, typer.Option(
@@ -46,24 +47,34 @@ CacheTypeOption = Annotated[str | None, typer.Option(
     "--cache-type", help="What keys and values are kept in: f32, f16, bf16 or q8_0. Default: what they are computed "
                          "in, bf16 for packed weights.", show_default=False)]
 
-_SAMPLER = "Sampler (defaults: the checkpoint's)"
-MaxStepsOption = Annotated[int | None, typer.Option("--max-denoising-steps", rich_help_panel=_SAMPLER,
-                                                    help="Most denoising steps per canvas.", show_default=False)]
-EntropyBoundOption = Annotated[float | None, typer.Option("--entropy-bound", rich_help_panel=_SAMPLER,
-                                                          help="How much to believe in one step, nats.",
-                                                          show_default=False)]
-TMinOption = Annotated[float | None, typer.Option("--t-min", rich_help_panel=_SAMPLER, help="Last temperature.",
-                                                  show_default=False)]
-TMaxOption = Annotated[float | None, typer.Option("--t-max", rich_help_panel=_SAMPLER, help="First temperature.",
-                                                  show_default=False)]
-StabilityOption = Annotated[int | None, typer.Option("--stability-threshold", rich_help_panel=_SAMPLER,
-                                                     help="Earlier drafts that must agree before stopping.",
-                                                     show_default=False)]
-ConfidenceOption = Annotated[float | None, typer.Option("--confidence-threshold", rich_help_panel=_SAMPLER,
-                                                        help="Mean entropy below which to stop, nats.",
-                                                        show_default=False)]
+def _sampler_option(kind: Any, help: str) -> Any:
+    return Annotated[kind | None, typer.Option(help=help, rich_help_panel="Sampler (defaults: the checkpoint's)",
+                                               show_default=False)]
 
 
-def sampler_settings(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The sampler settings among a command's arguments (its ``locals()``), those that were given."""
-    return {name: arguments[name] for name in SAMPLER_SETTINGS if arguments[name] is not None}
+_SAMPLER = {
+    "max_denoising_steps": _sampler_option(int, "Most denoising steps per canvas."),
+    "entropy_bound": _sampler_option(float, "How much to believe in one step, nats."),
+    "t_min": _sampler_option(float, "Last temperature."),
+    "t_max": _sampler_option(float, "First temperature."),
+    "stability_threshold": _sampler_option(int, "Earlier drafts that must agree before stopping."),
+    "confidence_threshold": _sampler_option(float, "Mean entropy below which to stop, nats."),
+}
+
+
+def with_sampler(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes ``settings``, with the sampler's options instead: ``settings`` has those that were given."""
+    hints = get_type_hints(command, include_extras=True)
+    own = [parameter.replace(annotation=hints[parameter.name])
+           for parameter in inspect.signature(command).parameters.values() if parameter.name != "settings"]
+    added = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=kind)
+             for name, kind in _SAMPLER.items()]
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        values = {name: given.pop(name) for name in _SAMPLER}
+        command(**given, settings={name: value for name, value in values.items() if value is not None})
+
+    setattr(wrapped, "__signature__", inspect.Signature([*own, *added]))  # noqa: B010  (what Typer reads)
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
+    return wrapped

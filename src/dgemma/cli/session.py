@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dgemma.cli.remote.model import RemoteModel
-    from dgemma.cli.terminal.canvas import LiveCanvas
-    from dgemma.cli.terminal.plain import PlainText
+    from dgemma.cli.terminal.canvas import LiveCanvas, PlainText
     from dgemma.diffusion.events import Event, Generation
     from dgemma.model import Model
 
@@ -111,14 +110,10 @@ def piece_of(model: AnyModel) -> Callable[[int], tuple[bytes, bool]]:
 
 def _viewer(model: AnyModel) -> LiveCanvas | PlainText:
     """What shows the model's events: the live canvas, or text as it comes from a server without drafts."""
-    console = SafeConsole(highlight=False)
-    if getattr(model, "has_drafts", True):
-        from dgemma.cli.terminal.canvas import LiveCanvas
+    from dgemma.cli.terminal.canvas import LiveCanvas, PlainText
 
-        return LiveCanvas(console, piece_of(model))
-    from dgemma.cli.terminal.plain import PlainText
-
-    return PlainText(console, piece_of(model))
+    shown = LiveCanvas if getattr(model, "has_drafts", True) else PlainText
+    return shown(SafeConsole(highlight=False), piece_of(model))
 
 
 def follow(model: AnyModel, events: Iterable[Event], *, visual: bool, trace: Path | None = None, prompt: str = "",

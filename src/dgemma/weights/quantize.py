@@ -6,7 +6,6 @@ nor a whole tensor. `mixture_type` decides which tensor gets which type, by llam
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from dgemma.config import load_generation_config, load_model_config
 from dgemma.errors import CheckpointError, DgemmaError
-from dgemma.files import atomic_write, fill
+from dgemma.files import atomic_write, fill, free_space
 from dgemma.formats import size_text
 from dgemma.gguf import keys
 from dgemma.gguf.blocks import BLOCK_TYPES, BlockType, dequantize
@@ -108,10 +107,9 @@ def convert(source: Path, out: Path, mixture: str = "Q4_K_M", *, name: str | Non
     changes = changes or {}
     if mixture not in MIXTURES:
         raise DgemmaError(f"there is no type {mixture}; there are {', '.join(MIXTURES)}")
-    if source.is_file() and not is_gguf(source):
-        raise CheckpointError(f"{source}: this file is no GGUF file; for safetensors give the folder that holds them")
+    of_file = is_gguf_file(source)
     _check_out(source, out, force)
-    opened = _open_gguf(source) if source.is_file() else _open_folder(source)
+    opened = _open_gguf(source) if of_file else _open_folder(source)
     metadata = {**opened.metadata, "general.file_type": MIXTURES[mixture].file_type,
                 "general.quantization_version": 2}
     if name:
@@ -130,6 +128,13 @@ def convert(source: Path, out: Path, mixture: str = "Q4_K_M", *, name: str | Non
     requantized = {tensor.type.name for tensor in opened.tensors
                    if tensor.type.name not in DTYPES and (tensor.type != chosen[tensor.name] or tensor.name in changes)}
     return Summary(_totals(entries), size, time.monotonic() - began, opened.left_out, tuple(sorted(requantized)))
+
+
+def is_gguf_file(source: Path) -> bool:
+    """Whether a checkpoint is a GGUF file and not a folder; raises CheckpointError for any other file."""
+    if source.is_file() and not is_gguf(source):
+        raise CheckpointError(f"{source}: this file is no GGUF file; for safetensors give the folder that holds them")
+    return source.is_file()
 
 
 def mixture_types(shapes: Mapping[str, tuple[int, ...]], mixture: str) -> dict[str, BlockType]:
@@ -197,7 +202,7 @@ def _check_out(source: Path, out: Path, force: bool) -> None:
 def check_space(out: Path, size: int) -> None:
     """Raises DgemmaError when the disk has not ``size`` bytes free for ``out``."""
     try:
-        free = shutil.disk_usage(out.parent).free
+        free = free_space(out.parent)
     except OSError:
         return  # writing will tell
     if free < size:

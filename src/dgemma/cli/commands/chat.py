@@ -38,6 +38,7 @@ that begins with / is sent with // or in these quotes; a path (/etc/hosts) as it
 SETTINGS = ("max_tokens", *SAMPLER_SETTINGS)
 
 
+@options.with_sampler
 def chat(
     model: options.ModelOption = None,
     seed: options.SeedOption = None,
@@ -52,15 +53,10 @@ def chat(
     adapter: options.AdapterOption = None,
     url: options.UrlOption = None,
     api_key: options.ApiKeyOption = None,
-    max_denoising_steps: options.MaxStepsOption = None,
-    entropy_bound: options.EntropyBoundOption = None,
-    t_min: options.TMinOption = None,
-    t_max: options.TMaxOption = None,
-    stability_threshold: options.StabilityOption = None,
-    confidence_threshold: options.ConfidenceOption = None,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Talk with a model; what it has read stays in its cache from turn to turn. /help lists the commands."""
-    settings = options.sampler_settings(locals())
     if max_tokens is not None:
         settings["max_tokens"] = max_tokens
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,7 @@ def _tasks() -> None:
 
 
 @evaluate_app.command()
+@options.with_sampler
 def sudoku(
     count: Annotated[int | None, typer.Option(min=1, help="Puzzles per band. Default: 100.",
                                               show_default=False)] = None,
@@ -39,15 +40,10 @@ def sudoku(
     dtype: options.DtypeOption = None,
     cache_type: options.CacheTypeOption = None,
     adapter: options.AdapterOption = None,
-    max_denoising_steps: options.MaxStepsOption = None,
-    entropy_bound: options.EntropyBoundOption = None,
-    t_min: options.TMinOption = None,
-    t_max: options.TMaxOption = None,
-    stability_threshold: options.StabilityOption = None,
-    confidence_threshold: options.ConfidenceOption = None,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Unseen Sudoku puzzles: how many are solved exactly, in how many steps."""
-    settings = options.sampler_settings(locals())
     need_stdout()
 
     from dgemma.cli.session import load_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from dgemma.cli.output import is_terminal, need_stdout, print_json, print_text
 from dgemma.errors import DgemmaError
 
 
+@options.with_sampler
 def run(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; from stdin when left out or '-'.",
                                                  show_default=False)] = None,
@@ -34,18 +35,13 @@ def run(
     adapter: options.AdapterOption = None,
     url: options.UrlOption = None,
     api_key: options.ApiKeyOption = None,
-    max_denoising_steps: options.MaxStepsOption = None,
-    entropy_bound: options.EntropyBoundOption = None,
-    t_min: options.TMinOption = None,
-    t_max: options.TMaxOption = None,
-    stability_threshold: options.StabilityOption = None,
-    confidence_threshold: options.ConfidenceOption = None,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Answer one prompt, the canvas coming into focus on a terminal, plain text in a pipe.
 
     For example: dgemma run "Solve 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     """
-    settings = options.sampler_settings(locals())
     need_stdout()
     if reasoning_budget is not None:
         settings["reasoning_budget"] = reasoning_budget

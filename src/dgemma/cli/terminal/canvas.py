@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from itertools import groupby
 from types import TracebackType
 
 from rich.console import Console
 from rich.segment import Segment
+from rich.text import Text
 
-from dgemma.cli.terminal.drafts import PieceOf
+from dgemma.cli.terminal.drafts import PieceOf, Place, spell
 from dgemma.cli.terminal.layout import TextRow
 from dgemma.cli.terminal.live import LiveRegion
-from dgemma.cli.terminal.view import CanvasView, Line, row_segments
+from dgemma.cli.terminal.view import STYLES, CanvasView, Line, row_segments
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Event, Finished
 
 FRAME_SECONDS = 1 / 30
@@ -103,6 +105,33 @@ class LiveCanvas:
         if summary := self._view.summary(width):
             above += [*summary, Segment.line()]
         self._region.draw([], above)
+
+
+class PlainText:
+    """For an answer without drafts: prints what each event commits, thoughts faintly; a context manager that leaves
+    the cursor on a new line."""
+
+    def __init__(self, console: Console, piece_of: PieceOf) -> None:
+        self._console, self._piece_of = console, piece_of
+        self._place = Place()
+
+    def __enter__(self) -> PlainText:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._place.line_start:
+            self._console.print()
+
+    def show(self, event: Event) -> None:
+        """Take in an event."""
+        if not isinstance(event, CanvasCommitted):
+            return
+        spelling = spell(((token, "settled") for token in event.token_ids), self._place, self._piece_of, committed=True)
+        self._place = spelling.after
+        text = Text()
+        for look, run in groupby(spelling.glyphs, key=lambda glyph: glyph[1]):
+            text.append("".join(char for char, _ in run), STYLES[look])
+        self._console.print(text, end="", soft_wrap=True)
 
 
 def _permanent(rows: Iterable[TextRow]) -> list[Segment]:

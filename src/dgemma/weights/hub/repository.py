@@ -10,12 +10,12 @@ import errno
 import fnmatch
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.files import free_space
 from dgemma.formats import size_text
 from dgemma.weights.files import SINGLE_FILE, checkpoint_files, choose_gguf, gguf_models, is_checkpoint, tag_of
 from dgemma.weights.hub.cache import (
@@ -275,8 +275,7 @@ def _fetch_blob(pull: Pull, file: HubFile, folder: Path, listener: Listener) -> 
 
 def _check_space(pull: Pull, folder: Path) -> None:
     needed = pull.to_fetch
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free = free_space(folder)
     if needed > free:
         raise CheckpointError(f"{pull.repo}: not enough space on the disk of {cache_folder()}: {size_text(needed)} are "
                               f"needed, {size_text(free)} are free; {_how_to_make_space()}, or set HF_HOME to a folder "
