@@ -28,7 +28,6 @@ from dgemma.weights.finite import check_finite
 from dgemma.weights.gguf_model import match_gguf, open_gguf
 from dgemma.weights.load import (
     DTYPES,
-    Contents,
     Problem,
     Shape,
     StoredTensor,
@@ -157,7 +156,7 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None, *, c
         config=config,
         layers=layer_groups(config),
         parameters=parameters,
-        stored=_stored(contents),
+        stored=_stored((tensor.dtype, tensor.nbytes) for tensor in contents.tensors.values()),
         files={path.name: path.stat().st_size for path in contents.files if path.is_file()},
         memory=memory_needs(config, sum(parameters.values()) - parameters["vision"], contexts, _program(tokenizer)),
         generation=load_generation_config(folder, config),
@@ -201,9 +200,7 @@ def _inspect_gguf(path: Path, contexts: Sequence[int] | None, check: bool,
         sizes[key] += tensor.nbytes
     parts = tuple(PartStoredAs(*key, tensors[key], sizes[key])
                   for key in sorted(tensors, key=lambda key: (PARTS.index(key[0]), -sizes[key])))
-    types = {part.dtype: [p for p in parts if p.dtype == part.dtype] for part in parts}
-    stored = sorted((StoredAs(dtype, sum(p.tensors for p in own), sum(p.nbytes for p in own))
-                     for dtype, own in types.items()), key=lambda entry: -entry.nbytes)
+    stored = _stored((tensor.type_name, tensor.nbytes) for tensor in file.tensors.values())
     program = _program(tokenizer)
     memory = memory_needs(config, sum(parameters.values()), contexts, program)
     if any(entry.dtype not in DTYPES for entry in stored):
@@ -218,7 +215,7 @@ def _inspect_gguf(path: Path, contexts: Sequence[int] | None, check: bool,
         config=config,
         layers=layer_groups(config),
         parameters=parameters,
-        stored=tuple(stored),
+        stored=stored,
         files={part.name: part.stat().st_size for part in file.files if part.is_file()},
         memory=memory,
         generation=model.generation,
@@ -262,11 +259,12 @@ def _part(name: str) -> str:
     return "router and norms"
 
 
-def _stored(contents: Contents) -> tuple[StoredAs, ...]:
+def _stored(found: Iterable[tuple[str, int]]) -> tuple[StoredAs, ...]:
+    """What is stored in each type, from every tensor's type and bytes; what takes most first."""
     tensors, sizes = Counter[str](), Counter[str]()
-    for tensor in contents.tensors.values():
-        tensors[tensor.dtype] += 1
-        sizes[tensor.dtype] += tensor.nbytes
+    for dtype, nbytes in found:
+        tensors[dtype] += 1
+        sizes[dtype] += nbytes
     return tuple(StoredAs(dtype, tensors[dtype], size) for dtype, size in sizes.most_common())
 
 

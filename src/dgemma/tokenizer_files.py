@@ -5,6 +5,8 @@ Works on files and plain data. `chat.tokenizer` makes a tokenizer of them, `gguf
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,16 +60,23 @@ def read_tokenizer_files(folder: Path, why: str) -> TokenizerFiles:
                           template_path if apart else config_path)
 
 
+@contextmanager
+def refused_as(what: str) -> Iterator[None]:
+    """What the library of tokenizers refuses in this block is a CheckpointError that begins with ``what``."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and a panic in it is not even that
+        raise CheckpointError(f"{what}: {str(error)[:300]}") from error
+
+
 def read_backend(text: str, where: str) -> tokenizers.Tokenizer:
     """The tokenizer that the text of a ``tokenizer.json`` describes; `CheckpointError` naming ``where`` if none."""
     from tokenizers import Tokenizer as Backend
 
-    try:
+    with refused_as(f"{where} cannot be read as a tokenizer"):
         backend = Backend.from_str(text)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and a panic in it is not even that
-        raise CheckpointError(f"{where} cannot be read as a tokenizer: {str(error)[:300]}") from error
     # A file may ask for truncation or padding, which would quietly change prompts.
     backend.no_truncation()
     backend.no_padding()

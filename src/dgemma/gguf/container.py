@@ -13,10 +13,9 @@ from dgemma.errors import CheckpointError
 MAGIC = b"GGUF"
 ALIGNMENT = 32  # of every tensor's data, which needs no key (``general.alignment``) when it is this
 
-# ggml's numbers for the types of metadata: numbers with their letters in `struct`, and the two others.
-UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(4, 13)
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", UINT32: "I", INT32: "i", FLOAT32: "f", BOOL: "?", UINT64: "Q", INT64: "q",
-           FLOAT64: "d"}
+# The types of metadata that are numbers, by ggml's numbers, with their letters in `struct`; and the two others.
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
 
 # The name of one of the files that a model was split into; the path before it may have line breaks in it.
 PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)

@@ -29,6 +29,11 @@ ARCHITECTURE = "diffusion-gemma"
 ROPE_FREQS = "rope_freqs.weight"
 UNROTATED = 1e30  # what a frequency is divided by where a head does not turn
 
+# The keys of a file's kind and of its tokenizer.
+ARCHITECTURE_KEY = "general.architecture"
+TOKENIZER_MODEL, TOKENS, TOKEN_TYPES, MERGES = (f"tokenizer.ggml.{name}" for name in ("model", "tokens", "token_type",
+                                                                                      "merges"))
+CHAT_TEMPLATE = "tokenizer.chat_template"
 # Our own keys.
 EOS_TOKEN_IDS = "dgemma.eos_token_ids"
 MAX_NEW_TOKENS = "dgemma.max_new_tokens"
@@ -127,11 +132,11 @@ def rotary_fraction(freqs: Sequence[float], source: str) -> float:
 
 def check_architecture(metadata: Mapping[str, Any], source: str) -> None:
     """Raise CheckpointError, saying what else would run it, unless the file holds a DiffusionGemma."""
-    architecture = metadata.get("general.architecture")
+    architecture = metadata.get(ARCHITECTURE_KEY)
     if architecture == ARCHITECTURE and metadata.get("general.type", "model") == "model":
         return
     if architecture is None:
-        raise CheckpointError(f"{source}: this GGUF file names no architecture (general.architecture), so it is no "
+        raise CheckpointError(f"{source}: this GGUF file names no architecture ({ARCHITECTURE_KEY}), so it is no "
                               f"model; dgemma runs architecture {ARCHITECTURE!r}")
     kind = metadata.get("general.type", "model")
     if kind == "adapter":
@@ -146,14 +151,19 @@ def check_architecture(metadata: Mapping[str, Any], source: str) -> None:
                           f"architecture {ARCHITECTURE!r} only")
 
 
+def token_id_key(role: str) -> str:
+    """The key for the token with a role, which is ggml's word for it."""
+    return f"tokenizer.ggml.{role}_token_id"
+
+
 def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens that end an answer: our own key's, else those of the tokenizer's keys and of the chat format."""
     own = metadata.get(EOS_TOKEN_IDS)
     if isinstance(own, list) and own and all(map(_is_token, own)):
         return tuple(own)
-    named: list[Any] = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot")]
+    named: list[Any] = [metadata.get(token_id_key(role)) for role in ("eos", "eot")]
     found = [token_id for token_id in named if _is_token(token_id)]
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = metadata.get(TOKENS)
     if isinstance(tokens, list):
         for stop in STOPS:
             if stop in tokens:

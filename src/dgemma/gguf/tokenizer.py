@@ -12,6 +12,7 @@ from typing import Any
 
 from dgemma.errors import CheckpointError
 from dgemma.fields import parse_json
+from dgemma.gguf import keys
 from dgemma.tokenizer_files import ROLE_KEYS, read_tokenizer_files, special_roles
 
 # Our own keys: the files as they are, for tokenizers that the keys of ggml cannot describe.
@@ -56,13 +57,13 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     gemma = byte_fallback and _is_gemma(data)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
     return {
-        "tokenizer.ggml.model": "gemma4" if gemma else "gpt2",
+        keys.TOKENIZER_MODEL: "gemma4" if gemma else "gpt2",
         **({} if gemma else {"tokenizer.ggml.pre": "default"}),
-        "tokenizer.ggml.tokens": tokens,
+        keys.TOKENS: tokens,
         "tokenizer.ggml.scores": [0.0] * vocab_size,
-        "tokenizer.ggml.token_type": types,
-        **({"tokenizer.ggml.merges": merges} if merges else {}),
-        **{f"tokenizer.ggml.{theirs}_token_id": ids[text] for role, theirs in GGML_ROLES.items()
+        keys.TOKEN_TYPES: types,
+        **({keys.MERGES: merges} if merges else {}),
+        **{keys.token_id_key(theirs): ids[text] for role, theirs in GGML_ROLES.items()
            if (text := roles.get(f"{role}_token") or f"<{role}>") in ids},
         "tokenizer.ggml.add_bos_token": gemma,
         "tokenizer.ggml.add_space_prefix": False,
@@ -93,12 +94,12 @@ def _token_type(text: str, added: Mapping[str, Any] | None, unknown: str | None,
 
 def _chat_templates(found: str | dict[str, str] | None) -> dict[str, Any]:
     if isinstance(found, str):
-        return {"tokenizer.chat_template": found}
+        return {keys.CHAT_TEMPLATE: found}
     named = found or {}
     others = [name for name in named if name != "default"]
     return {
-        **({"tokenizer.chat_template": named["default"]} if "default" in named else {}),
-        **{f"tokenizer.chat_template.{name}": named[name] for name in others},
+        **({keys.CHAT_TEMPLATE: named["default"]} if "default" in named else {}),
+        **{f"{keys.CHAT_TEMPLATE}.{name}": named[name] for name in others},
         **({"tokenizer.chat_templates": others} if others else {}),
     }
 
@@ -108,7 +109,7 @@ def mended_types(metadata: Mapping[str, Any]) -> list[int] | None:
 
     Conversions that go by an ``eos_token`` of "<turn|>" leave `<eos>` an ordinary token. None: nothing to mend.
     """
-    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    tokens, types = metadata.get(keys.TOKENS), metadata.get(keys.TOKEN_TYPES)
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
         return None
     own = {f"<{role}>": UNKNOWN if role == "unk" else CONTROL for role in GGML_ROLES}

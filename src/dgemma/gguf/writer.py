@@ -11,20 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgemma.gguf.blocks import BlockType
-from dgemma.gguf.container import (
-    ALIGNMENT,
-    ARRAY,
-    BOOL,
-    FLOAT32,
-    FLOAT64,
-    INT32,
-    INT64,
-    MAGIC,
-    NUMBERS,
-    STRING,
-    UINT32,
-    UINT64,
-)
+from dgemma.gguf.container import ALIGNMENT, ARRAY, MAGIC, NUMBERS, STRING
+
+_TYPES = {letter: code for code, letter in NUMBERS.items()}
 
 
 @dataclass(frozen=True)
@@ -82,24 +71,23 @@ def _value(value: Any) -> list[bytes]:
     if isinstance(value, str):
         return [struct.pack("<I", STRING), _text(value)]
     if not isinstance(value, (list, tuple)):
-        kind = _number_type([value], UINT32)
-        return [struct.pack(f"<I{NUMBERS[kind]}", kind, value)]
+        letter = _letter([value], "I")
+        return [struct.pack(f"<I{letter}", _TYPES[letter], value)]
     if value and isinstance(value[0], str):
         return [struct.pack("<IIQ", ARRAY, STRING, len(value)), *map(_text, value)]
-    kind = _number_type(value, INT32)
-    return [struct.pack(f"<IIQ{len(value)}{NUMBERS[kind]}", ARRAY, kind, len(value), *value)]
+    letter = _letter(value, "i")
+    return [struct.pack(f"<IIQ{len(value)}{letter}", ARRAY, _TYPES[letter], len(value), *value)]
 
 
-def _number_type(values: Iterable[Any], whole: int) -> int:
+def _letter(values: Iterable[Any], whole: str) -> str:
     """The smallest type from ``whole`` on that holds them all; float32 for fractions unless they need more."""
     values = list(values)
     if all(isinstance(value, bool) for value in values) and values:
-        return BOOL
+        return "?"
     if all(isinstance(value, int) for value in values):
         low, high = min(values, default=0), max(values, default=0)
-        fits = {UINT32: low >= 0 and high < 1 << 32, INT32: low >= -(1 << 31) and high < 1 << 31,
-                UINT64: low >= 0, INT64: True}
-        return whole if fits[whole] else next(kind for kind, fit in fits.items() if fit)
+        fits = {"I": low >= 0 and high < 1 << 32, "i": low >= -(1 << 31) and high < 1 << 31, "Q": low >= 0, "q": True}
+        return whole if fits[whole] else next(letter for letter, fit in fits.items() if fit)
     if all(isinstance(value, (int, float)) for value in values):
-        return FLOAT32 if all(abs(value) < 3.4e38 or value != value for value in values) else FLOAT64
+        return "f" if all(abs(value) < 3.4e38 or value != value for value in values) else "d"
     raise TypeError(f"no GGUF value: {values!r:.80}")

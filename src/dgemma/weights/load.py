@@ -10,7 +10,7 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -89,19 +89,23 @@ def load_network(folder: Path, config: ModelConfig, device: torch.device | str =
     Raises CheckpointError, with everything that is wrong, when files or tensors are missing, damaged or do not fit
     ``config``; ValueError for a ``dtype`` other than float32, bfloat16 and float16.
     """
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}")
+    check_dtype(dtype)
     folder, device = Path(folder), torch.device(device)
     contents = read_headers(folder)
     network = empty_network(config)
     chosen, problems = match(contents, tensor_shapes(network))
-    if problems:
-        raise CheckpointError(f"{folder}: this checkpoint cannot be loaded\n{describe(problems)}")
+    refuse(problems, f"{folder}: this checkpoint cannot be loaded")
     dtype = dtype or stored_dtype(folder, config, chosen)
     if contents.aside:
         warnings.warn(contents.aside, stacklevel=2)
     network.load_state_dict(_read(chosen, device, dtype, progress or (lambda done, total: None)), assign=True)
     return network.eval()
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ValueError for a dtype that a network is not run in."""
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}")
 
 
 def empty_network(config: ModelConfig) -> DiffusionTransformer:
@@ -172,7 +176,18 @@ def match(contents: Contents, expected: Mapping[str, Shape]) -> tuple[dict[str, 
         "unsupported dtypes": [f"{t.name} in {t.file.name}: unsupported dtype {t.dtype} (F32, BF16 and F16 are "
                                "supported)" for t in chosen.values() if t.dtype not in DTYPES],
     }
-    return chosen, [Problem(kind, tuple(items)) for kind, items in found.items() if items]
+    return chosen, problems_of(found)
+
+
+def problems_of(found: Mapping[str, Iterable[str]]) -> list[Problem]:
+    """The kinds of problems of which something was found."""
+    return [Problem(kind, tuple(items)) for kind, items in found.items() if items]
+
+
+def refuse(problems: Sequence[Problem], what: str) -> None:
+    """Raises CheckpointError that says ``what`` and all of the problems, if there are any."""
+    if problems:
+        raise CheckpointError(f"{what}\n{describe(problems)}")
 
 
 def describe(problems: Iterable[Problem]) -> str:

@@ -28,7 +28,7 @@ from dgemma.gguf.reader import read_gguf
 from dgemma.gguf.tokenizer import mended_types, tokenizer_metadata
 from dgemma.gguf.writer import TensorEntry, header, padding
 from dgemma.weights.gguf_model import match_gguf, open_gguf
-from dgemma.weights.load import DTYPES, Problem, describe, match, network_shapes, read_headers
+from dgemma.weights.load import DTYPES, match, network_shapes, read_headers, refuse
 from dgemma.weights.names import is_vision
 
 _PIECE = 4 << 20  # weights converted at a time
@@ -312,11 +312,11 @@ def _open_gguf(path: Path) -> _Opened:
     """
     model = open_gguf(path)
     _, problems = match_gguf(model, network_shapes(model.config))
-    _refuse(path, problems)
+    refuse(problems, f"{path}: this checkpoint cannot be converted")
     dropped = ("split.", "quantize.", "general.alignment")
     metadata = {key: value for key, value in model.file.metadata.items() if not key.startswith(dropped)}
     if types := mended_types(metadata):
-        metadata["tokenizer.ggml.token_type"] = types
+        metadata[keys.TOKEN_TYPES] = types
     tensors = [_Stored(name, tensor.shape, tensor.type, tensor.file, tensor.offset, name)
                for name, tensor in model.file.tensors.items() if tensor.type is not None]
     return _Opened(metadata, tensors, 0)
@@ -329,7 +329,7 @@ def _open_folder(folder: Path) -> _Opened:
     contents = read_headers(folder)
     expected = network_shapes(config)
     chosen, problems = match(contents, expected)
-    _refuse(folder, problems)
+    refuse(problems, f"{folder}: this checkpoint cannot be converted")
     tensors = [_Stored(keys.gguf_name(name), stored.shape, BLOCK_TYPES[stored.dtype], stored.file, stored.start,
                        stored.name) for name, stored in ((name, chosen[name]) for name in expected)]
     freqs = keys.rope_freqs(config)
@@ -337,18 +337,13 @@ def _open_folder(folder: Path) -> _Opened:
         tensors.insert(0, _Stored(keys.ROPE_FREQS, (len(freqs),), BLOCK_TYPES["F32"], folder, 0, keys.ROPE_FREQS,
                                   tuple(freqs)))
     metadata = {
-        "general.architecture": keys.ARCHITECTURE,
+        keys.ARCHITECTURE_KEY: keys.ARCHITECTURE,
         "general.type": "model",
         "general.name": _folder_name(folder),
         **keys.config_metadata(config, generation),
         **tokenizer_metadata(folder, config.vocab_size),
     }
     return _Opened(metadata, tensors, sum(is_vision(name) for name in contents.tensors))
-
-
-def _refuse(source: Path, problems: Sequence[Problem]) -> None:
-    if problems:
-        raise CheckpointError(f"{source}: this checkpoint cannot be converted\n{describe(problems)}")
 
 
 def _folder_name(folder: Path) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from dgemma.errors import CheckpointError
 from dgemma.fields import read_json
 from dgemma.files import atomic_write, json_bytes
-from dgemma.gguf.keys import ARCHITECTURE
+from dgemma.gguf.keys import ARCHITECTURE, ARCHITECTURE_KEY
 from dgemma.weights.files import (
     GGUFFiles,
     bundled_models,
@@ -162,8 +162,9 @@ def remove_model(model: LocalModel) -> int:
 
     Its own files go and nothing else: not what other models of the repository are made of (`files_beside` tells what is
     left), nor contents that another file or revision shares. The repository's folder goes with its last file. Not by
-    way of the hub library's ``delete_revisions``: that knows revisions only, deletes with the last one what others are
-    fetching, and takes a commit's name for unique, which it is not among copies of a repository.
+    way of the hub library. Its ``delete_revisions`` deletes with the last revision what others are fetching, and takes
+    a commit's name for unique, which it is not among copies of a repository; its ``delete_files`` deletes what a link
+    out of the cache leads to, and both leave alone every repository with a link whose contents are missing.
     Raises CheckpointError for a bundled model, and when something cannot be deleted.
     """
     if model.bundled:
@@ -302,7 +303,7 @@ def _is_our_gguf(file: Path) -> bool:
             head = opened.read(_HEAD)
     except OSError:
         return True
-    _, key, rest = head.partition(b"general.architecture")
+    _, key, rest = head.partition(ARCHITECTURE_KEY.encode())
     if not key or len(rest) < 12:
         return True
     _, length = struct.unpack_from("<IQ", rest)  # the value's type, then a string's length
