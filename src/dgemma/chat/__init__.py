@@ -18,32 +18,13 @@ if TYPE_CHECKING:
     from dgemma.chat.tokenizer import Tokenizer
 
 _HOMES = {
-    "Answer": "answer",
-    "AnswerReader": "answer",
-    "read_answer": "answer",
-    "Tokenizer": "tokenizer",
-    "normalise_messages": "messages",
-    "normalise_tools": "messages",
-    "ReplyReader": "reply",
-    "Stretch": "thoughts",
-    "ThoughtParser": "thoughts",
-    "split_thoughts": "thoughts",
-    "read_calls": "repair",
+    "Answer": "answer", "AnswerReader": "answer", "read_answer": "answer", "Tokenizer": "tokenizer",
+    "normalise_messages": "messages", "normalise_tools": "messages", "ReplyReader": "reply",
+    "Stretch": "thoughts", "ThoughtParser": "thoughts", "split_thoughts": "thoughts", "read_calls": "repair",
 }
 
-__all__ = [
-    "Answer",
-    "AnswerReader",
-    "ReplyReader",
-    "Stretch",
-    "ThoughtParser",
-    "Tokenizer",
-    "normalise_messages",
-    "normalise_tools",
-    "read_answer",
-    "read_calls",
-    "split_thoughts",
-]
+__all__ = ["Answer", "AnswerReader", "ReplyReader", "Stretch", "ThoughtParser", "Tokenizer", "normalise_messages",
+           "normalise_tools", "read_answer", "read_calls", "split_thoughts"]
 
 
 def __getattr__(name: str) -> Any:

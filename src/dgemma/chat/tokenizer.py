@@ -170,13 +170,8 @@ class Tokenizer:
                 return self.backend.decode([token_id], skip_special_tokens=False).encode()
         return text.encode()
 
-    def render(
-        self,
-        messages: Conversation,
-        thinking: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> str:
+    def render(self, messages: Conversation, thinking: bool = False,
+               tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation as text, by the checkpoint's own template.
 
         To get token ids use `apply_chat_template`: it keeps special tokens that a user typed from having effect.
@@ -185,13 +180,9 @@ class Tokenizer:
         self._require_template()
         return self._render(normalise_messages(messages), thinking, normalise_tools(tools), add_generation_prompt)
 
-    def apply_chat_template(
-        self,
-        messages: Conversation,
-        thinking: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
+    def apply_chat_template(self, messages: Conversation, thinking: bool = False,
+                            tools: Sequence[Mapping[str, Any]] | None = None,
+                            add_generation_prompt: bool = True) -> list[int]:
         """The prompt of a conversation as token ids.
 
         What is spelt like a special token inside the messages or tools is ordinary text: only the template's own

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dgemma.cli import options
-from dgemma.cli.output import need_stdout, print_json
+from dgemma.cli.streams import need_stdout, print_json
 from dgemma.cli.terminal.console import say
 from dgemma.formats import count_text, rate_text, size_text
 

@@ -14,8 +14,7 @@ import typer
 from rich.text import Text
 
 from dgemma.cli import options
-from dgemma.cli.input import has_stdin, recognise_stdin
-from dgemma.cli.output import is_terminal, need_stdout, print_text
+from dgemma.cli.streams import has_stdin, is_terminal, need_stdout, print_text, recognise_stdin
 from dgemma.cli.terminal.console import SafeConsole, say, say_error
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.errors import DgemmaError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma.cli.options import JsonOption
-from dgemma.cli.output import need_stdout, print_json
+from dgemma.cli.streams import need_stdout, print_json
 from dgemma.cli.terminal.console import SafeConsole, say
 from dgemma.formats import count_text, size_text
 from dgemma.memory import machine_memory, model_bytes

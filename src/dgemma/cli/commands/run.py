@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dgemma.cli import options
-from dgemma.cli.input import has_stdin, stdin_text
-from dgemma.cli.output import is_terminal, need_stdout, print_json, print_text
+from dgemma.cli.streams import has_stdin, is_terminal, need_stdout, print_json, print_text, stdin_text
 from dgemma.errors import DgemmaError
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from itertools import groupby
-from types import TracebackType
 
 from rich.console import Console
 from rich.segment import Segment
@@ -65,12 +64,7 @@ class LiveCanvas:
         else:
             self._close()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._close()
         finally:

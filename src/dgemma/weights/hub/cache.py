@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dgemma.config import MODEL_TYPE
 from dgemma.errors import CheckpointError
 from dgemma.fields import read_json
 from dgemma.files import atomic_write, json_bytes
@@ -291,7 +292,7 @@ def _is_ours(config: Path) -> bool:
     if not config.is_file():
         return True
     try:
-        return read_json(config).get("model_type") == "diffusion_gemma"
+        return read_json(config).get("model_type") == MODEL_TYPE
     except CheckpointError:
         return False
 
