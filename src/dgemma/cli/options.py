@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -39,20 +39,26 @@ TraceOption = Annotated[Path | None, typer.Option(
     help="Save every denoising step to this file, for `dgemma replay`.", show_default=False)]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … Default: a GPU if there is one.",
                                                   show_default=False)]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's.",
-                                                 show_default=False)]
-AdapterOption = Annotated[Path | None, typer.Option(
-    help="A LoRA or DoRA adapter for the model: its folder in PEFT's format.", show_default=False)]
-CacheTypeOption = Annotated[str | None, typer.Option(
-    "--cache-type", help="What keys and values are kept in: f32, f16, bf16 or q8_0. Default: what they are computed "
-                         "in, bf16 for packed weights.", show_default=False)]
+
+# How a model is loaded here, by the names that `dgemma.load` knows; `with_options` gives a command the whole group.
+LOADING = {
+    "device": DeviceOption,
+    "dtype": Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's.",
+                                                show_default=False)],
+    "cache_type": Annotated[str | None, typer.Option(
+        help="What keys and values are kept in: f32, f16, bf16 or q8_0. Default: what they are computed in, bf16 for "
+             "packed weights.", show_default=False)],
+}
+LOCAL = {**LOADING, "adapter": Annotated[Path | None, typer.Option(
+    help="A LoRA or DoRA adapter for the model: its folder in PEFT's format.", show_default=False)]}
+
 
 def _sampler_option(kind: Any, help: str) -> Any:
     return Annotated[kind | None, typer.Option(help=help, rich_help_panel="Sampler (defaults: the checkpoint's)",
                                                show_default=False)]
 
 
-_SAMPLER = {
+SAMPLER = {
     "max_denoising_steps": _sampler_option(int, "Most denoising steps per canvas."),
     "entropy_bound": _sampler_option(float, "How much to believe in one step, nats."),
     "t_min": _sampler_option(float, "Last temperature."),
@@ -62,19 +68,26 @@ _SAMPLER = {
 }
 
 
-def with_sampler(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that takes ``settings``, with the sampler's options instead: ``settings`` has those that were given."""
-    hints = get_type_hints(command, include_extras=True)
-    own = [parameter.replace(annotation=hints[parameter.name])
-           for parameter in inspect.signature(command).parameters.values() if parameter.name != "settings"]
-    added = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=kind)
-             for name, kind in _SAMPLER.items()]
+def with_options(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command with all options of each group, behind its own; it takes of each a dictionary of those that were given.
 
-    @functools.wraps(command)
-    def wrapped(**given: Any) -> None:
-        values = {name: given.pop(name) for name in _SAMPLER}
-        command(**given, settings={name: value for name, value in values.items() if value is not None})
+    ``groups``: the dictionary's name among the command's parameters -> the group's options by name.
+    """
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        parameters = [parameter.replace(annotation=hints[parameter.name])
+                      for parameter in inspect.signature(command).parameters.values() if parameter.name not in groups]
+        parameters += [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=option)
+                       for options in groups.values() for name, option in options.items()]
 
-    setattr(wrapped, "__signature__", inspect.Signature([*own, *added]))  # noqa: B010  (what Typer reads)
-    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
-    return wrapped
+        @functools.wraps(command)
+        def wrapped(**given: Any) -> None:
+            values = {group: {name: given.pop(name) for name in options} for group, options in groups.items()}
+            command(**given, **{group: {name: value for name, value in of_group.items() if value is not None}
+                                for group, of_group in values.items()})
+
+        setattr(wrapped, "__signature__", inspect.Signature(parameters))  # noqa: B010  (what Typer reads)
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapped
+
+    return decorate

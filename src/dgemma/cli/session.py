@@ -31,16 +31,14 @@ HINT = ("Using the bundled Sudoku model. For the 26B model: dgemma run -m model.
         "Q4_K_M), or dgemma run -m google/diffusiongemma-26B-A4B-it \"…\" (52 GB)")
 
 
-def load_model(name: str | None, device: str | None = None, dtype: str | None = None, cache_type: str | None = None,
-               hint: bool = True, adapter: Path | None = None) -> Model:
-    """Load a model for a command, with a progress bar on stderr when it takes a while."""
+def load_model(name: str | None, *, hint: bool = True, **local: Any) -> Model:
+    """Load a model for a command, as `dgemma.load` does, with a progress bar on stderr when it takes a while."""
     import dgemma
 
     if name is None and hint:
         SafeConsole(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True, markup=False)
     with ProgressBar("loading", patience=LOADING_PATIENCE) as bar:
-        model = dgemma.load(BUNDLED if name is None else name, device=device, dtype=dtype,
-                            cache_type=cache_type, adapter=adapter, progress=bar.update, downloads=DownloadBar)
+        model = dgemma.load(BUNDLED if name is None else name, progress=bar.update, downloads=DownloadBar, **local)
     _say_if_tight(model)
     return model
 

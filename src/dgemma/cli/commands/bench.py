@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from dgemma.cli.terminal.console import say
 from dgemma.formats import count_text, rate_text, size_text
 
 
+@options.with_options(local=options.LOADING)
 def bench(
     model: Annotated[str, typer.Argument(help="A bundled name, a GGUF file, a checkpoint folder or a hub id.")],
     context: Annotated[int, typer.Option(min=0, help="Tokens read before the canvas.")] = 64,
@@ -24,9 +25,8 @@ def bench(
     busy: Annotated[int, typer.Option(min=0, metavar="N", help="Also time steps beside N programs that keep a "
                                       "processor busy each.")] = 0,
     json: options.JsonOption = False,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = None,
-    cache_type: options.CacheTypeOption = None,
+    *,
+    local: dict[str, Any],
 ) -> None:
     """Time denoising steps, part by part, beside the floor of this machine.
 
@@ -44,7 +44,7 @@ def bench(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    network = load_model(model, device, dtype, cache_type=cache_type).network
+    network = load_model(model, **local).network
     measured = benchmark.measure(network, context=context, canvas=canvas, steps=steps)
     work = benchmark.work(network, measured.canvas, context)
     bandwidth = benchmark.read_bandwidth()

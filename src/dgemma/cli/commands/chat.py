@@ -37,7 +37,7 @@ that begins with / is sent with // or in these quotes; a path (/etc/hosts) as it
 SETTINGS = ("max_tokens", *SAMPLER_SETTINGS)
 
 
-@options.with_sampler
+@options.with_options(local=options.LOCAL, settings=options.SAMPLER)
 def chat(
     model: options.ModelOption = None,
     seed: options.SeedOption = None,
@@ -46,13 +46,10 @@ def chat(
     thinking: options.ThinkingOption = False,
     visual: options.VisualOption = True,
     pace: options.PaceOption = 0.1,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = None,
-    cache_type: options.CacheTypeOption = None,
-    adapter: options.AdapterOption = None,
     url: options.UrlOption = None,
     api_key: options.ApiKeyOption = None,
     *,
+    local: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
     """Talk with a model; what it has read stays in its cache from turn to turn. /help lists the commands."""
@@ -65,8 +62,7 @@ def chat(
     if not has_stdin():
         raise DgemmaError("stdin is closed, and chat reads its messages there")
     live = visual and is_terminal()
-    loaded = open_model(model, url=url, api_key=api_key, live=live, device=device, dtype=dtype, cache_type=cache_type,
-                        adapter=adapter)
+    loaded = open_model(model, url=url, api_key=api_key, live=live, **local)
     conversation = checked(Conversation(system=system, thinking=thinking, seed=seed, settings=settings), loaded)
     interactive = sys.stdin.isatty()
     if interactive:

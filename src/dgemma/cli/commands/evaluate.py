@@ -24,7 +24,7 @@ def _tasks() -> None:
 
 
 @evaluate_app.command()
-@options.with_sampler
+@options.with_options(local=options.LOCAL, settings=options.SAMPLER)
 def sudoku(
     count: Annotated[int | None, typer.Option(min=1, help="Puzzles per band. Default: 100.",
                                               show_default=False)] = None,
@@ -36,11 +36,8 @@ def sudoku(
         show_default=False)] = None,
     model: options.ModelOption = None,
     json: options.JsonOption = False,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = None,
-    cache_type: options.CacheTypeOption = None,
-    adapter: options.AdapterOption = None,
     *,
+    local: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
     """Unseen Sudoku puzzles: how many are solved exactly, in how many steps."""
@@ -56,7 +53,7 @@ def sudoku(
     for name, value in (("--band", band), ("--count", count)):
         if value is not None and puzzles is not None:
             raise DgemmaError(f"{name} is about generated puzzles; it cannot be used with --puzzles")
-    loaded = load_model(model, device, dtype, cache_type, hint=False, adapter=adapter)
+    loaded = load_model(model, hint=False, **local)
     with ProgressBar(of_bytes=False) as bar:
         if puzzles is not None:
             scores = evaluate_file(loaded, puzzles, seed=seed, progress=bar.step, **settings)

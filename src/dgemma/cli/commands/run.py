@@ -13,7 +13,7 @@ from dgemma.cli.streams import has_stdin, is_terminal, need_stdout, print_json, 
 from dgemma.errors import DgemmaError
 
 
-@options.with_sampler
+@options.with_options(local=options.LOCAL, settings=options.SAMPLER)
 def run(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; from stdin when left out or '-'.",
                                                  show_default=False)] = None,
@@ -28,13 +28,10 @@ def run(
     visual: options.VisualOption = True,
     pace: options.PaceOption = 0.1,
     trace: options.TraceOption = None,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = None,
-    cache_type: options.CacheTypeOption = None,
-    adapter: options.AdapterOption = None,
     url: options.UrlOption = None,
     api_key: options.ApiKeyOption = None,
     *,
+    local: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
     """Answer one prompt, the canvas coming into focus on a terminal, plain text in a pipe.
@@ -54,8 +51,7 @@ def run(
     live = visual and not json and is_terminal()
     if url is not None:
         refuse_with_url(trace=trace)
-    loaded = open_model(model, url=url, api_key=api_key, live=live, device=device, dtype=dtype, cache_type=cache_type,
-                        adapter=adapter)
+    loaded = open_model(model, url=url, api_key=api_key, live=live, **local)
     events = loaded.stream(text, seed=seed, max_tokens=max_tokens, system=system, thinking=thinking, **settings)
     generation = follow(loaded, events, visual=live, trace=trace, prompt=text, pace=pace)
     if json:
