@@ -18,6 +18,7 @@ test: .venv/.dev
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 
 # Real clients of the three APIs against the server, each in an environment of its own under build/clients (a few

@@ -57,8 +57,8 @@ def random_network():
 
 
 def measure(prompt: int, cache_type: str, steps: int, save: Path) -> dict:
+    from dgemma.memory.inference import kv_cache_bytes, working_bytes
     from dgemma.nn.transformer import ENCODE_CHUNK
-    from dgemma.weights.inspect import kv_cache_bytes, working_bytes
 
     network = random_network()
     network.cache_type = cache_type

@@ -5,7 +5,8 @@ import resource
 
 import pytest
 
-from dgemma.memory import machine_memory, mapped_bytes, program_bytes, release_freed, request_memory
+from dgemma.memory import machine_memory, program_bytes, release_freed
+from dgemma.memory.inference import mapped_bytes, request_memory
 from support.reference import random_network, tiny_config
 
 GIB = 1 << 30
@@ -102,8 +103,7 @@ def test_groups_of_the_first_version_are_read_too(system, limit, left):
     assert (available, total) == (left, min(limit, 24 * GIB))
 
 
-def test_weights_in_mapped_files_are_taken_off_what_requests_may_have(tmp_path, monkeypatch):
-    from dgemma import memory
+def test_weights_in_mapped_files_are_taken_off_what_requests_may_have(tmp_path):
     from dgemma.model import load
     from dgemma.weights.hub.locate import locate
     from dgemma.weights.load import load_network
@@ -116,9 +116,8 @@ def test_weights_in_mapped_files_are_taken_off_what_requests_may_have(tmp_path, 
     size = sum(tensor.nbytes for tensor in mapped.state_dict().values())
     assert mapped_bytes(mapped) == pytest.approx(size, rel=0.01)
     assert mapped_bytes(load_network(folder, config, dtype=other_dtype(mapped))) == 0  # converted: in memory
-    monkeypatch.setattr(memory, "machine_memory", lambda: (GIB, 2 * GIB))
-    assert request_memory(own) == GIB * 4 // 5
-    assert request_memory(mapped) == (GIB - mapped_bytes(mapped)) * 4 // 5
+    assert request_memory(own, GIB) == GIB * 4 // 5
+    assert request_memory(mapped, GIB) == (GIB - mapped_bytes(mapped)) * 4 // 5
     assert mapped_bytes(own, tmp_path / "not there") == sum(tensor.nbytes for tensor in own.state_dict().values())
 
 

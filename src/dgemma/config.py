@@ -14,6 +14,7 @@ from typing import Any
 from dgemma.errors import CheckpointError
 from dgemma.fields import Fields, is_number, is_there, is_whole, read_json, shown
 
+MODEL_TYPE = "diffusion_gemma"
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 LARGEST_SIZE = 1 << 19  # of anything but the vocabulary: shapes made of three stay within 64 bits
@@ -130,11 +131,11 @@ def model_config_from_dict(data: dict[str, Any], source: str = "config.json") ->
     """Build a ModelConfig from a parsed ``config.json``; ``source`` names the file in errors."""
     top = Fields(data, source)
     model_type, architectures = data.get("model_type"), top.texts("architectures")
-    if model_type != "diffusion_gemma":
+    if model_type != MODEL_TYPE:
         named = f"model_type {shown(model_type)}" if model_type else "no model_type"
         what = f" ({', '.join(architectures)})" if architectures else ""
         raise CheckpointError(f"{source}: this is not a DiffusionGemma checkpoint: it says {named}{what}; dgemma runs "
-                              "model_type 'diffusion_gemma' only")
+                              f"model_type {MODEL_TYPE!r} only")
     text = top.within("text_config")
     if text is None:
         raise CheckpointError(f"{source}: 'text_config' is missing")

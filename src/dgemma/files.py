@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one, and saying in plain words why one cannot be written, or its size.
+"""Writing files so that nobody ever sees half of one, and saying in plain words why one cannot be written.
 
 Works on paths. Knows nothing of what is in the files.
 """
@@ -9,7 +9,9 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,24 @@ def name_beside(path: Path) -> Path:
     return path.with_name(f"{path.name[:_NAME_KEPT]}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
 
 
+def free_space(path: Path) -> int:
+    """The bytes that are free on the disk where ``path`` is, or will be: its folders need not be there yet."""
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def fill(view: memoryview, file: RawIOBase, what: str) -> None:
+    """Fill ``view`` with the next bytes of a file that was opened without a buffer.
+
+    Raises EOFError where it ends before: ``what`` names what the bytes are of.
+    """
+    filled = 0
+    while filled < len(view):
+        count = file.readinto(view[filled:])
+        if not count:
+            raise EOFError(f"the data of {what} ends early")
+        filled += count
+
+
 def make_folder(path: str | Path) -> Path:
     """Make a folder, and those above it, unless they exist; raises DgemmaError when it cannot be made."""
     path = Path(path)
@@ -85,14 +105,6 @@ def json_bytes(data: Any, indent: int | None = None) -> bytes:
         return json.dumps(data, ensure_ascii=False, indent=indent, separators=separators).encode()
     except UnicodeEncodeError:
         return json.dumps(data, indent=indent, separators=separators).encode()
-
-
-def size_text(nbytes: int) -> str:
-    """A size as people say it: 16.8 GB."""
-    for unit, letters in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.1f} {letters}"
-    return f"{nbytes} B"
 
 
 def _mode(file: int | Path) -> int:

@@ -23,11 +23,12 @@ from dgemma.diffusion.events import Event, Finished, Generation
 from dgemma.diffusion.row import Choices, Request, Thoughts
 from dgemma.engine import Engine, PrefixStore
 from dgemma.errors import ContextLengthError, DgemmaError
-from dgemma.memory import request_memory
+from dgemma.memory.inference import request_memory
 from dgemma.nn import DiffusionTransformer
 
 if TYPE_CHECKING:
     from dgemma.weights.gguf_model import GGUFModel
+    from dgemma.weights.hub.transfer import Downloads
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | torch.Tensor | np.ndarray
 
@@ -257,14 +258,15 @@ def parse_device(name: str | torch.device | None) -> torch.device:
 
 def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
          cache_type: str | None = None, adapter: str | Path | None = None,
-         progress: Callable[[int, int], None] | None = None) -> Model:
+         progress: Callable[[int, int], None] | None = None, downloads: Downloads | None = None) -> Model:
     """Load a model: a bundled name ("sudoku"), a checkpoint folder, a GGUF file, or a hub id.
 
     ``device`` defaults to the GPU if there is one, ``dtype`` ("float32", "bfloat16", "float16") to the checkpoint's
     own; it is not for a quantised GGUF on the CPU, whose weights stay packed. ``cache_type`` is what keys and values
     are kept in ("f32", "f16", "bf16", "q8_0"; None: what they are computed in, "bf16" for packed weights).
     ``adapter`` is one for this model in PEFT's format: its folder, or the .safetensors file in it.
-    ``progress(done_bytes, total_bytes)`` is called while weights are read. Raises CheckpointError, naming file
+    ``progress(done_bytes, total_bytes)`` is called while weights are read; ``downloads()`` makes who is told of what
+    is fetched from the hub (None: lines on stderr). Raises CheckpointError, naming file
     and cause, when it cannot be used.
     """
     from dgemma.weights.load import load_network
@@ -278,7 +280,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
         raise DgemmaError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
     dtype = dtypes[dtype] if isinstance(dtype, str) else dtype
     target = parse_device(device)
-    parts = read_parts(name)
+    parts = read_parts(name, downloads)
     assert parts.source is not None
     if parts.gguf is not None:
         from dgemma.weights.gguf_model import load_gguf_network
@@ -306,11 +308,14 @@ class Parts:
     gguf: GGUFModel | None = None
 
 
-def read_parts(name: str | Path) -> Parts:
-    """The parts of a bundled name, a checkpoint folder, a GGUF file or a hub id; raises CheckpointError."""
+def read_parts(name: str | Path, downloads: Downloads | None = None) -> Parts:
+    """The parts of a bundled name, a checkpoint folder, a GGUF file or a hub id; raises CheckpointError.
+
+    ``downloads`` as in `load`.
+    """
     from dgemma.weights.hub.locate import locate
 
-    source = locate(name)
+    source = locate(name, downloads)
     if source.is_file():
         from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
         from dgemma.weights.gguf_model import open_gguf

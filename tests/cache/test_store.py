@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dgemma.cache import CACHE_TYPES, KVCache
 from dgemma.config import FULL, SLIDING, LayerConfig, ModelConfig
 from dgemma.kernels import q8_0
-from dgemma.weights.inspect import kv_cache_bytes
+from dgemma.memory.inference import kv_cache_bytes
 from support.reference import SHAPES, network_like, random_network, reference_model, tiny_config
 
 CONFIG = tiny_config()

@@ -6,10 +6,11 @@ import pytest
 
 from dgemma.chat import Tokenizer
 from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
-from dgemma.chat.tokenizer import MARKS, ROLES
+from dgemma.chat.tokenizer import MARKS
 from dgemma.cli.terminal.drafts import Place, spell
 from dgemma.cli.terminal.view import CanvasView
 from dgemma.diffusion.events import CanvasStarted, Denoised
+from dgemma.tokenizer_files import ROLES
 from support.gemma_files import SPECIALS, tokenizer_json, write_tokenizer
 from support.gguf_files import MERGES
 

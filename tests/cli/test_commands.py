@@ -23,7 +23,6 @@ from dgemma.diffusion.trace import TraceWriter, read_trace
 from dgemma.engine import Engine
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
-from dgemma.weights.hub import locate as locate_module
 
 STEERING = "\x1b[2Ja\r\n  日本\x07 \u202eb\n\nc "  # what no terminal should get, and no pipe should lose
 
@@ -184,7 +183,7 @@ def test_an_unknown_model_lists_those_there_are(dgemma_command, tmp_path, monkey
     for name in ("sudoku", "chess"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-    monkeypatch.setattr(locate_module, "_BUNDLED", tmp_path)
+    monkeypatch.setattr("dgemma.weights.files.BUNDLED_FOLDER", tmp_path)
     refused(dgemma_command("run", "-m", "sudoko", "hello"), "sudoko", "bundled: chess, sudoku")
 
 

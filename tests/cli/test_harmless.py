@@ -16,7 +16,7 @@ from dgemma.errors import DgemmaError
 from support.openai_server import OpenAIStandIn, text_chunks
 
 EVIL = "a\x1b[2Jb\x1b]52;c;eHg=\x07c\x9b31md\x9d0;t\x9ce\u202ef\u2066g\rh\x00i\x7fj\x85k\u200fl"
-OURS = re.compile(r"\x1b\[[\d;]*m|\x1b\[\?(?:25|7|2026)[hl]|\x1b\[\d*[AB]|\x1b\[[02]?K|\r")  # what rich and Stage send
+OURS = re.compile(r"\x1b\[[\d;]*m|\x1b\[\?(?:25|7|2026)[hl]|\x1b\[\d*[AB]|\x1b\[[02]?K|\r")  # what rich and we send
 
 
 def steers(text):

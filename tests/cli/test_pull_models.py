@@ -13,8 +13,8 @@ import pytest
 
 from dgemma.cli.commands import models as models_command
 from dgemma.memory import program_bytes
+from dgemma.weights.files import bundled_path
 from dgemma.weights.hub.cache import LocalModel
-from dgemma.weights.hub.locate import bundled_path
 from support.hub_server import COMMIT, HubServer, connect, demo_repos, environment, gguf
 
 GGUF = "org/diffuse-GGUF"

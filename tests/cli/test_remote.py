@@ -16,7 +16,7 @@ from rich.console import Console
 from dgemma.cli.remote.client import OpenAIServer, base_url
 from dgemma.cli.remote.model import StreamReader, Vocabulary, connect
 from dgemma.cli.session import follow
-from dgemma.cli.terminal.plain import PlainText
+from dgemma.cli.terminal.canvas import PlainText
 from dgemma.cli.terminal.view import CanvasView
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Finished, Generation
 from dgemma.errors import DgemmaError

@@ -25,7 +25,8 @@ from dgemma.cli.terminal.canvas import LiveCanvas
 from dgemma.diffusion.events import Denoised, Finished, Generation
 from dgemma.diffusion.trace import read_trace
 from dgemma.errors import DgemmaError
-from dgemma.weights.hub.locate import bundled_path
+from dgemma.memory.inference import mapped_bytes
+from dgemma.weights.files import bundled_path
 from dgemma.weights.quantize import convert
 
 
@@ -40,7 +41,7 @@ def test_weights_that_memory_cannot_hold_are_told(quantised, monkeypatch, capsys
     monkeypatch.setattr(memory, "machine_memory", lambda: (available[0], 1 << 40))
     network = session.load_model(str(path)).network
     assert "Note:" not in capsys.readouterr().err
-    mapped = memory.mapped_bytes(network)
+    mapped = mapped_bytes(network)
     assert mapped > 1_000_000
     for available[0], told in ((mapped * 11 // 10, False), (mapped, True)):
         session.load_model(str(path))

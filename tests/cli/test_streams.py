@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dgemma.cli.input import unicode_form
+from dgemma.cli.streams import unicode_form
 
 COMMAND = [sys.executable, "-c", "from dgemma.cli.main import main; main()"]
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
@@ -130,7 +130,7 @@ def test_help_tells_how(dgemma_command):
 
 
 def test_json_on_a_terminal_is_json_and_harmless(dgemma_command, monkeypatch):
-    from dgemma.cli import output
+    from dgemma.cli import streams
 
     class Terminal:
         encoding, closed, written = "utf-8", False, ""
@@ -147,7 +147,7 @@ def test_json_on_a_terminal_is_json_and_harmless(dgemma_command, monkeypatch):
     for text in ("plain é", "\x1b]52;c;x\x07 \x9b2J \u202e \x7f"):
         terminal = Terminal()
         monkeypatch.setattr(sys, "stdout", terminal)
-        output.print_json({"text": text})
+        streams.print_json({"text": text})
         monkeypatch.undo()
         assert json.loads(terminal.written) == {"text": text}
         assert not {*"\x1b\x07\x9b\u202e\x7f"} & {*terminal.written} or text == "plain é"

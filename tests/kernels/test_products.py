@@ -265,7 +265,7 @@ SUDOKU = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419.
 def test_the_bundled_model_says_the_same_without_the_library(environment, tmp_path):
     """Packed as Q8_0, for one seed: the same text from the kernels and from plain torch, and one warning from torch."""
     import dgemma
-    from dgemma.weights.hub.locate import bundled_path
+    from dgemma.weights.files import bundled_path
     from dgemma.weights.quantize import convert
 
     convert(bundled_path("sudoku"), tmp_path / "sudoku.gguf", "Q8_0")

@@ -15,10 +15,10 @@ from dgemma.cli.commands.inspect import inspect
 from dgemma.errors import CheckpointError, NotFiniteError
 from dgemma.gguf.blocks import BLOCK_TYPES, dequantize
 from dgemma.gguf.reader import GGUFTensor, read_gguf
+from dgemma.inspect import NOT_FINITE, inspect_checkpoint
 from dgemma.weights import finite
+from dgemma.weights.files import bundled_path
 from dgemma.weights.finite import check_finite
-from dgemma.weights.hub.locate import bundled_path
-from dgemma.weights.inspect import NOT_FINITE, inspect_checkpoint
 from dgemma.weights.load import StoredTensor, read_headers
 from dgemma.weights.quantize import convert
 from support.gguf_files import write_network

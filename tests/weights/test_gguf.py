@@ -19,13 +19,14 @@ from dgemma.config import FULL, SLIDING, GenerationConfig, load_generation_confi
 from dgemma.errors import CheckpointError
 from dgemma.gguf.keys import config_metadata, gguf_name, network_name, rope_freqs, rotary_fraction, stop_ids
 from dgemma.gguf.reader import map_tensors, read_gguf
+from dgemma.inspect import inspect_checkpoint
 from dgemma.kernels.packed import PackedWeight
 from dgemma.nn.layers import inverse_frequencies
 from dgemma.nn.packed import all_packed
+from dgemma.weights.files import bundled_models
 from dgemma.weights.gguf_model import is_matrix, load_gguf_network, match_gguf, open_gguf, packed_weights
-from dgemma.weights.hub.locate import bundled_models, locate
-from dgemma.weights.inspect import inspect_checkpoint, network_shapes
-from dgemma.weights.load import empty_network
+from dgemma.weights.hub.locate import locate
+from dgemma.weights.load import empty_network, network_shapes
 from support.gguf_files import metadata_of, tensors_of, write, write_network
 from support.reference import SHAPES, random_network, tiny_config
 

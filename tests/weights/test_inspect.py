@@ -14,17 +14,10 @@ from typer.testing import CliRunner
 from dgemma.cli.commands.inspect import inspect
 from dgemma.config import FULL, SLIDING, load_model_config, model_config_from_dict
 from dgemma.errors import CheckpointError
+from dgemma.inspect import count_parameters, inspect_checkpoint, layer_groups
+from dgemma.memory.inference import kv_cache_bytes, memory_needs, working_bytes
 from dgemma.weights.hub.locate import locate
-from dgemma.weights.inspect import (
-    count_parameters,
-    inspect_checkpoint,
-    kv_cache_bytes,
-    layer_groups,
-    memory_needs,
-    network_shapes,
-    working_bytes,
-)
-from dgemma.weights.load import load_network
+from dgemma.weights.load import load_network, network_shapes
 
 PUBLISHED = {  # the 26B-A4B model's config.json, as far as the text network goes
     "model_type": "diffusion_gemma",

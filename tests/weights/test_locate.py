@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import dgemma.weights.hub.locate as locate_module
 from dgemma.errors import CheckpointError
-from dgemma.weights.hub.locate import bundled_models, find_tagged, gguf_models, hub_name, locate, tag_of, weight_files
+from dgemma.weights.files import bundled_models, find_tagged, gguf_models, hub_name, tag_of, weight_files
+from dgemma.weights.hub.locate import locate
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def bundled(tmp_path, monkeypatch):
         (tmp_path / "models" / name).mkdir(parents=True)
         (tmp_path / "models" / name / "config.json").write_text("{}")
     (tmp_path / "models" / "__pycache__").mkdir()
-    monkeypatch.setattr(locate_module, "_BUNDLED", tmp_path / "models")
+    monkeypatch.setattr("dgemma.weights.files.BUNDLED_FOLDER", tmp_path / "models")
     return tmp_path / "models"
 
 

@@ -22,11 +22,11 @@ from dgemma.gguf.blocks import BLOCK_TYPES
 from dgemma.gguf.reader import read_gguf
 from dgemma.gguf.tokenizer import tokenizer_metadata
 from dgemma.gguf.writer import TensorEntry, header
+from dgemma.inspect import inspect_checkpoint
 from dgemma.model import read_parts
 from dgemma.nn.adapters import AdapterConfig, attach
 from dgemma.weights.adapters import read_adapter, save_adapter
 from dgemma.weights.gguf_model import load_gguf_network
-from dgemma.weights.inspect import inspect_checkpoint
 from dgemma.weights.load import load_network
 from dgemma.weights.quantize import convert
 from support.gemma_files import config_dict, tokenizer_json, write_checkpoint

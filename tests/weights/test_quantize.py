@@ -23,8 +23,8 @@ from dgemma.gguf.reader import read_gguf
 from dgemma.gguf.tokenizer import tokenizer_metadata
 from dgemma.gguf.writer import TensorEntry
 from dgemma.weights import quantize as module
+from dgemma.weights.files import bundled_path
 from dgemma.weights.gguf_model import open_gguf
-from dgemma.weights.hub.locate import bundled_path
 from dgemma.weights.load import empty_network
 from dgemma.weights.names import checkpoint_name
 from dgemma.weights.quantize import MIXTURES, convert, fitting, mixture_types
@@ -435,7 +435,7 @@ def test_where_nothing_can_be_written(checkpoint, tmp_path):
 
 def test_a_full_disk_is_found_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 100_000))
-    with pytest.raises(DgemmaError, match=r"0\.\d GB are needed, and 0\.0 GB are free on that disk"):
+    with pytest.raises(DgemmaError, match=r"\d\.\d MB are needed, and 100\.0 kB are free on that disk"):
         convert(checkpoint, tmp_path / "out.gguf")
     assert not list(tmp_path.iterdir())
 

@@ -19,9 +19,9 @@ from dgemma.gguf import codebooks
 from dgemma.gguf.blocks import BLOCK_TYPES
 from dgemma.gguf.keys import gguf_name
 from dgemma.gguf.quantize import can_quantize
+from dgemma.inspect import inspect_checkpoint
 from dgemma.nn.packed import all_packed, packed_bytes
 from dgemma.weights.gguf_model import is_matrix
-from dgemma.weights.inspect import inspect_checkpoint
 from support.block_bytes import HALVES, packed
 from support.gguf_files import write_network
 from support.reference import random_network, tiny_config

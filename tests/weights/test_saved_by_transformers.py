@@ -8,9 +8,9 @@ import torch
 
 from dgemma.config import FULL, SLIDING, load_model_config, model_config_from_dict
 from dgemma.errors import CheckpointError
+from dgemma.inspect import inspect_checkpoint
 from dgemma.train.data import tokenizer as bundled_tokenizer
 from dgemma.weights.gguf_model import load_gguf_network, open_gguf
-from dgemma.weights.inspect import inspect_checkpoint
 from dgemma.weights.load import load_network
 from dgemma.weights.quantize import convert
 from dgemma.weights.save import save_checkpoint

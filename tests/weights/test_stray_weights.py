@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from dgemma.cli.commands.inspect import inspect
 from dgemma.config import load_model_config
 from dgemma.errors import CheckpointError
+from dgemma.inspect import inspect_checkpoint
 from dgemma.train.data import tokenizer as bundled_tokenizer
-from dgemma.weights.hub.locate import INDEX_FILE, SINGLE_FILE, locate, weight_files
-from dgemma.weights.inspect import inspect_checkpoint
+from dgemma.weights.files import INDEX_FILE, SINGLE_FILE, weight_files
+from dgemma.weights.hub.locate import locate
 from dgemma.weights.load import load_network
 from dgemma.weights.merge import replace_weights
 from dgemma.weights.save import save_checkpoint

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from dgemma.cache import visibility
-from dgemma.cache.store import NAMES, Block, check_cache_type, joined, stored, token_bytes
+from dgemma.cache.store import NAMES, Block, check_cache_type, joined, stored
 from dgemma.cache.visibility import Spans
-from dgemma.config import FULL, SLIDING, ModelConfig
+from dgemma.config import SLIDING, ModelConfig
 from dgemma.kernels import grouped_attention
 from dgemma.kernels.attention import COLUMNS, Visible, attends_natively
 
@@ -195,18 +195,6 @@ def columns_of(pages: Sequence[Page], kind: str, layer: int, first: int) -> list
             key, value = key[:, :, skip : page.count], value[:, :, skip : page.count]
         blocks.append((key, value))
     return blocks
-
-
-def sequence_bytes(config: ModelConfig, tokens: int, cache_type: str | int) -> int:
-    """The most memory that the keys and values of a sequence of ``tokens`` tokens take, and a pass over them.
-
-    Sliding layers hold up to a page more than their window, and the context of one layer at a time may be copied into
-    the blocks that attention wants. ``cache_type`` as in `token_bytes`.
-    """
-    kept = {SLIDING: min(tokens, config.sliding_window - 1 + PAGE - 1), FULL: tokens}
-    layers = [2 * layer.num_key_value_heads * token_bytes(layer.head_dim, cache_type) * kept[layer.kind]
-              for layer in config.layers]
-    return sum(layers) + max(layers)
 
 
 class PagedBatch:

@@ -12,38 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dgemma.chat.answer import Answer, AnswerReader, read_answer
     from dgemma.chat.messages import normalise_messages, normalise_tools
+    from dgemma.chat.repair import read_calls
     from dgemma.chat.reply import ReplyReader
-    from dgemma.chat.thoughts import Piece, ThoughtParser, split_thoughts
+    from dgemma.chat.thoughts import Stretch, ThoughtParser, split_thoughts
     from dgemma.chat.tokenizer import Tokenizer
-    from dgemma.chat.tools import read_calls
 
 _HOMES = {
-    "Answer": "answer",
-    "AnswerReader": "answer",
-    "read_answer": "answer",
-    "Tokenizer": "tokenizer",
-    "normalise_messages": "messages",
-    "normalise_tools": "messages",
-    "ReplyReader": "reply",
-    "Piece": "thoughts",
-    "ThoughtParser": "thoughts",
-    "split_thoughts": "thoughts",
-    "read_calls": "tools",
+    "Answer": "answer", "AnswerReader": "answer", "read_answer": "answer", "Tokenizer": "tokenizer",
+    "normalise_messages": "messages", "normalise_tools": "messages", "ReplyReader": "reply",
+    "Stretch": "thoughts", "ThoughtParser": "thoughts", "split_thoughts": "thoughts", "read_calls": "repair",
 }
 
-__all__ = [
-    "Answer",
-    "AnswerReader",
-    "Piece",
-    "ReplyReader",
-    "ThoughtParser",
-    "Tokenizer",
-    "normalise_messages",
-    "normalise_tools",
-    "read_answer",
-    "read_calls",
-    "split_thoughts",
-]
+__all__ = ["Answer", "AnswerReader", "ReplyReader", "Stretch", "ThoughtParser", "Tokenizer", "normalise_messages",
+           "normalise_tools", "read_answer", "read_calls", "split_thoughts"]
 
 
 def __getattr__(name: str) -> Any:

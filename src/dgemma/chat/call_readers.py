@@ -1,6 +1,6 @@
 """Readers of calls that are nearly right.
 
-Three, each tried where the one before finds nothing (by `healing`). `Healer`: a string ends at the first sign of the
+Three, each tried where the one before finds nothing (by `repair`). `Repairer`: a string ends at the first sign of the
 kind that opened it. `Weigher`: it may hold such signs, and commas may be missing; every way to read it all is tried,
 and one only must be left. `Guesser`: a string's end is missing or of the wrong kind.
 
@@ -47,7 +47,7 @@ class OpenError(ValueError):
     """A string without an end: more text could bring it."""
 
 
-class Healer(Notation):
+class Repairer(Notation):
     """Reads Gemma's notation, JSON and Python's calls, with commas and braces missing, doubled or of the wrong kind.
 
     ``closed``: the writer ended the text on purpose. Otherwise a value at its very end may be cut short, and is
@@ -320,7 +320,7 @@ class Healer(Notation):
         return _SPACE.match(self.text, at).end()  # type: ignore[union-attr]
 
 
-class Weigher(Healer):
+class Weigher(Repairer):
     """Reads strings that hold signs like the one that ends them, and values with no comma between.
 
     Where a string could end in several places ``way`` says which of them it does, choice by choice; past its end the
@@ -423,7 +423,7 @@ class Weigher(Healer):
         return _PLAIN_ARGUMENT.match(self.text, start) is not None
 
 
-class Guesser(Healer):
+class Guesser(Repairer):
     """Reads strings whose end is missing, doubled, or of another kind than their beginning."""
 
     left_over = _ANY_LEFT_OVER

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dgemma.chat.template import compiled
-from dgemma.chat.tokenizer import MARKS, ROLES, Tokenizer, read_backend, special_roles
+from dgemma.chat.tokenizer import MARKS, Tokenizer
 from dgemma.errors import CheckpointError
 from dgemma.fields import Fields, is_whole, parse_json, shown
+from dgemma.gguf import keys
 from dgemma.gguf.tokenizer import CONTROL, GGML_ROLES, TOKENIZER_CONFIG_JSON, TOKENIZER_JSON, UNKNOWN, USER_DEFINED
+from dgemma.tokenizer_files import ROLES, read_backend, refused_as, special_roles
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,49 +39,45 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
 
 
 def _own(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    keys = Fields(metadata, source)
-    backend = read_backend(keys.text(TOKENIZER_JSON, ""), f"{source}: {TOKENIZER_JSON}")
+    fields = Fields(metadata, source)
+    backend = read_backend(fields.text(TOKENIZER_JSON, ""), f"{source}: {TOKENIZER_JSON}")
     where = f"{source}: {TOKENIZER_CONFIG_JSON}"
-    return backend, special_roles(Fields(parse_json(keys.text(TOKENIZER_CONFIG_JSON, "{}"), where), where))
+    return backend, special_roles(Fields(parse_json(fields.text(TOKENIZER_CONFIG_JSON, "{}"), where), where))
 
 
 def _from_keys(metadata: Mapping[str, Any], source: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Backend
 
-    kind = metadata.get("tokenizer.ggml.model")
+    kind = metadata.get(keys.TOKENIZER_MODEL)
     if kind is None:
-        raise CheckpointError(f"{source}: there is no tokenizer in this file (no tokenizer.ggml.model)")
+        raise CheckpointError(f"{source}: there is no tokenizer in this file (no {keys.TOKENIZER_MODEL})")
     if kind != "gemma4":
-        raise CheckpointError(f"{source}: tokenizer.ggml.model {shown(kind)} is not supported ('gemma4' is, "
+        raise CheckpointError(f"{source}: {keys.TOKENIZER_MODEL} {shown(kind)} is not supported ('gemma4' is, "
                               "which is what DiffusionGemma has)")
-    tokens = _strings(metadata, "tokenizer.ggml.tokens", source)
-    merges = _strings(metadata, "tokenizer.ggml.merges", source)
-    types = metadata.get("tokenizer.ggml.token_type", [])
+    tokens = _strings(metadata, keys.TOKENS, source)
+    merges = _strings(metadata, keys.MERGES, source)
+    types = metadata.get(keys.TOKEN_TYPES, [])
     if not isinstance(types, list) or len(types) not in (0, len(tokens)) or not all(map(is_whole, types)):
-        raise CheckpointError(f"{source}: tokenizer.ggml.token_type must hold a number for each of the {len(tokens)} "
+        raise CheckpointError(f"{source}: {keys.TOKEN_TYPES} must hold a number for each of the {len(tokens)} "
                               "tokens")
     roles = {}
     for ours, theirs in GGML_ROLES.items():
-        token_id = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        key = keys.token_id_key(theirs)
+        token_id = metadata.get(key)
         if token_id is None and f"<{ours}>" in tokens:
             roles[f"{ours}_token"] = f"<{ours}>"
         elif token_id is not None:
             if not is_whole(token_id) or not 0 <= token_id < len(tokens):
-                raise CheckpointError(f"{source}: tokenizer.ggml.{theirs}_token_id is {shown(token_id)}, but there are "
+                raise CheckpointError(f"{source}: {key} is {shown(token_id)}, but there are "
                                       f"{len(tokens)} tokens")
             roles[f"{ours}_token"] = tokens[token_id]
-    try:
+    with refused_as(f"{source}: {keys.MERGES} do not fit {keys.TOKENS}"):
         # Of a token that is there twice the later one counts. Text never becomes the other, as everywhere.
         pairs: Any = [merge.partition(" ")[::2] for merge in merges]
         backend = Backend(models.BPE(
             vocab=dict(zip(tokens, range(len(tokens)), strict=True)), merges=pairs, unk_token=roles.get("unk_token"),
             fuse_unk=True, byte_fallback=True))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and a panic in it is not even that
-        raise CheckpointError(f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: "
-                              f"{str(error)[:300]}") from error
     # Nothing splits text into words first: merges never reach across spaces or lines by themselves.
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -107,9 +105,9 @@ def _strings(metadata: Mapping[str, Any], key: str, source: str) -> list[str]:
 
 def _templates(metadata: Mapping[str, Any], source: str) -> dict[str, str]:
     """The chat templates by name; the usual one is "default"."""
-    prefix = "tokenizer.chat_template"
-    keys = Fields(metadata, source)
-    found = {"default" if key == prefix else key.removeprefix(f"{prefix}."): keys.text(key, "") for key in metadata
+    prefix = keys.CHAT_TEMPLATE
+    fields = Fields(metadata, source)
+    found = {"default" if key == prefix else key.removeprefix(f"{prefix}."): fields.text(key, "") for key in metadata
              if key == prefix or key.startswith(f"{prefix}.")}
     for name, text in found.items():
         compiled(text, f"{source}: {prefix if name == 'default' else f'{prefix}.{name}'}")

@@ -1,18 +1,19 @@
-"""Tool calls that are nearly right, read as they were meant.
+"""Tool calls read as they were meant, those too that are nearly right.
 
 A model that writes a whole canvas at once sometimes leaves out a brace or a quote, or falls back to JSON or Python.
 What has only one sensible reading is read; anything else is refused with ValueError inside and stays text outside.
-Works on text; what is well formed never comes here.
+Works on text; what is well formed is read by `tools`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dgemma.chat.call_readers import Guesser, Healer, NoCallError, OpenError, Weigher
-from dgemma.chat.tools import CLOSE, MAX_DEPTH, NAME, Called, Reading, Tools
+from dgemma.chat.call_readers import Guesser, NoCallError, OpenError, Repairer, Weigher
+from dgemma.chat.tools import CLOSE, MAX_DEPTH, NAME, Called, Reading, Tool, Tools, tools_of, well_formed
 
 _BETWEEN = re.compile(rf"(?:[\s,;]|{re.escape(CLOSE)}|<channel\|>)*")  # what may stand between two calls
 # What a call written as JSON may hold, at its top and inside; anything more and it is other JSON.
@@ -26,16 +27,38 @@ class UnclearError(ValueError):
     """More than one way to read it."""
 
 
+def read_calls(source: str, closed: bool = True, tools: Iterable[str | Tool | Mapping[str, Any]] = ()) -> list[Called]:
+    """The call that ``source`` is, or the calls that it was surely meant to be; none when it is not sure.
+
+    ``closed``: the closing mark follows. ``tools`` are the declared tools, or their names.
+    """
+    known = tools_of(tools)
+    reading = weigh_calls(source, closed, known)
+    return guessed_calls(source, closed, known) if reading is None or reading.unsettled else reading.calls
+
+
+def weigh_calls(source: str, closed: bool, tools: Tools, held: bool = False) -> Reading | None:
+    """The only reading of ``source`` in which every string ends at a sign of its own.
+
+    No calls: it is surely none, or may be several things. None: there is no such reading. ``held``: the call was made
+    under a constraint, which does not know all keys: one may come twice, and the later value counts, as in JSON.
+    """
+    try:
+        return Reading([well_formed(source, closed, tools, held)])
+    except ValueError:
+        return weighed_calls(source, closed, tools)
+
+
 def weighed_calls(source: str, closed: bool, tools: Tools, marked: bool = True) -> Reading | None:
     """The only reading of ``source`` in which every string ends at a sign of its own; None if there is none.
 
     Without calls it may be read in several ways, or is no call. ``marked``: it stands between a call's marks; if not,
     there must be more to show that it is a call than a tool's name.
     """
-    healer = Healer(source, closed)
+    reader = Repairer(source, closed)
     open_string = False
     try:
-        return Reading(_calls(healer, tools, marked), healer.incomplete)
+        return Reading(_calls(reader, tools, marked), reader.incomplete)
     except OpenError:
         open_string = True
     except NoCallError:
@@ -93,7 +116,7 @@ def _only_way(source: str, closed: bool, tools: Tools, marked: bool, paired: boo
     return next(iter(found.values()), None)
 
 
-def _calls(reader: Healer, tools: Tools, marked: bool) -> list[Called]:
+def _calls(reader: Repairer, tools: Tools, marked: bool) -> list[Called]:
     """All that the reader's text is: calls one after the other, perhaps as a list; raises ValueError."""
     text = reader.text
     at = reader.skip(0)
@@ -151,12 +174,12 @@ def _calls_of(value: Any, tools: Tools, marked: bool) -> list[tuple[str, dict[st
     name = inner.get("name")
     arguments = inner.get("arguments", inner.get("parameters", {} if marked else None))
     if isinstance(arguments, str):  # OpenAI writes them as JSON text
-        healer = Healer(arguments, closed=False)  # not json.loads: that takes NaN and any depth
+        reader = Repairer(arguments, closed=False)  # not json.loads: that takes NaN and any depth
         try:
-            arguments, end = healer.value(healer.skip(0), MAX_DEPTH)
+            arguments, end = reader.value(reader.skip(0), MAX_DEPTH)
         except ValueError as error:
             raise NoCallError("arguments that are no JSON") from error
-        if end != len(healer.text):
+        if end != len(reader.text):
             raise NoCallError("more than the arguments")
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise NoCallError("no name or no arguments")

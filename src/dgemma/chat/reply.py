@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgemma.chat import thoughts, tools
+from dgemma.chat.repair import read_calls, weigh_calls
 from dgemma.chat.speech import Said, Speech, Spelt
 from dgemma.chat.thoughts import Channel
 from dgemma.chat.tokenizer import Tokenizer
-from dgemma.chat.tools import Called, Tool, read_calls, tools_of, weigh_calls
+from dgemma.chat.tools import Called, Tool, tools_of
 
 __all__ = ["Called", "Piece", "ReplyReader", "Said", "Thought", "declared_tools"]
 

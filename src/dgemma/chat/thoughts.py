@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dgemma.tokenizer_files import STOPS
+
 OPEN, CLOSE = "<|channel>", "<channel|>"
 HEADER = "thought\n"  # the name of the channel, on its own line
-STOPS = ("<turn|>", "<eos>", "<|tool_response>")  # the spellings of the family's stop ids: 106, 1, 50
 
 
 def split_thoughts(raw: str, inside: bool = False) -> tuple[str | None, str]:
@@ -31,7 +32,7 @@ def split_thoughts(raw: str, inside: bool = False) -> tuple[str | None, str]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Stretch:
     """A stretch of output of one kind; never empty."""
 
     kind: Literal["reasoning", "text"]
@@ -56,9 +57,9 @@ class ThoughtParser:
         self._channel = Channel(inside)
         self._texted = False
 
-    def feed(self, chunk: str) -> list[Piece]:
+    def feed(self, chunk: str) -> list[Stretch]:
         """The pieces that `chunk` settles; the rest waits for the next one."""
-        pieces: list[Piece] = []
+        pieces: list[Stretch] = []
         if self.stopped:
             return pieces
         unread = self._unread + chunk
@@ -78,15 +79,15 @@ class ThoughtParser:
         self._unread = unread[keep:]
         return pieces
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[Stretch]:
         """What was held back, now that nothing follows."""
-        pieces: list[Piece] = []
+        pieces: list[Stretch] = []
         if not self.stopped:
             self._pass_on(self._unread, pieces)
             self._unread = ""
         return pieces
 
-    def _pass_on(self, text: str, pieces: list[Piece]) -> None:
+    def _pass_on(self, text: str, pieces: list[Stretch]) -> None:
         thinking = self._channel.open
         if thinking:
             text = self._channel.thought(text)
@@ -96,7 +97,7 @@ class ThoughtParser:
             return
         if not thinking:
             self._texted = True
-        pieces.append(Piece("reasoning" if thinking else "text", text))
+        pieces.append(Stretch("reasoning" if thinking else "text", text))
 
 
 class Channel:

@@ -16,17 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from dgemma.chat import template as templates
 from dgemma.chat.messages import normalise_messages, normalise_tools
-from dgemma.errors import CheckpointError, DgemmaError
-from dgemma.fields import Fields, is_there, read_json, read_text
+from dgemma.errors import DgemmaError
+from dgemma.tokenizer_files import ROLE_KEYS, ROLES, byte_symbols, read_tokenizer_files, special_roles
 
 if TYPE_CHECKING:
     import tokenizers
 
 Conversation = str | Sequence[Mapping[str, Any]]
-
-# The tokens with a role, as the family spells them, and the settings that may name others.
-ROLES = ("bos", "eos", "pad", "unk", "mask")
-ROLE_KEYS = tuple(f"{role}_token" for role in ROLES)
 
 # The chat format's own: what a template writes and a model answers with.
 MARKS = ("<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>",
@@ -78,25 +74,14 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """The tokenizer of the checkpoint in `folder`.
 
-        `tokenizer.json` is needed; `tokenizer_config.json` (roles of special tokens, a template in older
-        checkpoints) and `chat_template.jinja` (which wins) may be absent. Raises `CheckpointError`, for a template that
-        does not compile, too.
+        `read_tokenizer_files` says which files that takes. Raises `CheckpointError`, for a template that does not
+        compile, too.
         """
-        folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not is_there(path):
-            raise CheckpointError(
-                f"{path} is missing: copy tokenizer.json, tokenizer_config.json and chat_template.jinja there from"
-                " the checkpoint that the weights came from"
-            )
-        backend = read_backend(read_text(path), str(path))
-        config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        config = Fields(read_json(config_path) if is_there(config_path) else {}, str(config_path))
-        apart = is_there(template_path)
-        found = read_text(template_path) if apart else config_templates(config)
-        tokenizer = cls(backend, found, special_roles(config), str(folder))
+        files = read_tokenizer_files(Path(folder), "copy tokenizer.json, tokenizer_config.json and chat_template.jinja"
+                                     " there from the checkpoint that the weights came from")
+        tokenizer = cls(files.backend, files.templates, special_roles(files.config), str(folder))
         for text in tokenizer.chat_templates.values():
-            templates.compiled(text, str(template_path if apart else config_path))
+            templates.compiled(text, str(files.templates_from))
         return tokenizer
 
     @property
@@ -185,13 +170,8 @@ class Tokenizer:
                 return self.backend.decode([token_id], skip_special_tokens=False).encode()
         return text.encode()
 
-    def render(
-        self,
-        messages: Conversation,
-        thinking: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> str:
+    def render(self, messages: Conversation, thinking: bool = False,
+               tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation as text, by the checkpoint's own template.
 
         To get token ids use `apply_chat_template`: it keeps special tokens that a user typed from having effect.
@@ -200,13 +180,9 @@ class Tokenizer:
         self._require_template()
         return self._render(normalise_messages(messages), thinking, normalise_tools(tools), add_generation_prompt)
 
-    def apply_chat_template(
-        self,
-        messages: Conversation,
-        thinking: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
+    def apply_chat_template(self, messages: Conversation, thinking: bool = False,
+                            tools: Sequence[Mapping[str, Any]] | None = None,
+                            add_generation_prompt: bool = True) -> list[int]:
         """The prompt of a conversation as token ids.
 
         What is spelt like a special token inside the messages or tools is ordinary text: only the template's own
@@ -325,10 +301,8 @@ def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:
 
 @functools.cache
 def _byte_of_symbol() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = iter(range(0x100, 0x200))
-    return {chr(byte if byte in visible else next(spare)): byte for byte in range(256)}
+    """The byte that each character of a byte-level vocabulary stands for."""
+    return {symbol: byte for byte, symbol in enumerate(byte_symbols())}
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -341,45 +315,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _strings(item)
-
-
-def read_backend(text: str, where: str) -> tokenizers.Tokenizer:
-    """The tokenizer that the text of a ``tokenizer.json`` describes; `CheckpointError` naming ``where`` if none."""
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        backend = Backend.from_str(text)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and a panic in it is not even that
-        raise CheckpointError(f"{where} cannot be read as a tokenizer: {str(error)[:300]}") from error
-    # A file may ask for truncation or padding, which would quietly change prompts.
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def config_templates(config: Fields) -> str | dict[str, str] | None:
-    """The template(s) that older checkpoints keep in their tokenizer_config.json."""
-    found: Any = config.data.get("chat_template")
-    if found is None or isinstance(found, str):
-        return found
-    named: dict[str, str] = {}
-    for entry in found if isinstance(found, list) else [None]:
-        name, source = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(name, str) or not isinstance(source, str):
-            raise config.wrong("chat_template", "must be text, or a list of names and templates")
-        named[name] = source
-    return named
-
-
-def special_roles(config: Fields) -> dict[str, str]:
-    """`bos_token`, `eos_token`…: a string, or an object with the string as its content."""
-    roles = {}
-    for key, value in config.data.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str):
-            roles[key] = text
-        elif key in ROLE_KEYS and text is not None:
-            raise config.wrong(key, "must be text, or an object with text as its content")
-    return roles

@@ -1,4 +1,4 @@
-"""Tool calls, read out of what stands between their marks.
+"""Tool calls in Gemma's notation, read out of what stands between their marks; `repair` reads what is nearly that.
 
 Works on: the text between `<|tool_call>` and `<tool_call|>`, in which `<|"|>` is always the mark (whoever reads the
 tokens sees to that), and the declared tools. Knows nothing of: tokens, what the tools do.
@@ -108,33 +108,8 @@ def _types(schema: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(name.lower() for name in named)
 
 
-def read_calls(source: str, closed: bool = True, tools: Iterable[str | Tool | Mapping[str, Any]] = ()) -> list[Called]:
-    """The call that ``source`` is, or the calls that it was surely meant to be; none when it is not sure.
-
-    ``closed``: the closing mark follows. ``tools`` are the declared tools, or their names.
-    """
-    from dgemma.chat.repair import guessed_calls
-
-    known = tools_of(tools)
-    reading = weigh_calls(source, closed, known)
-    return guessed_calls(source, closed, known) if reading is None or reading.unsettled else reading.calls
-
-
-def weigh_calls(source: str, closed: bool, tools: Tools, held: bool = False) -> Reading | None:
-    """The only reading of ``source`` in which every string ends at a sign of its own.
-
-    No calls: it is surely none, or may be several things. None: there is no such reading. ``held``: the call was made
-    under a constraint, which does not know all keys: one may come twice, and the later value counts, as in JSON.
-    """
-    try:
-        return Reading([_well_formed(source, closed, tools, held)])
-    except ValueError:
-        from dgemma.chat.repair import weighed_calls
-
-        return weighed_calls(source, closed, tools)
-
-
-def _well_formed(source: str, closed: bool, tools: Tools, repeats: bool) -> Called:
+def well_formed(source: str, closed: bool, tools: Tools, repeats: bool) -> Called:
+    """The call that ``source`` is; ValueError unless it is one to the letter. ``repeats``: a key may come twice."""
     prefix = _PREFIX.match(source)
     if not prefix or not closed:
         raise ValueError("no name or no end")

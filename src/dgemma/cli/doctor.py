@@ -17,7 +17,8 @@ from importlib import metadata
 
 from dgemma import __version__, openmp
 from dgemma.errors import DgemmaError
-from dgemma.files import size_text
+from dgemma.files import free_space
+from dgemma.formats import size_text
 from dgemma.memory import machine_memory
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
@@ -137,7 +138,7 @@ def disk() -> Check:
 
     folder = cache_folder()
     place = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    free = shutil.disk_usage(place).free
+    free = free_space(folder)
     elsewhere = "export HF_HOME=/a/larger/disk/huggingface"
     if not os.access(place, os.W_OK):
         return Check("disk", BROKEN, f"{folder} cannot be written to", elsewhere)

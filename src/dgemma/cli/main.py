@@ -26,7 +26,7 @@ from dgemma.cli.commands.replay import replay
 from dgemma.cli.commands.run import run
 from dgemma.cli.commands.serve import serve
 from dgemma.cli.commands.train import train
-from dgemma.cli.output import give_up_stdout, occupy_descriptors
+from dgemma.cli.streams import give_up_stdout, occupy_descriptors
 from dgemma.cli.terminal.console import printable, say, say_error, say_warning
 from dgemma.errors import DgemmaError
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
-
-from dgemma.config import SAMPLER_SETTINGS
 
 _SERVER = "A server instead of this machine"
 ModelOption = Annotated[str | None, typer.Option(
@@ -38,32 +39,55 @@ TraceOption = Annotated[Path | None, typer.Option(
     help="Save every denoising step to this file, for `dgemma replay`.", show_default=False)]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … Default: a GPU if there is one.",
                                                   show_default=False)]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's.",
-                                                 show_default=False)]
-AdapterOption = Annotated[Path | None, typer.Option(
-    help="A LoRA or DoRA adapter for the model: its folder in PEFT's format.", show_default=False)]
-CacheTypeOption = Annotated[str | None, typer.Option(
-    "--cache-type", help="What keys and values are kept in: f32, f16, bf16 or q8_0. Default: what they are computed "
-                         "in, bf16 for packed weights.", show_default=False)]
 
-_SAMPLER = "Sampler (defaults: the checkpoint's)"
-MaxStepsOption = Annotated[int | None, typer.Option("--max-denoising-steps", rich_help_panel=_SAMPLER,
-                                                    help="Most denoising steps per canvas.", show_default=False)]
-EntropyBoundOption = Annotated[float | None, typer.Option("--entropy-bound", rich_help_panel=_SAMPLER,
-                                                          help="How much to believe in one step, nats.",
-                                                          show_default=False)]
-TMinOption = Annotated[float | None, typer.Option("--t-min", rich_help_panel=_SAMPLER, help="Last temperature.",
-                                                  show_default=False)]
-TMaxOption = Annotated[float | None, typer.Option("--t-max", rich_help_panel=_SAMPLER, help="First temperature.",
-                                                  show_default=False)]
-StabilityOption = Annotated[int | None, typer.Option("--stability-threshold", rich_help_panel=_SAMPLER,
-                                                     help="Earlier drafts that must agree before stopping.",
-                                                     show_default=False)]
-ConfidenceOption = Annotated[float | None, typer.Option("--confidence-threshold", rich_help_panel=_SAMPLER,
-                                                        help="Mean entropy below which to stop, nats.",
-                                                        show_default=False)]
+# How a model is loaded here, by the names that `dgemma.load` knows; `with_options` gives a command the whole group.
+LOADING = {
+    "device": DeviceOption,
+    "dtype": Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's.",
+                                                show_default=False)],
+    "cache_type": Annotated[str | None, typer.Option(
+        help="What keys and values are kept in: f32, f16, bf16 or q8_0. Default: what they are computed in, bf16 for "
+             "packed weights.", show_default=False)],
+}
+LOCAL = {**LOADING, "adapter": Annotated[Path | None, typer.Option(
+    help="A LoRA or DoRA adapter for the model: its folder in PEFT's format.", show_default=False)]}
 
 
-def sampler_settings(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The sampler settings among a command's arguments (its ``locals()``), those that were given."""
-    return {name: arguments[name] for name in SAMPLER_SETTINGS if arguments[name] is not None}
+def _sampler_option(kind: Any, help: str) -> Any:
+    return Annotated[kind | None, typer.Option(help=help, rich_help_panel="Sampler (defaults: the checkpoint's)",
+                                               show_default=False)]
+
+
+SAMPLER = {
+    "max_denoising_steps": _sampler_option(int, "Most denoising steps per canvas."),
+    "entropy_bound": _sampler_option(float, "How much to believe in one step, nats."),
+    "t_min": _sampler_option(float, "Last temperature."),
+    "t_max": _sampler_option(float, "First temperature."),
+    "stability_threshold": _sampler_option(int, "Earlier drafts that must agree before stopping."),
+    "confidence_threshold": _sampler_option(float, "Mean entropy below which to stop, nats."),
+}
+
+
+def with_options(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command with all options of each group, behind its own; it takes of each a dictionary of those that were given.
+
+    ``groups``: the dictionary's name among the command's parameters -> the group's options by name.
+    """
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        parameters = [parameter.replace(annotation=hints[parameter.name])
+                      for parameter in inspect.signature(command).parameters.values() if parameter.name not in groups]
+        parameters += [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=option)
+                       for options in groups.values() for name, option in options.items()]
+
+        @functools.wraps(command)
+        def wrapped(**given: Any) -> None:
+            values = {group: {name: given.pop(name) for name in options} for group, options in groups.items()}
+            command(**given, **{group: {name: value for name, value in of_group.items() if value is not None}
+                                for group, of_group in values.items()})
+
+        setattr(wrapped, "__signature__", inspect.Signature(parameters))  # noqa: B010  (what Typer reads)
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapped
+
+    return decorate

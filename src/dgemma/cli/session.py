@@ -5,46 +5,55 @@ from __future__ import annotations
 import queue
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgemma.cli.terminal.console import SafeConsole
+from dgemma.cli.terminal.progress import DownloadBar, ProgressBar
 from dgemma.machine import signals_handled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from rich.progress import Progress
-
     from dgemma.cli.remote.model import RemoteModel
-    from dgemma.cli.terminal.canvas import LiveCanvas
-    from dgemma.cli.terminal.plain import PlainText
+    from dgemma.cli.terminal.canvas import LiveCanvas, PlainText
     from dgemma.diffusion.events import Event, Generation
     from dgemma.model import Model
 
     AnyModel = Model | RemoteModel
 
 BUNDLED = "sudoku"
+LOADING_PATIENCE = 0.5  # seconds that loading takes before there is a bar
 PATIENCE = 2.0  # seconds that a second Ctrl-C waits for the model's present step
 HINT = ("Using the bundled Sudoku model. For the 26B model: dgemma run -m model.gguf \"…\" (18 GB of memory in "
         "Q4_K_M), or dgemma run -m google/diffusiongemma-26B-A4B-it \"…\" (52 GB)")
 
 
-def load_model(name: str | None, device: str | None = None, dtype: str | None = None, cache_type: str | None = None,
-               hint: bool = True, adapter: Path | None = None) -> Model:
-    """Load a model for a command, with a progress bar on stderr when it takes a while."""
+def load_model(name: str | None, *, hint: bool = True, **local: Any) -> Model:
+    """Load a model for a command, as `dgemma.load` does, with a progress bar on stderr when it takes a while."""
     import dgemma
 
     if name is None and hint:
         SafeConsole(stderr=True, highlight=False).print(HINT, style="dim", soft_wrap=True, markup=False)
-    with LoadingBar() as bar:
-        model = dgemma.load(BUNDLED if name is None else name, device=device, dtype=dtype,
-                            cache_type=cache_type, adapter=adapter, progress=bar.update)
+    with ProgressBar("loading", patience=LOADING_PATIENCE) as bar:
+        model = dgemma.load(BUNDLED if name is None else name, progress=bar.update, downloads=DownloadBar, **local)
     _say_if_tight(model)
     return model
+
+
+def open_model(name: str | None, *, url: str | None, api_key: str | None, live: bool, **local: Any) -> AnyModel:
+    """The model that a command asks for: on the server at ``url``, else loaded here with the ``local`` options.
+
+    Raises DgemmaError when a local option comes with a url.
+    """
+    if url is None:
+        return load_model(name, **local)
+    from dgemma.cli.remote.model import connect, refuse_with_url
+
+    refuse_with_url(**local)
+    return connect(url, api_key, name, drafts=live)
 
 
 def _say_if_tight(model: Model) -> None:
@@ -52,13 +61,13 @@ def _say_if_tight(model: Model) -> None:
 
     The program itself is in memory already: `machine_memory` does not count what it takes as available.
     """
-    from dgemma.cli.commands.models import conversation_memory
-    from dgemma.files import size_text
-    from dgemma.memory import machine_memory, mapped_bytes
+    from dgemma.formats import size_text
+    from dgemma.memory import conversation_bytes, machine_memory
+    from dgemma.memory.inference import mapped_bytes
     from dgemma.nn.packed import packed_bytes
 
     weights = mapped_bytes(model.network)
-    needed = weights + conversation_memory(weights, "GGUF" if packed_bytes(model.network) else "safetensors")
+    needed = weights + conversation_bytes(weights, packed_bytes(model.network) > 0)
     available, _ = machine_memory()
     if not weights or available is None or needed <= available:
         return
@@ -67,45 +76,6 @@ def _say_if_tight(model: Model) -> None:
         f"{size_text(available)} are available. It runs all the same, but what does not fit is read from the disk "
         "again in every step: expect that to decide the speed. Closing programs or a smaller quantisation helps.",
         style="yellow", soft_wrap=True, markup=False)
-
-
-class LoadingBar:
-    """A progress bar on stderr that appears only if loading takes long enough to wonder."""
-
-    PATIENCE = 0.5  # seconds
-
-    def __init__(self, what: str = "loading") -> None:
-        self._what = what
-        self._began = time.monotonic()
-        self._console = SafeConsole(stderr=True)
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> LoadingBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def update(self, done: int, total: int) -> None:
-        """Show how much was read; once that is all, the bar is gone until something else is loaded."""
-        if done == 0:
-            self._began = time.monotonic()  # importing torch is not loading
-        if self._progress is None and time.monotonic() - self._began > self.PATIENCE and self._console.is_terminal:
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-            self._progress = Progress(TextColumn(self._what), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                                      console=self._console, transient=True)
-            self._progress.add_task(self._what, total=total)
-            self._progress.start()
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=done)
-        if done >= total:
-            self._stop()
-
-    def _stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
 
 
 @contextmanager
@@ -138,14 +108,10 @@ def piece_of(model: AnyModel) -> Callable[[int], tuple[bytes, bool]]:
 
 def _viewer(model: AnyModel) -> LiveCanvas | PlainText:
     """What shows the model's events: the live canvas, or text as it comes from a server without drafts."""
-    console = SafeConsole(highlight=False)
-    if getattr(model, "has_drafts", True):
-        from dgemma.cli.terminal.canvas import LiveCanvas
+    from dgemma.cli.terminal.canvas import LiveCanvas, PlainText
 
-        return LiveCanvas(console, piece_of(model))
-    from dgemma.cli.terminal.plain import PlainText
-
-    return PlainText(console, piece_of(model))
+    shown = LiveCanvas if getattr(model, "has_drafts", True) else PlainText
+    return shown(SafeConsole(highlight=False), piece_of(model))
 
 
 def follow(model: AnyModel, events: Iterable[Event], *, visual: bool, trace: Path | None = None, prompt: str = "",

@@ -18,7 +18,6 @@ from typing import TypeVar
 
 import torch
 
-from dgemma.cache.pages import sequence_bytes
 from dgemma.diffusion.events import Event, Failed, Finished, Generation
 from dgemma.diffusion.prompt import uncut
 from dgemma.diffusion.row import Read, Request, Row, unread
@@ -28,10 +27,10 @@ from dgemma.engine.prefixes import Prefix, PrefixStore
 from dgemma.engine.runner import Outcome, Runner, Seat, logprobs_of
 from dgemma.engine.scheduler import FairQueue, Memory, shares
 from dgemma.errors import ContextLengthError, DgemmaError, NotFiniteError
+from dgemma.memory.inference import sequence_bytes, working_bytes
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.activation import MountedAdapter
 from dgemma.nn.adapters import LowRank
-from dgemma.weights.inspect import working_bytes
 
 # Numbers of hidden states that a CPU works on at a time. More rows in a pass reuse weights better, but beyond about so
 # many its matrices leave the caches: at the 26B's width 4 canvases cost 1.6 s each, 8 cost 1.9 (1 alone: 1.8).

@@ -25,7 +25,7 @@ from dgemma.diffusion.row import Request
 from dgemma.engine.engine import Counts, Engine
 from dgemma.engine.registry import AdapterShelf
 from dgemma.errors import DgemmaError
-from dgemma.memory import request_memory
+from dgemma.memory.inference import request_memory
 from dgemma.model import Model
 from dgemma.nn.activation import MountedAdapter, mounted_bytes
 

@@ -23,17 +23,20 @@ from dgemma.config import (
 )
 from dgemma.errors import CheckpointError
 from dgemma.fields import is_number, is_whole, shown
+from dgemma.tokenizer_files import STOPS
 
 ARCHITECTURE = "diffusion-gemma"
 ROPE_FREQS = "rope_freqs.weight"
 UNROTATED = 1e30  # what a frequency is divided by where a head does not turn
 
+# The keys of a file's kind and of its tokenizer.
+ARCHITECTURE_KEY = "general.architecture"
+TOKENIZER_MODEL, TOKENS, TOKEN_TYPES, MERGES = (f"tokenizer.ggml.{name}" for name in ("model", "tokens", "token_type",
+                                                                                      "merges"))
+CHAT_TEMPLATE = "tokenizer.chat_template"
 # Our own keys.
 EOS_TOKEN_IDS = "dgemma.eos_token_ids"
 MAX_NEW_TOKENS = "dgemma.max_new_tokens"
-
-# Tokens that end an answer, beside those that the file's keys name.
-_STOPS = ("<eos>", "<turn|>", "<|tool_response>")
 
 _TOP = {
     "embed_tokens.weight": "token_embd.weight",
@@ -83,6 +86,12 @@ _ELSEWHERE = {
 }
 
 
+def block_and_part(gguf_name: str) -> tuple[int, str] | None:
+    """A tensor's layer and its name within that: "blk.3.attn_q.weight" -> (3, "attn_q.weight"); None elsewhere."""
+    found = _BLOCK_NAME.fullmatch(gguf_name)
+    return found and (int(found[1]), found[2])
+
+
 def gguf_name(network_name: str) -> str:
     """Where a tensor of ours stands in a GGUF file; KeyError for a name that is not the network's."""
     layer = _LAYER_NAME.fullmatch(network_name)
@@ -91,11 +100,11 @@ def gguf_name(network_name: str) -> str:
 
 def network_name(gguf_name: str) -> str | None:
     """Our name for a GGUF file's tensor; None when it is not one of the network's."""
-    block = _BLOCK_NAME.fullmatch(gguf_name)
+    block = block_and_part(gguf_name)
     if block is None:
         return _TOP_OURS.get(gguf_name)
-    ours = _BLOCK_OURS.get(block[2])
-    return ours and f"layers.{block[1]}.{ours}"
+    ours = _BLOCK_OURS.get(block[1])
+    return ours and f"layers.{block[0]}.{ours}"
 
 
 def rope_freqs(config: ModelConfig) -> list[float] | None:
@@ -123,11 +132,11 @@ def rotary_fraction(freqs: Sequence[float], source: str) -> float:
 
 def check_architecture(metadata: Mapping[str, Any], source: str) -> None:
     """Raise CheckpointError, saying what else would run it, unless the file holds a DiffusionGemma."""
-    architecture = metadata.get("general.architecture")
+    architecture = metadata.get(ARCHITECTURE_KEY)
     if architecture == ARCHITECTURE and metadata.get("general.type", "model") == "model":
         return
     if architecture is None:
-        raise CheckpointError(f"{source}: this GGUF file names no architecture (general.architecture), so it is no "
+        raise CheckpointError(f"{source}: this GGUF file names no architecture ({ARCHITECTURE_KEY}), so it is no "
                               f"model; dgemma runs architecture {ARCHITECTURE!r}")
     kind = metadata.get("general.type", "model")
     if kind == "adapter":
@@ -142,16 +151,21 @@ def check_architecture(metadata: Mapping[str, Any], source: str) -> None:
                           f"architecture {ARCHITECTURE!r} only")
 
 
+def token_id_key(role: str) -> str:
+    """The key for the token with a role, which is ggml's word for it."""
+    return f"tokenizer.ggml.{role}_token_id"
+
+
 def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens that end an answer: our own key's, else those of the tokenizer's keys and of the chat format."""
     own = metadata.get(EOS_TOKEN_IDS)
     if isinstance(own, list) and own and all(map(_is_token, own)):
         return tuple(own)
-    named: list[Any] = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot")]
+    named: list[Any] = [metadata.get(token_id_key(role)) for role in ("eos", "eot")]
     found = [token_id for token_id in named if _is_token(token_id)]
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = metadata.get(TOKENS)
     if isinstance(tokens, list):
-        for stop in _STOPS:
+        for stop in STOPS:
             if stop in tokens:
                 found.append(tokens.index(stop))
     return tuple(dict.fromkeys(found)) or (1,)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import re
 import struct
 import sys
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ from torch import Tensor
 from dgemma.errors import CheckpointError
 from dgemma.fields import is_whole, shown
 from dgemma.gguf.blocks import BY_CODE, BlockType
+from dgemma.gguf.container import ALIGNMENT, ARRAY, MAGIC, NUMBERS, PART, STRING, part_names
 
-MAGIC = b"GGUF"
 _HEADER_LIMIT = 128 << 20  # a 262144-token vocabulary with its merges takes 15 MB
 _NESTING = 4
 _WINDOW = 1 << 16  # where strings are many, the bytes looked at in one go
@@ -34,12 +33,8 @@ _SLOWLY = 64  # and how many are read one by one where that does not work
 _ZEROS = b"\0" * 7
 _MOST_DIMENSIONS = 8
 _AGAIN = "copy or download it again"
-_PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
 
-# ggml's numbers for metadata types.
-_BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", _BOOL: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_ONE_NUMBER = {code: struct.Struct(kind) for code, kind in _NUMBERS.items()}
+_ONE_NUMBER = {code: struct.Struct(f"<{letter}") for code, letter in NUMBERS.items()}
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 # The types that dgemma does not compute with, by name, for errors.
@@ -107,11 +102,11 @@ def read_gguf(path: str | Path) -> GGUFFile:
 def _part_paths(path: Path, number: Any, count: int) -> list[Path]:
     if not is_whole(number) or not 0 <= number < count:
         raise CheckpointError(f"{path}: corrupt header: split.no is {shown(number)} and split.count {count}")
-    name = _PART.fullmatch(path.name)
+    name = PART.fullmatch(path.name)
     if name is None or int(name["count"]) != count:
         raise CheckpointError(f"{path}: this is part {number + 1} of {count}; the others are found by their names, so "
                               f"it must be called …-{number + 1:05}-of-{count:05}.gguf")
-    return [path.with_name(f"{name['stem']}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
+    return [path.with_name(part) for part in part_names(name["stem"], count)]
 
 
 def _join(first: GGUFFile, paths: list[Path]) -> GGUFFile:
@@ -238,7 +233,7 @@ def _parse(reader: _Reader) -> GGUFFile:
             raise reader.corrupt("it is there twice")
         metadata[key] = reader.value(reader.u32())
     reader.where = "tensor table"
-    alignment = metadata.get("general.alignment", 32)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
     if not is_whole(alignment) or not 1 <= alignment <= 1 << 20:
         raise reader.corrupt(f"general.alignment is {shown(alignment)}")
     reader.check_count(tensor_count, 24, "tensors")
@@ -334,27 +329,27 @@ class _Reader:
 
     def value(self, code: int, depth: int = 0) -> Any:
         """One metadata value of a type; arrays become lists."""
-        if code == _STRING:
+        if code == STRING:
             start = self.skip(self.u64())
             return self.data[start : self.at].decode(errors="replace")
         if code in _ONE_NUMBER:
             kind = _ONE_NUMBER[code]
             return kind.unpack_from(self.data, self.skip(kind.size))[0]
-        if code != _ARRAY:
+        if code != ARRAY:
             raise self.corrupt(f"type {code} is no metadata type")
         inner, count = self.u32(), self.u64()
-        if inner == _STRING:
+        if inner == STRING:
             self.check_count(count, 8, "strings")
             return self._strings(count)
-        if inner in _NUMBERS:
-            kind = np.dtype(_NUMBERS[inner])
+        if inner in NUMBERS:
+            kind = np.dtype(f"<{NUMBERS[inner]}")
             self.check_count(count, kind.itemsize, "numbers")
             start = self.skip(count * kind.itemsize)
             return np.frombuffer(self.data[start : self.at], kind).tolist()
-        if inner != _ARRAY or depth == _NESTING:
-            raise self.corrupt(f"an array of type {inner}" + (" nested too deep" if inner == _ARRAY else ""))
+        if inner != ARRAY or depth == _NESTING:
+            raise self.corrupt(f"an array of type {inner}" + (" nested too deep" if inner == ARRAY else ""))
         self.check_count(count, 12, "arrays")
-        return [self.value(_ARRAY, depth + 1) for _ in range(count)]
+        return [self.value(ARRAY, depth + 1) for _ in range(count)]
 
     def _strings(self, count: int) -> list[str]:
         """So many strings, each a length in 8 bytes and its text: a vocabulary has hundreds of thousands of them."""

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgemma.chat.tokenizer import ROLE_KEYS, config_templates, read_backend, special_roles
 from dgemma.errors import CheckpointError
-from dgemma.fields import Fields, is_there, parse_json, read_text
+from dgemma.fields import parse_json
+from dgemma.gguf import keys
+from dgemma.tokenizer_files import ROLE_KEYS, read_tokenizer_files, special_roles
 
 # Our own keys: the files as they are, for tokenizers that the keys of ggml cannot describe.
 TOKENIZER_JSON = "dgemma.tokenizer.json"
@@ -33,16 +34,10 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     Gemma's own kind is what `gemma4` names. Any other is written as far as the keys go, and its files are added whole
     under keys of our own.
     """
-    path = folder / "tokenizer.json"
-    if not is_there(path):
-        raise CheckpointError(f"{path} is missing: a GGUF file holds the tokenizer too; copy tokenizer.json, "
-                              "tokenizer_config.json and chat_template.jinja there")
-    json_text = read_text(path)
-    read_backend(json_text, str(path))  # what it takes for a tokenizer has the types that are relied on here
-    data = parse_json(json_text, str(path))
-    config_path = folder / "tokenizer_config.json"
-    config_text = read_text(config_path) if is_there(config_path) else ""
-    config = Fields(parse_json(config_text, str(config_path)) if config_text else {}, str(config_path))
+    files = read_tokenizer_files(folder, "a GGUF file holds the tokenizer too; copy tokenizer.json, "
+                                 "tokenizer_config.json and chat_template.jinja there")
+    path = files.path
+    data = parse_json(files.json_text, str(path))
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise CheckpointError(f"{path}: this kind of tokenizer cannot be written (a vocabulary by name is needed)")
@@ -51,7 +46,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     if max(ids.values(), default=0) >= vocab_size:
         raise CheckpointError(f"{path}: token ids go up to {max(ids.values())}, but the network knows {vocab_size} "
                               "tokens only")
-    roles = special_roles(config)
+    roles = special_roles(files.config)
     special = {f"<{role}>" for role in GGML_ROLES} | {text for key, text in roles.items() if key in ROLE_KEYS}
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [UNUSED] * vocab_size
@@ -62,19 +57,19 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     gemma = byte_fallback and _is_gemma(data)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
     return {
-        "tokenizer.ggml.model": "gemma4" if gemma else "gpt2",
+        keys.TOKENIZER_MODEL: "gemma4" if gemma else "gpt2",
         **({} if gemma else {"tokenizer.ggml.pre": "default"}),
-        "tokenizer.ggml.tokens": tokens,
+        keys.TOKENS: tokens,
         "tokenizer.ggml.scores": [0.0] * vocab_size,
-        "tokenizer.ggml.token_type": types,
-        **({"tokenizer.ggml.merges": merges} if merges else {}),
-        **{f"tokenizer.ggml.{theirs}_token_id": ids[text] for role, theirs in GGML_ROLES.items()
+        keys.TOKEN_TYPES: types,
+        **({keys.MERGES: merges} if merges else {}),
+        **{keys.token_id_key(theirs): ids[text] for role, theirs in GGML_ROLES.items()
            if (text := roles.get(f"{role}_token") or f"<{role}>") in ids},
         "tokenizer.ggml.add_bos_token": gemma,
         "tokenizer.ggml.add_space_prefix": False,
-        **_chat_templates(folder, config),
-        **({} if gemma else {TOKENIZER_JSON: json_text}),
-        **({} if gemma or not config_text else {TOKENIZER_CONFIG_JSON: config_text}),
+        **_chat_templates(files.templates),
+        **({} if gemma else {TOKENIZER_JSON: files.json_text}),
+        **({} if gemma or not files.config_text else {TOKENIZER_CONFIG_JSON: files.config_text}),
     }
 
 
@@ -97,16 +92,14 @@ def _token_type(text: str, added: Mapping[str, Any] | None, unknown: str | None,
     return BYTE if byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", text) else NORMAL
 
 
-def _chat_templates(folder: Path, config: Fields) -> dict[str, Any]:
-    path = folder / "chat_template.jinja"
-    found = read_text(path) if is_there(path) else config_templates(config)
+def _chat_templates(found: str | dict[str, str] | None) -> dict[str, Any]:
     if isinstance(found, str):
-        return {"tokenizer.chat_template": found}
+        return {keys.CHAT_TEMPLATE: found}
     named = found or {}
     others = [name for name in named if name != "default"]
     return {
-        **({"tokenizer.chat_template": named["default"]} if "default" in named else {}),
-        **{f"tokenizer.chat_template.{name}": named[name] for name in others},
+        **({keys.CHAT_TEMPLATE: named["default"]} if "default" in named else {}),
+        **{f"{keys.CHAT_TEMPLATE}.{name}": named[name] for name in others},
         **({"tokenizer.chat_templates": others} if others else {}),
     }
 
@@ -116,7 +109,7 @@ def mended_types(metadata: Mapping[str, Any]) -> list[int] | None:
 
     Conversions that go by an ``eos_token`` of "<turn|>" leave `<eos>` an ordinary token. None: nothing to mend.
     """
-    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    tokens, types = metadata.get(keys.TOKENS), metadata.get(keys.TOKEN_TYPES)
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
         return None
     own = {f"<{role}>": UNKNOWN if role == "unk" else CONTROL for role in GGML_ROLES}

@@ -1,6 +1,6 @@
 """Writing the GGUF container, version 3: a header that names everything, then the tensors' bytes in turn.
 
-Works on bytes; knows nothing of models. `gguf.py` is the other direction and describes the format.
+Works on bytes; knows nothing of models. `reader` is the other direction and describes the format.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgemma.gguf.blocks import BlockType
+from dgemma.gguf.container import ALIGNMENT, ARRAY, MAGIC, NUMBERS, STRING
 
-ALIGNMENT = 32  # of every tensor's data, which needs no key when it is this
-
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64, _INT64, _FLOAT64 = 4, 5, 6, 7, 8, 9, 10, 11, 12
-_LETTERS = {_UINT32: "I", _INT32: "i", _FLOAT32: "f", _BOOL: "?", _UINT64: "Q", _INT64: "q", _FLOAT64: "d"}
+_TYPES = {letter: code for code, letter in NUMBERS.items()}
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def header(metadata: Mapping[str, Any], tensors: Sequence[TensorEntry]) -> bytes
     ``metadata`` are texts, numbers, booleans and lists of one of these. Whole numbers become 32-bit (unsigned by
     themselves, signed in lists: what ggml's readers take), fractions float32; wider where these do not hold them.
     """
-    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
+    parts = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
         parts.append(_text(key))
         parts += _value(value)
@@ -71,26 +69,25 @@ def _text(text: str) -> bytes:
 def _value(value: Any) -> list[bytes]:
     """The type's number and the value."""
     if isinstance(value, str):
-        return [struct.pack("<I", _STRING), _text(value)]
+        return [struct.pack("<I", STRING), _text(value)]
     if not isinstance(value, (list, tuple)):
-        kind = _number_type([value], _UINT32)
-        return [struct.pack(f"<I{_LETTERS[kind]}", kind, value)]
+        letter = _letter([value], "I")
+        return [struct.pack(f"<I{letter}", _TYPES[letter], value)]
     if value and isinstance(value[0], str):
-        return [struct.pack("<IIQ", _ARRAY, _STRING, len(value)), *map(_text, value)]
-    kind = _number_type(value, _INT32)
-    return [struct.pack(f"<IIQ{len(value)}{_LETTERS[kind]}", _ARRAY, kind, len(value), *value)]
+        return [struct.pack("<IIQ", ARRAY, STRING, len(value)), *map(_text, value)]
+    letter = _letter(value, "i")
+    return [struct.pack(f"<IIQ{len(value)}{letter}", ARRAY, _TYPES[letter], len(value), *value)]
 
 
-def _number_type(values: Iterable[Any], whole: int) -> int:
+def _letter(values: Iterable[Any], whole: str) -> str:
     """The smallest type from ``whole`` on that holds them all; float32 for fractions unless they need more."""
     values = list(values)
     if all(isinstance(value, bool) for value in values) and values:
-        return _BOOL
+        return "?"
     if all(isinstance(value, int) for value in values):
         low, high = min(values, default=0), max(values, default=0)
-        fits = {_UINT32: low >= 0 and high < 1 << 32, _INT32: low >= -(1 << 31) and high < 1 << 31,
-                _UINT64: low >= 0, _INT64: True}
-        return whole if fits[whole] else next(kind for kind, fit in fits.items() if fit)
+        fits = {"I": low >= 0 and high < 1 << 32, "i": low >= -(1 << 31) and high < 1 << 31, "Q": low >= 0, "q": True}
+        return whole if fits[whole] else next(letter for letter, fit in fits.items() if fit)
     if all(isinstance(value, (int, float)) for value in values):
-        return _FLOAT32 if all(abs(value) < 3.4e38 or value != value for value in values) else _FLOAT64
+        return "f" if all(abs(value) < 3.4e38 or value != value for value in values) else "d"
     raise TypeError(f"no GGUF value: {values!r:.80}")

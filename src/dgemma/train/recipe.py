@@ -21,7 +21,7 @@ from dgemma.nn.adapters import AdapterConfig
 from dgemma.tasks.extraction import KEYS, MOST_DISTRACTORS
 from dgemma.tasks.sudoku import MIN_GIVENS
 from dgemma.train.objective import Objective
-from dgemma.weights.hub.locate import bundled_models
+from dgemma.weights.files import bundled_models
 
 T = TypeVar("T")
 

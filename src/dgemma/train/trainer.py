@@ -28,7 +28,8 @@ from torch import Tensor
 
 from dgemma.cli.terminal.console import say
 from dgemma.errors import DgemmaError
-from dgemma.files import make_folder, size_text
+from dgemma.files import make_folder
+from dgemma.formats import size_text
 from dgemma.machine import signals_handled
 from dgemma.memory import release_freed
 from dgemma.model import Parts

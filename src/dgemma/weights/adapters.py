@@ -28,7 +28,7 @@ from dgemma.fields import Fields, is_number, is_there, read_json, shown
 from dgemma.files import atomic_write, json_bytes, make_folder
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import AdapterConfig, Factors, adaptable, adapter_parameters, adapters, install
-from dgemma.weights.load import Problem, describe
+from dgemma.weights.load import describe, problems_of
 from dgemma.weights.names import network_name, pass_names
 from dgemma.weights.save import write_safetensors
 
@@ -124,7 +124,7 @@ def read_adapter(path: str | Path, network: DiffusionTransformer) -> Adapter:
         made_for = settings.get("base_model_name_or_path")
         raise CheckpointError(f"{file}: this adapter does not fit this model"
                               + (f" (it was made for {made_for})" if made_for else "") + "\n"
-                              + describe(Problem(kind, tuple(items)) for kind, items in problems.items() if items))
+                              + describe(problems_of(problems)))
     factors = {name: _factors(found[pass_names(name)[0]], shapes[name], config.scale_of(name)) for name in names}
     return Adapter(replace(config, targets=tuple(names)), factors)
 

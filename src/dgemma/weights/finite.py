@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from dgemma.errors import CheckpointError
+from dgemma.files import fill
 from dgemma.gguf.blocks import BlockType, dequantize
 from dgemma.gguf.codebooks import missing_grid
 from dgemma.gguf.reader import GGUFTensor
-from dgemma.weights.load import StoredTensor
+from dgemma.weights.load import DTYPES, StoredTensor
 
 _PIECE = 16 << 20  # bytes read at a time
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_FLOATS = {**DTYPES, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _WHOLE = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")  # these hold nothing else
 # Where a block's float16 scales and minima are: its numbers are finite if and only if these are. A type that is not
 # here is dequantised.
@@ -121,13 +121,11 @@ def _pieces(path: Path, start: int, nbytes: int, unit: int, name: str) -> Iterat
             file.seek(start)
             left = nbytes
             while left:
-                view, filled = memoryview(buffer)[: min(len(buffer), left)], 0
-                while filled < len(view):
-                    count = file.readinto(view[filled:])
-                    if not count:
-                        raise CheckpointError(f"{path}: the data of {name} ends early")
-                    filled += count
+                view = memoryview(buffer)[: min(len(buffer), left)]
+                fill(view, file, name)
                 left -= len(view)
                 yield torch.frombuffer(buffer, dtype=torch.uint8, count=len(view))
+    except EOFError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error

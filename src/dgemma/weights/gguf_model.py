@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from dgemma.config import FULL, GenerationConfig, ModelConfig
-from dgemma.errors import CheckpointError
 from dgemma.gguf.blocks import BLOCK_TYPES, BlockType, dequantize
 from dgemma.gguf.codebooks import missing_grid
 from dgemma.gguf.keys import (
     ROPE_FREQS,
+    TOKENS,
     check_architecture,
     gguf_name,
     read_generation_config,
@@ -29,9 +29,17 @@ from dgemma.gguf.keys import (
 from dgemma.gguf.reader import GGUFFile, GGUFTensor, map_tensors, read_gguf, read_tensor
 from dgemma.kernels.packed import PackedWeight
 from dgemma.nn import DiffusionTransformer
-from dgemma.weights.load import DTYPES, Problem, Shape, describe, empty_network, tensor_shapes
+from dgemma.weights.load import (
+    DTYPES,
+    Problem,
+    Shape,
+    check_dtype,
+    empty_network,
+    problems_of,
+    refuse,
+    tensor_shapes,
+)
 
-UNPACKED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 16 << 20  # bytes unpacked at a time
 _MOST_FREQS = 1 << 16
 
@@ -104,7 +112,7 @@ def match_gguf(model: GGUFModel, expected: Mapping[str, Shape]) -> tuple[dict[st
     for tensor in tensors.values():
         if tensor.type is None:
             unknown[tensor.type_name].append(tensor.name)
-    listed = model.file.metadata.get("tokenizer.ggml.tokens")
+    listed = model.file.metadata.get(TOKENS)
     tokens = len(listed) if isinstance(listed, list) else 0  # anything else is for the tokenizer's reader to say
     second = {name for name in tensors if name not in used and name.endswith((".scale", ".input_scale"))
               and (scaled := tensors.get(f"{name.rpartition('.')[0]}.weight")) and scaled.type_name == "NVFP4"}
@@ -127,7 +135,7 @@ def match_gguf(model: GGUFModel, expected: Mapping[str, Shape]) -> tuple[dict[st
         "tokenizer": [f"{tokens} tokens, but the embedding has {model.config.vocab_size}"]
         if tokens > model.config.vocab_size else (),
     }
-    return chosen, [Problem(kind, tuple(items)) for kind, items in found_problems.items() if items]
+    return chosen, problems_of(found_problems)
 
 
 def _wrong_shape(tensor: GGUFTensor, expected: Shape) -> str:
@@ -147,17 +155,15 @@ def load_gguf_network(model: GGUFModel, device: torch.device | str = "cpu", dtyp
     Raises CheckpointError with everything that is wrong, ValueError for a ``dtype`` other than float32, bfloat16 and
     float16.
     """
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}")
+    check_dtype(dtype)
     device = torch.device(device)
     progress = progress or (lambda done, total: None)
     network = empty_network(model.config)
     shapes = tensor_shapes(network)
     chosen, problems = match_gguf(model, shapes)
-    if problems:
-        raise CheckpointError(f"{model.file.path}: this GGUF file cannot be loaded\n{describe(problems)}")
+    refuse(problems, f"{model.file.path}: this GGUF file cannot be loaded")
     types = {name: parts[0].type for name, parts in chosen.items() if is_matrix(name, shapes[name])}
-    packed = any(kind is not None and kind.name not in UNPACKED for kind in types.values())
+    packed = any(kind is not None and kind.name not in DTYPES for kind in types.values())
     if packed and (device.type == "cpu" or keep_packed):
         from dgemma.nn.packed import set_weights
 
@@ -169,7 +175,7 @@ def load_gguf_network(model: GGUFModel, device: torch.device | str = "cpu", dtyp
         network.cache_type = "bf16"
     else:
         embedding = types["embed_tokens.weight"]
-        dtype = dtype or (torch.bfloat16 if packed or embedding is None else UNPACKED[embedding.name])
+        dtype = dtype or (torch.bfloat16 if packed or embedding is None else DTYPES[embedding.name])
         network.load_state_dict(unpacked_weights(model, chosen, shapes, device, dtype, progress), assign=True)
     return network.eval()
 
@@ -197,7 +203,7 @@ def unpacked_weights(model: GGUFModel, chosen: Mapping[str, tuple[GGUFTensor, ..
     weights: dict[str, Tensor] = {}
     for name, rows, kind, done, total in _rows(chosen, data):
         progress(done, total)
-        stored = UNPACKED.get(kind.name)
+        stored = DTYPES.get(kind.name)
         if stored == dtype and device.type == "cpu" and rows.storage_offset() % dtype.itemsize == 0:
             weights[name] = rows.view(dtype)
             continue

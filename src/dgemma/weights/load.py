@@ -10,8 +10,9 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -22,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from dgemma.config import ModelConfig
 from dgemma.errors import CheckpointError
 from dgemma.fields import is_whole, parse_json_value, shown
+from dgemma.files import fill
 from dgemma.nn import DiffusionTransformer
-from dgemma.weights.hub.locate import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
+from dgemma.weights.files import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
 from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, network_name
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -87,19 +89,23 @@ def load_network(folder: Path, config: ModelConfig, device: torch.device | str =
     Raises CheckpointError, with everything that is wrong, when files or tensors are missing, damaged or do not fit
     ``config``; ValueError for a ``dtype`` other than float32, bfloat16 and float16.
     """
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}")
+    check_dtype(dtype)
     folder, device = Path(folder), torch.device(device)
     contents = read_headers(folder)
     network = empty_network(config)
     chosen, problems = match(contents, tensor_shapes(network))
-    if problems:
-        raise CheckpointError(f"{folder}: this checkpoint cannot be loaded\n{describe(problems)}")
-    dtype = dtype or _stored_dtype(folder, config, chosen)
+    refuse(problems, f"{folder}: this checkpoint cannot be loaded")
+    dtype = dtype or stored_dtype(folder, config, chosen)
     if contents.aside:
         warnings.warn(contents.aside, stacklevel=2)
     network.load_state_dict(_read(chosen, device, dtype, progress or (lambda done, total: None)), assign=True)
     return network.eval()
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ValueError for a dtype that a network is not run in."""
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}")
 
 
 def empty_network(config: ModelConfig) -> DiffusionTransformer:
@@ -170,7 +176,18 @@ def match(contents: Contents, expected: Mapping[str, Shape]) -> tuple[dict[str, 
         "unsupported dtypes": [f"{t.name} in {t.file.name}: unsupported dtype {t.dtype} (F32, BF16 and F16 are "
                                "supported)" for t in chosen.values() if t.dtype not in DTYPES],
     }
-    return chosen, [Problem(kind, tuple(items)) for kind, items in found.items() if items]
+    return chosen, problems_of(found)
+
+
+def problems_of(found: Mapping[str, Iterable[str]]) -> list[Problem]:
+    """The kinds of problems of which something was found."""
+    return [Problem(kind, tuple(items)) for kind, items in found.items() if items]
+
+
+def refuse(problems: Sequence[Problem], what: str) -> None:
+    """Raises CheckpointError that says ``what`` and all of the problems, if there are any."""
+    if problems:
+        raise CheckpointError(f"{what}\n{describe(problems)}")
 
 
 def describe(problems: Iterable[Problem]) -> str:
@@ -260,7 +277,8 @@ def _parse_header(file: BinaryIO, size: int, path: Path) -> tuple[int, dict[str,
     return 8 + length, header
 
 
-def _stored_dtype(folder: Path, config: ModelConfig, chosen: Mapping[str, StoredTensor]) -> torch.dtype:
+def stored_dtype(folder: Path, config: ModelConfig, chosen: Mapping[str, StoredTensor]) -> torch.dtype:
+    """What the config says that weights are, else what the embedding is; CheckpointError for what is not supported."""
     if config.dtype is None:
         return DTYPES[chosen["embed_tokens.weight"].dtype]
     named = str(config.dtype).removeprefix("torch.")
@@ -303,7 +321,7 @@ def _read(chosen: Mapping[str, StoredTensor], device: torch.device, dtype: torch
     return read
 
 
-def _fill(target: Tensor, file: BinaryIO, stored: StoredTensor) -> Iterable[int]:
+def _fill(target: Tensor, file: RawIOBase, stored: StoredTensor) -> Iterable[int]:
     """Fill ``target`` [numel] from the file, converting; yields the bytes read so far after every piece.
 
     Plain reads into one small buffer: pages of a mapped file would count as memory beside the converted copy.
@@ -314,12 +332,7 @@ def _fill(target: Tensor, file: BinaryIO, stored: StoredTensor) -> Iterable[int]
     done = 0
     while done < stored.nbytes:
         view = memoryview(buffer)[: min(len(buffer), stored.nbytes - done)]
-        filled = 0
-        while filled < len(view):
-            count = file.readinto(view[filled:])  # type: ignore[attr-defined]
-            if not count:
-                raise EOFError(f"the data of {stored.name} ends early")
-            filled += count
+        fill(view, file, stored.name)
         piece = torch.frombuffer(buffer, dtype=source, count=len(view) // source.itemsize)
         first = done // source.itemsize
         target[first : first + len(piece)].copy_(piece)

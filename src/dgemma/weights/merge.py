@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from dgemma.config import load_model_config
-from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, make_folder, name_beside
 from dgemma.gguf.keys import gguf_name
 from dgemma.kernels.packed_grad import pieces
 from dgemma.nn.adapters import Factors
 from dgemma.weights.adapters import read_adapter
+from dgemma.weights.files import INDEX_FILE, weight_files
 from dgemma.weights.gguf_model import open_gguf
-from dgemma.weights.hub.locate import INDEX_FILE, is_gguf, weight_files
-from dgemma.weights.load import describe, empty_network, match, read_headers, tensor_shapes
+from dgemma.weights.load import empty_network, match, read_headers, refuse, tensor_shapes
 from dgemma.weights.names import network_name
-from dgemma.weights.quantize import Change, Progress, Summary, check_space, convert
+from dgemma.weights.quantize import Change, Progress, Summary, check_space, convert, is_gguf_file
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".md", "")  # what stands beside weights; no suffix: LICENSE
 
@@ -35,7 +35,7 @@ def merge_to_gguf(source: Path, adapter: Path, out: Path, mixture: str = "Q4_K_M
 
     The sum is taken in float32 and packed once, as `convert` packs. Raises what that and `read_adapter` raise.
     """
-    config = open_gguf(source).config if is_file(source) else load_model_config(source)
+    config = open_gguf(source).config if is_gguf_file(source) else load_model_config(source)
     factors = read_adapter(adapter, empty_network(config)).factors
     return convert(source, out, mixture, force=force, progress=progress, changes=_changes(factors))
 
@@ -48,14 +48,13 @@ def merge_to_folder(source: Path, adapter: Path, out: Path, progress: Progress |
     CheckpointError for a source or an adapter that cannot be used, DgemmaError when ``out`` cannot be written or is
     there already and not empty.
     """
-    if is_file(source):
+    if is_gguf_file(source):
         raise DgemmaError(f"{source}: a GGUF file is merged into a GGUF file: give an OUT that ends in .gguf")
     config = load_model_config(source)
     network = empty_network(config)
     contents = read_headers(source)
     _, problems = match(contents, tensor_shapes(network))
-    if problems:
-        raise CheckpointError(f"{source}: this checkpoint cannot be merged\n{describe(problems)}")
+    refuse(problems, f"{source}: this checkpoint cannot be merged")
     factors = read_adapter(adapter, network).factors
     total = sum(tensor.nbytes for tensor in contents.tensors.values())
     done = 0
@@ -93,13 +92,6 @@ def _copy_companions(source: Path, out: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.suffix in _COMPANIONS and path.name not in unused:
             shutil.copyfile(path, out / path.name)
-
-
-def is_file(source: Path) -> bool:
-    """Whether a checkpoint is a GGUF file and not a folder; raises CheckpointError for any other file."""
-    if source.is_file() and not is_gguf(source):
-        raise CheckpointError(f"{source}: this file is no GGUF file; for safetensors give the folder that holds them")
-    return source.is_file()
 
 
 def _changes(factors: Mapping[str, Factors]) -> dict[str, Change]:

@@ -6,33 +6,32 @@ nor a whole tensor. `mixture_type` decides which tensor gets which type, by llam
 
 from __future__ import annotations
 
-import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dgemma.config import load_generation_config, load_model_config
 from dgemma.errors import CheckpointError, DgemmaError
-from dgemma.files import atomic_write
+from dgemma.files import atomic_write, fill, free_space
+from dgemma.formats import size_text
 from dgemma.gguf import keys
 from dgemma.gguf.blocks import BLOCK_TYPES, BlockType, dequantize
+from dgemma.gguf.container import is_gguf
 from dgemma.gguf.quantize import quantize
 from dgemma.gguf.reader import read_gguf
 from dgemma.gguf.tokenizer import mended_types, tokenizer_metadata
 from dgemma.gguf.writer import TensorEntry, header, padding
 from dgemma.weights.gguf_model import match_gguf, open_gguf
-from dgemma.weights.hub.locate import is_gguf
-from dgemma.weights.load import DTYPES, Problem, describe, match, network_shapes, read_headers
+from dgemma.weights.load import DTYPES, match, network_shapes, read_headers, refuse
 from dgemma.weights.names import is_vision
 
 _PIECE = 4 << 20  # weights converted at a time
-_BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -108,10 +107,9 @@ def convert(source: Path, out: Path, mixture: str = "Q4_K_M", *, name: str | Non
     changes = changes or {}
     if mixture not in MIXTURES:
         raise DgemmaError(f"there is no type {mixture}; there are {', '.join(MIXTURES)}")
-    if source.is_file() and not is_gguf(source):
-        raise CheckpointError(f"{source}: this file is no GGUF file; for safetensors give the folder that holds them")
+    of_file = is_gguf_file(source)
     _check_out(source, out, force)
-    opened = _open_gguf(source) if source.is_file() else _open_folder(source)
+    opened = _open_gguf(source) if of_file else _open_folder(source)
     metadata = {**opened.metadata, "general.file_type": MIXTURES[mixture].file_type,
                 "general.quantization_version": 2}
     if name:
@@ -132,6 +130,13 @@ def convert(source: Path, out: Path, mixture: str = "Q4_K_M", *, name: str | Non
     return Summary(_totals(entries), size, time.monotonic() - began, opened.left_out, tuple(sorted(requantized)))
 
 
+def is_gguf_file(source: Path) -> bool:
+    """Whether a checkpoint is a GGUF file and not a folder; raises CheckpointError for any other file."""
+    if source.is_file() and not is_gguf(source):
+        raise CheckpointError(f"{source}: this file is no GGUF file; for safetensors give the folder that holds them")
+    return source.is_file()
+
+
 def mixture_types(shapes: Mapping[str, tuple[int, ...]], mixture: str) -> dict[str, BlockType]:
     """The type of every tensor (by its GGUF name) of a model in a mixture; ``shapes`` in the order of the layers.
 
@@ -141,18 +146,18 @@ def mixture_types(shapes: Mapping[str, tuple[int, ...]], mixture: str) -> dict[s
     """
     kind = MIXTURES[mixture]
     values = [name for name in shapes if name.endswith(".attn_v.weight")]
-    layers = 1 + max((int(found[1]) for name in shapes if (found := _BLOCK_TENSOR.fullmatch(name))), default=0)
+    layers = 1 + max((found[0] for name in shapes if (found := keys.block_and_part(name))), default=0)
 
     def chosen(name: str, shape: tuple[int, ...]) -> str:
-        block = _BLOCK_TENSOR.fullmatch(name)
+        block = keys.block_and_part(name)
         if len(shape) < 2 or name.endswith(("_norm.weight", ".ffn_gate_inp.weight")):
             return "F32"
         if name == "token_embd.weight":
             better = True
         elif name.endswith(".attn_v.weight"):
             better = _worth_more(values.index(name), len(values))
-        elif block and block[2] in ("ffn_down.weight", "ffn_down_exps.weight"):
-            better = _worth_more(int(block[1]), layers)
+        elif block and block[1] in ("ffn_down.weight", "ffn_down_exps.weight"):
+            better = _worth_more(block[0], layers)
         else:
             better = False
         return fitting(kind.better if better else kind.base, shape[-1])
@@ -197,11 +202,11 @@ def _check_out(source: Path, out: Path, force: bool) -> None:
 def check_space(out: Path, size: int) -> None:
     """Raises DgemmaError when the disk has not ``size`` bytes free for ``out``."""
     try:
-        free = shutil.disk_usage(out.parent).free
+        free = free_space(out.parent)
     except OSError:
         return  # writing will tell
     if free < size:
-        raise DgemmaError(f"{out}: {size / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free on that disk")
+        raise DgemmaError(f"{out}: {size_text(size)} are needed, and {size_text(free)} are free on that disk")
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ class _Pieces:
         self._progress = progress or (lambda name, done, total: None)
         self._total = sum(tensor.nbytes for tensor in opened.tensors)
         self._done = 0
-        self._files: dict[Path, BinaryIO] = {}
+        self._files: dict[Path, FileIO] = {}
 
     def __enter__(self) -> _Pieces:
         return self
@@ -271,17 +276,14 @@ class _Pieces:
         if tensor.values is not None:
             return torch.tensor(tensor.values).view(torch.uint8).view(-1, row_bytes)[start:stop]
         buffer = bytearray((stop - start) * row_bytes)
-        view, filled = memoryview(buffer), 0
         try:
             if tensor.file not in self._files:
                 self._files[tensor.file] = tensor.file.open("rb", buffering=0)
             file = self._files[tensor.file]
             file.seek(tensor.offset + start * row_bytes)
-            while filled < len(view):
-                count = file.readinto(view[filled:])  # type: ignore[attr-defined]
-                if not count:
-                    raise CheckpointError(f"{tensor.file}: the data of {tensor.called} ends early")
-                filled += count
+            fill(memoryview(buffer), file, tensor.called)
+        except EOFError as error:
+            raise CheckpointError(f"{tensor.file}: {error}") from error
         except OSError as error:
             raise CheckpointError(f"{tensor.file}: cannot be read ({error.strerror or error})") from error
         return torch.frombuffer(buffer, dtype=torch.uint8).view(-1, row_bytes)
@@ -310,11 +312,11 @@ def _open_gguf(path: Path) -> _Opened:
     """
     model = open_gguf(path)
     _, problems = match_gguf(model, network_shapes(model.config))
-    _refuse(path, problems)
+    refuse(problems, f"{path}: this checkpoint cannot be converted")
     dropped = ("split.", "quantize.", "general.alignment")
     metadata = {key: value for key, value in model.file.metadata.items() if not key.startswith(dropped)}
     if types := mended_types(metadata):
-        metadata["tokenizer.ggml.token_type"] = types
+        metadata[keys.TOKEN_TYPES] = types
     tensors = [_Stored(name, tensor.shape, tensor.type, tensor.file, tensor.offset, name)
                for name, tensor in model.file.tensors.items() if tensor.type is not None]
     return _Opened(metadata, tensors, 0)
@@ -327,7 +329,7 @@ def _open_folder(folder: Path) -> _Opened:
     contents = read_headers(folder)
     expected = network_shapes(config)
     chosen, problems = match(contents, expected)
-    _refuse(folder, problems)
+    refuse(problems, f"{folder}: this checkpoint cannot be converted")
     tensors = [_Stored(keys.gguf_name(name), stored.shape, BLOCK_TYPES[stored.dtype], stored.file, stored.start,
                        stored.name) for name, stored in ((name, chosen[name]) for name in expected)]
     freqs = keys.rope_freqs(config)
@@ -335,18 +337,13 @@ def _open_folder(folder: Path) -> _Opened:
         tensors.insert(0, _Stored(keys.ROPE_FREQS, (len(freqs),), BLOCK_TYPES["F32"], folder, 0, keys.ROPE_FREQS,
                                   tuple(freqs)))
     metadata = {
-        "general.architecture": keys.ARCHITECTURE,
+        keys.ARCHITECTURE_KEY: keys.ARCHITECTURE,
         "general.type": "model",
         "general.name": _folder_name(folder),
         **keys.config_metadata(config, generation),
         **tokenizer_metadata(folder, config.vocab_size),
     }
     return _Opened(metadata, tensors, sum(is_vision(name) for name in contents.tensors))
-
-
-def _refuse(source: Path, problems: Sequence[Problem]) -> None:
-    if problems:
-        raise CheckpointError(f"{source}: this checkpoint cannot be converted\n{describe(problems)}")
 
 
 def _folder_name(folder: Path) -> str:

@@ -13,7 +13,7 @@ from dgemma.files import atomic_write, json_bytes, make_folder
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import adapters
 from dgemma.nn.packed import packed_bytes
-from dgemma.weights.hub.locate import INDEX_FILE, SINGLE_FILE
+from dgemma.weights.files import INDEX_FILE, SINGLE_FILE
 from dgemma.weights.names import checkpoint_name
 
 

@@ -68,7 +68,7 @@ def test_packed_weights_take_their_packed_size():
 
 
 def test_stored_types_are_those_of_the_checkpoint():
-    from dgemma.weights.hub.locate import bundled_path
+    from dgemma.weights.files import bundled_path
 
     types = stored_types(bundled_path("sudoku"))
     assert set(types.values()) <= {"F32", "BF16", "F16"} and "layers.0.experts.gate_up_proj" in types

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dgemma.cli import options
-from dgemma.cli.output import need_stdout, print_json
+from dgemma.cli.streams import need_stdout, print_json
 from dgemma.cli.terminal.console import say
+from dgemma.formats import count_text, rate_text, size_text
 
 
+@options.with_options(local=options.LOADING)
 def bench(
     model: Annotated[str, typer.Argument(help="A bundled name, a GGUF file, a checkpoint folder or a hub id.")],
     context: Annotated[int, typer.Option(min=0, help="Tokens read before the canvas.")] = 64,
@@ -23,9 +25,8 @@ def bench(
     busy: Annotated[int, typer.Option(min=0, metavar="N", help="Also time steps beside N programs that keep a "
                                       "processor busy each.")] = 0,
     json: options.JsonOption = False,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = None,
-    cache_type: options.CacheTypeOption = None,
+    *,
+    local: dict[str, Any],
 ) -> None:
     """Time denoising steps, part by part, beside the floor of this machine.
 
@@ -43,7 +44,7 @@ def bench(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    network = load_model(model, device, dtype, cache_type=cache_type).network
+    network = load_model(model, **local).network
     measured = benchmark.measure(network, context=context, canvas=canvas, steps=steps)
     work = benchmark.work(network, measured.canvas, context)
     bandwidth = benchmark.read_bandwidth()
@@ -59,7 +60,7 @@ def bench(
                     "busy": beside and dataclasses.asdict(beside)})
         return
     say(machine)
-    say(f"measured here: memory {bandwidth / 1e9:.1f} GB/s, arithmetic {peak / 1e12:.2f} TOP/s ({unit})\n")
+    say(f"measured here: memory {size_text(round(bandwidth))}/s, arithmetic {peak / 1e12:.2f} TOP/s ({unit})\n")
     say(f"{model}: canvas of {measured.canvas}, {context} tokens before it, {measured.threads} threads")
     say(f"{'':16}{'seconds':>9}{'share':>8}{'floor':>9}{'x floor':>9}{'GB':>8}{'TOP':>8}")
     total = sum(measured.parts.values())
@@ -73,11 +74,11 @@ def bench(
           f"{sum(needs.nbytes for needs in work.values()) / 1e9:8.2f}"
           f"{sum(needs.operations for needs in work.values()) / 1e12:8.3f}\n")
     if measured.prefill_tokens_per_second:
-        say(f"prompt: {measured.prefill_tokens_per_second:.0f} tokens/s (over {context} tokens); its cache takes "
-              f"{measured.cache_bytes / 1e6:.1f} MB")
-    say(f"at 16 steps a canvas: {measured.canvas / (16 * step):.1f} tokens/s")
+        say(f"prompt: {rate_text(measured.prefill_tokens_per_second, 1)} tokens/s (over {context} tokens); its "
+            f"cache takes {size_text(measured.cache_bytes)}")
+    say(f"at 16 steps a canvas: {rate_text(measured.canvas, 16 * step)} tokens/s")
     if beside:
-        programs = f"{beside.loops} busy program{'s' if beside.loops > 1 else ''}"
+        programs = count_text(beside.loops, "busy program")
         say(f"beside {programs}: {beside.busy_seconds:.3f} s a step, {beside.slowdown:.2f} x the "
               f"{beside.quiet_seconds:.3f} s without; the share of the processors that they take explains "
               f"{beside.explained:.2f} x, waiting costs {beside.ratio:.2f} x")

@@ -14,8 +14,7 @@ import typer
 from rich.text import Text
 
 from dgemma.cli import options
-from dgemma.cli.input import has_stdin, recognise_stdin
-from dgemma.cli.output import is_terminal, need_stdout, print_text
+from dgemma.cli.streams import has_stdin, is_terminal, need_stdout, print_text, recognise_stdin
 from dgemma.cli.terminal.console import SafeConsole, say, say_error
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.errors import DgemmaError
@@ -38,6 +37,7 @@ that begins with / is sent with // or in these quotes; a path (/etc/hosts) as it
 SETTINGS = ("max_tokens", *SAMPLER_SETTINGS)
 
 
+@options.with_options(local=options.LOCAL, settings=options.SAMPLER)
 def chat(
     model: options.ModelOption = None,
     seed: options.SeedOption = None,
@@ -46,33 +46,23 @@ def chat(
     thinking: options.ThinkingOption = False,
     visual: options.VisualOption = True,
     pace: options.PaceOption = 0.1,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = None,
-    cache_type: options.CacheTypeOption = None,
-    adapter: options.AdapterOption = None,
     url: options.UrlOption = None,
     api_key: options.ApiKeyOption = None,
-    max_denoising_steps: options.MaxStepsOption = None,
-    entropy_bound: options.EntropyBoundOption = None,
-    t_min: options.TMinOption = None,
-    t_max: options.TMaxOption = None,
-    stability_threshold: options.StabilityOption = None,
-    confidence_threshold: options.ConfidenceOption = None,
+    *,
+    local: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     """Talk with a model; what it has read stays in its cache from turn to turn. /help lists the commands."""
-    settings = options.sampler_settings(locals())
     if max_tokens is not None:
         settings["max_tokens"] = max_tokens
 
-    from dgemma.cli.remote.model import open_model
-    from dgemma.cli.session import stop_on_interrupt
+    from dgemma.cli.session import open_model, stop_on_interrupt
 
     need_stdout()
     if not has_stdin():
         raise DgemmaError("stdin is closed, and chat reads its messages there")
     live = visual and is_terminal()
-    loaded = open_model(model, url=url, api_key=api_key, live=live, device=device, dtype=dtype, cache_type=cache_type,
-                        adapter=adapter)
+    loaded = open_model(model, url=url, api_key=api_key, live=live, **local)
     conversation = checked(Conversation(system=system, thinking=thinking, seed=seed, settings=settings), loaded)
     interactive = sys.stdin.isatty()
     if interactive:

@@ -7,7 +7,7 @@ import dataclasses
 import typer
 
 from dgemma.cli import options
-from dgemma.cli.output import need_stdout, print_json
+from dgemma.cli.streams import need_stdout, print_json
 from dgemma.cli.terminal.console import SafeConsole
 
 _MARKS = {"ok": ("ok", "green"), "missing": ("--", "yellow"), "broken": ("!!", "bold red")}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dgemma.cli import options
-from dgemma.cli.output import need_stdout, print_json
+from dgemma.cli.streams import need_stdout, print_json
 from dgemma.cli.terminal.console import SafeConsole
 from dgemma.errors import DgemmaError
 
@@ -25,6 +24,7 @@ def _tasks() -> None:
 
 
 @evaluate_app.command()
+@options.with_options(local=options.LOCAL, settings=options.SAMPLER)
 def sudoku(
     count: Annotated[int | None, typer.Option(min=1, help="Puzzles per band. Default: 100.",
                                               show_default=False)] = None,
@@ -36,24 +36,15 @@ def sudoku(
         show_default=False)] = None,
     model: options.ModelOption = None,
     json: options.JsonOption = False,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = None,
-    cache_type: options.CacheTypeOption = None,
-    adapter: options.AdapterOption = None,
-    max_denoising_steps: options.MaxStepsOption = None,
-    entropy_bound: options.EntropyBoundOption = None,
-    t_min: options.TMinOption = None,
-    t_max: options.TMaxOption = None,
-    stability_threshold: options.StabilityOption = None,
-    confidence_threshold: options.ConfidenceOption = None,
+    *,
+    local: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     """Unseen Sudoku puzzles: how many are solved exactly, in how many steps."""
-    settings = options.sampler_settings(locals())
     need_stdout()
 
-    from rich.progress import Progress
-
     from dgemma.cli.session import load_model
+    from dgemma.cli.terminal.progress import ProgressBar
     from dgemma.tasks.evaluate import as_json, evaluate_bands, evaluate_file
     from dgemma.tasks.sudoku import BANDS
 
@@ -62,20 +53,13 @@ def sudoku(
     for name, value in (("--band", band), ("--count", count)):
         if value is not None and puzzles is not None:
             raise DgemmaError(f"{name} is about generated puzzles; it cannot be used with --puzzles")
-    loaded = load_model(model, device, dtype, cache_type, hint=False, adapter=adapter)
-    with Progress(console=SafeConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        tasks: dict[str, int] = {}
-
-        def report(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = progress.add_task(name, total=total)
-            progress.update(tasks[name], completed=done)  # type: ignore[arg-type]
-
+    loaded = load_model(model, hint=False, **local)
+    with ProgressBar(of_bytes=False) as bar:
         if puzzles is not None:
-            scores = evaluate_file(loaded, puzzles, seed=seed, progress=report, **settings)
+            scores = evaluate_file(loaded, puzzles, seed=seed, progress=bar.step, **settings)
         else:
             bands = None if band is None else [band]
-            scores = evaluate_bands(loaded, count or 100, bands, seed=seed, progress=report, **settings)
+            scores = evaluate_bands(loaded, count or 100, bands, seed=seed, progress=bar.step, **settings)
     if json:
         print_json(as_json(scores))
     else:

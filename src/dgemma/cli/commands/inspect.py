@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma.cli.output import need_stdout, print_json
+from dgemma.cli.streams import need_stdout, print_json
 from dgemma.config import SLIDING
-from dgemma.files import size_text
+from dgemma.formats import short_count, size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from dgemma.weights.inspect import CheckpointReport
+    from dgemma.inspect import CheckpointReport
 
 _WIDTH = 80
 _FILES_SHOWN = 8
@@ -32,13 +32,14 @@ def inspect(
 
     Reads no weights, only their headers, but for --check. Exits with 1 when something is wrong with the checkpoint.
     """
-    from dgemma.cli.session import LoadingBar
+    from dgemma.cli.terminal.progress import DownloadBar, ProgressBar
+    from dgemma.inspect import inspect_checkpoint
     from dgemma.weights.hub.locate import locate
-    from dgemma.weights.inspect import inspect_checkpoint
 
     need_stdout()
-    with LoadingBar("checking") as bar:
-        report = inspect_checkpoint(locate(model), check=check, progress=bar.update)
+    source = locate(model, DownloadBar)
+    with ProgressBar("checking", patience=0.5) as bar:
+        report = inspect_checkpoint(source, check=check, progress=bar.update)
     if json:
         print_json({"model": model, **report.to_dict()})
     else:
@@ -56,8 +57,8 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
     from rich.text import Text
 
     config = report.config
-    console.print(Text(name, "bold"), Text(f"DiffusionGemma, {_count(report.text_parameters)} text parameters"
-                                           f" ({_count(report.active_parameters)} active per token)"))
+    console.print(Text(name, "bold"), Text(f"DiffusionGemma, {short_count(report.text_parameters)} text parameters"
+                                           f" ({short_count(report.active_parameters)} active per token)"))
     if str(report.folder) != name:
         console.print(Text(str(report.folder), "dim"), soft_wrap=True)
     _print(console, "Shape", [], [
@@ -119,7 +120,7 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
                            "numbers were not read: --check does.", "green"))
     if not report.problems:
         return
-    from dgemma.weights.inspect import NOT_FINITE
+    from dgemma.inspect import NOT_FINITE
     from dgemma.weights.load import describe
 
     loads = all(problem.kind == NOT_FINITE for problem in report.problems)
@@ -158,10 +159,3 @@ def _tokenizer(report: CheckpointReport) -> str:
         return "none that can be read"
     template = "with a chat template" if report.tokenizer.has_chat_template else "without a chat template"
     return f"{report.tokenizer.vocab_size:,} tokens, {template}"
-
-
-def _count(number: int) -> str:
-    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{letter}"
-    return str(number)

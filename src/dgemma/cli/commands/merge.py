@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dgemma.cli.commands.quantize import Bar, TypeName, show
+from dgemma.cli.commands.quantize import TypeName, show
 from dgemma.cli.terminal.console import say
 from dgemma.errors import DgemmaError
 
@@ -26,20 +26,21 @@ def merge(
 
     OUT appears when it is complete. The sum is rounded once, to the type of the weights that are written.
     """
-    from dgemma.files import size_text
+    from dgemma.cli.terminal.progress import DownloadBar, ProgressBar
+    from dgemma.formats import size_text
     from dgemma.weights.hub.locate import locate
     from dgemma.weights.merge import merge_to_folder, merge_to_gguf
 
     to_gguf = out.suffix.lower() == ".gguf"
     if type is not None and not to_gguf:
         raise DgemmaError(f"--type is for a GGUF file, and {out} does not end in .gguf")
-    source = locate(model)
-    with Bar() as bar:
+    source = locate(model, DownloadBar)
+    with ProgressBar() as bar:
         if to_gguf:
             summary = merge_to_gguf(source, adapter, out, (type or TypeName.Q4_K_M).value, force=force,
-                                    progress=bar.update)
+                                    progress=bar.step)
         else:
-            written = merge_to_folder(source, adapter, out, progress=bar.update)
+            written = merge_to_folder(source, adapter, out, progress=bar.step)
     if to_gguf:
         show(summary, out)
     else:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma.cli.options import JsonOption
-from dgemma.cli.output import need_stdout, print_json
+from dgemma.cli.streams import need_stdout, print_json
 from dgemma.cli.terminal.console import SafeConsole, say
-from dgemma.memory import machine_memory, program_bytes
+from dgemma.formats import count_text, size_text
+from dgemma.memory import machine_memory, model_bytes
 
 if TYPE_CHECKING:
     from dgemma.weights.hub.cache import LocalModel
@@ -50,7 +51,6 @@ def remove(
     Other quantisations, vision towers and models of other kinds in the same repository stay.
     """
     from dgemma.errors import DgemmaError
-    from dgemma.files import size_text
     from dgemma.weights.hub.cache import files_beside, find_local, remove_model
 
     model = find_local(name)
@@ -67,25 +67,15 @@ def remove(
     if left := files_beside(model):
         names = ", ".join(list(left)[:_LEFT_SHOWN]) + (" …" if len(left) > _LEFT_SHOWN else "")
         repo = model.name.split(":")[0]
-        say(f"Left where they are: {len(left)} other file{'s' if len(left) > 1 else ''} of {repo}, "
-                   f"{size_text(sum(left.values()))} ({names}); `hf cache rm model/{repo}` deletes all that is there.")
+        say(f"Left where they are: {count_text(len(left), 'other file')} of {repo}, "
+            f"{size_text(sum(left.values()))} ({names}); `hf cache rm model/{repo}` deletes all that is there.")
 
 
 def memory_needed(model: LocalModel) -> int | None:
     """About how many bytes of memory running a model takes; None while nobody knows how large it is."""
     if model.full_size is None:
         return None
-    return model.full_size + program_bytes(_vocabulary(model)) + conversation_memory(model.full_size, model.kind)
-
-
-def conversation_memory(weights: int, kind: str = "GGUF") -> int:
-    """About how many bytes a conversation takes: its cache and the working tensors.
-
-    They grow with the model but not without end, and are larger in bf16, whose layers are worked on in larger pieces.
-    With the program that makes the 18 GB of the 26B model's 16.8 GB in Q4_K_M, and 1.7 GB more than the weights in
-    bf16.
-    """
-    return min(weights // 20, 800_000_000 if kind == "GGUF" else 1_100_000_000)
+    return model_bytes(model.full_size, model.kind == "GGUF", _vocabulary(model))
 
 
 def _vocabulary(model: LocalModel) -> int:
@@ -117,7 +107,6 @@ def _show(found: list[LocalModel], available: int | None, total: int | None) -> 
     from rich.table import Table
     from rich.text import Text
 
-    from dgemma.files import size_text
     from dgemma.weights.hub.cache import cache_folder
 
     console = SafeConsole(highlight=False)

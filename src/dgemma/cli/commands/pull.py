@@ -10,7 +10,7 @@ import typer
 from dgemma.cli.terminal.console import say
 
 if TYPE_CHECKING:
-    from dgemma.weights.hub.repository import Plan
+    from dgemma.weights.hub.repository import Pull
 
 
 def pull(
@@ -26,10 +26,11 @@ def pull(
     Goes on where an earlier try stopped, and checks sizes and checksums. The files go to the Hugging Face cache
     (HF_HOME), where other programs find them, too. A gated repository needs `hf auth login` or HF_TOKEN.
     """
+    from dgemma.cli.terminal.progress import DownloadBar
     from dgemma.errors import CheckpointError
-    from dgemma.weights.hub.locate import bundled_models, hub_name
-    from dgemma.weights.hub.progress import ProgressDisplay
-    from dgemma.weights.hub.repository import NotThereError, cached_path, fetch, plan_pull
+    from dgemma.weights.files import bundled_models, hub_name
+    from dgemma.weights.hub.cache import cached_path
+    from dgemma.weights.hub.repository import NotThereError, fetch, plan_pull
 
     if model in bundled_models():
         raise CheckpointError(f"{model}: this model ships with the package; there is nothing to pull")
@@ -41,7 +42,7 @@ def pull(
     if tag and include:
         raise CheckpointError(f"{model}: give either the tag {tag!r} or --include, not both")
     try:
-        plan = plan_pull(repo, tag, include or ())
+        planned = plan_pull(repo, tag, include or ())
     except NotThereError as error:
         path = None if include else cached_path(repo, tag, loose=True)
         if path is None:
@@ -49,24 +50,24 @@ def pull(
         say(f"Complete on this machine; a newer version was not looked for: {error.reason}", err=True)
         _say_where(path, model)
         return
-    _show(plan)
-    with ProgressDisplay() as display:
-        path = fetch(plan, display)
-    _say_where(path, plan.model)
+    _show(planned)
+    with DownloadBar() as display:
+        path = fetch(planned, display)
+    _say_where(path, planned.model)
 
 
-def _show(plan: Plan) -> None:
-    from dgemma.files import size_text
+def _show(planned: Pull) -> None:
+    from dgemma.formats import count_text, size_text
 
-    say(f"{plan.model or plan.repo}, commit {plan.commit[:12]}")
-    width = max(len(size_text(file.size)) for file in plan.files)
-    for file in plan.files:
+    say(f"{planned.model or planned.repo}, commit {planned.commit[:12]}")
+    width = max(len(size_text(file.size)) for file in planned.files)
+    for file in planned.files:
         say(f"  {size_text(file.size):>{width}}  {file.name}")
-    to_fetch = plan.to_fetch
-    count = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''}, {size_text(plan.size)}"
+    to_fetch = planned.to_fetch
+    count = f"{count_text(len(planned.files), 'file')}, {size_text(planned.size)}"
     if to_fetch == 0:
         say(f"{count}: all here already")
-    elif to_fetch < plan.size:
+    elif to_fetch < planned.size:
         say(f"{count}; {size_text(to_fetch)} to download, the rest is here already")
     else:
         say(f"{count} to download")

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgemma.cli.terminal.console import SafeConsole, say, say_warning
+from dgemma.cli.terminal.console import say, say_warning
+from dgemma.formats import duration_text, size_text
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from dgemma.weights.quantize import Summary
 
 
@@ -38,12 +37,13 @@ def quantize(
 
     Takes the memory of a few tensors, whatever the model's size. OUT appears when it is complete.
     """
+    from dgemma.cli.terminal.progress import DownloadBar, ProgressBar
     from dgemma.weights.hub.locate import locate
     from dgemma.weights.quantize import convert
 
-    source = locate(model)
-    with Bar() as bar:
-        summary = convert(source, out, type.value, force=force, progress=bar.update)
+    source = locate(model, DownloadBar)
+    with ProgressBar() as bar:
+        summary = convert(source, out, type.value, force=force, progress=bar.step)
     show(summary, out)
 
 
@@ -55,52 +55,10 @@ def show(summary: Summary, out: Path) -> None:
     for row in rows:
         say("  ".join(text.rjust(width) if column else text.ljust(width)
                              for column, (text, width) in enumerate(zip(row, widths, strict=True))))
-    say(f"{out}: {_size(summary.nbytes)}, {summary.bits_per_weight:.2f} bits per weight, "
-               f"{_duration(summary.seconds)}")
+    say(f"{out}: {size_text(summary.nbytes)}, {summary.bits_per_weight:.2f} bits per weight, "
+               f"{duration_text(summary.seconds)}")
     if summary.left_out:
-        _note(f"The vision tower ({summary.left_out} tensors) was left out: a GGUF file holds text weights only.")
+        say_warning(f"The vision tower ({summary.left_out} tensors) was left out: a GGUF file holds text weights only.")
     if summary.requantized:
-        _note(f"The source was quantised already ({', '.join(summary.requantized)}), and rounding twice loses quality: "
-              "convert the original checkpoint if you can.")
-
-
-class Bar:
-    """Progress on stderr if that is a terminal; nothing elsewhere. A context manager."""
-
-    def __init__(self) -> None:
-        self._console = SafeConsole(stderr=True)
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def update(self, tensor: str, done: int, total: int) -> None:
-        if self._progress is None:
-            if not self._console.is_terminal:
-                return
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-            from rich.table import Column
-
-            name = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True,
-                                                                                     overflow="ellipsis", min_width=12))
-            self._progress = Progress(name, BarColumn(24), DownloadColumn(), TimeRemainingColumn(),
-                                      console=self._console, transient=True, expand=True)
-            self._progress.add_task(tensor, total=total)
-            self._progress.start()
-        self._progress.update(self._progress.task_ids[0], description=tensor, completed=done)
-
-
-def _note(text: str) -> None:
-    say_warning(text)
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+        say_warning(f"The source was quantised already ({', '.join(summary.requantized)}), and rounding twice loses "
+                    "quality: convert the original checkpoint if you can.")

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dgemma.cli.output import print_text
+from dgemma.cli.streams import print_text
 from dgemma.cli.terminal.console import SafeConsole
 
 LONGEST_GAP = 1.0  # seconds between two events of a replay, whatever happened in between

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dgemma.cli import options
-from dgemma.cli.input import has_stdin, stdin_text
-from dgemma.cli.output import is_terminal, need_stdout, print_json, print_text
+from dgemma.cli.streams import has_stdin, is_terminal, need_stdout, print_json, print_text, stdin_text
 from dgemma.errors import DgemmaError
 
 
+@options.with_options(local=options.LOCAL, settings=options.SAMPLER)
 def run(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; from stdin when left out or '-'.",
                                                  show_default=False)] = None,
@@ -28,24 +28,16 @@ def run(
     visual: options.VisualOption = True,
     pace: options.PaceOption = 0.1,
     trace: options.TraceOption = None,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = None,
-    cache_type: options.CacheTypeOption = None,
-    adapter: options.AdapterOption = None,
     url: options.UrlOption = None,
     api_key: options.ApiKeyOption = None,
-    max_denoising_steps: options.MaxStepsOption = None,
-    entropy_bound: options.EntropyBoundOption = None,
-    t_min: options.TMinOption = None,
-    t_max: options.TMaxOption = None,
-    stability_threshold: options.StabilityOption = None,
-    confidence_threshold: options.ConfidenceOption = None,
+    *,
+    local: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     """Answer one prompt, the canvas coming into focus on a terminal, plain text in a pipe.
 
     For example: dgemma run "Solve 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     """
-    settings = options.sampler_settings(locals())
     need_stdout()
     if reasoning_budget is not None:
         settings["reasoning_budget"] = reasoning_budget
@@ -53,14 +45,13 @@ def run(
         settings["redraw_empty"] = False
     text = _prompt_text(prompt)
 
-    from dgemma.cli.remote.model import RemoteModel, known, open_model, refuse_with_url
-    from dgemma.cli.session import follow
+    from dgemma.cli.remote.model import RemoteModel, known, refuse_with_url
+    from dgemma.cli.session import follow, open_model
 
     live = visual and not json and is_terminal()
     if url is not None:
         refuse_with_url(trace=trace)
-    loaded = open_model(model, url=url, api_key=api_key, live=live, device=device, dtype=dtype, cache_type=cache_type,
-                        adapter=adapter)
+    loaded = open_model(model, url=url, api_key=api_key, live=live, **local)
     events = loaded.stream(text, seed=seed, max_tokens=max_tokens, system=system, thinking=thinking, **settings)
     generation = follow(loaded, events, visual=live, trace=trace, prompt=text, pace=pace)
     if json:

@@ -6,7 +6,7 @@ import importlib.util
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ _ACCESS = "Access"
 _ADAPTERS = "Adapters"
 
 
+@options.with_options(local=options.LOADING)
 def serve(
     model: options.ModelOption = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.",
@@ -67,9 +68,6 @@ def serve(
     debug_requests: Annotated[Path | None, typer.Option(
         metavar="FILE", help="Add every request to this file, a line of JSON each: as it came, the prompt it was "
         "rendered to, the answer. It holds all that users write.", show_default=False)] = None,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = None,
-    cache_type: options.CacheTypeOption = None,
     adapter: Annotated[list[str] | None, typer.Option(
         metavar="[NAME=]PATH", help="A LoRA or DoRA adapter, its folder in PEFT's format. With a name requests choose "
         "it as their model, and there may be several; without, it is always on.", rich_help_panel=_ADAPTERS,
@@ -77,6 +75,8 @@ def serve(
     adapters_from: Annotated[Path | None, typer.Option(
         help="Let clients load adapters from this folder, and unload them, while the server runs.",
         rich_help_panel=_ADAPTERS, show_default=False)] = None,
+    *,
+    local: dict[str, Any],
 ) -> None:
     """Serve a model over HTTP, to any program that speaks OpenAI's, Anthropic's or Ollama's API.
 
@@ -101,7 +101,7 @@ def serve(
     fixed, named = _adapters(adapter or (), settings)
     check_exposure(host, settings, allow_insecure)
     with bind(host, port) as listener:
-        loaded = load_model(model, device, dtype, cache_type, hint=False, adapter=fixed)
+        loaded = load_model(model, hint=False, adapter=fixed, **local)
         serve_model(loaded, settings, listener, max_num_seqs=max_num_seqs, max_queue=max_queue, grace=grace,
                     adapters=named)
 

@@ -61,13 +61,14 @@ def train(
     if plan:
         _show_plan(recipe, device)
         return
-    from dgemma.cli.session import LoadingBar
+    from dgemma.cli.session import LOADING_PATIENCE
+    from dgemma.cli.terminal.progress import ProgressBar
     from dgemma.train.parallel.distributed import joined
     from dgemma.train.recipe import read_yaml
     from dgemma.train.runs.variants import train as run
 
     folder = out or Path("runs") / str(read_yaml(recipe).get("name") or recipe.stem)
-    with joined(device) as ranks, LoadingBar() as bar:
+    with joined(device) as ranks, ProgressBar("loading", patience=LOADING_PATIENCE) as bar:
         if ranks.is_main:
             finished = run(recipe, folder, ranks, say, bar.update)
         else:

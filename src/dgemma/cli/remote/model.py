@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dgemma.chat.thoughts import CLOSE, HEADER, OPEN
 from dgemma.cli.remote.client import ChatStream, NotListedError, OpenAIServer, chunk_error
@@ -21,27 +21,10 @@ from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Event, Finished, FinishReason, Generation
 from dgemma.errors import DgemmaError
 
-if TYPE_CHECKING:
-    from dgemma.cli.session import AnyModel
-
 OWNER = "dgemma"  # what a server of ours says in the `owned_by` of its models
 DRAFTS_PER_SECOND = 50  # every step of all but the fastest; a draft of 256 tokens is about 10 kB
 _MARKS = {"<eos>", "<bos>", "<pad>", "<unk>", "<mask>"}  # the other special tokens have a bar in their names
 _UNKNOWN_SEED = -1
-
-
-def open_model(name: str | None, *, url: str | None, api_key: str | None, live: bool,
-               **local: Any) -> AnyModel:
-    """The model that a command asks for: on the server at ``url``, else loaded here with the ``local`` options.
-
-    Raises DgemmaError when a local option comes with a url.
-    """
-    if url is None:
-        from dgemma.cli.session import load_model
-
-        return load_model(name, **local)
-    refuse_with_url(**local)
-    return connect(url, api_key, name, drafts=live)
 
 
 def refuse_with_url(**options: Any) -> None:

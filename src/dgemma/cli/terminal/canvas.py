@@ -1,6 +1,6 @@
 """The live canvas: text coming into focus on a terminal.
 
-Works on: events and a console. Knows nothing of: models, tokenizers. `view` decides what is to be seen, `stage` paints
+Works on: events and a console. Knows nothing of: models, tokenizers. `view` decides what is to be seen, `live` paints
 it; this file decides when.
 """
 
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from types import TracebackType
+from itertools import groupby
 
 from rich.console import Console
 from rich.segment import Segment
+from rich.text import Text
 
-from dgemma.cli.terminal.drafts import PieceOf
-from dgemma.cli.terminal.layout import Row
-from dgemma.cli.terminal.live import Stage
-from dgemma.cli.terminal.view import CanvasView, Line, row_segments
+from dgemma.cli.terminal.drafts import PieceOf, Place, spell
+from dgemma.cli.terminal.layout import TextRow
+from dgemma.cli.terminal.live import LiveRegion
+from dgemma.cli.terminal.view import STYLES, CanvasView, Line, row_segments
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Event, Finished
 
 FRAME_SECONDS = 1 / 30
@@ -38,7 +39,7 @@ class LiveCanvas:
         """
         self.console = console
         self._view = CanvasView(piece_of)
-        self._stage = Stage(console)
+        self._region = LiveRegion(console)
         self._min_frame_seconds = min_frame_seconds
         self._drawn_at = float("-inf")
         self._due = False  # a step has come that was not drawn
@@ -46,7 +47,7 @@ class LiveCanvas:
         self._closed = False
 
     def __enter__(self) -> LiveCanvas:
-        self._stage.start()
+        self._region.start()
         return self
 
     def show(self, event: Event) -> None:
@@ -63,16 +64,11 @@ class LiveCanvas:
         else:
             self._close()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._close()
         finally:
-            self._stage.stop()
+            self._region.stop()
 
     def _draw_due(self) -> None:
         if self._due:
@@ -88,7 +84,7 @@ class LiveCanvas:
         # It may grow at once, but shrinks a line at a time, so that the status line glides and does not jump.
         self._height = min(max(len(lines), self._height - len(rows) - 1), height) if lines else 0
         blank: list[Line] = [[] for _ in range(self._height - len(lines))]
-        self._stage.draw([*lines[:-1], *blank, *lines[-1:]], _permanent(rows))
+        self._region.draw([*lines[:-1], *blank, *lines[-1:]], _permanent(rows))
         self._view.drawn()
         self._due = False
         self._drawn_at = time.monotonic()
@@ -102,10 +98,37 @@ class LiveCanvas:
         above = _permanent(self._view.take_rows(width, everything=True))
         if summary := self._view.summary(width):
             above += [*summary, Segment.line()]
-        self._stage.draw([], above)
+        self._region.draw([], above)
 
 
-def _permanent(rows: Iterable[Row]) -> list[Segment]:
+class PlainText:
+    """For an answer without drafts: prints what each event commits, thoughts faintly; a context manager that leaves
+    the cursor on a new line."""
+
+    def __init__(self, console: Console, piece_of: PieceOf) -> None:
+        self._console, self._piece_of = console, piece_of
+        self._place = Place()
+
+    def __enter__(self) -> PlainText:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._place.line_start:
+            self._console.print()
+
+    def show(self, event: Event) -> None:
+        """Take in an event."""
+        if not isinstance(event, CanvasCommitted):
+            return
+        spelling = spell(((token, "settled") for token in event.token_ids), self._place, self._piece_of, committed=True)
+        self._place = spelling.after
+        text = Text()
+        for look, run in groupby(spelling.glyphs, key=lambda glyph: glyph[1]):
+            text.append("".join(char for char, _ in run), STYLES[look])
+        self._console.print(text, end="", soft_wrap=True)
+
+
+def _permanent(rows: Iterable[TextRow]) -> list[Segment]:
     segments: list[Segment] = []
     for row in rows:
         segments += row_segments(row)

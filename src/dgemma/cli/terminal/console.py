@@ -1,7 +1,7 @@
 """What reaches a terminal, made harmless at the one place where it leaves: text of models, files, servers, datasets.
 
 Works on text. Knows nothing of where it comes from: everything that is shown goes through here, so no caller has to
-think of it. What a pipe gets of an answer is what the model wrote (`dgemma.cli.output`).
+think of it. What a pipe gets of an answer is what the model wrote (`dgemma.cli.streams`).
 """
 
 from __future__ import annotations

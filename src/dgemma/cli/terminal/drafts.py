@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
 
-from dgemma.chat.thoughts import CLOSE, HEADER, OPEN, STOPS
+from dgemma.chat.thoughts import CLOSE, HEADER, OPEN
 from dgemma.cli.terminal.console import harmless, printable
 from dgemma.diffusion.events import Denoised
+from dgemma.tokenizer_files import STOPS
 
 PieceOf = Callable[[int], tuple[bytes, bool]]
 Glyph = tuple[str, str]  # one character, and its look

@@ -39,7 +39,7 @@ class Margin:
 
 
 @dataclass(frozen=True)
-class Row:
+class TextRow:
     """One row; `start` indexes the cells that it was made from, and `margin` is what held there."""
 
     cells: Sequence[Cell]
@@ -76,9 +76,9 @@ def join(cells: list[Cell], glyphs: Iterable[Glyph]) -> list[Cell]:
     return [*earlier, *to_cells([*((char, last.look) for char in last.text), *glyphs])]
 
 
-def wrap(cells: Sequence[Cell], width: int, margin: Margin = Margin()) -> list[Row]:
+def wrap(cells: Sequence[Cell], width: int, margin: Margin = Margin()) -> list[TextRow]:
     """The rows of `cells` at a width; at least one, the last one without a line break after it."""
-    rows: list[Row] = []
+    rows: list[TextRow] = []
     start = 0
     while True:
         end = next((i for i in range(start, len(cells)) if cells[i].text == "\n"), len(cells))
@@ -90,7 +90,7 @@ def wrap(cells: Sequence[Cell], width: int, margin: Margin = Margin()) -> list[R
         start = end + 1
 
 
-def _wrap_line(cells: Sequence[Cell], start: int, end: int, width: int, margin: Margin, rows: list[Row]) -> None:
+def _wrap_line(cells: Sequence[Cell], start: int, end: int, width: int, margin: Margin, rows: list[TextRow]) -> None:
     """Append the rows of the one line `cells[start:end]`."""
     column, break_at = 0, start
     i = start
@@ -112,7 +112,7 @@ def _wrap_line(cells: Sequence[Cell], start: int, end: int, width: int, margin: 
             full = row_end == i and (margin.code or cell.text != " ") and inside
             while not margin.code and row_end - 1 > start and cells[row_end - 1].text == " ":
                 row_end -= 1  # nothing to see, and in the way when copied
-            rows.append(Row(cells[start:row_end], start, margin, soft=full))
+            rows.append(TextRow(cells[start:row_end], start, margin, soft=full))
             margin = replace(margin, line_start=False)
             start = break_at = i = following
             column = 0
@@ -121,7 +121,7 @@ def _wrap_line(cells: Sequence[Cell], start: int, end: int, width: int, margin: 
             continue
         column += cell.width
         i += 1
-    rows.append(Row(cells[start:end], start, margin, soft=False))
+    rows.append(TextRow(cells[start:end], start, margin, soft=False))
 
 
 def _margin_of_line(cells: Sequence[Cell], start: int, end: int, margin: Margin) -> Margin:

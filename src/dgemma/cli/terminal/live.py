@@ -25,7 +25,7 @@ _PLAIN = str.maketrans("·↵⋮▏▎▍▌▋▊▉█", "./:-----===")  # for
 _ERASE_RIGHT = "\x1b[K"
 
 
-class Stage(Live):
+class LiveRegion(Live):
     """A live area at the bottom of what was printed. `draw` shows lines in it, and text above it for good."""
 
     def __init__(self, console: Console) -> None:

@@ -14,8 +14,9 @@ from rich.segment import Segment
 from rich.style import Style
 
 from dgemma.cli.terminal.drafts import DOT, PieceOf, Place, looks_of, spell
-from dgemma.cli.terminal.layout import Cell, Margin, Row, join, wrap
+from dgemma.cli.terminal.layout import Cell, Margin, TextRow, join, wrap
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Event, Finished, Generation
+from dgemma.formats import count_text, duration_text, rate_text
 
 # Attributes and the six plain colours only: they follow the terminal's own theme, light or dark.
 STYLES = {
@@ -100,10 +101,10 @@ class CanvasView:
         lines = [_segments(row.cells) for row in (rows[-room:] if room else [])]
         if len(rows) > room >= 4:
             hidden = len(rows) - room + 1
-            lines[0] = status_line([Part(f"⋮ {hidden} more line{'s' if hidden > 1 else ''} above", 0)], width)
+            lines[0] = status_line([Part(f"⋮ {count_text(hidden, 'more line')} above", 0)], width)
         return [*lines, self.status(width)]
 
-    def take_rows(self, width: int, everything: bool = False) -> list[Row]:
+    def take_rows(self, width: int, everything: bool = False) -> list[TextRow]:
         """The committed rows that no later text can change, once each; with `everything`, all that is committed."""
         if not self._carry:
             return []
@@ -122,7 +123,7 @@ class CanvasView:
         started, step = self._started, self._step
         if started is None:
             parts = [Part(f"canvas {len(self._commits)}", 1)]
-            parts.append(Part(f"committed after {_count(self._commits[-1], 'step')}", 0, Style.null()))
+            parts.append(Part(f"committed after {count_text(self._commits[-1], 'step')}", 0, Style.null()))
         else:
             parts = [Part(f"canvas {started.canvas + 1}", 2)]
             parts.append(Part(f"step {step.step if step else 0}/{started.max_steps}", 0, Style.null()))
@@ -134,11 +135,11 @@ class CanvasView:
             settled = f"{sum(step.accepted)}/{len(step.accepted)} settled"
             in_text = sum(step.accepted[: self._draft_length])
             if not self._committed and in_text and step.seconds:
-                settled += f" ({_rate(in_text, step.seconds)}/s)"
+                settled += f" ({rate_text(in_text, step.seconds)}/s)"
             parts.append(Part(settled, 3))
         if self._committed and self._seconds:
-            parts.append(Part(f"{_rate(self._committed, self._seconds)} tok/s", 5))
-        parts.append(Part(_duration(self._seconds), 6))
+            parts.append(Part(f"{rate_text(self._committed, self._seconds)} tok/s", 5))
+        parts.append(Part(duration_text(self._seconds), 6))
         return status_line(parts, width)
 
     def summary(self, width: int) -> Line:
@@ -147,12 +148,12 @@ class CanvasView:
         if done is None:
             return []
         parts = [
-            Part(_count(self._committed, "token"), 0),
-            Part(_count(len(done.steps), "canvas", "es"), 3),
-            Part(_count(sum(done.steps), "step"), 2),
+            Part(count_text(self._committed, "token"), 0),
+            Part(count_text(len(done.steps), "canvas", "es"), 3),
+            Part(count_text(sum(done.steps), "step"), 2),
             Part(f"{done.tokens_per_forward:.1f} tokens/forward", 4),
-            Part(f"{_rate(self._committed, done.seconds)} tok/s", 1),
-            Part(_duration(done.seconds), 5),
+            Part(f"{rate_text(self._committed, done.seconds)} tok/s", 1),
+            Part(duration_text(done.seconds), 5),
             Part(done.finish_reason, 6),
         ]
         return status_line(parts, width)
@@ -173,7 +174,7 @@ class CanvasView:
         return zip(step.token_ids, looks_of(step, started.pinned, self._shown), strict=True)
 
 
-def row_segments(row: Row) -> Line:
+def row_segments(row: TextRow) -> Line:
     """A row's text in its looks."""
     return _segments(row.cells)
 
@@ -205,18 +206,3 @@ def _bar(fraction: float) -> str:
     eighths = round(min(max(fraction, 0.0), 1.0) * BAR_CELLS * 8)
     full, rest = divmod(eighths, 8)
     return ("█" * full + (EIGHTHS[rest] if rest else "")).ljust(BAR_CELLS, DOT)
-
-
-def _rate(tokens: int, seconds: float) -> str:
-    rate = tokens / seconds if seconds else 0.0
-    return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{int(seconds // 60)}:{int(seconds % 60):02} min"
-
-
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number} {noun}{'' if number == 1 else plural}"

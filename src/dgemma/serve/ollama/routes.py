@@ -21,6 +21,7 @@ from starlette.responses import PlainTextResponse, Response
 from dgemma import __version__
 from dgemma.config import SAMPLER_SETTINGS
 from dgemma.engine.service import Service
+from dgemma.inspect import count_parameters
 from dgemma.model import Prompt
 from dgemma.nn.activation import MountedAdapter
 from dgemma.nn.packed import weight_bytes
@@ -48,7 +49,6 @@ from dgemma.serve.ollama.body import ChatBody, GenerateBody, OllamaBody, ShowBod
 from dgemma.serve.settings import Settings
 from dgemma.serve.streams import LineStream, Merged, line, whole
 from dgemma.serve.usage import tally
-from dgemma.weights.inspect import count_parameters
 from dgemma.weights.load import network_shapes
 
 # The version of Ollama whose API this is: its clients compare it with what they need.

@@ -207,9 +207,9 @@ def stored_types(path: Path) -> dict[str, str]:
     """
     from dgemma.config import load_model_config
     from dgemma.errors import CheckpointError
+    from dgemma.gguf.container import is_gguf
     from dgemma.weights.gguf_model import is_matrix, match_gguf, open_gguf
-    from dgemma.weights.hub.locate import is_gguf
-    from dgemma.weights.load import DTYPES, _stored_dtype, describe, match, network_shapes, read_headers
+    from dgemma.weights.load import DTYPES, describe, match, network_shapes, read_headers, stored_dtype
 
     if path.is_file() and is_gguf(path):
         model = open_gguf(path)
@@ -220,7 +220,7 @@ def stored_types(path: Path) -> dict[str, str]:
     else:
         config = load_model_config(path)
         stored, problems = match(read_headers(path), network_shapes(config))
-        dtype = _stored_dtype(path, config, stored) if not problems else None
+        dtype = stored_dtype(path, config, stored) if not problems else None
         types = dict.fromkeys(stored, next((name for name, own in DTYPES.items() if own == dtype), "F32"))
     if problems:
         raise CheckpointError(f"{path}: this checkpoint cannot be loaded\n{describe(problems)}")

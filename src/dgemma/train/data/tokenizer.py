@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgemma.files import atomic_write, make_folder
+from dgemma.tokenizer_files import byte_symbols
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,17 +53,6 @@ SPECIAL_IDS: dict[str, int] = {
     "<|turn>": 105,
     "<turn|>": 106,
 }
-
-
-def byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary, indexed by byte.
-
-    The usual byte-level alphabet: visible Latin-1 characters stand for themselves, and the others take the
-    characters from U+0100 on, in byte order.
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(spare)) for byte in range(256)]
 
 
 def vocabulary() -> dict[str, int]:

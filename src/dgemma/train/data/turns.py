@@ -16,9 +16,10 @@ from typing import Any, Literal
 from dgemma.chat.answer import read_answer
 from dgemma.chat.messages import normalise_messages
 from dgemma.chat.reply import inside_thought
-from dgemma.chat.thoughts import CLOSE, HEADER, OPEN, STOPS
+from dgemma.chat.thoughts import CLOSE, HEADER, OPEN
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.errors import DgemmaError
+from dgemma.tokenizer_files import STOPS
 from dgemma.train.data.conversations import Conversation
 
 Thinking = Literal["auto", "on", "off"]

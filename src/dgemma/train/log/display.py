@@ -14,7 +14,7 @@ from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from dgemma.files import size_text
+from dgemma.formats import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

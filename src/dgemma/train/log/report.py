@@ -19,7 +19,8 @@ from typing import Any
 from urllib.parse import quote
 
 from dgemma.errors import DgemmaError
-from dgemma.files import atomic_write, size_text
+from dgemma.files import atomic_write
+from dgemma.formats import size_text
 from dgemma.train.log.display import duration_text
 from dgemma.train.log.figures import Axis, Curve
 from dgemma.train.log.past_run import Run, interval_of, number_text, read_run

@@ -33,7 +33,7 @@ from dgemma.train.data import tokenizer as bundled_tokenizer
 from dgemma.train.eval.tasks import Answering
 from dgemma.train.recipe import Recipe
 from dgemma.weights.adapters import read_adapter, save_adapter
-from dgemma.weights.hub.locate import weight_files
+from dgemma.weights.files import weight_files
 from dgemma.weights.load import load_network
 from dgemma.weights.merge import replace_weights
 from dgemma.weights.names import network_name

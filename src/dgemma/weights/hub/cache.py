@@ -14,11 +14,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dgemma.config import MODEL_TYPE
 from dgemma.errors import CheckpointError
 from dgemma.fields import read_json
 from dgemma.files import atomic_write, json_bytes
-from dgemma.weights.hub.locate import (
-    GgufModel,
+from dgemma.gguf.keys import ARCHITECTURE, ARCHITECTURE_KEY
+from dgemma.weights.files import (
+    GGUFFiles,
     bundled_models,
     bundled_path,
     checkpoint_files,
@@ -33,7 +35,6 @@ from dgemma.weights.hub.locate import (
 from dgemma.weights.hub.transfer import size_of
 
 SAFETENSORS, GGUF = "safetensors", "GGUF"
-ARCHITECTURE = "diffusion-gemma"
 _UNFINISHED = ".dgemma-pull.json"  # beside the blobs: what unfinished pulls want, which no snapshot tells
 _HEAD = 4096  # bytes at a GGUF file's beginning: writers put the architecture first
 
@@ -162,8 +163,9 @@ def remove_model(model: LocalModel) -> int:
 
     Its own files go and nothing else: not what other models of the repository are made of (`files_beside` tells what is
     left), nor contents that another file or revision shares. The repository's folder goes with its last file. Not by
-    way of the hub library's ``delete_revisions``: that knows revisions only, deletes with the last one what others are
-    fetching, and takes a commit's name for unique, which it is not among copies of a repository.
+    way of the hub library. Its ``delete_revisions`` deletes with the last revision what others are fetching, and takes
+    a commit's name for unique, which it is not among copies of a repository; its ``delete_files`` deletes what a link
+    out of the cache leads to, and both leave alone every repository with a link whose contents are missing.
     Raises CheckpointError for a bundled model, and when something cannot be deleted.
     """
     if model.bundled:
@@ -207,7 +209,7 @@ def _models_in(folder: Path) -> list[LocalModel]:
     return [found[name] for name in sorted(found, key=str.lower)]
 
 
-def _ggufs(repo: str, snapshot: Path, known: Iterable[str]) -> dict[str, GgufModel]:
+def _ggufs(repo: str, snapshot: Path, known: Iterable[str]) -> dict[str, GGUFFiles]:
     """The GGUF models of ours in a snapshot, by the names that they have here."""
     models = [model for model in gguf_models(known) if _is_our_gguf(snapshot / model.files[0])]
     return {f"{repo}:{tag_of(model, models)}": model for model in models}
@@ -290,7 +292,7 @@ def _is_ours(config: Path) -> bool:
     if not config.is_file():
         return True
     try:
-        return read_json(config).get("model_type") == "diffusion_gemma"
+        return read_json(config).get("model_type") == MODEL_TYPE
     except CheckpointError:
         return False
 
@@ -302,7 +304,7 @@ def _is_our_gguf(file: Path) -> bool:
             head = opened.read(_HEAD)
     except OSError:
         return True
-    _, key, rest = head.partition(b"general.architecture")
+    _, key, rest = head.partition(ARCHITECTURE_KEY.encode())
     if not key or len(rest) < 12:
         return True
     _, length = struct.unpack_from("<IQ", rest)  # the value's type, then a string's length

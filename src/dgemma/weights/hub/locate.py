@@ -1,89 +1,29 @@
 """From the name a user gives to a checkpoint on disk: a folder of safetensors, or a GGUF file.
 
-Works on names and paths; reads no tensor, and leaves the hub to `hub`. A name is, in this order: a model that ships
-with the package, an existing folder or file, a repository on the Hugging Face hub.
+Works on names and paths; reads no tensor, and leaves the hub to `repository`. A name is, in this order: a model that
+ships with the package, an existing folder or file, a repository on the Hugging Face hub.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dgemma.errors import CheckpointError
-from dgemma.fields import is_there, read_json, shown
+from dgemma.gguf.container import PART, is_gguf
+from dgemma.weights.files import GGUFFiles, bundled_models, bundled_path, gguf_models, hub_name, is_checkpoint
 
-_BUNDLED = Path(__file__).resolve().parents[2] / "models"
-_HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<tag>[^:\\\s]+))?")
-_PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.IGNORECASE)
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_QUANTISATION = re.compile(r"(?<![A-Z0-9])((?:UD-)?(?:(?:I?Q|TQ)\d+(?:_[A-Z0-9]+)*|BF16|FP?16|FP?32|"
-                           r"(?:MX|NV)FP4(?:_MOE)?))(?![A-Z0-9])", re.IGNORECASE)
-# GGUF files that hold no language model: a vision tower, and statistics that quantising takes.
-_NO_MODEL = ("mmproj", "imatrix")
-PREFERRED = "Q4_K_M"  # of several quantisations, the one that most people run
-_LONGEST_NAME = 255  # bytes, of a file
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+if TYPE_CHECKING:
+    from dgemma.weights.hub.transfer import Downloads
 
 
-@dataclass(frozen=True)
-class GgufModel:
-    """One model among GGUF files: a single file, or the parts that it was split into, in order.
-
-    ``stem`` is the name without ``.gguf`` and the part's number, ``parts`` how many files there should be.
-    """
-
-    stem: str
-    files: tuple[str, ...]
-    parts: int
-
-    @property
-    def complete(self) -> bool:
-        return len(self.files) == self.parts
-
-    @property
-    def tag(self) -> str:
-        """The quantisation as the file's name (or that of its folder) tells it; the bare name if it does not."""
-        name = PurePosixPath(self.stem)
-        for text in (name.name, *(str(parent.name) for parent in name.parents)):
-            if found := _QUANTISATION.findall(text):
-                return found[-1].upper()
-        return name.name
-
-    @property
-    def missing(self) -> list[str]:
-        """The names of the parts that are not among the files."""
-        if self.parts == 1:
-            return []
-        wanted = [f"{self.stem}-{part:05}-of-{self.parts:05}.gguf" for part in range(1, self.parts + 1)]
-        present = {file.lower() for file in self.files}
-        return [name for name in wanted if name.lower() not in present]
-
-
-def bundled_models() -> list[str]:
-    """The names of the models that ship with the package, sorted."""
-    return sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
-
-
-def bundled_path(name: str) -> Path:
-    return _BUNDLED / name
-
-
-def hub_name(name: str) -> tuple[str, str | None] | None:
-    """``org/name`` or ``org/name:tag`` as repository and tag; None for what cannot be a name on the hub."""
-    found = _HUB_NAME.fullmatch(name)
-    return (found["repo"], found["tag"]) if found else None
-
-
-def locate(name: str | Path) -> Path:
+def locate(name: str | Path, downloads: Downloads | None = None) -> Path:
     """The checkpoint that ``name`` means: a folder with config.json and safetensors, or a GGUF file.
 
     Of a GGUF file that was split it is the first part, and all the others are there. A `Path` is always a path; a
     string may also be a bundled name or one on the hub: ``org/name``, or ``org/name:Q4_K_M`` for one of its GGUF
-    files. What is complete in the hub's local cache is used without asking the hub; else it is downloaded.
+    files. What is complete in the hub's local cache is used without asking the hub; else it is downloaded,
+    which ``downloads`` makes a listener of (None: lines on stderr).
     Raises CheckpointError when there is nothing under that name, or more than one model, and when the hub refuses.
     """
     if isinstance(name, str) and name in bundled_models():
@@ -104,147 +44,13 @@ def locate(name: str | Path) -> Path:
                               "holds config.json and the weights")
     on_hub = hub_name(name) if isinstance(name, str) else None
     if on_hub and (on_hub[1] or path.suffix.lower() != ".gguf"):
-        return _on_hub(*on_hub)
+        return _on_hub(*on_hub, downloads)
     if path.suffix.lower() == ".gguf":
         raise CheckpointError(f"{path}: no such file")
     if isinstance(name, Path) or path.is_absolute() or len(path.parts) > 1 or str(name)[0] in ".~":
         raise CheckpointError(f"{name}: no such file or folder")
     raise CheckpointError(f"{name}: no such file or folder, and no bundled model of that name ({_bundled_list()}); a "
                           "repository on the hub is written org/name, or org/name:Q4_K_M for a GGUF file in it")
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether an existing file is a GGUF file, by its name or by its first bytes."""
-    if path.suffix.lower() == ".gguf":
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def gguf_models(names: Iterable[str]) -> list[GgufModel]:
-    """The models among files of these names, with ``/`` between folders; parts of one model are put together."""
-    groups: dict[tuple[str, int], list[str]] = {}
-    for name in sorted(names):
-        base = PurePosixPath(name).name.lower()
-        if not base.endswith(".gguf") or any(word in base for word in _NO_MODEL):
-            continue
-        part = _PART.fullmatch(name)
-        key = (part["stem"], int(part["parts"])) if part else (name[: -len(".gguf")], 0)
-        groups.setdefault(key, []).append(name)
-    return [GgufModel(stem, tuple(files), max(parts, 1)) for (stem, parts), files in sorted(groups.items())]
-
-
-def find_tagged(models: Sequence[GgufModel], tag: str, loose: bool = True) -> list[GgufModel]:
-    """The models that ``tag`` names: by quantisation, else by file name, else (``loose``) by any part of the name."""
-    wanted = tag.lower()
-
-    def names(model: GgufModel) -> set[str]:
-        full = {model.stem.lower(), *(file.lower() for file in model.files)}
-        return full | {PurePosixPath(name).name for name in full}
-
-    return ([model for model in models if model.tag.lower() == wanted]
-            or [model for model in models if wanted in names(model)]
-            or [model for model in models if loose and wanted in model.stem.lower()])
-
-
-def tag_of(model: GgufModel, models: Sequence[GgufModel]) -> str:
-    """What to write after ``org/name:`` to mean this one of the models: its quantisation, or its file's name."""
-    if sum(other.tag == model.tag for other in models) == 1:
-        return model.tag
-    return PurePosixPath(model.files[0]).name
-
-
-def choose_gguf(models: Sequence[GgufModel], tag: str | None, repo: str, place: str) -> GgufModel:
-    """The one model of a repository that ``tag`` names; without a tag the only one, or the usual one.
-
-    Raises CheckpointError, listing what there is in ``place``, when it names none or several.
-    """
-    found = find_tagged(models, tag) if tag is not None else list(models)
-    if tag is None and len(found) > 1:
-        found = [model for model in found if model.tag == PREFERRED] or found
-    if len(found) == 1:
-        return found[0]
-    tags = ", ".join(tag_of(model, models) for model in found or models)
-    if not found:
-        raise CheckpointError(f"{repo}: there is no GGUF file {tag!r} {place}; there are {tags}")
-    raise CheckpointError(f"{repo}: {'several' if tag is None else f'{tag!r} can mean several'} GGUF models {place}: "
-                          f"{tags}; name one, as in {repo}:{tag_of(found[0], models)}")
-
-
-def checkpoint_files(names: Iterable[str]) -> list[str]:
-    """Of a repository's files, those of its checkpoint in safetensors form: what is fetched, and removed, as one.
-
-    No PyTorch pickles, no card and its pictures, nothing in folders; of the weights those that are read.
-    """
-    chosen = [name for name in names if "/" not in name and name.endswith((".json", ".jinja", ".safetensors"))]
-    if SINGLE_FILE not in chosen:
-        return chosen
-    sharded = INDEX_FILE in chosen and any(_SHARD.fullmatch(name) for name in chosen)
-    return [name for name in chosen if not name.endswith(".safetensors") or (name != SINGLE_FILE) == sharded]
-
-
-def is_checkpoint(names: Iterable[str]) -> bool:
-    """Whether files of these names are, or belong to, a checkpoint in safetensors form."""
-    names = set(names)
-    return "config.json" in names and (SINGLE_FILE in names or INDEX_FILE in names)
-
-
-def weight_files(folder: Path) -> dict[Path, tuple[str, ...]]:
-    """The safetensors files of a checkpoint folder, each with the tensors that the index says are in it.
-
-    Where there is an index it says which files count, and a ``model.safetensors`` that it does not name is left aside
-    (`stray_weights` tells); unless none of the files that it names are there, as where all small files of another
-    checkpoint were copied. A single ``model.safetensors`` has no index, so its tuple is empty. The files need not
-    exist. Raises CheckpointError when the folder does not exist, is a file, or names no safetensors.
-    """
-    if not folder.exists():
-        raise CheckpointError(f"{folder}: no such folder")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: this is a file; give the folder that holds config.json and the weights")
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if not is_there(index):
-        if single.is_file():
-            return {single: ()}
-        others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.gguf") for path in folder.glob(pattern))
-        found = f"; found {', '.join(others[:5])}" if others else ""
-        raise CheckpointError(f"{folder}: no weights here: neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError(f"{index}: 'weight_map' must say for every tensor which file holds it")
-    shards: dict[str, list[str]] = {}
-    for tensor, file in weight_map.items():
-        shards.setdefault(file, []).append(tensor)
-    for file in shards:
-        parts = PurePosixPath(file)
-        if not file.isprintable() or "\\" in file or parts.is_absolute() or {"..", ""} & {*parts.parts, file} or (
-                max(map(len, map(os.fsencode, parts.parts)), default=0) > _LONGEST_NAME):
-            raise CheckpointError(f"{index}: 'weight_map' must name files in this folder, not {shown(file)}")
-    if single.is_file() and not any((folder / file).is_file() for file in shards):
-        return {single: ()}
-    return {folder / file: tuple(shards[file]) for file in sorted(shards)}
-
-
-def stray_weights(folder: Path, used: Iterable[Path]) -> str | None:
-    """What to say of weights in a checkpoint folder that are not ``used``; None where there are none.
-
-    A file that belongs to no model by its name (an adapter, a vision tower) is not meant.
-    """
-    used = list(used)
-    names = [path.name for path in folder.iterdir() if path.is_file()]
-    strays = [name for name in names if name.endswith(".safetensors") and folder / name not in used
-              and not name.startswith(("adapter", "mmproj"))]
-    strays += [name for model in gguf_models(names) for name in model.files]
-    if INDEX_FILE in names and used == [folder / SINGLE_FILE] and SINGLE_FILE not in read_json(
-            folder / INDEX_FILE).get("weight_map", {}).values():
-        strays.append(INDEX_FILE)
-    if not strays:
-        return None
-    listed = ", ".join(sorted(strays)[:5]) + (f" and {len(strays) - 5} more" if len(strays) > 5 else "")
-    return (f"{folder}: the weights are those of {used[0].name if len(used) == 1 else INDEX_FILE}; what else is there "
-            f"is left aside: {listed}")
 
 
 def _in_folder(folder: Path) -> Path:
@@ -266,16 +72,16 @@ def _in_folder(folder: Path) -> Path:
 
 def _first_part(path: Path) -> Path:
     """Of a GGUF file, or any part of one, the first part; the others must be there, too."""
-    split = _PART.fullmatch(path.name)
+    split = PART.fullmatch(path.name)
     if split is None:
         return path
-    files = sorted(other.name for other in path.parent.iterdir() if (part := _PART.fullmatch(other.name))
-                   and (part["stem"], part["parts"]) == (split["stem"], split["parts"]))
-    model = GgufModel(split["stem"], tuple(files), int(split["parts"]))
+    files = sorted(other.name for other in path.parent.iterdir() if (part := PART.fullmatch(other.name))
+                   and (part["stem"], part["count"]) == (split["stem"], split["count"]))
+    model = GGUFFiles(split["stem"], tuple(files), int(split["count"]))
     return _complete(model, path.parent)
 
 
-def _complete(model: GgufModel, folder: Path) -> Path:
+def _complete(model: GGUFFiles, folder: Path) -> Path:
     if model.complete:
         return folder / model.files[0]
     raise CheckpointError(f"{folder / model.files[0]}: this GGUF file was split into {model.parts} parts, and "
@@ -283,11 +89,12 @@ def _complete(model: GgufModel, folder: Path) -> Path:
                           f"{', '.join(model.missing[:5])}{' …' if len(model.missing) > 5 else ''}")
 
 
-def _on_hub(repo: str, tag: str | None) -> Path:
+def _on_hub(repo: str, tag: str | None, downloads: Downloads | None) -> Path:
+    from dgemma.weights.hub.progress import ProgressLines
     from dgemma.weights.hub.repository import NotThereError, locate_on_hub
 
     try:
-        return locate_on_hub(repo, tag)
+        return locate_on_hub(repo, tag, downloads or ProgressLines)
     except NotThereError as error:
         cache = "not complete in the local cache, " if error.offline else ""
         raise CheckpointError(f"{repo}: no such folder, no bundled model of that name ({_bundled_list()}), {cache}and "

@@ -10,13 +10,14 @@ import errno
 import fnmatch
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dgemma.errors import CheckpointError, DgemmaError
-from dgemma.files import size_text
+from dgemma.files import free_space
+from dgemma.formats import size_text
+from dgemma.weights.files import SINGLE_FILE, checkpoint_files, choose_gguf, gguf_models, is_checkpoint, tag_of
 from dgemma.weights.hub.cache import (
     alone,
     cache_folder,
@@ -26,9 +27,8 @@ from dgemma.weights.hub.cache import (
     partial_of,
     repo_folder,
 )
-from dgemma.weights.hub.locate import SINGLE_FILE, checkpoint_files, choose_gguf, gguf_models, is_checkpoint, tag_of
-from dgemma.weights.hub.progress import ProgressDisplay
 from dgemma.weights.hub.transfer import (
+    Downloads,
     Listener,
     TransferError,
     download,
@@ -66,7 +66,7 @@ class HubFile:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Pull:
     """The files that a pull is about, all of one commit. ``model`` is what to write after -m, if they make one."""
 
     repo: str
@@ -84,29 +84,27 @@ class Plan:
         return sum(file.size - _here(self, file) for file in self.files)
 
 
-def locate_on_hub(repo: str, tag: str | None, listener: Listener | None = None) -> Path:
+def locate_on_hub(repo: str, tag: str | None, downloads: Downloads) -> Path:
     """The local snapshot or GGUF file of a model; fetched if it is not complete in the cache.
 
-    Without a listener the download is shown on stderr. Raises CheckpointError.
+    ``downloads`` makes who is told of the download. Raises CheckpointError.
     """
     found = cached_path(repo, tag)
     if found is not None:
         return found
     try:
-        plan = plan_pull(repo, tag)
+        pull = plan_pull(repo, tag)
     except NotThereError:
         # A loose tag (Q4_K) may mean another file of the repository than the one that is here: the hub goes first.
         found = cached_path(repo, tag, loose=True)
         if found is not None:
             return found
         raise
-    if listener is not None:
-        return fetch(plan, listener)
-    with ProgressDisplay() as display:
-        return fetch(plan, display)
+    with downloads() as listener:
+        return fetch(pull, listener)
 
 
-def plan_pull(repo: str, tag: str | None = None, include: Sequence[str] = ()) -> Plan:
+def plan_pull(repo: str, tag: str | None = None, include: Sequence[str] = ()) -> Pull:
     """Ask the hub for a repository's files and choose those that the model is made of, or those ``include`` matches.
 
     Raises CheckpointError (NotThereError where there is nobody to ask or nothing of that name).
@@ -139,7 +137,7 @@ def plan_pull(repo: str, tag: str | None = None, include: Sequence[str] = ()) ->
         model = f"{repo}:{tag_of(gguf, models)}"
     # Small files first: they tell what the large ones are for.
     order = sorted((files[name] for name in chosen), key=lambda file: (file.sha256 is not None, file.name))
-    return Plan(repo, commit, tuple(order), model)
+    return Pull(repo, commit, tuple(order), model)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -204,18 +202,18 @@ def _endpoint() -> str:
     return constants.ENDPOINT
 
 
-def fetch(plan: Plan, listener: Listener) -> Path:
-    """Bring all files of the plan into the cache, checked, and say where the model is.
+def fetch(pull: Pull, listener: Listener) -> Path:
+    """Bring all files of a pull into the cache, checked, and say where the model is.
 
     That is the snapshot's folder, or the GGUF file (its first part) where there is no folder to load. What an earlier
     try has fetched is not fetched again. Nothing has its final name before its size and, where the hub knows one, its
     checksum are right. Raises CheckpointError, also when there is too little space, before anything is fetched.
     """
-    folder = repo_folder(plan.repo)
-    snapshot = folder / "snapshots" / plan.commit
+    folder = repo_folder(pull.repo)
+    snapshot = folder / "snapshots" / pull.commit
     try:
-        missing = [file for file in plan.files if not _is_linked(snapshot, file)]
-        _check_space(plan, folder)
+        missing = [file for file in pull.files if not _is_linked(snapshot, file)]
+        _check_space(pull, folder)
         snapshot.mkdir(parents=True, exist_ok=True)
         (folder / "blobs").mkdir(exist_ok=True)
         if missing:
@@ -224,31 +222,31 @@ def fetch(plan: Plan, listener: Listener) -> Path:
             with alone(folder, file.blob,
                        lambda name=file.name: listener.note(f"another process is fetching {name}; waiting for it")):
                 if not _is_linked(snapshot, file):
-                    _fetch_blob(plan, file, folder, listener)
+                    _fetch_blob(pull, file, folder, listener)
                     _link(folder / "blobs" / file.blob, snapshot / file.name)
-        _write_reference(folder, plan.commit)
-        note_finished(folder, [file.name for file in plan.files])
+        _write_reference(folder, pull.commit)
+        note_finished(folder, [file.name for file in pull.files])
     except OSError as error:
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             raise CheckpointError(
-                f"{plan.repo}: the disk is full: {size_text(plan.to_fetch)} are still to come into {cache_folder()}; "
+                f"{pull.repo}: the disk is full: {size_text(pull.to_fetch)} are still to come into {cache_folder()}; "
                 f"make space there ({_how_to_make_space()}), then the same command goes on where it stopped"
             ) from error
         if _is_from_http(error):
-            raise _explained(plan.repo, error) from error
+            raise _explained(pull.repo, error) from error
         where = f"{error.filename}: " if error.filename else ""
-        raise CheckpointError(f"{where}{plan.repo} cannot be stored in the local cache "
+        raise CheckpointError(f"{where}{pull.repo} cannot be stored in the local cache "
                               f"({error.strerror or first_line(error)})") from error
     except DgemmaError:
         raise
     except Exception as error:
-        raise _explained(plan.repo, error) from error
-    names = [file.name for file in plan.files]
+        raise _explained(pull.repo, error) from error
+    names = [file.name for file in pull.files]
     models = [gguf for gguf in gguf_models(names) if gguf.complete]
     return snapshot / models[0].files[0] if models and not is_checkpoint(names) else snapshot
 
 
-def _fetch_blob(plan: Plan, file: HubFile, folder: Path, listener: Listener) -> None:
+def _fetch_blob(pull: Pull, file: HubFile, folder: Path, listener: Listener) -> None:
     """Bring one file's contents into ``blobs``, unless they are there."""
     from huggingface_hub import hf_hub_url
 
@@ -256,12 +254,12 @@ def _fetch_blob(plan: Plan, file: HubFile, folder: Path, listener: Listener) -> 
     if blob.is_file() and size_of(blob) == file.size:
         return
     base = PurePosixPath(file.name).name
-    url = hf_hub_url(plan.repo, file.name, revision=plan.commit, endpoint=_endpoint())
+    url = hf_hub_url(pull.repo, file.name, revision=pull.commit, endpoint=_endpoint())
     listener.begin(f"downloading {base}", min(size_of(partial), file.size), file.size)
     try:
         download(url, partial, file.size, listener)
     except TransferError as error:
-        raise CheckpointError(f"{plan.repo}: the download broke off after {size_text(size_of(partial))} of "
+        raise CheckpointError(f"{pull.repo}: the download broke off after {size_text(size_of(partial))} of "
                               f"{size_text(file.size)} of {file.name} ({error}); the same command goes on from "
                               "there") from error
     if file.checksum is not None:
@@ -270,17 +268,16 @@ def _fetch_blob(plan: Plan, file: HubFile, folder: Path, listener: Listener) -> 
             verify(partial, file.checksum, listener)
         except TransferError as error:
             partial.unlink()
-            raise CheckpointError(f"{plan.repo}: {file.name} arrived damaged ({error}); it was deleted, so that the "
+            raise CheckpointError(f"{pull.repo}: {file.name} arrived damaged ({error}); it was deleted, so that the "
                                   "same command fetches it again") from error
     partial.replace(blob)
 
 
-def _check_space(plan: Plan, folder: Path) -> None:
-    needed = plan.to_fetch
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(place).free
+def _check_space(pull: Pull, folder: Path) -> None:
+    needed = pull.to_fetch
+    free = free_space(folder)
     if needed > free:
-        raise CheckpointError(f"{plan.repo}: not enough space on the disk of {cache_folder()}: {size_text(needed)} are "
+        raise CheckpointError(f"{pull.repo}: not enough space on the disk of {cache_folder()}: {size_text(needed)} are "
                               f"needed, {size_text(free)} are free; {_how_to_make_space()}, or set HF_HOME to a folder "
                               "on another disk")
 
@@ -289,10 +286,10 @@ def _how_to_make_space() -> str:
     return "`dgemma models` shows what is here, `dgemma models remove NAME` removes it"
 
 
-def _here(plan: Plan, file: HubFile) -> int:
+def _here(pull: Pull, file: HubFile) -> int:
     """How many bytes of a file are on this machine."""
-    folder = repo_folder(plan.repo)
-    if _is_linked(folder / "snapshots" / plan.commit, file) or size_of(folder / "blobs" / file.blob) == file.size:
+    folder = repo_folder(pull.repo)
+    if _is_linked(folder / "snapshots" / pull.commit, file) or size_of(folder / "blobs" / file.blob) == file.size:
         return file.size
     return min(size_of(partial_of(folder, file.blob)), file.size)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dgemma import __version__
 
@@ -28,7 +28,13 @@ _PASSING = (408, 429, 500, 502, 503, 504)  # what a server answers that may answ
 
 
 class Listener:
-    """Who is told how things go; this one keeps silent."""
+    """Who is told how things go, for as long as a ``with`` lasts; this one keeps silent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing more is told."""
 
     def begin(self, what: str, done: int, total: int) -> None:
         """Something of ``total`` bytes begins; ``done`` of them are there already."""
@@ -38,6 +44,9 @@ class Listener:
 
     def note(self, text: str) -> None:
         """Something to know, in one line."""
+
+
+Downloads = Callable[[], Listener]  # makes who is told of a download that begins
 
 
 class TransferError(Exception):

@@ -15,43 +15,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgemma.cache.store import READ_AT_ONCE, token_bytes
-from dgemma.config import (
-    FULL,
-    SLIDING,
-    GenerationConfig,
-    LayerConfig,
-    ModelConfig,
-    load_generation_config,
-    load_model_config,
-)
+from dgemma.chat import Tokenizer
+from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
+from dgemma.config import GenerationConfig, LayerConfig, ModelConfig, load_generation_config, load_model_config
 from dgemma.errors import CheckpointError
+from dgemma.gguf.container import is_gguf
 from dgemma.gguf.keys import network_name as gguf_network_name
 from dgemma.gguf.reader import GGUFTensor
-from dgemma.kernels.attention import COLUMNS, SCORES
-from dgemma.kernels.experts import DENSE_EXPERTS
 from dgemma.memory import program_bytes
-from dgemma.nn.head import VOCAB_TILE
+from dgemma.memory.inference import MemoryNeed, kv_cache_bytes, memory_needs, working_bytes
 from dgemma.weights.finite import check_finite
-from dgemma.weights.gguf_model import UNPACKED, match_gguf, open_gguf
-from dgemma.weights.hub.locate import is_gguf
+from dgemma.weights.gguf_model import match_gguf, open_gguf
 from dgemma.weights.load import (
-    Contents,
+    DTYPES,
     Problem,
     Shape,
     StoredTensor,
-    _stored_dtype,
     match,
     network_shapes,
     read_headers,
+    stored_dtype,
 )
 from dgemma.weights.names import is_vision
 
 PARTS: tuple[str, ...] = ("embedding", "attention", "dense MLP", "experts", "router and norms",
                           "self-conditioning", "vision")
 NOT_FINITE = "tensors with numbers that are infinite or no numbers (NaN)"
-ITEM_SIZES = {"bfloat16": 2, "float32": 4}
-_CONTEXTS = (4_096, 32_768, 131_072)
 
 
 @dataclass(frozen=True)
@@ -79,25 +68,6 @@ class PartStoredAs:
     dtype: str
     tensors: int
     nbytes: int
-
-
-@dataclass(frozen=True)
-class MemoryNeed:
-    """Bytes to run the text network for one conversation of ``context`` tokens with every weight in ``dtype``.
-
-    ``dtype`` is "packed" for weights as a GGUF file has them, which is how they are run on the CPU.
-    """
-
-    dtype: str
-    context: int
-    weights: int
-    kv_cache: int
-    working: int
-    program: int = 0  # this program, its libraries and the tokenizer
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.kv_cache + self.working + self.program
 
 
 @dataclass(frozen=True)
@@ -173,14 +143,10 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None, *, c
     shapes = network_shapes(config)
     parameters = count_parameters(shapes)
     chosen, problems = match(contents, shapes)
-    tokenizer = None
-    try:
-        tokenizer = _tokenizer_facts(folder)
-    except CheckpointError as error:
-        problems.append(Problem("tokenizer", (str(error),)))
+    tokenizer = _tokenizer_facts(lambda: Tokenizer.from_folder(folder), problems)
     if config.dtype is not None:
         try:
-            _stored_dtype(folder, config, chosen)
+            stored_dtype(folder, config, chosen)
         except CheckpointError as error:
             problems.append(Problem("configuration", (str(error),)))
     problems, unread = _checked(problems, contents.tensors.values(), check, progress)
@@ -190,7 +156,7 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None, *, c
         config=config,
         layers=layer_groups(config),
         parameters=parameters,
-        stored=_stored(contents),
+        stored=_stored((tensor.dtype, tensor.nbytes) for tensor in contents.tensors.values()),
         files={path.name: path.stat().st_size for path in contents.files if path.is_file()},
         memory=memory_needs(config, sum(parameters.values()) - parameters["vision"], contexts, _program(tokenizer)),
         generation=load_generation_config(folder, config),
@@ -220,19 +186,12 @@ def _checked(problems: Sequence[Problem], tensors: Iterable[StoredTensor | GGUFT
 
 def _inspect_gguf(path: Path, contexts: Sequence[int] | None, check: bool,
                   progress: Callable[[int, int], None] | None) -> CheckpointReport:
-    from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
-
     model = open_gguf(path)
     config, file = model.config, model.file
     shapes = network_shapes(config)
     parameters = count_parameters(shapes)
     _, problems = match_gguf(model, shapes)
-    tokenizer = None
-    try:
-        read = tokenizer_from_gguf(file.metadata, file.path.name)
-        tokenizer = TokenizerFacts(read.vocab_size, read.has_chat_template)
-    except CheckpointError as error:
-        problems.append(Problem("tokenizer", (str(error),)))
+    tokenizer = _tokenizer_facts(lambda: tokenizer_from_gguf(file.metadata, file.path.name), problems)
     problems, unread = _checked(problems, file.tensors.values(), check, progress)
     tensors, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for tensor in file.tensors.values():
@@ -241,12 +200,10 @@ def _inspect_gguf(path: Path, contexts: Sequence[int] | None, check: bool,
         sizes[key] += tensor.nbytes
     parts = tuple(PartStoredAs(*key, tensors[key], sizes[key])
                   for key in sorted(tensors, key=lambda key: (PARTS.index(key[0]), -sizes[key])))
-    types = {part.dtype: [p for p in parts if p.dtype == part.dtype] for part in parts}
-    stored = sorted((StoredAs(dtype, sum(p.tensors for p in own), sum(p.nbytes for p in own))
-                     for dtype, own in types.items()), key=lambda entry: -entry.nbytes)
+    stored = _stored((tensor.type_name, tensor.nbytes) for tensor in file.tensors.values())
     program = _program(tokenizer)
     memory = memory_needs(config, sum(parameters.values()), contexts, program)
-    if any(entry.dtype not in UNPACKED for entry in stored):
+    if any(entry.dtype not in DTYPES for entry in stored):
         # Packed on the CPU: activations in float32, the cache in bfloat16. In bfloat16 as a whole on a GPU.
         weights = sum(entry.nbytes for entry in stored)
         memory = (*(MemoryNeed("packed", need.context, weights, kv_cache_bytes(config, need.context, "bf16"),
@@ -258,7 +215,7 @@ def _inspect_gguf(path: Path, contexts: Sequence[int] | None, check: bool,
         config=config,
         layers=layer_groups(config),
         parameters=parameters,
-        stored=tuple(stored),
+        stored=stored,
         files={part.name: part.stat().st_size for part in file.files if part.is_file()},
         memory=memory,
         generation=model.generation,
@@ -287,55 +244,6 @@ def layer_groups(config: ModelConfig) -> tuple[LayerGroup, ...]:
     return tuple(LayerGroup(tuple(indices), layer) for layer, indices in groups.items())
 
 
-def memory_needs(config: ModelConfig, parameters: int, contexts: Iterable[int] | None = None,
-                 program: int = 0) -> tuple[MemoryNeed, ...]:
-    """The memory to run, for every dtype and context length; None: a few usual lengths up to the longest."""
-    longest = config.max_position_embeddings
-    lengths = [*(n for n in _CONTEXTS if n < longest), longest] if contexts is None else list(contexts)
-    return tuple(
-        MemoryNeed(dtype, length, parameters * size, kv_cache_bytes(config, length, size),
-                   working_bytes(config, length, size), program)
-        for dtype, size in ITEM_SIZES.items() for length in lengths)
-
-
-def kv_cache_bytes(config: ModelConfig, tokens: int, cache_type: str | int) -> int:
-    """What `KVCache` holds for one row of ``tokens`` tokens, kept in ``cache_type`` (or so many bytes per element).
-
-    For every layer a key and a value of ``heads · head_dim`` for each token it keeps: sliding layers the last
-    ``sliding_window - 1``, full layers all. Nothing is reserved beyond.
-    """
-    kept = {SLIDING: min(tokens, config.sliding_window - 1), FULL: tokens}
-    return sum(2 * layer.num_key_value_heads * token_bytes(layer.head_dim, cache_type) * kept[layer.kind]
-               for layer in config.layers)
-
-
-def working_bytes(config: ModelConfig, tokens: int, item_size: int) -> int:
-    """An estimate of what a pass allocates beside weights and cache, at its widest moment.
-
-    The widest pass has T = max(canvas, min(tokens, `READ_AT_ONCE`)) rows: a canvas, or a piece of the prompt. Its
-    hidden states take T·D·(4e + 8) bytes (e: bytes per element; norms work in float32), and beside them the largest
-    of three: the chosen experts' inputs and outputs, T·k·D·(3e + 8) (few experts: all of their inner activations and
-    a copy of the layer's experts, (4T + 3D)·E·I·e); attention's queries and outputs, T·heads·head_dim·(4e + 16), with
-    the scores of one tile, 12 each, and the keys and values of one block, 4·KV heads·head_dim·`COLUMNS`·e, neither of
-    which grows with the context; the head's tile, C·tile·(e + 12) + 12·C·D.
-    """
-    canvas, hidden = config.canvas_length, config.hidden_size
-    rows = max(canvas, min(tokens, READ_AT_ONCE))
-    if config.num_experts <= DENSE_EXPERTS:
-        experts = (4 * rows + 3 * hidden) * config.num_experts * config.moe_intermediate_size * item_size
-    else:
-        experts = rows * config.top_k_experts * hidden * (3 * item_size + 8)
-    attention = 0
-    for layer in set(config.layers):
-        columns = min(tokens + canvas, COLUMNS)
-        queries = rows * config.num_attention_heads * layer.head_dim * (4 * item_size + 16)
-        block = 4 * layer.num_key_value_heads * layer.head_dim * columns * item_size
-        scores = 12 * min(rows * config.num_attention_heads * columns, SCORES)
-        attention = max(attention, queries + block + scores)
-    head = canvas * min(VOCAB_TILE, config.vocab_size) * (item_size + 12) + 12 * canvas * hidden
-    return rows * hidden * (4 * item_size + 8) + max(experts, attention, head)
-
-
 def _program(tokenizer: TokenizerFacts | None) -> int:
     return program_bytes(0 if tokenizer is None else tokenizer.vocab_size)
 
@@ -351,17 +259,20 @@ def _part(name: str) -> str:
     return "router and norms"
 
 
-def _stored(contents: Contents) -> tuple[StoredAs, ...]:
+def _stored(found: Iterable[tuple[str, int]]) -> tuple[StoredAs, ...]:
+    """What is stored in each type, from every tensor's type and bytes; what takes most first."""
     tensors, sizes = Counter[str](), Counter[str]()
-    for tensor in contents.tensors.values():
-        tensors[tensor.dtype] += 1
-        sizes[tensor.dtype] += tensor.nbytes
+    for dtype, nbytes in found:
+        tensors[dtype] += 1
+        sizes[dtype] += nbytes
     return tuple(StoredAs(dtype, tensors[dtype], size) for dtype, size in sizes.most_common())
 
 
-def _tokenizer_facts(folder: Path) -> TokenizerFacts:
-    """Raises CheckpointError when there is no tokenizer, or none that can be read."""
-    from dgemma.chat import Tokenizer
-
-    tokenizer = Tokenizer.from_folder(folder)
+def _tokenizer_facts(read: Callable[[], Tokenizer], problems: list[Problem]) -> TokenizerFacts | None:
+    """None, and one more of the problems, when there is no tokenizer, or none that can be read."""
+    try:
+        tokenizer = read()
+    except CheckpointError as error:
+        problems.append(Problem("tokenizer", (str(error),)))
+        return None
     return TokenizerFacts(tokenizer.vocab_size, tokenizer.has_chat_template)

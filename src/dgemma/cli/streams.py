@@ -1,14 +1,20 @@
-"""What a command reads from stdin: text in whatever Unicode form it comes, or one clear error.
+"""What a command reads from stdin, and what it leaves on stdout.
 
-Windows' shells pipe UTF-16, many editors begin files with a byte order mark; neither is part of what was said.
+In: text in whatever Unicode form it comes, or one clear error; Windows' shells pipe UTF-16, many editors begin files
+with a byte order mark, and neither is part of what was said. Out: an answer's text, or one JSON object; not by
+`typer.echo`, which takes escape sequences out of what is piped: a pipe shall get what the model wrote.
 """
 
 from __future__ import annotations
 
 import codecs
+import json
+import os
 import sys
+from contextlib import suppress
 from typing import Any
 
+from dgemma.cli.terminal.console import printable
 from dgemma.errors import DgemmaError
 
 # The longer ones first: UTF-32's little-endian mark begins with that of UTF-16.
@@ -74,3 +80,57 @@ def unicode_form(data: bytes) -> str | None:
     if len(odd) >= 2 and b"\0" not in odd and even.count(0) * 2 > len(even):
         return "utf-16-be"
     return None
+
+
+def print_text(text: str) -> None:
+    """Print an answer, exactly in a pipe or a file, harmlessly on a terminal; a line end is added if it has none."""
+    need_stdout()
+    if is_terminal():
+        text = printable(text)
+    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+    sys.stdout.flush()
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON value on a line of its own."""
+    need_stdout()
+    # What stdout cannot spell it escapes as Python does, which is not JSON's way; nor is what makes text harmless.
+    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    text = json.dumps(data, ensure_ascii=not unicode)
+    print_text(text if not is_terminal() or printable(text) == text else json.dumps(data))
+
+
+def is_terminal() -> bool:
+    """Whether stdout is a terminal that a live canvas can be drawn on."""
+    return has_stdout() and sys.stdout.isatty()
+
+
+def has_stdout() -> bool:
+    """Whether there is a stdout at all: a program may be started without (``>&-``)."""
+    return sys.stdout is not None and not sys.stdout.closed
+
+
+def need_stdout() -> None:
+    """Raises DgemmaError where there is no stdout, for a command that would work for nothing then."""
+    if not has_stdout():
+        raise DgemmaError("stdout is closed: the answer would have nowhere to go; send it to a file or to /dev/null")
+
+
+def occupy_descriptors() -> None:
+    """Give the standard streams that this program was started without to /dev/null.
+
+    Otherwise the next file that is opened, say a model's, takes a closed one's number, and whatever a library writes
+    to stdout or stderr goes into that file. Python's own `sys.stdout` and `sys.stdin` stay None, so that it is known.
+    """
+    with suppress(OSError):
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for as long as the program runs)
+
+
+def give_up_stdout() -> None:
+    """After a failed write: nothing more is tried, also not when the program ends and what is left is flushed."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
