@@ -85,7 +85,9 @@ def packed_network(path: Path, device: str) -> DiffusionTransformer:
 
 def measure(setting: dict[str, Any]) -> dict[str, float]:
     """Two steps of training in this process: the most it held, what it held before, and the second step's seconds."""
-    from dgemma.train.objective import Batch, Objective, batch_loss, draw_noise
+    from dgemma.train.batch import Batch
+    from dgemma.train.noise import draw_noise
+    from dgemma.train.objective import Objective, batch_loss
 
     device, kind = setting["device"], setting["train"]
     before = resident_bytes()

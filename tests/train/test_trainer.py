@@ -19,9 +19,10 @@ from dgemma.nn.adapters import AdapterConfig, adapters
 from dgemma.train import trainer as trainer_module
 from dgemma.train.eval import evaluation as evaluation_module
 from dgemma.train.log.journal import read_journal
+from dgemma.train.objective import Passes
 from dgemma.train.parallel.distributed import Ranks
 from dgemma.train.recipe import ConversationData, Evaluation, Recipe, load_recipe
-from dgemma.train.runs import state as trainee_module
+from dgemma.train.runs import state as state_module
 from dgemma.train.trainer import STATE, Trainer
 
 RANKS = Ranks(torch.device("cpu"))
@@ -193,15 +194,14 @@ def test_a_kill_between_two_renamings_loses_no_checkpoint(recipe, tmp_path):
 
 
 def test_the_preflight_stops_a_run_that_would_go_wrong(recipe, tmp_path, monkeypatch):
-    original = trainer_module.begin
+    original = trainer_module.shard
 
     def ignoring(*arguments, **others):
         found = original(*arguments, **others)
-        found.network.denoise = lambda canvas, cache, soft=None, was=found.network.denoise: was(
-            torch.zeros_like(canvas), cache, soft)
-        return found
+        return dataclasses.replace(found, denoise=lambda canvas, cache, soft=None: found.denoise(
+            torch.zeros_like(canvas), cache, soft))
 
-    monkeypatch.setattr(trainer_module, "begin", ignoring)
+    monkeypatch.setattr(trainer_module, "shard", ignoring)
     with pytest.raises(DgemmaError, match=r"preflight: this run would go wrong:\n- canvas is used"):
         trainer(recipe, tmp_path / "run")
 
@@ -210,7 +210,7 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(recipe, tmp_path, mo
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(evaluation_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
     exported = []
-    monkeypatch.setattr(trainee_module.Trainee, "export", lambda self, folder: exported.append(folder.name))
+    monkeypatch.setattr(state_module.TrainState, "export", lambda self, folder, tensors: exported.append(folder.name))
     run = trainer(dataclasses.replace(recipe, evaluation=Evaluation(every=2)), tmp_path / "run")
     run.train()
     assert exported == ["best", "best", "last"]  # before the first step, after two, and the end
@@ -338,9 +338,9 @@ def test_a_sweep_that_was_cut_off_is_made_up_for(conversations, tmp_path, monkey
 def test_an_exported_checkpoint_stands_in_for_the_network(conversations, tmp_path, adapter):
     run = trainer(tuned(conversations, max_steps=2, adapter=adapter), tmp_path / "run")
     began = weights(run)
-    run.trainee.export(tmp_path / "begin")
+    run.state.export(tmp_path / "begin")
     run.train()
-    with run.trainee.exported(tmp_path / "begin"):
+    with run.state.exported(tmp_path / "begin"):
         assert torch.equal(weights(run), began)
     assert not torch.equal(weights(run), began)
 
@@ -410,7 +410,7 @@ def test_of_several_processes_only_the_first_writes_what_was_checked(conversatio
     def arrived(*_):
         raise ArrivedError
 
-    monkeypatch.setattr(trainer_module, "shard", lambda *_: None)
+    monkeypatch.setattr(trainer_module, "shard", lambda network, ranks: Passes.of(network))
     monkeypatch.setattr(trainer_module, "Optimizers", arrived)  # what comes after the checks
     with pytest.raises(ArrivedError):
         Trainer(tuned(conversations), tmp_path / "run", ranks=Alone(torch.device("cpu"), rank, 2))
@@ -420,7 +420,7 @@ def test_of_several_processes_only_the_first_writes_what_was_checked(conversatio
 def test_a_gguf_file_is_trained_by_an_adapter_only(conversations):
     parts = dataclasses.replace(read_parts("sudoku"), gguf=object())
     with pytest.raises(DgemmaError, match="by an adapter only"):
-        trainee_module.begin(tuned(conversations, adapter=None), parts, RANKS.device)
+        state_module.begin(tuned(conversations, adapter=None), parts, RANKS.device)
 
 
 @pytest.mark.usefixtures("quick")
@@ -459,15 +459,15 @@ def test_with_another_metric_or_other_data_the_best_is_chosen_anew(conversations
 
 @pytest.mark.usefixtures("quick")
 def test_a_best_checkpoint_that_cannot_be_written_costs_no_run(recipe, tmp_path, monkeypatch, capsys):
-    original, calls = trainee_module.Trainee.export, []
+    original, calls = state_module.TrainState.export, []
 
-    def full(self, folder):
+    def full(self, folder, tensors):
         calls.append(folder.name)
         if calls == ["best", "best"]:
             raise DgemmaError("No space left on device")
-        original(self, folder)
+        original(self, folder, tensors)
 
-    monkeypatch.setattr(trainee_module.Trainee, "export", full)
+    monkeypatch.setattr(state_module.TrainState, "export", full)
     losses = iter([3.0, 2.0, 1.0])
     monkeypatch.setattr(evaluation_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
     run = trainer(dataclasses.replace(recipe, evaluation=Evaluation(every=2)), tmp_path / "run")

@@ -1,6 +1,6 @@
 """The training loop: one recipe, one folder of results, resumable at any step.
 
-Works on what `trainee`, `sources`, `objective` and `optimizers` give it. The folder holds ``recipe.yaml``,
+Works on what `state`, `sources`, `objective` and `optimizers` give it. The folder holds ``recipe.yaml``,
 ``state.safetensors`` (all that a resumed run needs), ``best/`` and ``last/`` (a checkpoint, or an adapter), the journal
 with its TensorBoard mirror, and the report.
 
@@ -16,7 +16,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -100,12 +100,13 @@ class Trainer:
         self._plan(parts)
         # Of several, no process could hold the whole network on its device: blocks go there one by one, as a part each.
         whole_on = ranks.device if ranks.world == 1 or parts.gguf is not None else torch.device("cpu")
-        self.trainee = begin(recipe, parts, whole_on, progress)
-        self.network = self.trainee.network
-        shard(self.network, ranks)
+        self.state = begin(recipe, parts, whole_on, progress)
+        self.network = self.state.network
+        self.passes = shard(self.network, ranks)
         self._check()
         self.optimizers = Optimizers(self.network, recipe.optimizer)
-        self.stepper = Stepper(recipe, self.network, self.source, self.optimizers, ranks, self.max_steps)
+        self.stepper = Stepper(recipe, self.network, self.passes, self.source, self.optimizers, ranks,
+                               self.max_steps)
         if self.stepper.compiled is not None and self.stepper.compiled.shape is None:
             self._note("compile: nothing is: this data comes in batches of many lengths")
         self._resume()
@@ -181,7 +182,7 @@ class Trainer:
         """The preflight, always: seconds now, or hours of training something else."""
         began, recipe, config = time.monotonic(), self.recipe, self.network.config
         examples = _telling(self.source.batch(0), recipe.micro_batch or recipe.batch_size, config.sliding_window)
-        checks = run_preflight(self.network, examples, recipe.objective, seed=recipe.seed,
+        checks = run_preflight(self.network, examples, recipe.objective, passes=self.passes, seed=recipe.seed,
                                past_window=longest_context(self.source) >= config.sliding_window)
         if self.ranks.is_main:
             self.run.write("preflight.json", [vars(check) for check in checks])
@@ -210,7 +211,7 @@ class Trainer:
         values: dict[str, float] = {}
         score: TaskScore | None = None
         problem = None
-        with self._in_use():
+        with self._in_use() as tensors:
             if self.ranks.is_main:  # the others wait: two that found different things would part ways
                 try:
                     values, score = self._measured()
@@ -226,7 +227,7 @@ class Trainer:
             better = (not found <= self.best or (found == self.best and loss < self._best_loss)
                       if not math.isnan(found) else math.isnan(self.best))
             # At first a folder that cannot be written is an error, later it costs this checkpoint and not the run.
-            if better and (better := self._export("best", required=self.step == 0)):
+            if better and (better := self._export("best", tensors, required=self.step == 0)):
                 self.best, self._best_loss = found, loss
             self.evaluated = self.step
         if not self.ranks.is_main:
@@ -247,7 +248,7 @@ class Trainer:
         values = self.evaluator.losses(self.network, lambda: self._stopping)
         if not self.evaluator.questions or self._stopping:
             return values, None
-        return values, self.evaluator.score(self.trainee.model(), lambda: self._stopping,
+        return values, self.evaluator.score(self.state.model(), lambda: self._stopping,
                                             self._progress("evaluating"))
 
     def _sweep(self) -> bool:
@@ -256,12 +257,12 @@ class Trainer:
         if not limits:
             return True
         # In the network that is there: a second one might not fit beside it.
-        exported = self.trainee.exported(self.folder / "best") if self.ranks.is_main else nullcontext()
+        exported = self.state.exported(self.folder / "best") if self.ranks.is_main else nullcontext()
         with self._in_use(), exported:
             for index, limit in enumerate(limits):
                 if self.ranks.is_main:
                     shown = self._progress("step sweep", index, len(limits))
-                    score = self.evaluator.with_steps(self.trainee.model(), limit, lambda: self._stopping, shown)
+                    score = self.evaluator.with_steps(self.state.model(), limit, lambda: self._stopping, shown)
                     if self._journal is not None and score is not None:
                         self._journal.record(self.step, "sweep", {"max_steps": limit, **score.values},
                                              main=score.main, count=score.count, intervals=score.intervals)
@@ -274,17 +275,18 @@ class Trainer:
         return lambda done, count: self._display.phase(phase, part * count + done, parts * count)
 
     @contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """The network whole on this process, with averaged weights where there are any, as it would be shipped."""
-        with self.optimizers.averaged(), gathered(self.network):
-            yield
+    def _in_use(self) -> Iterator[dict[str, Tensor]]:
+        """The network whole on this process, with averaged weights where there are any, as it would be shipped; its
+        tensors by name."""
+        with self.optimizers.averaged(), gathered(self.network) as tensors:
+            yield tensors
 
-    def _export(self, name: str, required: bool = True) -> bool:
+    def _export(self, name: str, tensors: Mapping[str, Tensor], required: bool = True) -> bool:
         """Write a checkpoint; whether that worked, which it must if it is ``required``."""
         problem = None
         if self.ranks.is_main:
             try:
-                self.trainee.export(self.folder / name)
+                self.state.export(self.folder / name, tensors)
             except DgemmaError as error:
                 problem = str(error)
         problem = self.ranks.from_main(problem)
@@ -389,8 +391,8 @@ class Trainer:
     def _finish(self, finished: bool) -> None:
         from dgemma.train.log.report import write_report
 
-        with self._in_use():
-            self._export("last")
+        with self._in_use() as tensors:
+            self._export("last", tensors)
         if self.ranks.is_main:
             self.run.describe(self, finished)
             try:

@@ -38,7 +38,7 @@ from dgemma.train.checks.workbench import (
     some_entries,
     tolerance_of,
 )
-from dgemma.train.objective import Objective, batch_loss, prefixes, read
+from dgemma.train.objective import Objective, Passes, batch_loss, prefixes, read
 from dgemma.train.parallel.distributed import let_go, whole
 
 POSITIONS = 32  # canvas positions whose logits are compared: [32, V] at a time
@@ -59,7 +59,7 @@ def canvas_is_used(bench: Bench) -> Check:
     """The canvas given is the canvas that is denoised: the right share of it is kept, and changing it is felt."""
     batch, clean = bench.batch, bench.noise(t=0.0)
     given = batch.canvas
-    wrong = sum(int((seen.canvas != given).sum()) for seen in bench.passes(batch, clean))
+    wrong = sum(int((seen.canvas != given).sum()) for seen in bench.denoised(batch, clean))
     # A position without loss, changed: what its target is does not count, so the loss moves only through the input.
     weights = torch.ones_like(given, dtype=torch.float32)  # not the example's own, of which nothing might be left
     weights[:, -1] = 0.0
@@ -85,8 +85,8 @@ def no_target_leaks(bench: Bench) -> Check:
     """
     batch, noise, limit = bench.batch, bench.noise(t=1.0), tolerance_of(bench.network)
     other = dataclasses.replace(batch, canvas=(batch.canvas + 1) % bench.network.config.vocab_size)
-    reference = bench.passes(batch, noise)
-    leak, floor = (movement(reference, bench.passes(changed, noise)) for changed in (other, batch))
+    reference = bench.denoised(batch, noise)
+    leak, floor = (movement(reference, bench.denoised(changed, noise)) for changed in (other, batch))
     turns = [dataclasses.replace(bench, batch=turn) for turn in (batch, *beyond_the_window(bench))]
     later, neighbour = max(map(_later_leak, turns)), _neighbour_leak(bench)
     return Check("no target leaks", leak <= _NOISE * floor and later <= limit and neighbour <= limit,
@@ -106,7 +106,7 @@ def training_equals_sampling(bench: Bench, sampler: DiffusionTransformer | None 
     worst = 0.0
     for batch in (bench.batch, *beyond_the_window(bench)):
         part = dataclasses.replace(bench, batch=batch)
-        for row, passes in enumerate(by_canvas(part.passes(batch, part.noise(conditioned=True)))):
+        for row, passes in enumerate(by_canvas(part.denoised(batch, part.noise(conditioned=True)))):
             worst = max(worst, _compared(part, sampler, row, passes))
     tolerance = tolerance_of(bench.network)
     window = bench.network.config.sliding_window
@@ -202,8 +202,7 @@ def frozen_stays_frozen(bench: Bench, optimizers: Sequence[torch.optim.Optimizer
     for parameter in trainable.values():
         parameter.grad = None
     try:
-        with torch.enable_grad():
-            bench.loss_of(network, bench.batch, bench.objective, bench.noise())[0].backward()
+        bench.loss_with_gradients(bench.noise()).backward()
         if optimizers is None:
             steps = [([torch.optim.AdamW([p], lr=1e-3, weight_decay=0.1)], {name: p}) for name, p in trainable.items()]
         else:
@@ -246,14 +245,14 @@ def _stepped(optimizers: Sequence[torch.optim.Optimizer],
 def null_conditioning_is_zero(bench: Bench) -> Check:
     """An example that is not self-conditioned is denoised with zeros, exactly: what the sampler's first step gets."""
     network, noise = bench.network, bench.noise(conditioned=False)
-    seen = bench.passes(bench.batch, noise)
+    seen = bench.denoised(bench.batch, noise)
     supervised = seen[0] if bench.objective.passes > 1 else seen[-1]
     largest = 0.0 if supervised.soft is None else float(supervised.soft.abs().max())
     with torch.no_grad():
-        cache = prefixes(bench.batch, read(network, bench.batch)[1])
+        cache = prefixes(bench.batch, read(network, bench.batch, bench.passes)[1])
         shape = (*bench.batch.canvas.shape, network.config.hidden_size)
         zeros = torch.zeros(shape, dtype=network.dtype, device=network.device)
-        none, zero = network.denoise(bench.batch.canvas, cache), network.denoise(bench.batch.canvas, cache, zeros)
+        none, zero = (bench.passes.denoise(bench.batch.canvas, cache, soft) for soft in (None, zeros))
     same = torch.equal(none, zero)
     return Check("null self-conditioning is zero", largest == 0 and same,
                  f"largest number fed: {largest:.2g}; no conditioning and zeros {'agree' if same else 'differ'}",
@@ -262,23 +261,23 @@ def null_conditioning_is_zero(bench: Bench) -> Check:
 
 
 def run_preflight(network: DiffusionTransformer, examples: Sequence[Example], objective: Objective | None = None, *,
-                  loss_of: LossOf = batch_loss, sampler: DiffusionTransformer | None = None,
-                  optimizers: Sequence[torch.optim.Optimizer] | None = None, seed: int = 0,
-                  past_window: bool = True, required: bool = False) -> list[Check]:
+                  passes: Passes | None = None, loss_of: LossOf = batch_loss,
+                  sampler: DiffusionTransformer | None = None, optimizers: Sequence[torch.optim.Optimizer] | None = None,
+                  seed: int = 0, past_window: bool = True, required: bool = False) -> list[Check]:
     """All checks on a few examples, with the run's own objective.
 
     They take no more memory than a training step on these examples, with checkpointing where the network has it on;
     with ``past_window`` (contexts of this run may be longer than the sliding window) than one on a context so long.
-    On several processes all of them come here, after the network was sharded, with the same examples. ``loss_of``,
-    ``sampler`` and ``optimizers`` (of which none may hold what is frozen) are the run's where they are not the
-    package's. The network is as before afterwards. Raises DgemmaError for examples that are unusable and,
+    On several processes all of them come here, after the network was sharded, with the same examples. ``passes``,
+    ``loss_of``, ``sampler`` and ``optimizers`` (of which none may hold what is frozen) are the run's where they are
+    not the package's. The network is as before afterwards. Raises DgemmaError for examples that are unusable and,
     where the checks are ``required``, as `require` does.
     """
     try:
         batch = collate(examples).to(network.device)
     except ValueError as error:
         raise DgemmaError(f"preflight: the examples cannot be used: {error}") from error
-    bench = Bench(network, batch, objective or Objective(), loss_of, seed, past_window)
+    bench = Bench(network, passes or Passes.of(network), batch, objective or Objective(), loss_of, seed, past_window)
     training = network.training
     network.eval()  # dropout, where an adapter has it, would make every comparison random
     try:
@@ -307,12 +306,12 @@ def require(checks: Sequence[Check]) -> None:
 def _later_leak(bench: Bench) -> float:
     """How far a canvas' predictions move with what stands behind its context in the row that it reads."""
     batch, noise, worst = bench.batch, bench.noise(t=1.0), 0.0
-    reference = list(by_canvas(bench.passes(batch, noise)))
+    reference = list(by_canvas(bench.denoised(batch, noise)))
     for index in set(range(len(batch.canvas))) - set(batch.last):
         context = batch.context.clone()
         behind = context[batch.rows[index], batch.before[index] :]
         behind.copy_((behind + 1) % bench.network.config.vocab_size)
-        seen = list(by_canvas(bench.passes(dataclasses.replace(batch, context=context), noise)))
+        seen = list(by_canvas(bench.denoised(dataclasses.replace(batch, context=context), noise)))
         worst = max(worst, movement(reference[index], seen[index]))
     return worst
 
@@ -325,8 +324,8 @@ def _neighbour_leak(bench: Bench) -> float:
     others = torch.arange(len(batch.context)) != batch.rows[0]
     context = batch.context.clone()
     context[others] = (context[others] + 1) % bench.network.config.vocab_size
-    seen = bench.passes(dataclasses.replace(batch, context=context), noise)
-    return movement(next(by_canvas(bench.passes(batch, noise))), next(by_canvas(seen)))
+    seen = bench.denoised(dataclasses.replace(batch, context=context), noise)
+    return movement(next(by_canvas(bench.denoised(batch, noise))), next(by_canvas(seen)))
 
 
 @torch.no_grad()

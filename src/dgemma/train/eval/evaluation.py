@@ -119,7 +119,7 @@ class Evaluator:
 
     @contextmanager
     def _interruptible(self, model: Answering) -> Iterator[None]:
-        self._asking = model if isinstance(model, Model) else None  # the control looks up between its batches only
+        self._asking = model if isinstance(model, Model) else None  # the baseline looks up between its batches only
         try:
             yield
         finally:

@@ -80,7 +80,7 @@ class RunFolder:
         parameters = sum(p.numel() for p in trainer.network.parameters())
         trainable = sum(p.numel() for p in trainer.optimizers.parameters.values())
         self.write("run.json", {
-            "name": trainer.recipe.name, "model": trainer.trainee.name, "parameters": parameters,
+            "name": trainer.recipe.name, "model": trainer.state.name, "parameters": parameters,
             "trainable": trainable, "machine": machine(trainer.ranks.device), "processes": trainer.ranks.world,
             "versions": {"dgemma": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "steps": trainer.step, "validation_examples": len(trainer.evaluator.kept),
