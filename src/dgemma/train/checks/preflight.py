@@ -262,8 +262,9 @@ def null_conditioning_is_zero(bench: Bench) -> Check:
 
 def run_preflight(network: DiffusionTransformer, examples: Sequence[Example], objective: Objective | None = None, *,
                   passes: Passes | None = None, loss_of: LossOf = batch_loss,
-                  sampler: DiffusionTransformer | None = None, optimizers: Sequence[torch.optim.Optimizer] | None = None,
-                  seed: int = 0, past_window: bool = True, required: bool = False) -> list[Check]:
+                  sampler: DiffusionTransformer | None = None,
+                  optimizers: Sequence[torch.optim.Optimizer] | None = None, seed: int = 0,
+                  past_window: bool = True, required: bool = False) -> list[Check]:
     """All checks on a few examples, with the run's own objective.
 
     They take no more memory than a training step on these examples, with checkpointing where the network has it on;

@@ -6,7 +6,6 @@ record: ``task/exact`` is ``exact`` here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,21 +94,6 @@ def interval_of(record: Record, name: str) -> tuple[float, float] | None:
     if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(x, (int, float)) for x in pair):
         return None
     return float(pair[0]), float(pair[1])
-
-
-def number_text(value: float) -> str:
-    """A number in about four digits."""
-    if not math.isfinite(value):
-        return "–"
-    if isinstance(value, int) or (value == round(value) and abs(value) < 1e15):
-        return f"{value:,.0f}"
-    if abs(value) >= 100:
-        return f"{value:,.1f}"
-    return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.4g}"
-
-
-def percent_text(value: float) -> str:
-    return f"{100 * value:.1f} %" if math.isfinite(value) else "–"
 
 
 def _short(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:

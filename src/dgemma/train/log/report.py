@@ -20,9 +20,9 @@ from urllib.parse import quote
 
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, size_text
-from dgemma.train.log.display import duration_text
 from dgemma.train.log.figures import Axis, Curve
-from dgemma.train.log.past_run import Run, interval_of, number_text, read_run
+from dgemma.train.log.formats import duration_text, number_text
+from dgemma.train.log.past_run import Run, interval_of, read_run
 from dgemma.train.log.run_figures import (
     STEP,
     loss_figures,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dgemma.train.log.figures import COLOURS, Axis, Curve, draw, smoothed, spans_decades
+from dgemma.train.log.formats import number_text, percent_text
 from dgemma.train.log.journal import Record
-from dgemma.train.log.past_run import COSTS, Run, interval_of, number_text, percent_text
+from dgemma.train.log.past_run import COSTS, Run, interval_of
 
 STEP = Axis("step")
 _TIMES = 5  # of the run at which loss by noise level is shown

@@ -1,6 +1,6 @@
 """What a recipe trains: a network with its tokenizer and settings, and how it is written as a checkpoint or an adapter.
 
-Works on recipes, networks and folders; knows nothing of data, losses and steps.
+Works on recipes, networks and folders; knows nothing of losses and steps.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from dgemma.model import Model, Parts, read_parts
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import attach, install
 from dgemma.train.data import tokenizer as bundled_tokenizer
+from dgemma.train.data.sources import Report, Source, few, source_of
 from dgemma.train.eval.tasks import Answering
-from dgemma.train.recipe import Recipe
+from dgemma.train.recipe import Recipe, beginning
 from dgemma.weights.adapters import read_adapter, save_adapter
 from dgemma.weights.hub.locate import weight_files
 from dgemma.weights.load import load_network
@@ -121,6 +122,14 @@ def parts_of(recipe: Recipe, base: Path | None = None) -> Parts:
     Raises DgemmaError when they cannot be had.
     """
     return _fresh_parts(recipe) if recipe.fresh else read_parts(base or str(recipe.model))
+
+
+def glimpse(recipe: Recipe, report: Report = lambda text: None) -> tuple[Parts, Source]:
+    """What a recipe begins with, weights aside, and its examples; of what is made on the way only a few."""
+    parts = parts_of(beginning(recipe))  # its base may not be trained yet
+    with tempfile.TemporaryDirectory() as folder:
+        return parts, source_of(few(recipe), parts.tokenizer, parts.config, parts.generation_config, Path(folder),
+                                report)
 
 
 def begin(recipe: Recipe, parts: Parts, device: torch.device,
