@@ -17,7 +17,7 @@ from dgemma.model import read_parts
 from dgemma.nn.adapters import AdapterConfig, adapters
 from dgemma.train import trainer as trainer_module
 from dgemma.train.eval import evaluation as evaluation_module
-from dgemma.train.log.events import Finished, Loading, Noted, Saved, Started, Working
+from dgemma.train.log.events import Ended, Loading, Noted, Saved, Started, Working
 from dgemma.train.log.journal import read_journal
 from dgemma.train.objective import Passes
 from dgemma.train.parallel.distributed import Ranks
@@ -317,7 +317,7 @@ def test_a_stop_before_the_first_step_is_no_error(whole, recipe, tmp_path):
     stop.set()
     assert not trainer(recipe, tmp_path / "run", told, stop=stop).train()
     assert [type(event) for event in told.events if not isinstance(event, (Noted, Working))] == [
-        Started, Finished]
+        Started, Ended]
     assert "holds no records yet" in told.events[-1].problem
 
 
@@ -466,5 +466,5 @@ def test_a_run_in_another_thread_tells_what_happens_in_order_and_can_be_stopped(
     thread.start()
     thread.join(60)
     names = [type(event).__name__ for event in told.events if not isinstance(event, Noted)]
-    assert names == ["Started", "Working", "Evaluated", "Stepped", "Measured", "Saved", "Finished"]
+    assert names == ["Started", "Working", "Evaluated", "Stepped", "Averaged", "Saved", "Ended"]
     assert told.events[-1].step == 1 and not told.events[-1].complete

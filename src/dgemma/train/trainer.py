@@ -29,7 +29,7 @@ from dgemma.errors import DgemmaError
 from dgemma.files import make_folder, size_text
 from dgemma.memory import release_freed
 from dgemma.model import Parts
-from dgemma.train.checks.plan import Plan, available_memory, recipe_plan
+from dgemma.train.checks.plan import MemoryPlan, available_memory, recipe_plan
 from dgemma.train.checks.preflight import require, run_preflight
 from dgemma.train.data.examples import Example
 from dgemma.train.data.sources import Listed, fingerprint, longest_context, source_of
@@ -37,12 +37,12 @@ from dgemma.train.eval.evaluation import Evaluator
 from dgemma.train.eval.metrics import means
 from dgemma.train.eval.tasks import TaskScore
 from dgemma.train.log.events import (
+    Averaged,
+    Ended,
     Evaluated,
     Event,
-    Finished,
     Listener,
     Loading,
-    Measured,
     Noted,
     Saved,
     Started,
@@ -113,7 +113,7 @@ def train(path: Path, out: Path, ranks: Ranks, listeners: Sequence[Listener] = (
     return True
 
 
-def plans(path: Path, ranks: Ranks) -> dict[str, Plan]:
+def plans(path: Path, ranks: Ranks) -> dict[str, MemoryPlan]:
     """How much memory every variant of a recipe will take, by name; the data is read, weights are not."""
     found = {}
     for name, recipe in load_recipe(path).items():
@@ -206,7 +206,7 @@ class Trainer:
                 speed = sum(count for _, count in pace) / spent
                 self._tell(Stepped(self.step, values, spent / len(pace), speed, self.run.memory(self.ranks.device)))
                 if self.step % _RECORD_EVERY == 0 or last or self._stop.is_set():
-                    self._tell(Measured(self.step, {**_means(window), "seconds_per_step": spent / len(pace),
+                    self._tell(Averaged(self.step, {**_means(window), "seconds_per_step": spent / len(pace),
                                                     "tokens_per_second": speed, "tokens": self.tokens}))
                     window.clear()
                 if self.step % _RECORD_EVERY == 0 and self.ranks.device.type == "cpu":
@@ -448,7 +448,7 @@ class Trainer:
                 report = write_report(self.folder)
             except DgemmaError as error:  # nothing is recorded yet, or the disk is full
                 problem = str(error)
-        self._tell(Finished(self.step, finished, self.folder, report, problem))
+        self._tell(Ended(self.step, finished, self.folder, report, problem))
 
 
 def _telling(examples: list[Example], most: int, window: int) -> list[Example]:

@@ -72,7 +72,7 @@ def _run(recipe: Path, out: Path | None, device: str | None) -> bool:
     """Train; whether it is finished. Of several processes only the main one shows how far it is."""
     from dgemma.cli.session import LoadingBar
     from dgemma.cli.terminal.training import TrainingDisplay
-    from dgemma.train.log.events import Event, Finished, Loading, Started
+    from dgemma.train.log.events import Ended, Event, Loading, Started
     from dgemma.train.parallel.distributed import joined
     from dgemma.train.recipe import read_yaml
     from dgemma.train.trainer import train as run
@@ -83,7 +83,7 @@ def _run(recipe: Path, out: Path | None, device: str | None) -> bool:
         def handle_signals(event: Event) -> None:
             if isinstance(event, Started):  # before there is nothing to save
                 signals.enter_context(signals_handled(stop.ask, signal.SIGINT, signal.SIGTERM))
-            elif isinstance(event, Finished):
+            elif isinstance(event, Ended):
                 signals.close()
 
         def show_loading(event: Event) -> None:

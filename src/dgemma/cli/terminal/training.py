@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dgemma.cli.terminal.console import SafeConsole
 from dgemma.files import size_text
-from dgemma.train.log.events import Evaluated, Event, Finished, Noted, Started, Stepped, Working
+from dgemma.train.log.events import Ended, Evaluated, Event, Noted, Started, Stepped, Working
 from dgemma.train.log.formats import duration_text
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class TrainingDisplay:
                 if event.best:
                     self._best = event
                 self._print(f"step {event.step}: {_spelled(event.values)}{'  (best so far)' if event.best else ''}")
-            case Finished():
+            case Ended():
                 what = "done" if event.complete else "stopped; run the same command again to go on"
                 report = f"report in {event.report}" if event.report else f"no report: {event.problem}"
                 self._print(f"{what} at step {event.step:,}; results in {event.folder}, {report}")

@@ -34,7 +34,7 @@ class LossOf(Protocol):
 
 
 @dataclass(frozen=True)
-class Pass:
+class DenoisingPass:
     """One call of `denoise`: what went in and what came out, without gradients."""
 
     canvas: Tensor  # [B, C]
@@ -70,13 +70,13 @@ class Bench:
         with torch.no_grad():
             return float(self._loss(batch, noise, self.passes))
 
-    def denoised(self, batch: Batch, noise: Noise) -> list[Pass]:
+    def denoised(self, batch: Batch, noise: Noise) -> list[DenoisingPass]:
         """Every denoising pass that the loss makes, in order."""
-        seen: list[Pass] = []
+        seen: list[DenoisingPass] = []
 
         def denoise(canvas_ids: Tensor, cache: KVCache, soft: Tensor | None = None) -> Tensor:
             hidden = self.passes.denoise(canvas_ids, cache, soft)
-            seen.append(Pass(canvas_ids, soft, hidden.detach()))
+            seen.append(DenoisingPass(canvas_ids, soft, hidden.detach()))
             return hidden
 
         with torch.no_grad():
@@ -112,15 +112,15 @@ class Bench:
         return self.loss_of(self.network, batch, self.objective, noise, passes=passes)[0]
 
 
-def by_canvas(passes: list[Pass]) -> Iterator[list[Pass]]:
+def by_canvas(passes: list[DenoisingPass]) -> Iterator[list[DenoisingPass]]:
     """Each canvas' own part of every pass."""
     for index in range(len(passes[0].canvas)):
         part = slice(index, index + 1)
-        yield [Pass(seen.canvas[part], None if seen.soft is None else seen.soft[part], seen.hidden[part])
+        yield [DenoisingPass(seen.canvas[part], None if seen.soft is None else seen.soft[part], seen.hidden[part])
                for seen in passes]
 
 
-def movement(before: list[Pass], after: list[Pass]) -> float:
+def movement(before: list[DenoisingPass], after: list[DenoisingPass]) -> float:
     """How far what was predicted is from what was predicted before, at most."""
     return max(distance_of(b.hidden, a.hidden) for a, b in zip(before, after, strict=True))
 

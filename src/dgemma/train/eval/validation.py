@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer, KVCache
 from dgemma.nn.head import vocab_tiles
-from dgemma.train.batch import Batch, Example, collate
+from dgemma.train.batch import Batch, Collatable, collate
 from dgemma.train.noise import Noise, corrupt, keyed_noise, noise_key
 from dgemma.train.objective import (
     Objective,
@@ -67,7 +67,7 @@ class Sums:
 
 
 @torch.no_grad()
-def validation_losses(network: DiffusionTransformer, examples: Sequence[Example], objective: Objective, *,
+def validation_losses(network: DiffusionTransformer, examples: Sequence[Collatable], objective: Objective, *,
                       seed: int = 0, batch_size: int = 8, levels: Sequence[float] = LEVELS,
                       stop: Callable[[], bool] | None = None, passes: Passes | None = None) -> dict[str, float]:
     """Mean cross-entropies (nats per token) of held-out examples, at every noise level t of ``levels``, 0 < t <= 1.
@@ -79,7 +79,7 @@ def validation_losses(network: DiffusionTransformer, examples: Sequence[Example]
     - ``validation/causal``: the next-token loss of the responses, where the objective has a causal loss. With an
       objective that denoises nothing this is all there is, and ``validation/loss`` too.
 
-    Example i's noise depends on the seed and on i only. Of the objective, the causal and denoising weights, the
+    Collatable i's noise depends on the seed and on i only. Of the objective, the causal and denoising weights, the
     prediction and the temperature count. ``passes`` None: the network's own. Empty when ``stop`` ended it early: a part
     of the examples would be another measure. Raises DgemmaError when there are no examples or a level is out of range.
     """

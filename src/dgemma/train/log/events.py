@@ -52,7 +52,7 @@ class Stepped:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Averaged:
     """The means of the steps since the last of these."""
 
     step: int
@@ -101,7 +101,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Finished:
+class Ended:
     """The run is over, or (not ``complete``) was stopped. ``report`` is its page, None for the ``problem`` with it."""
 
     step: int
@@ -111,5 +111,5 @@ class Finished:
     problem: str = ""
 
 
-Event = Loading | Noted | Started | Stepped | Measured | Working | Evaluated | Swept | Saved | Finished
+Event = Loading | Noted | Started | Stepped | Averaged | Working | Evaluated | Swept | Saved | Ended
 Listener = Callable[[Event], object]

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, json_bytes, make_folder
-from dgemma.train.log.events import Evaluated, Event, Measured, Swept
+from dgemma.train.log.events import Averaged, Evaluated, Event, Swept
 
 FILE = "metrics.jsonl"
 KINDS = ("train", "validation", "task", "sweep", "samples", "note")
@@ -124,7 +124,7 @@ class Journal:
     def __call__(self, event: Event) -> None:
         """Record what was measured."""
         match event:
-            case Measured(step, values):
+            case Averaged(step, values):
                 self.record(step, "train", values)
             case Evaluated(step, losses, score, best):
                 if losses:
