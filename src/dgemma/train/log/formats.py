@@ -29,6 +29,12 @@ def number_text(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.4g}"
 
 
+def count_text(value: float) -> str:
+    """How many of something, in three digits: 41.3 M."""
+    return next((f"{value / unit:.3g} {letter}" for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+                 if value >= unit), f"{value:,}")
+
+
 def percent_text(value: float) -> str:
     """A share as a percentage."""
     return f"{100 * value:.1f} %" if math.isfinite(value) else "–"
