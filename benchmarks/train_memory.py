@@ -32,7 +32,7 @@ from dgemma.config import FULL, SLIDING, LayerConfig, ModelConfig
 from dgemma.memory import program_bytes
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, attach
-from dgemma.train.checks.plan import Plan, memory_plan
+from dgemma.train.checks.plan import MemoryPlan, memory_plan
 
 TARGETS = {"lora": ("attention", "mlp"), "experts": ("attention", "mlp", "experts"), "full": ()}
 SMALL = {"hidden": 1024, "dense": 768, "experts": 32, "expert": 256, "heads": 8, "sliding_heads": 4, "full_heads": 2,
@@ -52,7 +52,7 @@ def config_of(shape: random_gguf.Shape) -> ModelConfig:
                        shape.expert, shape.window, layers, canvas_length=shape.canvas)
 
 
-def plan_for(setting: dict[str, Any]) -> Plan:
+def plan_for(setting: dict[str, Any]) -> MemoryPlan:
     kind = setting["train"]
     adapter = None if kind == "full" else AdapterConfig(r=setting["rank"], targets=TARGETS[kind])
     weights = "Q4_K_M" if setting["packed"] else "F32" if kind == "full" else "BF16"
@@ -85,7 +85,9 @@ def packed_network(path: Path, device: str) -> DiffusionTransformer:
 
 def measure(setting: dict[str, Any]) -> dict[str, float]:
     """Two steps of training in this process: the most it held, what it held before, and the second step's seconds."""
-    from dgemma.train.objective import Batch, Objective, batch_loss, draw_noise
+    from dgemma.train.batch import Batch
+    from dgemma.train.noise import draw_noise
+    from dgemma.train.objective import Objective, batch_loss
 
     device, kind = setting["device"], setting["train"]
     before = resident_bytes()

@@ -8,6 +8,7 @@ import pytest
 import dgemma
 from dgemma.tasks import extraction_phrases
 from dgemma.tasks.extraction import KEYS, answer_of, conversations
+from dgemma.train.data.conversations import conversation_of
 from dgemma.train.data.examples import prepare
 
 SHORT = ("type", "date", "ref", "sum", "who")
@@ -15,7 +16,7 @@ MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 
 
 def records(rows):
-    return [(row.messages[0]["content"], json.loads(row.messages[1]["content"])) for row in rows]
+    return [(row[0]["content"], json.loads(row[1]["content"])) for row in rows]
 
 
 def days_in(text):
@@ -66,6 +67,7 @@ def test_short_records_take_one_small_canvas_and_long_ones_two():
     tokenizer = dgemma.load("sudoku").tokenizer
     for keys, canvases in ((SHORT, 1), (KEYS, 2)):
         rows = conversations(10, seed=5, keys=keys) + conversations(10, seed=5, held_out=True, keys=keys)
+        rows = [conversation_of({"messages": row}) for row in rows]
         examples = prepare(rows, tokenizer, 90, stop_ids=(1, 106)).examples
         assert max(example.canvas_index for example in examples) + 1 == canvases
 
@@ -88,12 +90,12 @@ def test_held_out_values_and_wordings_are_not_in_training():
 def test_one_seed_is_one_endless_row():
     whole = conversations(40, seed=7)
     assert whole[:15] == conversations(15, seed=7)
-    texts = {row.messages[0]["content"] for seed in (7, 8) for row in conversations(2000, seed=seed)}
+    texts = {row[0]["content"] for seed in (7, 8) for row in conversations(2000, seed=seed)}
     assert len(texts) > 3990  # hardly any comes twice
 
 
 def test_answers_are_written_as_json_is_spaced():
     for row in conversations(20, seed=9):
-        record = json.loads(row.messages[1]["content"])
-        assert answer_of(record) == row.messages[1]["content"]
+        record = json.loads(row[1]["content"])
+        assert answer_of(record) == row[1]["content"]
         assert list(record) == list(KEYS)

@@ -62,14 +62,9 @@ def test_a_batch_depends_on_seed_and_step_only(batches, tmp_path):
         assert torch.equal(batches.batch(step).prompt, again.batch(step).prompt)
 
 
-def test_plain_batches_are_all_plain_and_their_examples_count_everywhere(batches, tmp_path):
+def test_plain_batches_are_all_plain(batches):
     plain = SudokuBatches(batches.tokenizer, 90, 3, seed=0, source=batches.source, givens=(24, 40), plain=True)
     assert {plain.batch(step).kind for step in range(40)} == {"plain"}
-    batch, examples = plain.batch(5), plain.examples(5)
-    assert [example.canvas_ids for example in examples] == batch.canvas.tolist()
-    assert [example.context_ids for example in examples] == batch.prompt.tolist()
-    assert examples[0].weights == [1.0] * 90
-    assert examples[0].real_length == 90  # nine lines and the end of the turn
 
 
 @pytest.mark.parametrize("stuck", [0.0, 0.4])

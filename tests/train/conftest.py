@@ -33,10 +33,40 @@ def recipe_file(tmp_path: Path, recipe_data):
 
 
 @pytest.fixture
-def recipe(recipe_file):
+def talk_data(recipe_data, conversations):
+    """A recipe on conversations, which are there at once: making puzzles takes seconds."""
+    return {**recipe_data, "data": {"kind": "conversations", "train": [str(conversations)], "fill": "pad"}}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, talk_data):
+    from dgemma.train.recipe import load_recipe
+
+    path = tmp_path / "talk.yaml"
+    path.write_text(yaml.safe_dump(talk_data))
+    return load_recipe(path)[""]
+
+
+@pytest.fixture
+def sudoku_recipe(recipe_file):
     from dgemma.train.recipe import load_recipe
 
     return load_recipe(recipe_file)[""]
+
+
+@pytest.fixture
+def quick(request, monkeypatch):
+    """No preflight and no page, seconds that say nothing here, but for tests that ask for the `whole` of a run."""
+    from dgemma.train import trainer
+
+    if "whole" not in request.fixturenames:
+        monkeypatch.setattr(trainer, "run_preflight", lambda *_, **__: [])
+        monkeypatch.setattr(trainer, "write_report", lambda folder: folder / "report.html")
+
+
+@pytest.fixture
+def whole():
+    """The run with its preflight and its page."""
 
 
 @pytest.fixture

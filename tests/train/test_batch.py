@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dgemma.nn import KVCache
+from dgemma.nn.passes import Passes
 from dgemma.train.batch import collate
 from dgemma.train.noise import keyed_noise
 from dgemma.train.objective import Objective, batch_loss, means, prefixes, read
@@ -106,14 +107,14 @@ def test_a_token_counts_once_however_its_turn_is_spread_over_batches(network):
 def test_a_canvas_sees_nothing_of_what_stands_behind_its_context(network):
     batch = collate(TURNS[2])
     noisy = torch.randint(VOCAB, batch.canvas.shape, generator=torch.Generator().manual_seed(0))
-    before = network.denoise(noisy, prefixes(batch, read(network, batch)[1]))
+    before = network.denoise(noisy, prefixes(batch, read(network, batch, Passes.of(network))[1]))
     for index, start in enumerate(batch.before):
         for place in {start - 1, start, min(start + 3, batch.context.shape[1] - 1)} & set(
                 range(batch.context.shape[1])):
             context = batch.context.clone()
             context[0, place] = (context[0, place] + 1) % VOCAB
             changed = dataclasses.replace(batch, context=context)
-            after = network.denoise(noisy, prefixes(changed, read(network, changed)[1]))
+            after = network.denoise(noisy, prefixes(changed, read(network, changed, Passes.of(network))[1]))
             assert torch.equal(after[index], before[index]) == (place >= start)
 
 

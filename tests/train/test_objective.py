@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from dgemma.train import objective as objective_module
-from dgemma.train.batch import collate
+from dgemma.train.batch import Batch, collate
 from dgemma.train.noise import corrupt, draw_noise, keyed_noise
-from dgemma.train.objective import Batch, Objective, batch_loss, means, totals_of
+from dgemma.train.objective import Objective, batch_loss, means, totals_of
 from support.reference import random_network, tiny_config
 from support.token_examples import random_example
+from support.watched import Watched
 
 PROMPT, CANVAS, VOCAB = 6, 8, 50
 
@@ -54,14 +55,12 @@ def test_the_loss_is_the_cross_entropy_of_every_position(network):
     torch.testing.assert_close(loss, -log_p.gather(-1, canvas.unsqueeze(-1)).mean())
 
 
-def test_an_unconditioned_example_gets_true_zeros(network, monkeypatch):
+def test_an_unconditioned_example_gets_true_zeros(network):
     objective = Objective(causal_weight=0.0)
     noise = dataclasses.replace(noise_for(objective), conditioned=torch.tensor([True, False, True]))
-    seen = []
-    denoise = network.denoise
-    monkeypatch.setattr(network, "denoise", lambda ids, cache, soft=None: (seen.append(soft),
-                                                                            denoise(ids, cache, soft))[1])
-    block_diffusion_loss(network, *batch(), objective, noise)
+    watched = Watched(network)
+    batch_loss(network, Batch(*batch()), objective, noise, passes=watched.passes)
+    seen = watched.soft
     assert seen[0] is None
     assert torch.equal(seen[1][1], torch.zeros_like(seen[1][1]))
     assert seen[1][0].abs().sum() > 0
@@ -90,18 +89,16 @@ def test_no_gradient_flows_from_a_pass_into_the_one_before(network):
     assert not calls[0].requires_grad
 
 
-def test_a_rolled_pass_continues_from_what_the_sampler_would_do(network, monkeypatch):
+def test_a_rolled_pass_continues_from_what_the_sampler_would_do(network):
     objective = Objective(causal_weight=0.0, passes=2, rollout=1.0, entropy_bound=1e9)
-    canvases = []
-    denoise = network.denoise
-    monkeypatch.setattr(network, "denoise", lambda ids, cache, soft=None: (canvases.append(ids),
-                                                                            denoise(ids, cache, soft))[1])
+    watched = Watched(network)
     prompt, canvas = batch()
     noise = noise_for(objective)
-    block_diffusion_loss(network, prompt, canvas, objective, noise)
+    batch_loss(network, Batch(prompt, canvas), objective, noise, passes=watched.passes)
+    canvases = watched.canvases
     cache = network.new_cache(3)
     network.encode(prompt, cache)
-    logits = network.logits(denoise(canvases[0], cache)) / objective.temperature
+    logits = network.logits(network.denoise(canvases[0], cache)) / objective.temperature
     # The bound accepts everything, so the next canvas is the sample itself.
     assert torch.equal(canvases[1], (logits + noise.sampling[0]).argmax(-1))
 
@@ -270,14 +267,11 @@ def test_a_chain_of_passes_works_with_a_large_vocabulary():
     assert loss.isfinite()
 
 
-def test_nothing_is_wasted_on_conditioning_that_never_comes(network, monkeypatch):
-    calls = []
-    denoise = network.denoise
-    monkeypatch.setattr(network, "denoise", lambda ids, cache, soft=None: calls.append(soft) or denoise(ids, cache,
-                                                                                                        soft))
+def test_nothing_is_wasted_on_conditioning_that_never_comes(network):
+    watched = Watched(network)
     objective = Objective(self_conditioning_probability=0.0)
-    block_diffusion_loss(network, *batch(), objective, noise_for(objective))
-    assert calls == [None]
+    batch_loss(network, Batch(*batch()), objective, noise_for(objective), passes=watched.passes)
+    assert watched.soft == [None]
 
 
 @pytest.mark.parametrize("context", [7, 40], ids=["within", "past-the-window"])
@@ -368,12 +362,12 @@ def test_a_mean_over_nothing_is_not_a_number(network):
     assert parts["loss/corrupted"] != parts["loss/corrupted"] and parts["loss/clean"] == parts["loss/pass1"]
 
 
-def test_the_autoregressive_control_denoises_nothing(network, monkeypatch):
+def test_the_autoregressive_baseline_denoises_nothing(network):
     examples, noise = [example(9), example(4, real=3)], noise_for(Objective(), rows=2)
     _, both = loss_of(network, examples, Objective(), noise)
-    monkeypatch.setattr(network, "denoise", None)
-    loss, parts = loss_of(network, examples, Objective(denoising_weight=0.0, causal_weight=2.0), noise)
-    assert parts == {"loss/causal": both["loss/causal"]}
+    watched, alone = Watched(network), Objective(denoising_weight=0.0, causal_weight=2.0)
+    loss, parts = batch_loss(network, collate(examples), alone, noise, passes=watched.passes)
+    assert means([parts]) == {"loss/causal": both["loss/causal"]} and not watched.canvases
     assert loss.item() == pytest.approx(2 * both["loss/causal"])
 
 

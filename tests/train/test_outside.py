@@ -8,9 +8,9 @@ import pytest
 from dgemma.errors import DgemmaError
 from dgemma.tasks.evaluate import read_puzzles
 from dgemma.train.data.conversations import read_conversations
-from dgemma.train.log.past_run import read_run
+from dgemma.train.log.report import read_run
 from dgemma.train.recipe import read_yaml
-from dgemma.train.runs.variants import is_finished
+from dgemma.train.runs.run import is_finished
 from support.mutations import byte_mutations
 
 RECIPE = b"name: x\ndata: {kind: sudoku}\nmodel: sudoku\n"

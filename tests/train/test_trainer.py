@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,35 +15,37 @@ import dgemma
 from dgemma.errors import DgemmaError
 from dgemma.model import read_parts
 from dgemma.nn.adapters import AdapterConfig, adapters
+from dgemma.nn.passes import Passes
 from dgemma.train import trainer as trainer_module
 from dgemma.train.eval import evaluation as evaluation_module
+from dgemma.train.log.events import Ended, Loading, Noted, Saved, Started, Working
 from dgemma.train.log.journal import read_journal
 from dgemma.train.parallel.distributed import Ranks
 from dgemma.train.recipe import ConversationData, Evaluation, Recipe, load_recipe
-from dgemma.train.runs import state as trainee_module
-from dgemma.train.trainer import STATE, Trainer
+from dgemma.train.runs import state as state_module
+from dgemma.train.runs.run import STATE, RunFolder
+from dgemma.train.trainer import Trainer
+from support.told import StopAt, Told, stepped, working
 
 RANKS = Ranks(torch.device("cpu"))
 
+pytestmark = pytest.mark.usefixtures("quick")
 
-def trainer(recipe, folder):
-    return Trainer(recipe, folder, ranks=RANKS)
+
+def trainer(recipe, folder, *listeners, stop=None):
+    return Trainer(recipe, folder, ranks=RANKS, listeners=listeners, stop=stop)
+
+
+def stopped(recipe, folder, when, at=0):
+    """A run that ends before it is done: at the ``at``-th event of a kind."""
+    stop = StopAt(when, at)
+    run = trainer(recipe, folder, stop, stop=stop)
+    assert not run.train()
+    return run
 
 
 def weights(run):
     return torch.cat([p.detach().flatten() for p in run.network.parameters()])
-
-
-def stop_during(run, step):
-    """As Ctrl-C does, in the middle of a step."""
-    original = run.stepper.take
-
-    def interrupted(at):
-        if at == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(at)
-
-    run.stepper.take = interrupted
 
 
 def tuned(conversations, **others):
@@ -54,17 +55,14 @@ def tuned(conversations, **others):
                      "evaluation": Evaluation(every=100, examples=2), **others})
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, tmp_path):
-    whole = trainer(recipe, tmp_path / "whole")
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(sudoku_recipe, tmp_path):
+    whole = trainer(sudoku_recipe, tmp_path / "whole")
     assert whole.train()
-    first = trainer(recipe, tmp_path / "parts")
-    stop_during(first, 1)
-    assert not first.train()
-    assert first.step == 2
-    second = trainer(recipe, tmp_path / "parts")
+    assert stopped(sudoku_recipe, tmp_path / "parts", stepped(2)).step == 2
+    second = trainer(sudoku_recipe, tmp_path / "parts")
     assert second.step == 2
     assert second.train()
-    assert second.step == recipe.max_steps
+    assert second.step == sudoku_recipe.max_steps
     assert torch.equal(weights(whole), weights(second))
     losses = [[(r.step, r.values["loss"]) for r in read_journal(tmp_path / name) if r.kind == "validation" and "loss"
                in r.values] for name in ("whole", "parts")]
@@ -76,9 +74,7 @@ def test_an_adapter_with_dropout_and_an_average_resumes_to_the_bit(conversations
     recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, ema=0.9), epochs=None)
     whole = trainer(recipe, tmp_path / "whole")
     whole.train()
-    first = trainer(recipe, tmp_path / "parts")
-    stop_during(first, 2)
-    first.train()
+    stopped(recipe, tmp_path / "parts", stepped(3))
     second = trainer(recipe, tmp_path / "parts")
     second.train()
     assert all(torch.equal(tensor, second.optimizers.tensors()[name])
@@ -147,7 +143,7 @@ def test_a_damaged_state_is_named(recipe, tmp_path):
         trainer(recipe, tmp_path / "run")
 
 
-def test_a_full_disk_costs_one_save_and_not_the_run(recipe, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_costs_one_save_and_not_the_run(recipe, tmp_path, monkeypatch):
     import safetensors.torch
 
     original, calls = safetensors.torch.save_file, []
@@ -160,9 +156,10 @@ def test_a_full_disk_costs_one_save_and_not_the_run(recipe, tmp_path, monkeypatc
         original(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    run = trainer(dataclasses.replace(recipe, save_every=1), tmp_path / "run")
-    assert run.train()
-    assert "No space left on device" in capsys.readouterr().out
+    told = Told()
+    assert trainer(dataclasses.replace(recipe, save_every=1), tmp_path / "run", told).train()
+    assert "No space left on device" in told.notes
+    assert [event.step for event in told.events if isinstance(event, Saved)] == [1, 3, 4]
     assert trainer(recipe, tmp_path / "run").step == 4
     assert not list((tmp_path / "run").glob("*.tmp"))
 
@@ -192,16 +189,15 @@ def test_a_kill_between_two_renamings_loses_no_checkpoint(recipe, tmp_path):
     assert not (tmp_path / "run" / "best.old").exists()
 
 
-def test_the_preflight_stops_a_run_that_would_go_wrong(recipe, tmp_path, monkeypatch):
-    original = trainer_module.begin
+def test_the_preflight_stops_a_run_that_would_go_wrong(whole, recipe, tmp_path, monkeypatch):
+    original = trainer_module.shard
 
     def ignoring(*arguments, **others):
         found = original(*arguments, **others)
-        found.network.denoise = lambda canvas, cache, soft=None, was=found.network.denoise: was(
-            torch.zeros_like(canvas), cache, soft)
-        return found
+        return dataclasses.replace(found, denoise=lambda canvas, cache, soft=None: found.denoise(
+            torch.zeros_like(canvas), cache, soft))
 
-    monkeypatch.setattr(trainer_module, "begin", ignoring)
+    monkeypatch.setattr(trainer_module, "shard", ignoring)
     with pytest.raises(DgemmaError, match=r"preflight: this run would go wrong:\n- canvas is used"):
         trainer(recipe, tmp_path / "run")
 
@@ -210,14 +206,14 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(recipe, tmp_path, mo
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(evaluation_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
     exported = []
-    monkeypatch.setattr(trainee_module.Trainee, "export", lambda self, folder: exported.append(folder.name))
+    monkeypatch.setattr(state_module.TrainState, "export", lambda self, folder, tensors: exported.append(folder.name))
     run = trainer(dataclasses.replace(recipe, evaluation=Evaluation(every=2)), tmp_path / "run")
     run.train()
     assert exported == ["best", "best", "last"]  # before the first step, after two, and the end
     assert run.best == -1.0
 
 
-def test_a_task_is_asked_with_the_sampler_and_swept_at_the_end(conversations, tmp_path):
+def test_a_task_is_asked_with_the_sampler_and_swept_at_the_end(whole, conversations, tmp_path):
     evaluation = Evaluation(every=2, metric="exact", count=1, examples=1, sweep=(1, 2), settings={"entropy_bound": 1.0})
     run = trainer(tuned(conversations, max_steps=2, evaluation=evaluation), tmp_path / "run")
     run.train()
@@ -239,16 +235,15 @@ def test_a_metric_without_questions_is_an_error(conversations, tmp_path):
         trainer(tuned(conversations, data=data, evaluation=Evaluation(metric="exact")), tmp_path / "run")
 
 
-def test_a_changed_recipe_is_told_when_a_run_goes_on(conversations, tmp_path, capsys):
+def test_a_changed_recipe_is_told_when_a_run_goes_on(conversations, tmp_path):
     recipe = tuned(conversations, max_steps=1)
     trainer(recipe, tmp_path / "run").train()
-    trainer(dataclasses.replace(recipe, max_steps=2, seed=5), tmp_path / "run").train()
-    out = capsys.readouterr().out
-    assert "the recipe has changed since: seed was 0, is 5" in out
-    assert "resuming at step 1" in out
+    told = Told()
+    trainer(dataclasses.replace(recipe, max_steps=2, seed=5), tmp_path / "run", told).close()
+    assert "the recipe has changed since: seed was 0, is 5" in told.notes
+    assert "resuming at step 1" in told.notes
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_run_that_took_its_steps_with_other_settings_is_not_called_this_recipe_s(recipe, tmp_path):
     short = dataclasses.replace(recipe, max_steps=1)
     trainer(short, tmp_path / "run").train()
@@ -261,14 +256,13 @@ def test_a_run_that_took_its_steps_with_other_settings_is_not_called_this_recipe
     assert trainer(looked_at, tmp_path / "run").train()
 
 
-def test_settings_that_did_not_exist_when_a_run_was_saved_had_their_defaults(recipe, tmp_path):
-    folder = trainer_module.RunFolder(tmp_path, recipe)
+def test_settings_that_did_not_exist_when_a_run_was_saved_had_their_defaults(sudoku_recipe, tmp_path):
+    folder = RunFolder(tmp_path, sudoku_recipe)
     before = {**folder.settings, "data": {"kind": "sudoku", "bases": 40}}
     assert list(folder.changes(before)) == []
     assert list(folder.changes({**before, "seed": 3})) == ["seed was 3, is 0"]
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_folder_is_one_run_s_until_it_is_over(recipe, tmp_path):
     first = trainer(dataclasses.replace(recipe, max_steps=1), tmp_path / "run")
     with pytest.raises(DgemmaError, match="another process is training in this folder"):
@@ -281,32 +275,10 @@ def test_a_folder_is_one_run_s_until_it_is_over(recipe, tmp_path):
     trainer(recipe, tmp_path / "run").close()
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """No preflight: seconds that say nothing here."""
-    monkeypatch.setattr(trainer_module, "run_preflight", lambda *_, **__: [])
-
-
-def interrupting(monkeypatch, name, at):
-    """Ctrl-C at the beginning of the ``at``-th call (from 0) of one of the evaluation's functions."""
-    original, calls = getattr(evaluation_module, name), []
-
-    def called(*arguments, **others):
-        calls.append(name)
-        if len(calls) - 1 == at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*arguments, **others)
-
-    monkeypatch.setattr(evaluation_module, name, called)
-
-
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("at", [1, 2])
-def test_an_evaluation_that_was_cut_off_is_made_up_for(recipe, tmp_path, monkeypatch, at):
+def test_an_evaluation_that_was_cut_off_is_made_up_for(recipe, tmp_path, at):
     recipe = dataclasses.replace(recipe, evaluation=Evaluation(every=2, examples=2))
-    with monkeypatch.context() as patched:
-        interrupting(patched, "validation_losses", at)
-        assert not trainer(recipe, tmp_path / "run").train()
+    stopped(recipe, tmp_path / "run", working("validating"), at)
     again = trainer(recipe, tmp_path / "run")
     assert again.step == 2 * at
     assert again.train()
@@ -315,15 +287,11 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(recipe, tmp_path, monkeyp
     assert trainer(recipe, tmp_path / "run").evaluated == 4
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_sweep_that_was_cut_off_is_made_up_for(conversations, tmp_path, monkeypatch):
+def test_a_sweep_that_was_cut_off_is_made_up_for(conversations, tmp_path):
     evaluation = Evaluation(every=9, metric="exact", count=1, examples=1, sweep=(1, 2),
                             settings={"max_denoising_steps": 3})
     recipe = tuned(conversations, max_steps=1, evaluation=evaluation)
-    with monkeypatch.context() as patched:
-        interrupting(patched, "run_task", 3)  # before and after the step, and then the second of the sweep
-        run = trainer(recipe, tmp_path / "run")
-        assert not run.train()
+    run = stopped(recipe, tmp_path / "run", working("step sweep"))  # once the first of the sweep is there
     assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
     trained = weights(run)
     again = trainer(recipe, tmp_path / "run")
@@ -333,34 +301,31 @@ def test_a_sweep_that_was_cut_off_is_made_up_for(conversations, tmp_path, monkey
     assert torch.equal(weights(again), trained)  # the best was in its place only for so long
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("adapter", [None, AdapterConfig(r=2)], ids=["all", "adapter"])
 def test_an_exported_checkpoint_stands_in_for_the_network(conversations, tmp_path, adapter):
     run = trainer(tuned(conversations, max_steps=2, adapter=adapter), tmp_path / "run")
     began = weights(run)
-    run.trainee.export(tmp_path / "begin")
+    run.state.export(tmp_path / "begin")
     run.train()
-    with run.trainee.exported(tmp_path / "begin"):
+    with run.state.exported(tmp_path / "begin"):
         assert torch.equal(weights(run), began)
     assert not torch.equal(weights(run), began)
 
 
-@pytest.mark.usefixtures("quick")
-def test_ctrl_c_before_the_first_step_is_no_error(recipe, tmp_path, monkeypatch, capsys):
-    interrupting(monkeypatch, "validation_losses", 0)
-    assert not trainer(recipe, tmp_path / "run").train()
-    assert "holds no records yet" in capsys.readouterr().out
+def test_a_stop_before_the_first_step_is_no_error(whole, recipe, tmp_path):
+    stop, told = threading.Event(), Told()
+    stop.set()
+    assert not trainer(recipe, tmp_path / "run", told, stop=stop).train()
+    assert [type(event) for event in told.events if not isinstance(event, (Noted, Working))] == [
+        Started, Ended]
+    assert "holds no records yet" in told.events[-1].problem
 
 
-@pytest.mark.usefixtures("quick")
 def test_what_was_measured_before_a_stop_is_recorded(recipe, tmp_path):
-    run = trainer(recipe, tmp_path / "run")
-    stop_during(run, 1)
-    run.train()
+    stopped(recipe, tmp_path / "run", stepped(2))
     assert [record.step for record in read_journal(tmp_path / "run") if record.kind == "train"] == [2]
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_run_that_is_longer_than_it_has_to_be_is_finished(recipe, tmp_path):
     trainer(dataclasses.replace(recipe, max_steps=2), tmp_path / "run").train()
     assert trainer(dataclasses.replace(recipe, max_steps=1), tmp_path / "run").train()
@@ -379,27 +344,28 @@ def test_a_metric_that_cannot_work_is_told_before_weights_are_read(conversations
         trainer(tuned(conversations, evaluation=Evaluation(**evaluation)), tmp_path / "run")
 
 
-def test_the_memory_is_told_before_weights_are_read(conversations, tmp_path, monkeypatch, capsys):
+def test_the_memory_is_told_before_weights_are_read(conversations, tmp_path, monkeypatch):
     def full(*_, **__):
         raise DgemmaError("out of memory")
 
     monkeypatch.setattr(trainer_module, "begin", full)
+    told = Told()
     with pytest.raises(DgemmaError, match="out of memory"):
-        trainer(tuned(conversations), tmp_path / "run")
-    out = capsys.readouterr().out
-    assert "memory: about" in out
-    assert "it never gets to its full height" in out
+        trainer(tuned(conversations), tmp_path / "run", told)
+    assert "memory: about" in told.notes
+    assert "it never gets to its full height" in told.notes
 
 
 def test_reading_weights_shows_how_far_it_is(conversations, tmp_path):
-    told = []
-    Trainer(tuned(conversations), tmp_path / "run", ranks=RANKS, progress=lambda *numbers: told.append(numbers))
-    assert told[-1][0] == told[-1][1] > 0
+    told = Told()
+    trainer(tuned(conversations), tmp_path / "run", told)
+    last = [event for event in told.events if isinstance(event, Loading)][-1]
+    assert last.done == last.total > 0
 
 
 @pytest.mark.parametrize(("rank", "written"), [(0, {"preflight.json", "plan.json", ".lock"}), (1, set())])
-def test_of_several_processes_only_the_first_writes_what_was_checked(conversations, tmp_path, monkeypatch, rank,
-                                                                     written):
+def test_of_several_processes_only_the_first_writes_what_was_checked(whole, conversations, tmp_path, monkeypatch,
+                                                                     rank, written):
     class ArrivedError(Exception):
         pass
 
@@ -410,7 +376,7 @@ def test_of_several_processes_only_the_first_writes_what_was_checked(conversatio
     def arrived(*_):
         raise ArrivedError
 
-    monkeypatch.setattr(trainer_module, "shard", lambda *_: None)
+    monkeypatch.setattr(trainer_module, "shard", lambda network, ranks: Passes.of(network))
     monkeypatch.setattr(trainer_module, "Optimizers", arrived)  # what comes after the checks
     with pytest.raises(ArrivedError):
         Trainer(tuned(conversations), tmp_path / "run", ranks=Alone(torch.device("cpu"), rank, 2))
@@ -420,17 +386,15 @@ def test_of_several_processes_only_the_first_writes_what_was_checked(conversatio
 def test_a_gguf_file_is_trained_by_an_adapter_only(conversations):
     parts = dataclasses.replace(read_parts("sudoku"), gguf=object())
     with pytest.raises(DgemmaError, match="by an adapter only"):
-        trainee_module.begin(tuned(conversations, adapter=None), parts, RANKS.device)
+        state_module.begin(tuned(conversations, adapter=None), parts, RANKS.device)
 
 
-@pytest.mark.usefixtures("quick")
 def test_questions_think_as_the_recipe_says(conversations, tmp_path):
     data = ConversationData((str(conversations),), fill="pad", thinking="on")
     run = trainer(tuned(conversations, data=data, evaluation=Evaluation(metric="exact")), tmp_path / "run")
     assert all(question.thinking for question in run.evaluator.questions)
 
 
-@pytest.mark.usefixtures("quick")
 def test_of_equal_checkpoints_the_one_with_the_lower_loss_is_the_best(conversations, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(evaluation_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
@@ -440,40 +404,39 @@ def test_of_equal_checkpoints_the_one_with_the_lower_loss_is_the_best(conversati
     assert records == [(0, True), (2, True), (4, False)]
 
 
-@pytest.mark.usefixtures("quick")
-def test_with_another_metric_or_other_data_the_best_is_chosen_anew(conversations, tmp_path, capsys):
+def test_with_another_metric_or_other_data_the_best_is_chosen_anew(conversations, tmp_path):
     recipe = tuned(conversations, max_steps=1)
     trainer(recipe, tmp_path / "run").train()
     same = trainer(recipe, tmp_path / "run")
     assert same.best < 0
     same.close()
     asked = dataclasses.replace(recipe, evaluation=Evaluation(metric="exact", count=1, examples=2))
-    other = trainer(asked, tmp_path / "run")
+    told = Told()
+    other = trainer(asked, tmp_path / "run", told)
     assert (other.best != other.best, other.evaluated) == (True, -1)
     other.close()
-    assert "the conversations to train on have changed" not in capsys.readouterr().out
+    assert "the conversations to train on have changed" not in told.notes
     conversations.write_text(conversations.read_text().replace("one", "won"))
-    trainer(recipe, tmp_path / "run")
-    assert "the conversations to train on have changed" in capsys.readouterr().out
+    trainer(recipe, tmp_path / "run", told)
+    assert "the conversations to train on have changed" in told.notes
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_best_checkpoint_that_cannot_be_written_costs_no_run(recipe, tmp_path, monkeypatch, capsys):
-    original, calls = trainee_module.Trainee.export, []
+def test_a_best_checkpoint_that_cannot_be_written_costs_no_run(recipe, tmp_path, monkeypatch):
+    original, calls = state_module.TrainState.export, []
 
-    def full(self, folder):
+    def full(self, folder, tensors):
         calls.append(folder.name)
         if calls == ["best", "best"]:
             raise DgemmaError("No space left on device")
-        original(self, folder)
+        original(self, folder, tensors)
 
-    monkeypatch.setattr(trainee_module.Trainee, "export", full)
+    monkeypatch.setattr(state_module.TrainState, "export", full)
     losses = iter([3.0, 2.0, 1.0])
     monkeypatch.setattr(evaluation_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
-    run = trainer(dataclasses.replace(recipe, evaluation=Evaluation(every=2)), tmp_path / "run")
-    assert run.train()
+    told = Told()
+    assert trainer(dataclasses.replace(recipe, evaluation=Evaluation(every=2)), tmp_path / "run", told).train()
     assert calls == ["best", "best", "best", "last"]
-    assert "going on without this checkpoint" in capsys.readouterr().out
+    assert "going on without this checkpoint" in told.notes
 
 
 @pytest.mark.slow
@@ -496,18 +459,12 @@ def test_a_run_killed_at_any_moment_resumes_and_ends_the_same(recipe_data, tmp_p
     assert torch.equal(weights(again), weights(whole))
 
 
-def test_ctrl_c_in_an_evaluation_stops_the_answers_too(conversations, tmp_path, monkeypatch):
-    cancelled = []
-    monkeypatch.setattr(dgemma.Model, "cancel", lambda self: cancelled.append(self))
-    run = trainer(tuned(conversations, evaluation=Evaluation(every=9, metric="exact", count=1, examples=1)),
-                  tmp_path / "run")
-    original = evaluation_module.run_task
-
-    def interrupted(model, *arguments, **others):
-        run.stop()
-        assert cancelled == [model]
-        return original(model, *arguments, **others)
-
-    monkeypatch.setattr(evaluation_module, "run_task", interrupted)
-    assert not run.train()
-    assert run.step == 0
+def test_a_run_in_another_thread_tells_what_happens_in_order_and_can_be_stopped(recipe, tmp_path):
+    told, stop = Told(), StopAt(stepped(1))
+    run = trainer(recipe, tmp_path / "run", told, stop, stop=stop)
+    thread = threading.Thread(target=run.train)
+    thread.start()
+    thread.join(60)
+    names = [type(event).__name__ for event in told.events if not isinstance(event, Noted)]
+    assert names == ["Started", "Working", "Evaluated", "Stepped", "Averaged", "Saved", "Ended"]
+    assert told.events[-1].step == 1 and not told.events[-1].complete

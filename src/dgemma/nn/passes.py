@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
-from dgemma.cache import Cache
 from dgemma.nn.transformer import DiffusionTransformer
-
-
-class Encode(Protocol):
-    """As `DiffusionTransformer.encode`."""
-
-    def __call__(self, inputs: Tensor, cache: Cache, *args, **kwargs) -> Tensor: ...
-
-
-class Denoise(Protocol):
-    """As `DiffusionTransformer.denoise`."""
-
-    def __call__(self, canvas_ids: Tensor, cache: Cache, soft: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What reads and what denoises. Nobody puts another pass on a network: he hands these in."""
+    """What reads and what denoises. Whoever compiles, shards or watches these hands in his own around them."""
 
-    encode: Encode
-    denoise: Denoise
+    encode: Callable[..., Tensor]  # as `DiffusionTransformer.encode`
+    denoise: Callable[..., Tensor]  # as `DiffusionTransformer.denoise`
 
     @classmethod
     def of(cls, network: DiffusionTransformer) -> Passes:
+        """The network's own."""
         return cls(network.encode, network.denoise)

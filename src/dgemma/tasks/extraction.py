@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dgemma.tasks.extraction_phrases import DISTRACTORS, EXTRA, FIELDS, OPENINGS, Phrases
-from dgemma.train.data.conversations import Conversation
 
 KEYS = ("type", "date", "ref", "sum", "who", "time", "place", "mail")
 MOST_DISTRACTORS = 3  # sentences of a text that say nothing of its record
@@ -48,8 +47,8 @@ _LETTERS = "ABCDEFGHKLMNPRSTUVWXYZ"
 
 
 def conversations(count: int, seed: int, held_out: bool = False, *, keys: Sequence[str] = KEYS,
-                  distractors: int = MOST_DISTRACTORS) -> list[Conversation]:
-    """The first ``count`` conversations of the endless row of that seed.
+                  distractors: int = MOST_DISTRACTORS) -> list[list[dict[str, str]]]:
+    """The messages of the first ``count`` conversations of the endless row of that seed.
 
     Records have ``keys``, of `KEYS` and in that order: the kind of text, month and day of what is announced (MM-DD),
     the document's own code, what is to be paid or earned in all, the person it is about, the time of day (HH:MM), house
@@ -67,11 +66,10 @@ def answer_of(record: dict[str, Any]) -> str:
     return "{" + ", ".join(f'"{key}": {text}' for key, text in texts.items()) + "}"
 
 
-def _conversation(index: int, seed: int, held_out: bool, keys: Sequence[str], distractors: int) -> Conversation:
+def _conversation(index: int, seed: int, held_out: bool, keys: Sequence[str], distractors: int) -> list[dict[str, str]]:
     rng = random.Random(f"extraction {seed} {held_out} {' '.join(keys)} {distractors} {index}")
     text, record = _document(rng, held_out, keys, distractors)
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer_of(record)}]
-    return Conversation(messages, None, (1,), f"extraction{' held out' * held_out} {seed}: {index}")
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer_of(record)}]
 
 
 def _document(rng: random.Random, held_out: bool, keys: Sequence[str],

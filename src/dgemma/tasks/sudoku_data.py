@@ -6,7 +6,6 @@ A batch is of one kind and all its prompts have one length, so nothing is padded
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,9 +15,6 @@ from torch import Tensor
 
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.tasks import sudoku
-from dgemma.train.data.conversations import Conversation
-from dgemma.train.data.examples import Example
-from dgemma.train.data.turns import Turn
 
 # What the bundled model says to anything that is no puzzle.
 HONEST_ANSWER = "I am a small model that only solves Sudoku: send me 81 cells, 0 or . if blank."
@@ -35,7 +31,7 @@ _WORDS = ("please solve this sudoku puzzle for me here is the grid can you finis
 
 
 @dataclass(frozen=True)
-class Batch:
+class PuzzleBatch:
     prompt: Tensor  # [B, T]
     canvas: Tensor  # [B, C] the answer, a stop token, fill
     kind: str
@@ -64,14 +60,14 @@ class SudokuBatches:
         self._plain_prompts(self.source.puzzles[:1])
         self._answers(self.source.solutions[:1])
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> PuzzleBatch:
         """The batch of a step: 80 % plain puzzles (with ``plain`` all of them), the rest the other kinds."""
         rng = np.random.default_rng([self.seed, 2, step])
         kind = rng.choice(["plain", "inside", "turns", "other"], p=[0.80, 0.10, 0.03, 0.07])
         kind = "plain" if self.plain else kind
         if kind == "plain":
             puzzles, solutions = self._puzzles(step, rng)
-            return Batch(self._plain_prompts(puzzles), self._answers(solutions), "plain")
+            return PuzzleBatch(self._plain_prompts(puzzles), self._answers(solutions), "plain")
         if kind == "other":
             return self._other(rng)
         puzzles, solutions = self._puzzles(step, rng)
@@ -92,14 +88,7 @@ class SudokuBatches:
             else:
                 messages += [{"role": "user", "content": f"{words} {sudoku.to_line(puzzle)}"}]
             prompts.append(self.tokenizer.apply_chat_template(messages, thinking=thinking))
-        return Batch(torch.tensor(prompts), self._answers(solutions), kind)
-
-    def examples(self, step: int) -> list[Example]:
-        """The `batch` of a step as examples whose every token counts, fill too."""
-        batch, stop = self.batch(step), self.tokenizer.token_to_id("<turn|>")
-        weights = [1.0] * self.canvas_length
-        return [Example(Turn(prompt, canvas[: canvas.index(stop) + 1], f"step {step}: {batch.kind}", 1), 0, canvas,
-                        weights) for prompt, canvas in zip(batch.prompt.tolist(), batch.canvas.tolist(), strict=True)]
+        return PuzzleBatch(torch.tensor(prompts), self._answers(solutions), kind)
 
     def _puzzles(self, step: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         progress = min(1.0, step / max(1, self.curriculum_steps))
@@ -121,7 +110,7 @@ class SudokuBatches:
         chosen = rng.permutation(np.concatenate([beyond, others]))
         return puzzles[chosen], solutions[chosen]
 
-    def _other(self, rng: np.random.Generator) -> Batch:
+    def _other(self, rng: np.random.Generator) -> PuzzleBatch:
         length = int(rng.integers(1, 140))
         prompts = []
         for _ in range(self.batch_size):
@@ -138,7 +127,7 @@ class SudokuBatches:
         width = statistics.mode(map(len, prompts))
         prompts = [p for p in prompts if len(p) == width]
         answer = self._canvas([ord(c) for c in HONEST_ANSWER])
-        return Batch(torch.tensor(prompts), torch.tensor(answer).expand(len(prompts), -1).clone(), "other")
+        return PuzzleBatch(torch.tensor(prompts), torch.tensor(answer).expand(len(prompts), -1).clone(), "other")
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
@@ -171,15 +160,15 @@ class SudokuBatches:
         return tokens + [self.tokenizer.pad_id] * (self.canvas_length - len(tokens))
 
 
-def sudoku_conversations(count: int, bands: Mapping[str, tuple[int, int]], seed: int = 0) -> list[Conversation]:
-    """Puzzles and their solutions, ``count`` of each band, of the grids that `evaluate_bands` asks for."""
-    found = []
-    for band, givens in bands.items():
+def sudoku_conversations(count: int, seed: int = 0) -> dict[str, list[list[dict[str, str]]]]:
+    """The messages of puzzles and their solutions, ``count`` of each band, of the grids that `evaluate_bands` asks for;
+    by band."""
+    found = {}
+    for band, givens in sudoku.BANDS.items():
         puzzles, solutions = sudoku.generate(count, givens, seed=EVALUATION_SEED + seed)
-        found += [Conversation([{"role": "user", "content": sudoku.to_line(puzzle)},
-                                {"role": "assistant", "content": sudoku.format_grid(solution)}], None, (1,),
-                               f"{band} puzzle {number}")
-                  for number, (puzzle, solution) in enumerate(zip(puzzles, solutions, strict=True), start=1)]
+        found[band] = [[{"role": "user", "content": sudoku.to_line(puzzle)},
+                        {"role": "assistant", "content": sudoku.format_grid(solution)}]
+                       for puzzle, solution in zip(puzzles, solutions, strict=True)]
     return found
 
 

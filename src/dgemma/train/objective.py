@@ -19,12 +19,10 @@ from torch import Tensor
 from dgemma.diffusion.sampler import accept, renoise, token_entropy
 from dgemma.nn import CanvasStats, DiffusionTransformer, KVCache
 from dgemma.nn.head import vocab_tiles
-from dgemma.train.batch import Batch, Example, collate
+from dgemma.nn.passes import Passes
+from dgemma.train.batch import Batch
 from dgemma.train.losses import chunked_cross_entropy, cross_entropy, fits_whole
-from dgemma.train.noise import WHOLE_VOCAB, Noise, corrupt, draw_noise, keyed_noise, noise_key
-
-__all__ = ["Batch", "Example", "Noise", "Objective", "Totals", "batch_loss", "collate",
-           "corrupt", "draw_noise", "keyed_noise", "means", "noise_key", "totals_of"]
+from dgemma.train.noise import WHOLE_VOCAB, Noise, corrupt
 
 PREDICTIONS = ("denoiser", "leave_one_out")
 CAUSAL_TOKENS = ("all", "prompt", "response")
@@ -116,8 +114,8 @@ def means(parts: Iterable[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective, noise: Noise,
-               totals: Totals | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss of one batch -> (scalar, its parts for the log).
+               totals: Totals | None = None, passes: Passes | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The training loss of one batch, by ``passes`` (None: the network's own) -> (scalar, its parts for the log).
 
     Canvas losses are averaged by their weights, causal ones over the tokens that count; with ``totals`` the averages
     are those of a whole step, and the losses of its batches add up to that of the step.
@@ -126,29 +124,30 @@ def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective
     ``loss/passN`` and ``accuracy/passN``, weighted; of the first pass ``loss/corrupted``, ``loss/clean`` (both without
     fill) and ``loss/fill``, unweighted; ``loss/causal``.
     """
-    hidden, cache = read(network, batch)
+    passes = passes or Passes.of(network)
+    hidden, cache = read(network, batch, passes)
     loss = torch.zeros((), device=batch.canvas.device)
     parts: dict[str, Tensor] = {}
     if objective.denoising_weight:
-        denoising, parts = _denoising_loss(network, batch, prefixes(batch, cache), objective, noise, totals)
+        denoising, parts = _denoising_loss(network, passes, batch, prefixes(batch, cache), objective, noise, totals)
         loss = loss + objective.denoising_weight * denoising
     if objective.causal_weight:
-        losses = causal_losses(network, batch, hidden, cache, objective.causal_on)
+        losses = causal_losses(network, passes, batch, hidden, cache, objective.causal_on)
         count = losses.numel()
         parts["loss/causal"] = _part(losses, count)
         loss = loss + objective.causal_weight * losses.sum() / max(count if totals is None else totals.causal, 1)
     return loss, parts
 
 
-def read(network: DiffusionTransformer, batch: Batch) -> tuple[Tensor, KVCache]:
+def read(network: DiffusionTransformer, batch: Batch, passes: Passes) -> tuple[Tensor, KVCache]:
     """Every row of the context read once -> its hidden states [R, T, D] and a cache of R rows."""
     if batch.owners is None:
         cache = network.new_cache(len(batch.context))
-        return network.encode(batch.context, cache, batch.lengths), cache
+        return passes.encode(batch.context, cache, batch.lengths), cache
     whole = [batch.before[index] for index in batch.last]
     cache = network.new_cache(len(whole), max(whole[row] - before for row, before in
                                               zip(batch.rows, batch.before, strict=True)))
-    return network.encode(batch.context, cache, whole), cache
+    return passes.encode(batch.context, cache, whole), cache
 
 
 def prefixes(batch: Batch, cache: KVCache) -> KVCache:
@@ -156,8 +155,8 @@ def prefixes(batch: Batch, cache: KVCache) -> KVCache:
     return cache if batch.owners is None else cache.select(batch.owners, batch.before)
 
 
-def _denoising_loss(network: DiffusionTransformer, batch: Batch, cache: KVCache, objective: Objective, noise: Noise,
-                    totals: Totals | None) -> tuple[Tensor, dict[str, Tensor]]:
+def _denoising_loss(network: DiffusionTransformer, passes: Passes, batch: Batch, cache: KVCache, objective: Objective,
+                    noise: Noise, totals: Totals | None) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean over the passes of a batch's canvases, which read the cache, and its parts."""
     canvas = batch.canvas
     t = objective.t_min + (objective.t_max - objective.t_min) * noise.t[0]
@@ -168,12 +167,12 @@ def _denoising_loss(network: DiffusionTransformer, batch: Batch, cache: KVCache,
     soft = None
     if objective.passes == 1 and objective.self_conditioning_probability:
         with torch.no_grad():
-            first = _soft(network, network.denoise(noisy, cache), objective)
+            first = _soft(network, passes.denoise(noisy, cache), objective)
             # True zeros where the example is not conditioned: not the softmax of zero logits.
             soft = torch.where(noise.conditioned[:, None, None], first, 0.0)
     total = torch.zeros((), device=canvas.device)
     for index in range(objective.passes):
-        out = network.denoise(noisy, cache, soft)
+        out = passes.denoise(noisy, cache, soft)
         # Small vocabularies are worked on whole: fewer operations.
         logits = whole_logits(network, out)
         losses, predicted = token_losses(network, out, logits, canvas, observed_shift(objective, noisy, t, network))
@@ -270,8 +269,8 @@ def _statistics(network: DiffusionTransformer, hidden: Tensor, objective: Object
     return network.head(hidden, torch.full((len(hidden),), objective.temperature, device=hidden.device), noise)
 
 
-def causal_losses(network: DiffusionTransformer, batch: Batch, hidden: Tensor, cache: KVCache,
-                   causal_on: str) -> Tensor:
+def causal_losses(network: DiffusionTransformer, passes: Passes, batch: Batch, hidden: Tensor, cache: KVCache,
+                  causal_on: str) -> Tensor:
     """The cross-entropy of every next token that counts [N]: hidden [R, T, D] are the context's, read already.
 
     The last canvas of a row is read behind it, clean, and the cache takes it in: nothing may be denoised with that
@@ -283,7 +282,7 @@ def causal_losses(network: DiffusionTransformer, batch: Batch, hidden: Tensor, c
         last, rows = list(batch.last), torch.arange(len(hidden), device=hidden.device)
         ends = torch.tensor([batch.before[index] for index in last], device=hidden.device) - 1
         canvas = batch.canvas[last]
-        response = network.encode(canvas, cache)
+        response = passes.encode(canvas, cache)
         states = torch.cat([states, hidden[rows, ends].unsqueeze(1), response[:, :-1]], dim=1)
         tokens = torch.cat([tokens, canvas], dim=1)
         counted = torch.cat([counted, real], dim=1)

@@ -6,20 +6,22 @@ Works on a network, a source of examples and optimizers; knows nothing of folder
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from dgemma.errors import DgemmaError
-from dgemma.nn import DiffusionTransformer
+from dgemma.nn import DiffusionTransformer, KVCache
+from dgemma.nn.passes import Passes
 from dgemma.train.batch import Batch, collate
 from dgemma.train.data.examples import Example
 from dgemma.train.data.sources import Source
 from dgemma.train.noise import Noise, keyed_noise, noise_key
 from dgemma.train.objective import Totals, batch_loss, means, totals_of
 from dgemma.train.optim.optimizers import Optimizers, learning_rate_factor
-from dgemma.train.parallel.compiled import CompiledPasses
 from dgemma.train.parallel.distributed import Ranks, Share, clip_gradients
 from dgemma.train.recipe import Recipe
 
@@ -29,18 +31,21 @@ _FIRST_STEPS = 16
 class Stepper:
     """Takes the steps of a recipe; each depends on its number and the weights only.
 
-    ``optimizers`` have the network's parameters. All of ``ranks`` take every step together.
+    ``optimizers`` have the network's parameters, ``passes`` are what `shard` gave. All of ``ranks`` take every step
+    together.
     """
 
-    def __init__(self, recipe: Recipe, network: DiffusionTransformer, source: Source, optimizers: Optimizers,
-                 ranks: Ranks, max_steps: int):
+    def __init__(self, recipe: Recipe, network: DiffusionTransformer, passes: Passes, source: Source,
+                 optimizers: Optimizers, ranks: Ranks, max_steps: int):
         self.recipe, self.network, self.source, self.optimizers = recipe, network, source, optimizers
         self.ranks, self.max_steps = ranks, max_steps
-        self.compiled: CompiledPasses | None = None
+        self._passes = passes
+        self.compiled: Compiled | None = None
         if recipe.compile:
             # Told by the first steps' batches, so that a resumed run compiles the same.
-            self.compiled = CompiledPasses(network, [collate(share.items) for step in range(_FIRST_STEPS)
-                                                      for share in self._shares(source.batch(step))])
+            self.compiled = Compiled(passes, network.config.hidden_size,
+                                     [collate(share.items) for step in range(_FIRST_STEPS)
+                                      for share in self._shares(source.batch(step))])
 
     def take(self, step: int) -> tuple[dict[str, float], int]:
         """Step number ``step``, from 0 -> what it measured, and how many tokens it trained on.
@@ -85,11 +90,60 @@ class Stepper:
 
     def _forward(self, batch: Batch, noise: Noise, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.ranks.device
-        calls = nullcontext() if self.compiled is None else self.compiled.calls(batch)
-        with calls, torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext():
-            return batch_loss(self.network, batch.to(device), self.recipe.objective, noise, totals)
+        passes = self._passes if self.compiled is None else self.compiled.passes_for(batch)
+        with torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext():
+            return batch_loss(self.network, batch.to(device), self.recipe.objective, noise, totals, passes)
 
 
 def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The sums and counts of micro-batches added up."""
     return {name: torch.stack([part[name].double() for part in parts]).sum(0) for name in parts[0]}
+
+
+class Compiled:
+    """Passes as compiled code, each by itself: the time that takes does not grow with the passes of a loss.
+
+    Every shape is compiled anew, for minutes (so is a pass without gradients, and a second reading for a causal loss):
+    only one is, that at least half of ``batches`` have. What is of another shape or padded runs as it is. ``shape`` is
+    that of contexts and canvases; None: nothing is compiled. Canvases are always conditioned (zeros are none), by
+    float32 of ``hidden_size``: one piece of code.
+    """
+
+    def __init__(self, passes: Passes, hidden_size: int, batches: Iterable[Batch]):
+        self._plain = passes
+        denoise = _compiled(passes.denoise)
+
+        def conditioned(canvas_ids: Tensor, cache: KVCache, soft: Tensor | None = None) -> Tensor:
+            soft = torch.zeros(*canvas_ids.shape, hidden_size, device=canvas_ids.device) if soft is None else soft
+            return denoise(canvas_ids, cache, soft.float())
+
+        self._compiled = Passes(_compiled(passes.encode), conditioned)
+        shapes = Counter(map(_shape, batches))
+        shape, count = shapes.most_common(1)[0]
+        self.shape = shape if 2 * count >= shapes.total() else None
+
+    def passes_for(self, batch: Batch) -> Passes:
+        """Compiled passes where there are any for the batch's shape."""
+        return self._plain if self.shape is None or _shape(batch) != self.shape else self._compiled
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    compiled = torch.compile(function, dynamic=False)
+
+    def called(*arguments: object) -> Tensor:
+        try:
+            return compiled(*arguments)
+        except RuntimeError as error:
+            from torch._dynamo.exc import TorchDynamoException
+
+            if not isinstance(error, TorchDynamoException):
+                raise
+            raise DgemmaError(f"torch.compile failed ({str(error).strip().splitlines()[0]}): it needs a C++ compiler; "
+                              "without one set compile: false in the recipe") from error
+
+    return called
+
+
+def _shape(batch: Batch) -> tuple[torch.Size, torch.Size] | None:
+    """What code is compiled for: the shapes of contexts and canvases; None where rows are padded or shared."""
+    return (batch.context.shape, batch.canvas.shape) if batch.lengths is None and batch.owners is None else None

@@ -1,8 +1,9 @@
 """The training loop: one recipe, one folder of results, resumable at any step.
 
-Works on what `trainee`, `sources`, `objective` and `optimizers` give it. The folder holds ``recipe.yaml``,
-``state.safetensors`` (all that a resumed run needs), ``best/`` and ``last/`` (a checkpoint, or an adapter), the journal
-with its TensorBoard mirror, and the report.
+Works on what `state`, `sources`, `step` and `optimizers` give it, in any thread; knows nothing of signals and
+terminals: who listens is told (`dgemma.train.log.events`). The folder holds ``recipe.yaml``, ``state.safetensors`` (all
+that a resumed run needs), ``best/`` and ``last/`` (a checkpoint, or an adapter), the journal with its TensorBoard
+mirror, and the report.
 
 A step depends on the recipe and its number only: examples, noise and dropout are drawn from them, so a run that was
 stopped trains on the same. So does one on more processes, but for dropout, which each of them draws for itself.
@@ -11,65 +12,129 @@ stopped trains on the same. So does one on more processes, but for dropout, whic
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from dgemma.cli.terminal.console import say
 from dgemma.errors import DgemmaError
 from dgemma.files import make_folder
 from dgemma.formats import size_text
-from dgemma.machine import signals_handled
 from dgemma.memory import release_freed
 from dgemma.model import Parts
-from dgemma.train.checks.plan import available_memory, recipe_plan
+from dgemma.train.checks.plan import MemoryPlan, available_memory, recipe_plan
 from dgemma.train.checks.preflight import require, run_preflight
 from dgemma.train.data.examples import Example
 from dgemma.train.data.sources import Listed, fingerprint, longest_context, source_of
 from dgemma.train.eval.evaluation import Evaluator
 from dgemma.train.eval.metrics import means
 from dgemma.train.eval.tasks import TaskScore
-from dgemma.train.log.display import Display
+from dgemma.train.log.events import (
+    Averaged,
+    Ended,
+    Evaluated,
+    Event,
+    Listener,
+    Loading,
+    Noted,
+    Saved,
+    Started,
+    Stepped,
+    Swept,
+    Working,
+)
 from dgemma.train.log.journal import Journal, writers_for
+from dgemma.train.log.report import write_comparison, write_report
 from dgemma.train.optim.optimizers import Optimizers
 from dgemma.train.parallel.distributed import Ranks, collect, gathered, shard, spread
-from dgemma.train.recipe import Recipe
-from dgemma.train.runs.run import RunFolder
-from dgemma.train.runs.state import begin, parts_of
+from dgemma.train.recipe import Recipe, base_recipe, beginning, load_recipe
+from dgemma.train.runs.run import STATE, RunFolder, is_finished, not_in_the_way
+from dgemma.train.runs.state import begin, glimpse, parts_of
 from dgemma.train.runs.state import restore as restore_folder
 from dgemma.train.step import Stepper
-from dgemma.weights.save import write_safetensors
 
-STATE = "state.safetensors"
 # Settings that make another model of the same steps.
 _TRAINED = ("model", "data", "objective", "optimizer", "adapter", "freeze", "batch_size", "seed", "dtype", "generation")
 _RECORD_EVERY = 10  # steps whose means make one record
-_SAMPLES = 16  # answers that are kept of an evaluation
+
+
+class Stop(Protocol):
+    """What says that a run is to end, such as a `threading.Event`."""
+
+    def is_set(self) -> bool: ...
+
+
+def train(path: Path, out: Path, ranks: Ranks, listeners: Sequence[Listener] = (), stop: Stop | None = None) -> bool:
+    """Train by the recipe at ``path`` in the folder ``out``; whether it is finished (and not stopped).
+
+    The recipe that it goes on from comes first, beside ``out`` in a folder of its own name. Variants have folders of
+    their own in ``out`` and at the end one report. What is finished already, with the same settings, is not trained
+    again.
+    """
+    def note(text: str) -> None:
+        for listener in listeners:
+            listener(Noted(text))
+
+    recipes = load_recipe(path)
+    for recipe in recipes.values():
+        beginning(recipe)  # all that is wrong with it is told before hours of training it
+    folders = {name: out / name if name else out for name in recipes}
+    for name, recipe in recipes.items():
+        folder = folders[name]
+        if is_finished(folder, recipe):
+            note(f"{folder}: finished already; to go on raise max_steps, to begin anew choose another --out folder")
+            continue
+        not_in_the_way(path, folder, recipe)
+        base = None
+        if recipe.base is not None:
+            first = base_recipe(recipe.base)
+            beside = out.parent / first.name
+            if beside.resolve() == out.resolve():
+                raise DgemmaError(f"{recipe.base}: its run would be in {out}, too: give it another name")
+            if not is_finished(beside, first):
+                note(f"first the recipe that it goes on from: {recipe.base}")
+            if not train(recipe.base, beside, ranks, listeners, stop):
+                return False
+            base = beside / "best"
+        if name:
+            note(f"variant {name}")
+        if not Trainer(recipe, folder, ranks=ranks, base=base, listeners=listeners, stop=stop).train():
+            return False
+    if len(recipes) > 1 and ranks.is_main:
+        title = next(iter(recipes.values())).name
+        note(f"all variants are done; report in {write_comparison(out, folders, title=title)}")
+    return True
+
+
+def plans(path: Path, ranks: Ranks) -> dict[str, MemoryPlan]:
+    """How much memory every variant of a recipe will take, by name; the data is read, weights are not."""
+    found = {}
+    for name, recipe in load_recipe(path).items():
+        parts, source = glimpse(recipe)
+        found[name] = recipe_plan(recipe, parts.config, parts.source, longest_context(source), ranks.device,
+                                  ranks.world)
+    return found
 
 
 class Trainer:
     """Builds what a recipe names in ``folder``, or picks up where an earlier run stopped.
 
     ``base`` is the checkpoint of the recipe that this one goes on from. ``ranks`` are the processes that train
-    together; all of them make a trainer. From then on no other process can train in the folder, until `train` has ended
-    or `close` is called. ``progress(done_bytes, total_bytes)`` is called while weights are read.
-    Raises DgemmaError for whatever cannot be used.
+    together; all of them make a trainer, and each tells listeners of its own. From then on no other process can train
+    in the folder, until `train` has ended or `close` is called. Once ``stop`` is set on any of them, `train` ends after
+    the step that it is in. Raises DgemmaError for whatever cannot be used.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, *, ranks: Ranks, base: Path | None = None,
-                 progress: Callable[[int, int], None] | None = None,
-                 display: Callable[[str, int, int, Console | None], Display] = Display):
+                 listeners: Sequence[Listener] = (), stop: Stop | None = None):
         if ranks.world > 1 and (recipe.optimizer.kind == "muon" or recipe.compile):
             raise DgemmaError(f"recipe {recipe.name}: muon and compile work in one process only; this is one of "
                               f"{ranks.world}: use adamw, and compile: false")
@@ -78,17 +143,16 @@ class Trainer:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.best = self._best_loss = math.nan
         self.evaluated = -1  # the step of the last evaluation that was not cut off
-        self._stopping = False
+        self._listeners, self._stop = list(listeners), stop or threading.Event()
         with ExitStack() as held:
             if ranks.is_main:
                 held.enter_context(self.run.alone())  # until `train` is over
                 for name in ("best", "last"):
                     restore_folder(folder / name)
-            self._prepare(base, progress)
+            self._prepare(base)
             self._held = held.pop_all()
-        self._display = display(recipe.name, self.step, self.max_steps, None if ranks.is_main else Console(quiet=True))
 
-    def _prepare(self, base: Path | None, progress: Callable[[int, int], None] | None) -> None:
+    def _prepare(self, base: Path | None) -> None:
         """All that a step needs, checked."""
         recipe, folder, ranks = self.recipe, self.folder, self.ranks
         parts = parts_of(recipe, base)
@@ -101,32 +165,31 @@ class Trainer:
         self._plan(parts)
         # Of several, no process could hold the whole network on its device: blocks go there one by one, as a part each.
         whole_on = ranks.device if ranks.world == 1 or parts.gguf is not None else torch.device("cpu")
-        self.trainee = begin(recipe, parts, whole_on, progress)
-        self.network = self.trainee.network
-        shard(self.network, ranks)
+        self.state = begin(recipe, parts, whole_on, lambda done, total: self._tell(Loading(done, total)))
+        self.network = self.state.network
+        self.passes = shard(self.network, ranks)
         self._check()
         self.optimizers = Optimizers(self.network, recipe.optimizer)
-        self.stepper = Stepper(recipe, self.network, self.source, self.optimizers, ranks, self.max_steps)
+        self.stepper = Stepper(recipe, self.network, self.passes, self.source, self.optimizers, ranks, self.max_steps)
         if self.stepper.compiled is not None and self.stepper.compiled.shape is None:
             self._note("compile: nothing is: this data comes in batches of many lengths")
         self._resume()
 
     def train(self) -> bool:
-        """Run until the end, or until Ctrl-C or SIGTERM, which save and stop after the step; whether it is finished."""
+        """Run until the end, or until it is stopped, which saves after the step; whether it is finished."""
         recipe = self.recipe
         began, first = time.monotonic(), self.seconds
         with self._held as stack:
-            stack.enter_context(signals_handled(self.stop, signal.SIGINT, signal.SIGTERM))
-            journal = self._journal = stack.enter_context(self._open_journal()) if self.ranks.is_main else None
             if self.ranks.is_main:
-                stack.enter_context(self._display)
+                stack.enter_context(self._open_journal())
+            self._tell(Started(recipe.name, self.step, self.max_steps))
             window: list[dict[str, float]] = []
             pace: deque[tuple[float, int]] = deque(maxlen=_RECORD_EVERY)
             saved, unsaved = self.step, False
             if self.evaluated != self.step and self._is_due():
                 self._evaluate()  # what training has to beat, or what was cut off
                 unsaved = self.step > 0
-            while self.step < self.max_steps and not self.ranks.any(self._stopping):
+            while self.step < self.max_steps and not self._stop_asked():
                 started = time.perf_counter()
                 try:
                     values, tokens = self.stepper.take(self.step)
@@ -139,15 +202,14 @@ class Trainer:
                 self.seconds = first + time.monotonic() - began
                 pace.append((time.perf_counter() - started, tokens))
                 last = self.step >= self.max_steps
-                if self.ranks.is_main:
-                    window.append(values)
-                    spent = sum(seconds for seconds, _ in pace)
-                    speed = sum(count for _, count in pace) / spent
-                    self._display.step(self.step, values, spent / len(pace), speed, self.run.memory(self.ranks.device))
-                    if journal is not None and (self.step % _RECORD_EVERY == 0 or last or self._stopping):
-                        journal.record(self.step, "train", {**_means(window), "seconds_per_step": spent / len(pace),
-                                                            "tokens_per_second": speed, "tokens": self.tokens})
-                        window.clear()
+                window.append(values)
+                spent = sum(seconds for seconds, _ in pace)
+                speed = sum(count for _, count in pace) / spent
+                self._tell(Stepped(self.step, values, spent / len(pace), speed, self.run.memory(self.ranks.device)))
+                if self.step % _RECORD_EVERY == 0 or last or self._stop.is_set():
+                    self._tell(Averaged(self.step, {**_means(window), "seconds_per_step": spent / len(pace),
+                                                    "tokens_per_second": speed, "tokens": self.tokens}))
+                    window.clear()
                 if self.step % _RECORD_EVERY == 0 and self.ranks.device.type == "cpu":
                     release_freed()
                 if self._is_due():
@@ -160,13 +222,6 @@ class Trainer:
             finished = self.step >= self.max_steps and self.evaluated == self.step and self._sweep()
             self._finish(finished)
         return finished
-
-    def stop(self, *_: object) -> None:
-        """End the run after the step that it is in; asked for a second time, at once."""
-        if self._stopping:
-            raise KeyboardInterrupt
-        self._stopping = True
-        self.evaluator.interrupt()
 
     def close(self) -> None:
         """Let go of the folder, as `train` does at its end: for a trainer that does not train."""
@@ -182,7 +237,7 @@ class Trainer:
         """The preflight, always: seconds now, or hours of training something else."""
         began, recipe, config = time.monotonic(), self.recipe, self.network.config
         examples = _telling(self.source.batch(0), recipe.micro_batch or recipe.batch_size, config.sliding_window)
-        checks = run_preflight(self.network, examples, recipe.objective, seed=recipe.seed,
+        checks = run_preflight(self.network, examples, recipe.objective, passes=self.passes, seed=recipe.seed,
                                past_window=longest_context(self.source) >= config.sliding_window)
         if self.ranks.is_main:
             self.run.write("preflight.json", [vars(check) for check in checks])
@@ -211,7 +266,7 @@ class Trainer:
         values: dict[str, float] = {}
         score: TaskScore | None = None
         problem = None
-        with self._in_use():
+        with self._in_use() as tensors:
             if self.ranks.is_main:  # the others wait: two that found different things would part ways
                 try:
                     values, score = self._measured()
@@ -227,29 +282,18 @@ class Trainer:
             better = (not found <= self.best or (found == self.best and loss < self._best_loss)
                       if not math.isnan(found) else math.isnan(self.best))
             # At first a folder that cannot be written is an error, later it costs this checkpoint and not the run.
-            if better and (better := self._export("best", required=self.step == 0)):
+            if better and (better := self._export("best", tensors, required=self.step == 0)):
                 self.best, self._best_loss = found, loss
             self.evaluated = self.step
-        if not self.ranks.is_main:
-            return
-        self._display.evaluation(self.step, {**values, **(score.values if score is not None else {})}, better)
-        if self._journal is not None:
-            if values:
-                self._journal.record(self.step, "validation", values)
-            if score is not None:
-                self._journal.record(self.step, "task", score.values, main=score.main, best=better,
-                                     count=score.count, intervals=score.intervals)
-                shown = sorted(score.samples, key=lambda sample: sample.score)[:_SAMPLES]  # the wrong ones first
-                self._journal.record(self.step, "samples", {}, samples=[vars(sample) for sample in shown])
+        self._tell(Evaluated(self.step, values, score, better))
 
     def _measured(self) -> tuple[dict[str, float], TaskScore | None]:
         """The losses and the task's score, as far as nobody asked to stop."""
-        self._display.phase("validating", 0, 1)
-        values = self.evaluator.losses(self.network, lambda: self._stopping)
-        if not self.evaluator.questions or self._stopping:
+        self._tell(Working("validating", 0, 1))
+        values = self.evaluator.losses(self.network, self._stop.is_set)
+        if not self.evaluator.questions or self._stop.is_set():
             return values, None
-        return values, self.evaluator.score(self.trainee.model(), lambda: self._stopping,
-                                            self._progress("evaluating"))
+        return values, self.evaluator.score(self.state.model(), self._stop.is_set, self._progress("evaluating"))
 
     def _sweep(self) -> bool:
         """The best checkpoint once more, with fewer and fewer denoising steps; whether it came to its end."""
@@ -257,47 +301,47 @@ class Trainer:
         if not limits:
             return True
         # In the network that is there: a second one might not fit beside it.
-        exported = self.trainee.exported(self.folder / "best") if self.ranks.is_main else nullcontext()
+        exported = self.state.exported(self.folder / "best") if self.ranks.is_main else nullcontext()
         with self._in_use(), exported:
             for index, limit in enumerate(limits):
                 if self.ranks.is_main:
                     shown = self._progress("step sweep", index, len(limits))
-                    score = self.evaluator.with_steps(self.trainee.model(), limit, lambda: self._stopping, shown)
-                    if self._journal is not None and score is not None:
-                        self._journal.record(self.step, "sweep", {"max_steps": limit, **score.values},
-                                             main=score.main, count=score.count, intervals=score.intervals)
+                    score = self.evaluator.with_steps(self.state.model(), limit, self._stop.is_set, shown)
+                    if score is not None:
+                        self._tell(Swept(self.step, limit, score))
                 if self._stop_asked():  # the others wait here
                     return False
         return True
 
-    def _progress(self, phase: str, part: int = 0, parts: int = 1) -> Callable[[int, int], None]:
+    def _progress(self, what: str, part: int = 0, parts: int = 1) -> Callable[[int, int], None]:
         """What shows how far a part of several, all equally long, has come."""
-        return lambda done, count: self._display.phase(phase, part * count + done, parts * count)
+        return lambda done, count: self._tell(Working(what, part * count + done, parts * count))
 
     @contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """The network whole on this process, with averaged weights where there are any, as it would be shipped."""
-        with self.optimizers.averaged(), gathered(self.network):
-            yield
+    def _in_use(self) -> Iterator[dict[str, Tensor]]:
+        """The network whole on this process, with averaged weights where there are any, as it would be shipped; its
+        tensors by name."""
+        with self.optimizers.averaged(), gathered(self.network) as tensors:
+            yield tensors
 
-    def _export(self, name: str, required: bool = True) -> bool:
+    def _export(self, name: str, tensors: Mapping[str, Tensor], required: bool = True) -> bool:
         """Write a checkpoint; whether that worked, which it must if it is ``required``."""
         problem = None
         if self.ranks.is_main:
             try:
-                self.trainee.export(self.folder / name)
+                self.state.export(self.folder / name, tensors)
             except DgemmaError as error:
                 problem = str(error)
         problem = self.ranks.from_main(problem)
         if problem is not None:
             if required:
                 raise DgemmaError(problem)
-            if self.ranks.is_main:
-                self._display.note(f"{problem}; going on without this checkpoint")
+            self._note(f"{problem}; going on without this checkpoint")
         return problem is None
 
     def _stop_asked(self) -> bool:
-        return self.ranks.any(self._stopping)
+        """Whether any of the processes is to stop: then all do, at the same step."""
+        return self.ranks.any(self._stop.is_set())
 
     # ---- saving and resuming -----------------------------------------------------------------------
 
@@ -314,25 +358,24 @@ class Trainer:
         problem = None
         if self.ranks.is_main:
             try:
-                write_safetensors(self.folder / STATE, tensors, {"run": json.dumps(about)})
+                self.run.save(tensors, about)
             except DgemmaError as error:
                 problem = str(error)
         problem = self.ranks.from_main(problem)
         if problem is not None:
             if required:
                 raise DgemmaError(f"{problem}; the last good state is that of an earlier step")
-            if self.ranks.is_main:
-                self._display.note(f"{problem}; going on, and trying again in {self.recipe.save_every} steps")
+            self._note(f"{problem}; going on, and trying again in {self.recipe.save_every} steps")
+        else:
+            self._tell(Saved(self.step))
         return problem is None
 
     def _resume(self) -> None:
         path = self.folder / STATE
-        about: dict[str, Any] | None = None
-        tensors: dict[str, Tensor] = {}
-        problem = None
-        if self.ranks.is_main and path.exists():
+        about, tensors, problem = None, {}, None
+        if self.ranks.is_main:
             try:
-                about, tensors = _read_state(path)
+                about, tensors = self.run.saved()
             except DgemmaError as error:
                 problem = str(error)
         problem, about = self.ranks.from_main((problem, about))
@@ -364,10 +407,12 @@ class Trainer:
 
     # ---- what others are told ----------------------------------------------------------------------
 
+    def _tell(self, event: Event) -> None:
+        for listener in self._listeners:
+            listener(event)
+
     def _note(self, text: str) -> None:
-        """Say something before the display is there."""
-        if self.ranks.is_main:
-            say(text)
+        self._tell(Noted(text))
 
     @cached_property
     def _data(self) -> str | None:
@@ -381,25 +426,30 @@ class Trainer:
         return max(1, math.ceil(self.recipe.epochs * self.source.steps_per_epoch))
 
     @contextmanager
-    def _open_journal(self) -> Iterator[Journal]:
+    def _open_journal(self) -> Iterator[None]:
+        """While this lasts the journal listens, before anybody else."""
         writers = writers_for(self.folder, self.step, wandb=self.recipe.wandb, name=self.recipe.name,
                               config=self.run.settings)
-        with Journal(self.folder, self.step, writers=writers, warn=self._display.note) as journal:
-            yield journal
+        with Journal(self.folder, self.step, writers=writers, warn=self._note) as journal:
+            self._listeners.insert(0, journal)
+            yield
 
     def _finish(self, finished: bool) -> None:
-        from dgemma.train.log.report import write_report
-
-        with self._in_use():
-            self._export("last")
+        with self._in_use() as tensors:
+            self._export("last", tensors)
+        report, problem = None, ""
         if self.ranks.is_main:
-            self.run.describe(self, finished)
+            self.run.describe(
+                self.ranks.device, model=self.state.name, parameters=sum(p.numel() for p in self.network.parameters()),
+                trainable=sum(p.numel() for p in self.optimizers.parameters.values()), processes=self.ranks.world,
+                steps=self.step, validation_examples=len(self.evaluator.kept), questions=len(self.evaluator.questions),
+                **({"examples": len(self.source.examples)} if isinstance(self.source, Listed) else {}),
+                seconds=self.seconds, tokens=self.tokens, finished=finished)
             try:
-                report = f"report in {write_report(self.folder)}"
+                report = write_report(self.folder)
             except DgemmaError as error:  # nothing is recorded yet, or the disk is full
-                report = f"no report: {error}"
-            what = "done" if finished else "stopped; run the same command again to go on"
-            self._display.note(f"{what} at step {self.step:,}; results in {self.folder}, {report}")
+                problem = str(error)
+        self._tell(Ended(self.step, finished, self.folder, report, problem))
 
 
 def _telling(examples: list[Example], most: int, window: int) -> list[Example]:
@@ -418,15 +468,3 @@ def _telling(examples: list[Example], most: int, window: int) -> list[Example]:
 def _means(window: list[dict[str, float]]) -> dict[str, float]:
     """Of every value the mean over the steps that had it."""
     return means([{name: value for name, value in values.items() if not math.isnan(value)} for values in window])
-
-
-def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["run"])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
-        raise DgemmaError(f"{path}: is damaged ({error}); remove it to start anew") from error
-    return about, tensors

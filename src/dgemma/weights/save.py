@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def save_checkpoint(network: DiffusionTransformer, folder: Path, config: dict[str, Any],
-                    generation_config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
+                    generation_config: dict[str, Any], dtype: torch.dtype = torch.bfloat16,
+                    state: Mapping[str, Tensor] | None = None) -> None:
     """Write model.safetensors, config.json and generation_config.json into ``folder``.
 
-    ``config`` is the whole ``config.json``. Each file is written beside its place and then renamed, the weights first.
-    An index that is there is taken away: it speaks of other files. Raises DgemmaError when one cannot be written, and
-    for a network with an adapter or with packed weights.
+    ``config`` is the whole ``config.json``; ``state`` the network's tensors by name, None: its ``state_dict()``. Each
+    file is written beside its place and then renamed, the weights first. An index that is there is taken away: it
+    speaks of other files. Raises DgemmaError when one cannot be written, and for a network with an adapter or with packed weights.
     """
     if adapters(network):
         raise DgemmaError(f"{folder}: a checkpoint has no place for an adapter: merge it into the network, or save "
@@ -44,7 +46,7 @@ def save_checkpoint(network: DiffusionTransformer, folder: Path, config: dict[st
         raise DgemmaError(f"{folder}: a checkpoint has no place for packed weights: they stay in their GGUF file")
     make_folder(folder)
     tensors = {checkpoint_name(name): tensor.detach().to("cpu", dtype).contiguous()
-               for name, tensor in network.state_dict().items()}
+               for name, tensor in (network.state_dict() if state is None else state).items()}
     write_safetensors(folder / SINGLE_FILE, tensors, {"format": "pt"})
     (folder / INDEX_FILE).unlink(missing_ok=True)
     config = {**config, "dtype": str(dtype).removeprefix("torch.")}

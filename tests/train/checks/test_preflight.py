@@ -10,9 +10,11 @@ from dgemma.config import FULL
 from dgemma.errors import DgemmaError
 from dgemma.nn import KVCache
 from dgemma.nn.adapters import AdapterConfig, LowRank, attach, merge
+from dgemma.nn.passes import Passes
+from dgemma.train.batch import collate
 from dgemma.train.checks.preflight import run_preflight, training_equals_sampling
 from dgemma.train.checks.workbench import Bench
-from dgemma.train.objective import Objective, batch_loss, collate
+from dgemma.train.objective import Objective, batch_loss
 from support.reference import random_network, tiny_config
 from support.token_examples import Example, random_example
 
@@ -87,7 +89,7 @@ def test_a_canvas_of_which_only_the_last_token_counts_passes(network):
     assert failed(network, [dataclasses.replace(example(5), weights=[0.0] * (CANVAS - 1) + [1.0])]) == set()
 
 
-def test_the_autoregressive_control_passes(network):
+def test_the_autoregressive_baseline_passes(network):
     checks = run_preflight(network, EXAMPLES, Objective(denoising_weight=0.0))
     assert [check.name for check in checks if check.passed] == [
         "adapters count once", "checkpointing changes nothing", "frozen stays frozen"] and len(checks) == 3
@@ -139,7 +141,7 @@ def test_it_takes_no_more_memory_than_a_training_step(checkpointing, most):
     network = random_network(tiny_config(num_hidden_layers=12, layer_types=["sliding_attention", "full_attention"] * 6))
     network.requires_grad_(True)
     examples = [example(150), example(150, seed=1)]  # past the window already
-    bench = Bench(network, collate(examples), Objective())
+    bench = Bench(network, Passes.of(network), collate(examples), Objective())
     with Saved() as step:
         bench.gradients()
     network.checkpointing = checkpointing
@@ -159,19 +161,17 @@ def test_short_contexts_are_not_made_longer_where_the_run_has_none(network):
 # ---- the six bugs of the public recipes ------------------------------------------------------------
 
 
-def test_catches_a_misnamed_argument_that_trains_on_pure_noise(network, monkeypatch):
-    denoise = network.denoise
-
+def test_catches_a_misnamed_argument_that_trains_on_pure_noise(network):
     def lost(canvas_ids, cache, soft=None):  # as a forward that draws its own canvas when none arrives under its name
-        return denoise(torch.randint(VOCAB, canvas_ids.shape), cache, soft)
+        return network.denoise(torch.randint(VOCAB, canvas_ids.shape), cache, soft)
 
-    monkeypatch.setattr(network, "denoise", lost)
-    assert "canvas is used" in failed(network)
+    assert "canvas is used" in failed(network, passes=Passes(network.encode, lost))
 
 
 def test_catches_an_objective_that_passes_on_the_noise_alone(network):
-    def wrong(network, batch, objective, noise):
-        return batch_loss(network, batch, objective, dataclasses.replace(noise, draw=torch.zeros_like(noise.draw)))
+    def wrong(network, batch, objective, noise, *, passes):
+        noise = dataclasses.replace(noise, draw=torch.zeros_like(noise.draw))
+        return batch_loss(network, batch, objective, noise, passes=passes)
 
     assert "canvas is used" in failed(network, loss_of=wrong)
 
@@ -204,10 +204,10 @@ def test_catches_a_canvas_that_overwrites_the_prompts_cache(network, monkeypatch
 
 
 def test_catches_a_canvas_that_is_read_before_it_is_predicted(network):
-    def leaking(network, batch, objective, noise):
+    def leaking(network, batch, objective, noise, *, passes):
         seen = torch.cat([batch.context[list(batch.rows)], batch.canvas], dim=1)
         return batch_loss(network, dataclasses.replace(batch, context=seen, lengths=None, prompts=None, owners=None),
-                          objective, noise)
+                          objective, noise, passes=passes)
 
     assert {"no target leaks", "training equals sampling"} <= failed(network, [example(5)], loss_of=leaking)
 
@@ -262,37 +262,29 @@ def test_catches_adapters_that_were_merged_twice(network, times):
     for name, parameter in merged.named_parameters():
         base = network.get_parameter(name).data
         parameter.data = base + times * (parameter.data - base)
-    bench = Bench(network, collate(EXAMPLES), Objective())
+    bench = Bench(network, Passes.of(network), collate(EXAMPLES), Objective())
     assert training_equals_sampling(bench, merged).passed == (times == 1)
 
 
-def test_catches_no_conditioning_as_the_softmax_of_zero_logits(network, monkeypatch):
-    denoise = network.denoise
+def test_catches_no_conditioning_as_the_softmax_of_zero_logits(network):
     zero = network.soft_embeddings(torch.zeros(1, 1, VOCAB))
 
     def fed(canvas_ids, cache, soft=None):
-        return denoise(canvas_ids, cache, zero.expand(*canvas_ids.shape, -1) if soft is None else soft)
+        return network.denoise(canvas_ids, cache, zero.expand(*canvas_ids.shape, -1) if soft is None else soft)
 
-    monkeypatch.setattr(network, "denoise", fed)
-    assert "null self-conditioning is zero" in failed(network)
+    assert "null self-conditioning is zero" in failed(network, passes=Passes(network.encode, fed))
 
 
 def test_catches_an_objective_that_feeds_mean_embeddings_where_nothing_is_conditioned(network):
     zero = network.soft_embeddings(torch.zeros(1, 1, VOCAB)).detach()
 
-    def wrong(network, batch, objective, noise):
-        denoise = network.denoise
-
+    def wrong(network, batch, objective, noise, *, passes):
         def fed(canvas_ids, cache, soft=None):
             if soft is not None:
                 soft = torch.where(noise.conditioned[:, None, None], soft, zero)
-            return denoise(canvas_ids, cache, soft)
+            return passes.denoise(canvas_ids, cache, soft)
 
-        network.denoise = fed
-        try:
-            return batch_loss(network, batch, objective, noise)
-        finally:
-            network.denoise = denoise
+        return batch_loss(network, batch, objective, noise, passes=Passes(passes.encode, fed))
 
     assert "null self-conditioning is zero" in failed(network, loss_of=wrong)
 
@@ -344,11 +336,15 @@ def test_catches_an_optimizer_that_moves_nothing(network):
     assert failed(network, optimizers=[stray]) == {"frozen stays frozen"}
 
 
-def test_failures_are_raised_together_when_the_checks_are_required(network, monkeypatch):
-    denoise = network.denoise
-    monkeypatch.setattr(network, "denoise", lambda ids, cache, soft=None: denoise(torch.zeros_like(ids), cache, soft))
+def test_failures_are_raised_together_when_the_checks_are_required(network):
+    passes = Passes(network.encode, lambda ids, cache, soft=None: network.denoise(torch.zeros_like(ids), cache, soft))
     with pytest.raises(DgemmaError, match=r"(?s)canvas is used: 0 of 24 tokens"):
-        run_preflight(network, EXAMPLES, required=True)
+        run_preflight(network, EXAMPLES, passes=passes, required=True)
+
+
+def test_a_loss_that_denoises_by_other_passes_is_refused(network):
+    with pytest.raises(DgemmaError, match="never denoised a canvas with the passes that it was given"):
+        run_preflight(network, EXAMPLES, loss_of=lambda *arguments, passes: batch_loss(*arguments))
 
 
 def test_a_network_without_anything_to_train_is_refused(network):

@@ -7,10 +7,10 @@ import pytest
 import dgemma
 from dgemma.chat import Tokenizer, read_answer
 from dgemma.errors import DgemmaError
+from dgemma.train.batch import collate
 from dgemma.train.data.conversations import conversation_of
 from dgemma.train.data.examples import batches, examples_of, prepare
 from dgemma.train.data.turns import turn_of
-from dgemma.train.objective import collate
 from support.gemma_files import write_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a place"}}]

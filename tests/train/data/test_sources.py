@@ -73,6 +73,11 @@ def test_puzzles_have_no_end_and_those_kept_are_of_other_grids(model, tmp_path):
     made = source(model, SudokuData(bases=20, plain=True), tmp_path)
     assert [len(made.batch(step)) for step in (0, 10_000)] == [3, 3]
     assert made.batch(7) == made.batch(7)
+    batch, examples = made.made.batch(5), made.batch(5)
+    assert [example.canvas_ids for example in examples] == batch.canvas.tolist()
+    assert [example.context_ids for example in examples] == batch.prompt.tolist()
+    assert examples[0].weights == [1.0] * model.config.canvas_length
+    assert examples[0].real_length == 90  # nine lines and the end of the turn
     answers = {tuple(example.canvas_ids) for step in range(20) for example in made.batch(step)}
     assert not answers & {tuple(example.canvas_ids) for example in made.held_out(50)}
     questions = made.questions(2)

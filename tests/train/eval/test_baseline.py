@@ -1,4 +1,4 @@
-"""The autoregressive control: what it writes is what the encoder's causal logits say, whoever computes them."""
+"""The autoregressive baseline: what it writes is what the encoder's causal logits say, whoever computes them."""
 
 import copy
 import dataclasses
@@ -10,10 +10,12 @@ import torch.nn.functional as F
 import dgemma
 from dgemma.errors import DgemmaError
 from dgemma.nn.head import soft_cap
+from dgemma.train.batch import collate
 from dgemma.train.data.conversations import conversation_of
 from dgemma.train.data.examples import prepare
 from dgemma.train.eval.baseline import CausalModel
-from dgemma.train.objective import Objective, batch_loss, collate, draw_noise
+from dgemma.train.noise import draw_noise
+from dgemma.train.objective import Objective, batch_loss
 from dgemma.train.runs.state import initialise
 from support.reference import SHAPES, network_like, random_network, reference_model, tiny_config
 

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig, attach
 from dgemma.train import objective as objective_module
+from dgemma.train.batch import collate
 from dgemma.train.eval import validation
 from dgemma.train.eval.validation import validation_losses
-from dgemma.train.objective import Objective, batch_loss, collate, draw_noise
+from dgemma.train.noise import draw_noise
+from dgemma.train.objective import Objective, batch_loss
 from support.reference import SHAPES, network_like, random_network, reference_model, tiny_config
 from support.token_examples import random_example
+from support.watched import Watched
 
 VOCAB, CANVAS = 50, 8
 PLAIN = Objective(causal_weight=0.0)
@@ -32,28 +35,13 @@ def network():
     return random_network(tiny_config())
 
 
-class Watched:
-    """Every canvas that a network denoises, and with what."""
-
-    def __init__(self, network, monkeypatch):
-        self.canvases, self.soft = [], []
-        denoise = network.denoise
-
-        def watch(canvas, cache, soft=None):
-            self.canvases.append(canvas.clone())
-            self.soft.append(soft)
-            return denoise(canvas, cache, soft)
-
-        monkeypatch.setattr(network, "denoise", watch)
-
-
-def test_the_losses_are_those_of_transformers(monkeypatch):
+def test_the_losses_are_those_of_transformers():
     """Both passes, from the noisy canvas that ours was given, by another implementation of the network."""
     reference = reference_model(SHAPES["alternating"], feedback=0.3)
     one, objective = example(20, real=16, canvas=16, vocab=160), dataclasses.replace(PLAIN, temperature=0.7)
     ours = network_like(reference)
-    watched = Watched(ours, monkeypatch)
-    found = validation_losses(ours, [one], objective, levels=(0.5,))
+    watched = Watched(ours)
+    found = validation_losses(ours, [one], objective, levels=(0.5,), passes=watched.passes)
     noisy, clean = watched.canvases[0], torch.tensor(one.canvas_ids)
     assert torch.equal(noisy, watched.canvases[1])
     assert 2 < int((noisy[0] != clean).sum()) < 14
@@ -67,11 +55,11 @@ def test_the_losses_are_those_of_transformers(monkeypatch):
 
 @pytest.mark.parametrize("prediction", ["denoiser", "leave_one_out"])
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_each_level_is_the_training_loss_at_that_noise(network, monkeypatch, prediction, conditioned):
+def test_each_level_is_the_training_loss_at_that_noise(network, prediction, conditioned):
     objective = dataclasses.replace(PLAIN, prediction=prediction)
     for level in (0.3, 1.0):
-        watched = Watched(network, monkeypatch)
-        found = validation_losses(network, EXAMPLES[1:2], objective, levels=(level,))
+        watched = Watched(network)
+        found = validation_losses(network, EXAMPLES[1:2], objective, levels=(level,), passes=watched.passes)
         noisy, clean = watched.canvases[0], torch.tensor([EXAMPLES[1].canvas_ids])
         replaced = noisy != clean  # a token that was drawn again is left: it makes no difference to the loss
         same = dataclasses.replace(objective, self_conditioning_probability=float(conditioned))
@@ -94,9 +82,9 @@ def test_neither_batches_nor_calls_nor_how_it_was_trained_matter(network):
     assert validation_losses(network, EXAMPLES, Objective(), seed=1)["validation/loss"] != first["validation/loss"]
 
 
-def test_noise_grows_with_the_level_only(network, monkeypatch):
-    watched = Watched(network, monkeypatch)
-    validation_losses(network, EXAMPLES[:1], PLAIN, levels=(0.2, 0.6, 1.0))
+def test_noise_grows_with_the_level_only(network):
+    watched = Watched(network)
+    validation_losses(network, EXAMPLES[:1], PLAIN, levels=(0.2, 0.6, 1.0), passes=watched.passes)
     low, _, middle, _, high, _ = watched.canvases
     clean = torch.tensor([EXAMPLES[0].canvas_ids])
     assert torch.equal(middle[low != clean], low[low != clean])

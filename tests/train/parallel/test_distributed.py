@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dgemma.cache import store
 from dgemma.config import FULL, SLIDING
 from dgemma.errors import DgemmaError
-from dgemma.nn import transformer
 from dgemma.nn.adapters import AdapterConfig, attach
+from dgemma.train.batch import collate
 from dgemma.train.checks.preflight import run_preflight
-from dgemma.train.objective import Objective, batch_loss, collate, keyed_noise, noise_key, totals_of
+from dgemma.train.noise import keyed_noise, noise_key
+from dgemma.train.objective import Objective, batch_loss, totals_of
 from dgemma.train.parallel.distributed import Ranks, clip_gradients, collect, gathered, joined, shard, spread
 from support.reference import random_network, tiny_config
 
@@ -58,10 +60,10 @@ class Case:
                 network.to(torch.bfloat16)
             targets = ("attention", "mlp") if "dora" in self.kind else ("attention", "mlp", "experts")
             attach(network, AdapterConfig(r=4, targets=targets, dora="dora" in self.kind))
-        shard(network, ranks)
+        passes = shard(network, ranks)
         # A large eps: Adam makes rounding errors of a tiny gradient as large as any other number.
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=2e-3, eps=1e-3)
-        return network, optimizer
+        return network, passes, optimizer
 
     def batch(self, step):
         generator = torch.Generator().manual_seed(step)
@@ -86,7 +88,7 @@ RESUMED = ("full", "adapters, fewer examples than processes")
 CLOSE = {name: 1e-2 if "bfloat16" in name else 1e-5 for name in CASES}
 
 
-def step_of(case, network, optimizer, step, ranks):
+def step_of(case, network, passes, optimizer, step, ranks):
     """The loss of one step over all ranks, and the norm of its gradient."""
     objective = Objective(causal_weight=case.causal_weight)
     examples = case.batch(step)
@@ -95,7 +97,7 @@ def step_of(case, network, optimizer, step, ranks):
     for part in ranks.share(examples, most=2):
         keys = [noise_key(0, step, part.start + index) for index in range(len(part.items))]
         noise = keyed_noise(objective, keys, CANVAS, VOCAB)
-        own, _ = batch_loss(network, collate(part.items), objective, noise, totals)
+        own, _ = batch_loss(network, collate(part.items), objective, noise, totals, passes)
         own = own * part.weight
         own.backward()
         loss = loss + own.detach()
@@ -111,52 +113,52 @@ def state_of(network, optimizer, ranks):
 
 def resume(case, saved, ranks):
     """The first step after ``saved``."""
-    network, optimizer = case.network(ranks)
+    network, passes, optimizer = case.network(ranks)
     state = spread(saved, network, ranks)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(state["network"][name])
     optimizer.load_state_dict(state["optimizer"])
-    return step_of(case, network, optimizer, STEPS, ranks)
+    return step_of(case, network, passes, optimizer, STEPS, ranks)
 
 
 def train(case, ranks):
     """Losses and norms of a few steps, and what the run is then."""
-    whole, transformer.ENCODE_CHUNK = transformer.ENCODE_CHUNK, case.piece
+    whole, store.READ_AT_ONCE = store.READ_AT_ONCE, case.piece
     try:
-        network, optimizer = case.network(ranks)
-        return [step_of(case, network, optimizer, step, ranks) for step in range(STEPS)], (
+        network, passes, optimizer = case.network(ranks)
+        return [step_of(case, network, passes, optimizer, step, ranks) for step in range(STEPS)], (
             state_of(network, optimizer, ranks))
     finally:
-        transformer.ENCODE_CHUNK = whole
+        store.READ_AT_ONCE = whole
 
 
 def alone_while_gathered(ranks):
     """What only the second process computes, and the main one saves, between two steps; and the step after it."""
-    network, optimizer = CASES["full"].network(ranks)
-    step_of(CASES["full"], network, optimizer, 0, ranks)
+    network, passes, optimizer = CASES["full"].network(ranks)
+    step_of(CASES["full"], network, passes, optimizer, 0, ranks)
     found = torch.zeros(3)
-    with gathered(network), torch.no_grad():
+    with gathered(network) as tensors, torch.no_grad():
         if ranks.rank == ranks.world - 1:
             cache = network.new_cache()
             network.encode(torch.arange(9).unsqueeze(0), cache)
             found = network.logits(network.denoise(torch.arange(CANVAS).unsqueeze(0), cache))[0, :3, 0]
-        saved = {name: p.clone() for name, p in network.state_dict().items()} if ranks.is_main else {}
-    return ranks.sum({"found": found})["found"], saved, step_of(CASES["full"], network, optimizer, 1, ranks)
+        saved = {name: p.clone() for name, p in tensors.items()} if ranks.is_main else {}
+    return ranks.sum({"found": found})["found"], saved, step_of(CASES["full"], network, passes, optimizer, 1, ranks)
 
 
 def preflights(ranks):
     """The preflight of sharded networks: what it found, a loss before and after, and the step after it."""
     found = {}
     for name, case in CASES.items():
-        network, optimizer = case.network(ranks)
+        network, passes, optimizer = case.network(ranks)
         before = state_of(network, optimizer, ranks)
-        checks = run_preflight(network, case.batch(0)[:2], Objective(causal_weight=case.causal_weight))
+        checks = run_preflight(network, case.batch(0)[:2], Objective(causal_weight=case.causal_weight), passes=passes)
         after = state_of(network, optimizer, ranks)
         same = not ranks.is_main or all(torch.equal(tensor, after["network"][key])
                                         for key, tensor in before["network"].items())
         results = {check.name: check.passed or check.measured for check in checks}
-        found[name] = results, same, step_of(case, network, optimizer, 0, ranks)
+        found[name] = results, same, step_of(case, network, passes, optimizer, 0, ranks)
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,7 @@ import typer
 from dgemma.cli import options
 from dgemma.cli.terminal.console import SafeConsole, say
 from dgemma.errors import DgemmaError
+from dgemma.machine import signals_handled
 
 if TYPE_CHECKING:
     from dgemma.chat import Tokenizer
@@ -61,20 +64,51 @@ def train(
     if plan:
         _show_plan(recipe, device)
         return
+    if not _run(recipe, out, device):
+        raise typer.Exit(130)  # as a shell says it of what Ctrl-C ended
+
+
+def _run(recipe: Path, out: Path | None, device: str | None) -> bool:
+    """Train; whether it is finished. Of several processes only the main one shows how far it is."""
     from dgemma.cli.session import LOADING_PATIENCE
     from dgemma.cli.terminal.progress import ProgressBar
+    from dgemma.cli.terminal.training import TrainingDisplay
+    from dgemma.train.log.events import Ended, Event, Loading, Started
     from dgemma.train.parallel.distributed import joined
     from dgemma.train.recipe import read_yaml
-    from dgemma.train.runs.variants import train as run
+    from dgemma.train.trainer import train as run
 
-    folder = out or Path("runs") / str(read_yaml(recipe).get("name") or recipe.stem)
-    with joined(device) as ranks, ProgressBar("loading", patience=LOADING_PATIENCE) as bar:
-        if ranks.is_main:
-            finished = run(recipe, folder, ranks, say, bar.update)
-        else:
-            finished = run(recipe, folder, ranks, lambda text: None)
-    if not finished:
-        raise typer.Exit(130)  # as a shell says it of what Ctrl-C ended
+    folder, stop = out or Path("runs") / str(read_yaml(recipe).get("name") or recipe.stem), _Stop()
+    loading = ProgressBar("loading", patience=LOADING_PATIENCE)
+    with joined(device) as ranks, loading as bar, TrainingDisplay() as display, ExitStack() as signals:
+
+        def handle_signals(event: Event) -> None:
+            if isinstance(event, Started):  # before there is nothing to save
+                signals.enter_context(signals_handled(stop.ask, signal.SIGINT, signal.SIGTERM))
+            elif isinstance(event, Ended):
+                signals.close()
+
+        def show_loading(event: Event) -> None:
+            if isinstance(event, Loading):
+                bar.update(event.done, event.total)
+
+        listeners = [handle_signals, show_loading, display] if ranks.is_main else [handle_signals]
+        return run(recipe, folder, ranks, listeners, stop)
+
+
+class _Stop:
+    """Set by the first signal; the second one is a KeyboardInterrupt. No lock, which a signal handler might meet."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def ask(self, *_: object) -> None:
+        if self._set:
+            raise KeyboardInterrupt
+        self._set = True
 
 
 def _needs_extra() -> None:
@@ -89,7 +123,7 @@ def _needs_extra() -> None:
 def _show_plan(recipe: Path, device: str | None) -> None:
     from dgemma.train.checks.plan import available_memory
     from dgemma.train.parallel.distributed import joined
-    from dgemma.train.runs.variants import plans
+    from dgemma.train.trainer import plans
 
     with joined(device) as ranks:
         for name, plan in plans(recipe, ranks).items():
@@ -115,7 +149,7 @@ def _preview_data(data: list[str], model: str, count: int, skip_bad: bool) -> No
 def _preview_recipe(path: Path, count: int) -> None:
     """Print the first examples of a recipe's first steps; puzzles come from fewer base puzzles than in training."""
     from dgemma.train.recipe import load_recipe
-    from dgemma.train.runs.variants import glimpse
+    from dgemma.train.runs.state import glimpse
 
     name, settings = next(iter(load_recipe(path).items()))
     left_out: list[str] = []

@@ -79,7 +79,7 @@ class Advice:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """The memory of one process (of ``run.ranks``) of a training run, at its widest moment."""
 
     run: Setting
@@ -137,7 +137,7 @@ class Plan:
 def memory_plan(config: ModelConfig, *, weights: str | Mapping[str, str] = "BF16",
                 adapter: AdapterConfig | None = None, context: int, micro_batch: int = 1, accumulation: int = 1,
                 checkpointing: bool = True, objective: Objective | None = None, optimizer: str = "adamw",
-                ema: bool = False, autocast: bool = False, device: str = "cpu", ranks: int = 1) -> Plan:
+                ema: bool = False, autocast: bool = False, device: str = "cpu", ranks: int = 1) -> MemoryPlan:
     """The memory that training a network of this shape takes.
 
     ``weights`` is a mixture of `weights.quantize` ("Q4_K_M", "BF16"), "F32", or the types of all tensors
@@ -161,7 +161,7 @@ def memory_plan(config: ModelConfig, *, weights: str | Mapping[str, str] = "BF16
 
 
 def recipe_plan(recipe: Recipe, config: ModelConfig, source: Path | None, context: int, device: torch.device,
-                ranks: int = 1) -> Plan:
+                ranks: int = 1) -> MemoryPlan:
     """The plan of a recipe's run on a checkpoint (None: fresh weights) with contexts of up to so many tokens."""
     names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
     weights: str | Mapping[str, str] = names[recipe.dtype or "float32"]
@@ -227,7 +227,7 @@ def stored_types(path: Path) -> dict[str, str]:
     return types
 
 
-def plan_of(run: Setting) -> Plan:
+def plan_of(run: Setting) -> MemoryPlan:
     """The plan of a run that has been checked."""
     from dgemma.kernels.attention import fast_bf16
     from dgemma.weights.load import empty_network
@@ -295,7 +295,7 @@ def plan_of(run: Setting) -> Plan:
         Line("working memory", most.working, f"at the widest moment: {most.name}"),
         Line("runtime", int(runtime + slack), "libraries, and what the allocator holds besides"),
     ]
-    return Plan(run, tuple(lines))
+    return MemoryPlan(run, tuple(lines))
 
 
 def _step(run: Setting, low_rank: Mapping[str, tuple[int, ...]], fast_bf16: bool) -> Step:

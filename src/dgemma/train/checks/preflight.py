@@ -1,7 +1,7 @@
 """Preflight: in seconds, whether a run is about to train what will be sampled.
 
 Works on a loaded network and a few examples, with the very loss function that the run uses; every check is a function
-that changes nothing and returns a `Check`. Knows nothing of data files or of the training loop.
+that changes nothing and returns a `Finding`. Knows nothing of data files or of the training loop.
 
 The checks look at what goes into `denoise` and comes out of it, and at the loss; not at how the loss is written. So
 they hold for any objective, and catch what the public recipes got wrong: a canvas that never arrived, contexts cut at
@@ -26,11 +26,12 @@ from dgemma.kernels import PackedWeight
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import adaptable, adapters
 from dgemma.nn.head import vocab_tiles
-from dgemma.train.batch import Example, collate
+from dgemma.nn.passes import Passes
+from dgemma.train.batch import Collatable, collate
 from dgemma.train.checks.workbench import (
     Bench,
+    DenoisingPass,
     LossOf,
-    Pass,
     beyond_the_window,
     by_canvas,
     distance_of,
@@ -47,7 +48,7 @@ _NOISE = 10  # a difference counts when it is so many times that of the same com
 
 
 @dataclass(frozen=True)
-class Check:
+class Finding:
     """One question and its answer. ``measured`` is the evidence, ``meaning`` what to do about a failure."""
 
     name: str
@@ -56,11 +57,11 @@ class Check:
     meaning: str
 
 
-def canvas_is_used(bench: Bench) -> Check:
+def canvas_is_used(bench: Bench) -> Finding:
     """The canvas given is the canvas that is denoised: the right share of it is kept, and changing it is felt."""
     batch, clean = bench.batch, bench.noise(t=0.0)
     given = batch.canvas
-    wrong = sum(int((seen.canvas != given).sum()) for seen in bench.passes(batch, clean))
+    wrong = sum(int((seen.canvas != given).sum()) for seen in bench.denoised(batch, clean))
     # A position without loss, changed: what its target is does not count, so the loss moves only through the input.
     weights = torch.ones_like(given, dtype=torch.float32)  # not the example's own, of which nothing might be left
     weights[:, -1] = 0.0
@@ -71,14 +72,14 @@ def canvas_is_used(bench: Bench) -> Check:
     moved[:, -1] = (moved[:, -1] + 1) % bench.network.config.vocab_size
     change = abs(alone.loss(dataclasses.replace(without, canvas=moved), clean) - first)
     same = abs(first - again) <= tolerance_of(bench.network) * abs(first)
-    return Check("canvas is used", wrong == 0 and same and change > _NOISE * abs(first - again),
-                 f"{wrong} of {given.numel()} tokens changed on the way; the loss moved by {change:.2g} with one token "
-                 f"a row, by {abs(first - again):.2g} without any",
-                 "the network must denoise the canvas of the example: if not, it trains on something else, such as "
-                 "pure noise; look at the name under which the canvas is passed")
+    return Finding("canvas is used", wrong == 0 and same and change > _NOISE * abs(first - again),
+                   f"{wrong} of {given.numel()} tokens changed on the way; the loss moved by {change:.2g} with one "
+                   f"token a row, by {abs(first - again):.2g} without any",
+                   "the network must denoise the canvas of the example: if not, it trains on something else, such as "
+                   "pure noise; look at the name under which the canvas is passed")
 
 
-def no_target_leaks(bench: Bench) -> Check:
+def no_target_leaks(bench: Bench) -> Finding:
     """With every token replaced by noise, no prediction may depend on what stands behind its context.
 
     That is the clean canvas; where several canvases of a turn read one row, the rest of the row, which begins with that
@@ -86,18 +87,18 @@ def no_target_leaks(bench: Bench) -> Check:
     """
     batch, noise, limit = bench.batch, bench.noise(t=1.0), tolerance_of(bench.network)
     other = dataclasses.replace(batch, canvas=(batch.canvas + 1) % bench.network.config.vocab_size)
-    reference = bench.passes(batch, noise)
-    leak, floor = (movement(reference, bench.passes(changed, noise)) for changed in (other, batch))
+    reference = bench.denoised(batch, noise)
+    leak, floor = (movement(reference, bench.denoised(changed, noise)) for changed in (other, batch))
     turns = [dataclasses.replace(bench, batch=turn) for turn in (batch, *beyond_the_window(bench))]
     later, neighbour = max(map(_later_leak, turns)), _neighbour_leak(bench)
-    return Check("no target leaks", leak <= _NOISE * floor and later <= limit and neighbour <= limit,
-                 f"predictions moved by {leak:.2g} with the canvas to be predicted, by {later:.2g} with what follows "
-                 f"in its turn, by {neighbour:.2g} with other rows",
-                 "the answer can be seen while it is predicted (the loss will be far too good and samples bad): a "
-                 "canvas must see its own context only, never itself clean, a later canvas or another example")
+    return Finding("no target leaks", leak <= _NOISE * floor and later <= limit and neighbour <= limit,
+                   f"predictions moved by {leak:.2g} with the canvas to be predicted, by {later:.2g} with what follows "
+                   f"in its turn, by {neighbour:.2g} with other rows",
+                   "the answer can be seen while it is predicted (the loss will be far too good and samples bad): a "
+                   "canvas must see its own context only, never itself clean, a later canvas or another example")
 
 
-def training_equals_sampling(bench: Bench, sampler: DiffusionTransformer | None = None) -> Check:
+def training_equals_sampling(bench: Bench, sampler: DiffusionTransformer | None = None) -> Finding:
     """What the loss computes logits from is what the engine's own passes compute, self-conditioning included.
 
     On every canvas of the batch, and on two canvases of one turn with a context longer than the sliding window.
@@ -107,19 +108,19 @@ def training_equals_sampling(bench: Bench, sampler: DiffusionTransformer | None 
     worst = 0.0
     for batch in (bench.batch, *beyond_the_window(bench)):
         part = dataclasses.replace(bench, batch=batch)
-        for row, passes in enumerate(by_canvas(part.passes(batch, part.noise(conditioned=True)))):
+        for row, passes in enumerate(by_canvas(part.denoised(batch, part.noise(conditioned=True)))):
             worst = max(worst, _compared(part, sampler, row, passes))
     tolerance = tolerance_of(bench.network)
     window = bench.network.config.sliding_window
     longest = bench.batch.context.shape[1]
-    return Check("training equals sampling", worst <= tolerance,
-                 f"logits differ by {worst:.2g} of their deviation at most ({tolerance:.2g} allowed); contexts up to "
-                 f"{longest} tokens and one past the window of {window}",
-                 "the network is trained on other activations than it samples with: the context was cut or overwritten "
-                 "(cache, sliding window), or adapters are applied twice or not at all")
+    return Finding("training equals sampling", worst <= tolerance,
+                   f"logits differ by {worst:.2g} of their deviation at most ({tolerance:.2g} allowed); contexts up to "
+                   f"{longest} tokens and one past the window of {window}",
+                   "the network is trained on other activations than it samples with: the context was cut or "
+                   "overwritten (cache, sliding window), or adapters are applied twice or not at all")
 
 
-def checkpointing_changes_nothing(bench: Bench) -> Check:
+def checkpointing_changes_nothing(bench: Bench) -> Finding:
     """Gradients with and without activation checkpointing are the same, past the sliding window too.
 
     A run with checkpointing may not have the memory to do without: then it is left out in one block of each kind only.
@@ -151,14 +152,14 @@ def checkpointing_changes_nothing(bench: Bench) -> Check:
         network.checkpointing = was
     worst = max(distances, key=lambda name: distances[name], default="none")
     largest = distances.get(worst, 0.0)
-    return Check("checkpointing changes nothing", not problem and largest <= tolerance_of(network),
-                 f"gradients differ by {largest:.2g} of their size at most{problem}",
-                 f"a block that is run again for its gradient sees other keys and values than before (worst: {worst}); "
-                 "train without checkpointing until that is mended")
+    return Finding("checkpointing changes nothing", not problem and largest <= tolerance_of(network),
+                   f"gradients differ by {largest:.2g} of their size at most{problem}",
+                   f"a block that is run again for its gradient sees other keys and values than before (worst: "
+                   f"{worst}); train without checkpointing until that is mended")
 
 
 @torch.no_grad()
-def adapters_count_once(bench: Bench) -> Check:
+def adapters_count_once(bench: Bench) -> Finding:
     """A matrix with its adapter computes what the matrix merged with it once would; one of each name is looked at.
 
     A new adapter adds nothing, so its B is random while it is looked at.
@@ -181,14 +182,14 @@ def adapters_count_once(bench: Bench) -> Check:
                 adapter.b.copy_(kept)
     worst = max(distances, key=lambda name: distances[name], default="")
     largest = distances.get(worst, 0.0)
-    return Check("adapters count once", largest <= max(tolerance_of(bench.network), 1e-2),
-                 f"{len(distances)} adapted matrices differ by {largest:.2g} of their output from the merged ones"
-                 if distances else "the network has no adapters on plain matrices",
-                 "what is trained is not what merging gives: encoder and decoder share their weights, so an adapter "
-                 f"must be applied, and merged, exactly once (worst: {worst or 'none'})")
+    return Finding("adapters count once", largest <= max(tolerance_of(bench.network), 1e-2),
+                   f"{len(distances)} adapted matrices differ by {largest:.2g} of their output from the merged ones"
+                   if distances else "the network has no adapters on plain matrices",
+                   "what is trained is not what merging gives: encoder and decoder share their weights, so an adapter "
+                   f"must be applied, and merged, exactly once (worst: {worst or 'none'})")
 
 
-def frozen_stays_frozen(bench: Bench, optimizers: Sequence[torch.optim.Optimizer] | None = None) -> Check:
+def frozen_stays_frozen(bench: Bench, optimizers: Sequence[torch.optim.Optimizer] | None = None) -> Finding:
     """After one step of the optimizers, what needs no gradient is as it was, and something else is not.
 
     Weights and optimizer states are put back. ``optimizers`` None: AdamW, of one trainable parameter after the other,
@@ -203,8 +204,7 @@ def frozen_stays_frozen(bench: Bench, optimizers: Sequence[torch.optim.Optimizer
     for parameter in trainable.values():
         parameter.grad = None
     try:
-        with torch.enable_grad():
-            bench.loss_of(network, bench.batch, bench.objective, bench.noise())[0].backward()
+        bench.loss_with_gradients(bench.noise()).backward()
         if optimizers is None:
             steps = [([torch.optim.AdamW([p], lr=1e-3, weight_decay=0.1)], {name: p}) for name, p in trainable.items()]
         else:
@@ -218,12 +218,12 @@ def frozen_stays_frozen(bench: Bench, optimizers: Sequence[torch.optim.Optimizer
     finally:
         for parameter in trainable.values():
             parameter.grad = None
-    return Check("frozen stays frozen", not changed and moved > 0,
-                 f"{len(changed)} of {len(frozen)} frozen tensors changed in one step"
-                 + (f" ({', '.join(list(changed)[:3])})" if changed else "")
-                 + f", {moved} of {len(trainable)} trainable ones did",
-                 "the optimizer must move what is trained and nothing else: look at its parameter list, at weights "
-                 "that share memory, and at whether the loss reaches the trained ones at all")
+    return Finding("frozen stays frozen", not changed and moved > 0,
+                   f"{len(changed)} of {len(frozen)} frozen tensors changed in one step"
+                   + (f" ({', '.join(list(changed)[:3])})" if changed else "")
+                   + f", {moved} of {len(trainable)} trainable ones did",
+                   "the optimizer must move what is trained and nothing else: look at its parameter list, at weights "
+                   "that share memory, and at whether the loss reaches the trained ones at all")
 
 
 @contextmanager
@@ -244,42 +244,43 @@ def _stepped(optimizers: Sequence[torch.optim.Optimizer],
             optimizer.load_state_dict(state)
 
 
-def null_conditioning_is_zero(bench: Bench) -> Check:
+def null_conditioning_is_zero(bench: Bench) -> Finding:
     """An example that is not self-conditioned is denoised with zeros, exactly: what the sampler's first step gets."""
     network, noise = bench.network, bench.noise(conditioned=False)
-    seen = bench.passes(bench.batch, noise)
+    seen = bench.denoised(bench.batch, noise)
     supervised = seen[0] if bench.objective.passes > 1 else seen[-1]
     largest = 0.0 if supervised.soft is None else float(supervised.soft.abs().max())
     with torch.no_grad():
-        cache = prefixes(bench.batch, read(network, bench.batch)[1])
+        cache = prefixes(bench.batch, read(network, bench.batch, bench.passes)[1])
         shape = (*bench.batch.canvas.shape, network.config.hidden_size)
         zeros = torch.zeros(shape, dtype=network.dtype, device=network.device)
-        none, zero = network.denoise(bench.batch.canvas, cache), network.denoise(bench.batch.canvas, cache, zeros)
+        none, zero = (bench.passes.denoise(bench.batch.canvas, cache, soft) for soft in (None, zeros))
     same = torch.equal(none, zero)
-    return Check("null self-conditioning is zero", largest == 0 and same,
-                 f"largest number fed: {largest:.2g}; no conditioning and zeros {'agree' if same else 'differ'}",
-                 "without self-conditioning the soft embeddings are true zeros; the softmax of zero logits is the mean "
-                 "embedding instead, which the first sampling step never sees")
+    return Finding("null self-conditioning is zero", largest == 0 and same,
+                   f"largest number fed: {largest:.2g}; no conditioning and zeros {'agree' if same else 'differ'}",
+                   "without self-conditioning the soft embeddings are true zeros; the softmax of zero logits is the "
+                   "mean embedding instead, which the first sampling step never sees")
 
 
-def run_preflight(network: DiffusionTransformer, examples: Sequence[Example], objective: Objective | None = None, *,
-                  loss_of: LossOf = batch_loss, sampler: DiffusionTransformer | None = None,
+def run_preflight(network: DiffusionTransformer, examples: Sequence[Collatable], objective: Objective | None = None, *,
+                  passes: Passes | None = None, loss_of: LossOf = batch_loss,
+                  sampler: DiffusionTransformer | None = None,
                   optimizers: Sequence[torch.optim.Optimizer] | None = None, seed: int = 0,
-                  past_window: bool = True, required: bool = False) -> list[Check]:
+                  past_window: bool = True, required: bool = False) -> list[Finding]:
     """All checks on a few examples, with the run's own objective.
 
     They take no more memory than a training step on these examples, with checkpointing where the network has it on;
     with ``past_window`` (contexts of this run may be longer than the sliding window) than one on a context so long.
-    On several processes all of them come here, after the network was sharded, with the same examples. ``loss_of``,
-    ``sampler`` and ``optimizers`` (of which none may hold what is frozen) are the run's where they are not the
-    package's. The network is as before afterwards. Raises DgemmaError for examples that are unusable and,
+    On several processes all of them come here, after the network was sharded, with the same examples. ``passes``,
+    ``loss_of``, ``sampler`` and ``optimizers`` (of which none may hold what is frozen) are the run's where they are
+    not the package's. The network is as before afterwards. Raises DgemmaError for examples that are unusable and,
     where the checks are ``required``, as `require` does.
     """
     try:
         batch = collate(examples).to(network.device)
     except ValueError as error:
         raise DgemmaError(f"preflight: the examples cannot be used: {error}") from error
-    bench = Bench(network, batch, objective or Objective(), loss_of, seed, past_window)
+    bench = Bench(network, passes or Passes.of(network), batch, objective or Objective(), loss_of, seed, past_window)
     training = network.training
     network.eval()  # dropout, where an adapter has it, would make every comparison random
     try:
@@ -297,7 +298,7 @@ def run_preflight(network: DiffusionTransformer, examples: Sequence[Example], ob
     return checks
 
 
-def require(checks: Sequence[Check]) -> None:
+def require(checks: Sequence[Finding]) -> None:
     """Raises DgemmaError naming all checks that failed, if any did."""
     failures = [check for check in checks if not check.passed]
     if failures:
@@ -308,12 +309,12 @@ def require(checks: Sequence[Check]) -> None:
 def _later_leak(bench: Bench) -> float:
     """How far a canvas' predictions move with what stands behind its context in the row that it reads."""
     batch, noise, worst = bench.batch, bench.noise(t=1.0), 0.0
-    reference = list(by_canvas(bench.passes(batch, noise)))
+    reference = list(by_canvas(bench.denoised(batch, noise)))
     for index in set(range(len(batch.canvas))) - set(batch.last):
         context = batch.context.clone()
         behind = context[batch.rows[index], batch.before[index] :]
         behind.copy_((behind + 1) % bench.network.config.vocab_size)
-        seen = list(by_canvas(bench.passes(dataclasses.replace(batch, context=context), noise)))
+        seen = list(by_canvas(bench.denoised(dataclasses.replace(batch, context=context), noise)))
         worst = max(worst, movement(reference[index], seen[index]))
     return worst
 
@@ -326,12 +327,12 @@ def _neighbour_leak(bench: Bench) -> float:
     others = torch.arange(len(batch.context)) != batch.rows[0]
     context = batch.context.clone()
     context[others] = (context[others] + 1) % bench.network.config.vocab_size
-    seen = bench.passes(dataclasses.replace(batch, context=context), noise)
-    return movement(next(by_canvas(bench.passes(batch, noise))), next(by_canvas(seen)))
+    seen = bench.denoised(dataclasses.replace(batch, context=context), noise)
+    return movement(next(by_canvas(bench.denoised(batch, noise))), next(by_canvas(seen)))
 
 
 @torch.no_grad()
-def _compared(bench: Bench, sampler: DiffusionTransformer, row: int, passes: list[Pass]) -> float:
+def _compared(bench: Bench, sampler: DiffusionTransformer, row: int, passes: list[DenoisingPass]) -> float:
     """The largest distance between the logits of a row's passes and the engine's, and between what they fed back."""
     batch, config = bench.batch, sampler.config
     context = batch.context[batch.rows[row] : batch.rows[row] + 1, : batch.before[row]]

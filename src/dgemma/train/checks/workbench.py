@@ -6,9 +6,9 @@ Knows nothing of what is right: the checks (`dgemma.train.checks.preflight`) do.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,18 +18,24 @@ from dgemma.config import SLIDING
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer, KVCache
 from dgemma.nn.packed import packed_bytes
+from dgemma.nn.passes import Passes
 from dgemma.train.batch import Batch
 from dgemma.train.noise import Noise, draw_noise
 from dgemma.train.objective import Objective, batch_loss
 from dgemma.train.parallel.distributed import let_go
 
-LossOf = Callable[[DiffusionTransformer, Batch, Objective, Noise], tuple[Tensor, dict[str, Tensor]]]
-
 SAMPLED = 4096  # entries of a tensor that are compared, where the whole would double the memory
 
 
+class LossOf(Protocol):
+    """The loss that is looked at, as `batch_loss` is called."""
+
+    def __call__(self, network: DiffusionTransformer, batch: Batch, objective: Objective, noise: Noise, *,
+                 passes: Passes) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
 @dataclass(frozen=True)
-class Pass:
+class DenoisingPass:
     """One call of `denoise`: what went in and what came out, without gradients."""
 
     canvas: Tensor  # [B, C]
@@ -42,6 +48,7 @@ class Bench:
     """What every check works on."""
 
     network: DiffusionTransformer
+    passes: Passes
     batch: Batch
     objective: Objective
     loss_of: LossOf = batch_loss
@@ -62,15 +69,22 @@ class Bench:
 
     def loss(self, batch: Batch, noise: Noise) -> float:
         with torch.no_grad():
-            return float(self.loss_of(self.network, batch, self.objective, noise)[0])
+            return float(self._loss(batch, noise, self.passes))
 
-    def passes(self, batch: Batch, noise: Noise) -> list[Pass]:
+    def denoised(self, batch: Batch, noise: Noise) -> list[DenoisingPass]:
         """Every denoising pass that the loss makes, in order."""
-        with torch.no_grad(), _watched(self.network) as seen:
-            self.loss_of(self.network, batch, self.objective, noise)
+        seen: list[DenoisingPass] = []
+
+        def denoise(canvas_ids: Tensor, cache: KVCache, soft: Tensor | None = None) -> Tensor:
+            hidden = self.passes.denoise(canvas_ids, cache, soft)
+            seen.append(DenoisingPass(canvas_ids, soft, hidden.detach()))
+            return hidden
+
+        with torch.no_grad():
+            self._loss(batch, noise, dataclasses.replace(self.passes, denoise=denoise))
         if not seen:
-            raise DgemmaError("preflight: the loss function never denoised a canvas with network.denoise; there is "
-                              "nothing that could be checked")
+            raise DgemmaError("preflight: the loss function never denoised a canvas with the passes that it was given; "
+                              "there is nothing that could be checked")
         return seen
 
     def gradients(self) -> dict[str, Tensor]:
@@ -83,24 +97,31 @@ class Bench:
         try:
             for parameter in parameters.values():
                 parameter.grad = None
-            with torch.enable_grad():
-                self.loss_of(self.network, self.batch, self.objective, self.noise(conditioned=True))[0].backward()
+            self.loss_with_gradients(self.noise(conditioned=True)).backward()
             return {name: some_entries(parameter.grad) for name, parameter in parameters.items()
                     if parameter.grad is not None}
         finally:
             for name, parameter in parameters.items():
                 parameter.grad = before[name]
 
+    def loss_with_gradients(self, noise: Noise) -> Tensor:
+        """The loss of the batch, to go back from."""
+        with torch.enable_grad():
+            return self._loss(self.batch, noise, self.passes)
 
-def by_canvas(passes: list[Pass]) -> Iterator[list[Pass]]:
+    def _loss(self, batch: Batch, noise: Noise, passes: Passes) -> Tensor:
+        return self.loss_of(self.network, batch, self.objective, noise, passes=passes)[0]
+
+
+def by_canvas(passes: list[DenoisingPass]) -> Iterator[list[DenoisingPass]]:
     """Each canvas' own part of every pass."""
     for index in range(len(passes[0].canvas)):
         part = slice(index, index + 1)
-        yield [Pass(seen.canvas[part], None if seen.soft is None else seen.soft[part], seen.hidden[part])
+        yield [DenoisingPass(seen.canvas[part], None if seen.soft is None else seen.soft[part], seen.hidden[part])
                for seen in passes]
 
 
-def movement(before: list[Pass], after: list[Pass]) -> float:
+def movement(before: list[DenoisingPass], after: list[DenoisingPass]) -> float:
     """How far what was predicted is from what was predicted before, at most."""
     return max(distance_of(b.hidden, a.hidden) for a, b in zip(before, after, strict=True))
 
@@ -134,28 +155,6 @@ def some_entries(tensor: Tensor) -> Tensor:
     """Up to `SAMPLED` of a tensor's entries (of this process' part of it), evenly spread, in memory of their own."""
     flat = local(tensor).flatten()
     return flat[:: max(1, len(flat) // SAMPLED)].clone()
-
-
-@contextmanager
-def _watched(network: DiffusionTransformer) -> Iterator[list[Pass]]:
-    """Every call of the network's `denoise` while it is open."""
-    seen: list[Pass] = []
-    denoise = network.denoise
-    mine = network.__dict__.get("denoise")
-
-    def watch(canvas_ids: Tensor, cache: KVCache, soft: Tensor | None = None) -> Tensor:
-        hidden = denoise(canvas_ids, cache, soft)
-        seen.append(Pass(canvas_ids, soft, hidden.detach()))
-        return hidden
-
-    network.denoise = watch
-    try:
-        yield seen
-    finally:
-        if mine is None:
-            del network.denoise
-        else:
-            network.denoise = mine
 
 
 def beyond_the_window(bench: Bench) -> list[Batch]:

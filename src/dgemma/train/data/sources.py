@@ -21,6 +21,7 @@ from dgemma.tasks.sudoku_data import SudokuBatches, sudoku_conversations
 from dgemma.train.data.conversations import Conversation, read_conversations
 from dgemma.train.data.examples import Example, batches, prepare
 from dgemma.train.data.text import TextSource, read_texts
+from dgemma.train.data.turns import Turn
 from dgemma.train.recipe import ConversationData, ExtractionData, Recipe, SudokuData, TextData
 
 Report = Callable[[str], None]
@@ -81,13 +82,14 @@ class Puzzles:
     kept: SudokuBatches  # puzzles of other grids
 
     def batch(self, step: int) -> list[Example]:
-        return self.made.examples(step)
+        return _of_puzzles(self.made, step)
 
     def held_out(self, count: int) -> list[Example]:
-        return self.kept.examples(10**6)[:count]
+        return _of_puzzles(self.kept, 10**6)[:count]
 
     def questions(self, count: int) -> list[Conversation]:
-        return sudoku_conversations(count, sudoku.BANDS)
+        return [conversation for band, made in sudoku_conversations(count).items()
+                for conversation in _conversations(made, f"{band} puzzle ", 1)]
 
 
 def source_of(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, generation: GenerationConfig, folder: Path,
@@ -104,7 +106,9 @@ def source_of(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, generat
         report(f"{len(texts):,} texts to train on, {len(held_out):,} kept for validation")
         return TextSource(texts, held_out, tokenizer, canvas, recipe.batch_size, recipe.seed, data.context)
     if isinstance(data, ExtractionData):
-        train, kept = (extraction.conversations(count, recipe.seed, apart, keys=data.keys, distractors=data.distractors)
+        train, kept = (_conversations(extraction.conversations(count, recipe.seed, apart, keys=data.keys,
+                                                               distractors=data.distractors),
+                                      f"extraction{' held out' * apart} {recipe.seed}: ", 0)
                        for count, apart in ((data.count, False), (data.held_out, True)))
         return _listed(recipe, ConversationData(("generated notes",), fill="pad"), train, kept, tokenizer, config,
                        generation, report)
@@ -151,6 +155,20 @@ def split(rows: Sequence[Conversation], share: float) -> tuple[list[Conversation
     last = min(every, len(rows)) - 1
     return ([row for i, row in enumerate(rows) if i % every != last],
             [row for i, row in enumerate(rows) if i % every == last])
+
+
+def _conversations(made: Sequence[list[dict[str, str]]], what: str, first: int) -> list[Conversation]:
+    """Conversations that a task has made, numbered, of each of which the last message is learnt."""
+    return [Conversation(messages, None, (len(messages) - 1,), f"{what}{number}")
+            for number, messages in enumerate(made, start=first)]
+
+
+def _of_puzzles(made: SudokuBatches, step: int) -> list[Example]:
+    """The batch of a step as examples whose every token counts, fill too."""
+    batch, stop = made.batch(step), made.tokenizer.token_to_id("<turn|>")
+    weights = [1.0] * made.canvas_length
+    return [Example(Turn(prompt, canvas[: canvas.index(stop) + 1], f"step {step}: {batch.kind}", 1), 0, canvas, weights)
+            for prompt, canvas in zip(batch.prompt.tolist(), batch.canvas.tolist(), strict=True)]
 
 
 def _listed(recipe: Recipe, data: ConversationData, train: list[Conversation], kept: list[Conversation],

@@ -1,4 +1,4 @@
-"""The autoregressive control: the same network, used as a model that writes one token after the other.
+"""The autoregressive baseline: the same network, used as a model that writes one token after the other.
 
 Works on a network and its tokenizer: the encoder, which is causal, reads the prompt and then its own answer. Knows
 nothing of canvases' noise, training or tasks. A network for it is trained with the causal loss only, on the same
@@ -23,6 +23,7 @@ from dgemma.diffusion.row import Request
 from dgemma.errors import DgemmaError
 from dgemma.model import Model, Prompt
 from dgemma.nn import DiffusionTransformer
+from dgemma.nn.passes import Passes
 
 # The denoising sampler's own settings are taken, so that one evaluation can ask both models, and change nothing.
 _OPTIONS = frozenset({"thinking", "system", "tools", *SAMPLER_SETTINGS})
@@ -65,11 +66,12 @@ class CausalModel:
     needs it, with ``generate_batch`` and the same attributes."""
 
     def __init__(self, network: DiffusionTransformer, tokenizer: Tokenizer, generation_config: GenerationConfig,
-                 name: str):
+                 name: str, passes: Passes | None = None):
         # For what has nothing to do with the sampler: prompts, the check of requests, the text of an answer.
         self._model = Model(network, tokenizer, generation_config, name)
         self.network, self.tokenizer, self.name = network, tokenizer, name
         self.generation_config = generation_config
+        self._passes = passes or Passes.of(network)
 
     @property
     def config(self) -> ModelConfig:
@@ -79,14 +81,14 @@ class CausalModel:
                        max_tokens: int | None = None, temperature: float = 0.0, **options: Any) -> list[Generation]:
         """Answer many prompts in shared forward passes; answer i depends on prompt i and seed i only.
 
-        ``max_tokens`` None: the checkpoint's own, since a control that is still learning may find no end.
+        ``max_tokens`` None: the checkpoint's own, since a baseline that is still learning may find no end.
         ``temperature`` 0 takes the most probable token, any other draws from the softmax of logits divided by it.
         ``options``: ``thinking``, ``system`` and ``tools``; the denoising sampler's settings are checked and have no
         effect. ``steps`` are the passes that gave a token, that over the prompt included, for each stretch of a
         canvas's length: they compare with a canvas's denoising steps. Raises DgemmaError on a bad argument.
         """
         if unknown := sorted(set(options) - _OPTIONS):
-            raise DgemmaError(f"the autoregressive control has no {', '.join(unknown)}; it takes seeds, max_tokens, "
+            raise DgemmaError(f"the autoregressive baseline has no {', '.join(unknown)}; it takes seeds, max_tokens, "
                               "temperature, thinking, system and tools")
         if seeds is not None and len(seeds) != len(prompts):
             raise DgemmaError(f"there are {len(prompts)} prompts but {len(seeds)} seeds")
@@ -110,7 +112,7 @@ class CausalModel:
         for index, row in enumerate(rows):
             tokens[index, : lengths[index]] = torch.tensor(row.request.prompt_ids)
         cache = self.network.new_cache(len(rows))
-        hidden = self.network.encode(tokens.to(self.network.device), cache, lengths)
+        hidden = self._passes.encode(tokens.to(self.network.device), cache, lengths)
         last = hidden[range(len(rows)), [length - 1 for length in lengths]]  # [B, D]
         while True:
             for row, token in zip(rows, self._draw(rows, self.network.logits(last)), strict=True):
@@ -119,7 +121,7 @@ class CausalModel:
                 return
             # Rows that are done are fed on, unread: no row sees another, and every pass has one shape.
             tokens = torch.tensor([[row.token] for row in rows], device=self.network.device)
-            last = self.network.encode(tokens, cache)[:, 0]
+            last = self._passes.encode(tokens, cache)[:, 0]
 
     def _draw(self, rows: list[_Row], logits: Tensor) -> list[int]:
         """Every row's next token from logits [B, V]."""

@@ -6,6 +6,7 @@ Works on a recipe's evaluation section and a source of examples; knows nothing o
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,7 +15,6 @@ from typing import Any
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.diffusion.row import Choices
 from dgemma.errors import DgemmaError
-from dgemma.model import Model
 from dgemma.nn import DiffusionTransformer
 from dgemma.train.data.sources import Source, fingerprint
 from dgemma.train.eval.metrics import Metric, Question, metric_identity, metric_of
@@ -22,6 +22,7 @@ from dgemma.train.eval.tasks import Answering, TaskScore, questions_of, run_task
 from dgemma.train.eval.validation import validation_losses
 from dgemma.train.recipe import ConversationData, Recipe
 
+_LOOKS = 0.05  # seconds between two looks at whether to stop
 _REQUEST_SETTINGS = ("temperature", "top_k", "top_p")  # of evaluation.settings, beside the sampler's
 
 Stop = Callable[[], bool]
@@ -40,7 +41,6 @@ class Evaluator:
         self.kept = source.held_out(self.settings.examples)
         self.metric = None if self.settings.metric is None else metric_of(self.settings.metric)
         self.questions = [] if self.metric is None else self._asked(self.metric, self.settings.count)
-        self._asking: Model | None = None  # what answers questions just now
         if self.questions:
             self._check_settings(generation)
 
@@ -54,7 +54,7 @@ class Evaluator:
         """What the metric says to the model's answers; None without a metric."""
         if self.metric is None:
             return None
-        with self._interruptible(model):
+        with _stoppable(model, stop):
             return run_task(model, self.questions, self.metric, seed=self.recipe.seed, stop=stop, progress=progress,
                             max_tokens=self.settings.max_tokens, **self.settings.settings)
 
@@ -64,7 +64,7 @@ class Evaluator:
             return None
         settings = self.settings
         options = {name: value for name, value in settings.settings.items() if name != "max_denoising_steps"}
-        with self._interruptible(model):
+        with _stoppable(model, stop):
             found = run_task(model, self._swept, self.metric, seed=self.recipe.seed, stop=stop, progress=progress,
                              max_tokens=settings.max_tokens, max_denoising_steps=limit, **options)
         return None if found.partial else found
@@ -74,11 +74,6 @@ class Evaluator:
         settings = self.settings
         assert self.metric is not None
         return self._asked(self.metric, settings.sweep_count or settings.count)
-
-    def interrupt(self) -> None:
-        """End the answers that are being made."""
-        if self._asking is not None:
-            self._asking.cancel()
 
     def judge(self) -> str:
         """The same for runs whose best checkpoints compare: those asked the same by the same metric."""
@@ -117,10 +112,22 @@ class Evaluator:
         except (TypeError, ValueError) as error:
             raise DgemmaError(f"{where}: {error}") from error
 
-    @contextmanager
-    def _interruptible(self, model: Answering) -> Iterator[None]:
-        self._asking = model if isinstance(model, Model) else None  # the control looks up between its batches only
-        try:
-            yield
-        finally:
-            self._asking = None
+
+@contextmanager
+def _stoppable(model: Answering, stop: Stop) -> Iterator[None]:
+    """While this lasts the answers that are being made end once ``stop`` says so, where the model can end them: the
+    baseline looks up between its batches only."""
+    cancel, over = getattr(model, "cancel", None), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOKS):
+            if stop() and cancel is not None:
+                cancel()  # again and again: it ends only what has begun
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()

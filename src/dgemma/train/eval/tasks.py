@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Answering(Protocol):
-    """What answers questions: a `Model`, or the autoregressive control."""
+    """What answers questions: a `Model`, or the autoregressive baseline."""
 
     def generate_batch(self, prompts: Sequence[Any], *, seeds: Sequence[int] | None = None,
                        max_tokens: int | None = None, **options: Any) -> list[Generation]: ...

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer, KVCache
 from dgemma.nn.head import vocab_tiles
-from dgemma.train.batch import Batch, Example, collate
+from dgemma.nn.passes import Passes
+from dgemma.train.batch import Batch, Collatable, collate
 from dgemma.train.noise import Noise, corrupt, keyed_noise, noise_key
 from dgemma.train.objective import (
     Objective,
@@ -66,9 +67,9 @@ class Sums:
 
 
 @torch.no_grad()
-def validation_losses(network: DiffusionTransformer, examples: Sequence[Example], objective: Objective, *,
+def validation_losses(network: DiffusionTransformer, examples: Sequence[Collatable], objective: Objective, *,
                       seed: int = 0, batch_size: int = 8, levels: Sequence[float] = LEVELS,
-                      stop: Callable[[], bool] | None = None) -> dict[str, float]:
+                      stop: Callable[[], bool] | None = None, passes: Passes | None = None) -> dict[str, float]:
     """Mean cross-entropies (nats per token) of held-out examples, at every noise level t of ``levels``, 0 < t <= 1.
 
     - ``validation/loss``: all levels together, ``validation/t=0.5``: one of them, ``validation/conditioned``: all
@@ -78,13 +79,14 @@ def validation_losses(network: DiffusionTransformer, examples: Sequence[Example]
     - ``validation/causal``: the next-token loss of the responses, where the objective has a causal loss. With an
       objective that denoises nothing this is all there is, and ``validation/loss`` too.
 
-    Example i's noise depends on the seed and on i only. Of the objective, the causal and denoising weights, the
-    prediction and the temperature count. Empty when ``stop`` ended it early: a part of the examples would be another
-    measure. Raises DgemmaError when there are no examples or a level is out of range.
+    Collatable i's noise depends on the seed and on i only. Of the objective, the causal and denoising weights, the
+    prediction and the temperature count. ``passes`` None: the network's own. Empty when ``stop`` ended it early: a part
+    of the examples would be another measure. Raises DgemmaError when there are no examples or a level is out of range.
     """
     if not examples or batch_size < 1 or not levels or not all(0 < level <= 1 for level in levels):
         raise DgemmaError(f"validation needs at least one example, a batch size of at least 1 and noise levels above 0 "
                           f"and at most 1; got {len(examples)} examples, {batch_size} and {list(levels)}")
+    passes = passes or Passes.of(network)
     denoises = objective.denoising_weight > 0
     # Of similar length together, so that little is padded.
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].context_ids))
@@ -95,28 +97,28 @@ def validation_losses(network: DiffusionTransformer, examples: Sequence[Example]
                 return {}
             places = order[start : start + batch_size]
             batch = collate([examples[place] for place in places]).to(network.device)
-            hidden, cache = read(network, batch)
+            hidden, cache = read(network, batch, passes)
             if denoises:
                 # One pass, so it holds no more than where canvases are corrupted, and what stands there then.
                 noise = keyed_noise(Objective(), [noise_key(seed, _STEP, place) for place in places],
                                     batch.canvas.shape[1], network.config.vocab_size).to(network.device)
                 seen = prefixes(batch, cache)
                 for level in levels:
-                    _denoise(network, batch, seen, noise, objective, level, sums)
+                    _denoise(network, passes, batch, seen, noise, objective, level, sums)
             if objective.causal_weight:
-                losses = causal_losses(network, batch, hidden, cache, "response").cpu()
+                losses = causal_losses(network, passes, batch, hidden, cache, "response").cpu()
                 for name in ("causal",) if denoises else ("causal", "loss"):
                     sums.add(f"validation/{name}", losses, torch.ones_like(losses))
     return sums.means()
 
 
-def _denoise(network: DiffusionTransformer, batch: Batch, cache: KVCache, noise: Noise, objective: Objective,
-             level: float, sums: Sums) -> None:
+def _denoise(network: DiffusionTransformer, passes: Passes, batch: Batch, cache: KVCache, noise: Noise,
+             objective: Objective, level: float, sums: Sums) -> None:
     """Both passes at one noise level over canvases that read the cache."""
     assert batch.weights is not None and batch.fill is not None  # collated
     t = torch.full((len(batch.canvas),), level, device=batch.canvas.device)
     noisy = corrupt(batch.canvas, t, noise.draw, noise.tokens)
-    first = network.denoise(noisy, cache)
+    first = passes.denoise(noisy, cache)
     shift = observed_shift(objective, noisy, t, network)
     losses, weights = _losses(network, first, batch.canvas, shift), batch.weights.cpu()
     for name in ("loss", f"t={level:g}"):
@@ -126,7 +128,7 @@ def _denoise(network: DiffusionTransformer, batch: Batch, cache: KVCache, noise:
         sums.add(f"validation/{name}", losses, mask)
     temperature = torch.full_like(t, objective.temperature)
     uniform = torch.zeros(*noisy.shape, vocab_tiles(network.config.vocab_size), 2, device=noisy.device)
-    second = network.denoise(noisy, cache, network.head(first, temperature, uniform).soft)
+    second = passes.denoise(noisy, cache, network.head(first, temperature, uniform).soft)
     sums.add("validation/conditioned", _losses(network, second, batch.canvas, shift), weights)
 
 

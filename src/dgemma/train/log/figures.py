@@ -91,10 +91,10 @@ def thinned(curve: Curve) -> Curve:
                    y=[_mean(curve.y[part]) for part in stretches])
 
 
-def spans_decades(curves: Sequence[Curve]) -> bool:
-    """Whether a logarithmic axis shows these values better."""
+def scale_of(curves: Sequence[Curve]) -> str:
+    """The kind of axis that shows these values best: "log" or "plain"."""
     values = [value for curve in curves for value in curve.y if math.isfinite(value)]
-    return bool(values) and min(values) > 0 and max(values) / min(values) > _LOG_FROM
+    return "log" if values and min(values) > 0 and max(values) / min(values) > _LOG_FROM else "plain"
 
 
 def draw(name: str, curves: Sequence[Curve], x: Axis, y: Axis, *, height: float = _HEIGHT) -> str:

@@ -1,6 +1,6 @@
 """A run's record: one JSON line per thing that was measured, in ``metrics.jsonl``, and what else is told of it.
 
-Works on names and numbers. Knows nothing of networks, losses or of who reads it.
+Works on a run's events, names and numbers. Knows nothing of networks, losses or of who reads it.
 
 A run may be killed in the middle of a line, go on from an earlier step, or meet a full disk: a torn last line is
 dropped, records beyond the step that a run goes on from are dropped, and a record that cannot be written is counted,
@@ -23,9 +23,11 @@ from typing import Any, Protocol
 
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, json_bytes, make_folder
+from dgemma.train.log.events import Averaged, Evaluated, Event, Swept
 
 FILE = "metrics.jsonl"
 KINDS = ("train", "validation", "task", "sweep", "samples", "note")
+_SAMPLES = 16  # answers that are kept of an evaluation
 _OWN = ("step", "kind", "time", "values")  # keys of a line that are not extra
 
 
@@ -92,7 +94,8 @@ def read_journal(folder: Path) -> list[Record]:
 
 
 class Journal:
-    """The record of the run in ``folder``, which is about to go on after ``step`` steps (0: a new run).
+    """The record of the run in ``folder``, which is about to go on after ``step`` steps (0: a new run): one of the
+    run's listeners.
 
     Raises DgemmaError where an earlier journal is damaged or the file cannot be written at the start; later failures
     are told to ``warn``, once for each place and again, counted, at the end.
@@ -117,6 +120,23 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __call__(self, event: Event) -> None:
+        """Record what was measured."""
+        match event:
+            case Averaged(step, values):
+                self.record(step, "train", values)
+            case Evaluated(step, losses, score, best):
+                if losses:
+                    self.record(step, "validation", losses)
+                if score is not None:
+                    self.record(step, "task", score.values, main=score.main, best=best, count=score.count,
+                                intervals=score.intervals)
+                    shown = sorted(score.samples, key=lambda sample: sample.score)[:_SAMPLES]  # the wrong ones first
+                    self.record(step, "samples", {}, samples=[vars(sample) for sample in shown])
+            case Swept(step, limit, score):
+                self.record(step, "sweep", {"max_steps": limit, **score.values}, main=score.main, count=score.count,
+                            intervals=score.intervals)
 
     def record(self, step: int, kind: str, values: Mapping[str, float], **extra: Any) -> None:
         """Write one record; ``extra`` is anything that JSON can hold, under names of its own."""

@@ -1,7 +1,8 @@
 """The page that a training run ends with, and the one that sets several runs beside each other.
 
 Works on run folders. Knows nothing of networks. A page is one static file that needs no network and follows the
-reader's light or dark; the same folder gives the same bytes. What a run did not record is left out.
+reader's light or dark; the same folder gives the same bytes. What a run did not record is left out. Names of values
+lose what repeats the kind of their record: ``task/exact`` is ``exact`` here.
 """
 
 from __future__ import annotations
@@ -10,34 +11,21 @@ import contextlib
 import difflib
 import math
 import os
+import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from dgemma.errors import DgemmaError
+from dgemma.fields import parse_json_value
 from dgemma.files import atomic_write
-from dgemma.formats import size_text
-from dgemma.train.log.display import duration_text
-from dgemma.train.log.figures import Axis, Curve
-from dgemma.train.log.past_run import Run, interval_of, number_text, read_run
-from dgemma.train.log.run_figures import (
-    STEP,
-    loss_figures,
-    loss_kind,
-    pace_figures,
-    picture,
-    sweep_curves,
-    sweep_picture,
-    task_curve,
-    task_figures,
-    value_text,
-    with_interval,
-    words,
-)
+from dgemma.formats import long_duration_text, number_text, percent_text, short_count, size_text
+from dgemma.train.log.figures import COLOURS, Axis, Curve, draw, scale_of, smoothed
+from dgemma.train.log.journal import Record, read_journal
 
 FILE = "report.html"
 SAMPLES = 12
@@ -46,6 +34,11 @@ _SAMPLE_CHARACTERS = 3000
 _DIFFERENCE_CHARACTERS = 1500  # longer texts are not compared letter by letter
 _RECIPE_CHARACTERS = 60_000
 _NOTES = 200
+_TIMES = 5  # of the run at which loss by noise level is shown
+_COSTS = ("steps_per_canvas", "tokens_per_forward", "seconds_per_answer", "failed", "max_steps")
+_WORDS = {"steps_per_canvas": "steps per canvas", "tokens_per_forward": "tokens per forward pass",
+          "seconds_per_answer": "seconds per answer", "failed": "failed requests", "max_steps": "steps at most"}
+_STEP = Axis("step")
 # Control characters that HTML cannot hold, as their pictures.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
@@ -57,14 +50,14 @@ def write_report(folder: Path, *, title: str | None = None) -> Path:
     """
     run = read_run(folder)
     name = run.main()
-    page = {
-        "title": title or run.name, "about": _about(run), "warning": _warning(run), "tiles": _tiles(run),
-        "use": _use(run), "task": task_figures(run), "band": name is not None and run.is_share(name),
-        "sweep": _sweep(run), "losses": loss_figures(run), "loss_text": _loss_text(run), "samples": _samples(run),
-        "checks": [_check(check) for check in run.checks], "facts": _facts(run), "plan": _plan(run),
-        "run_figures": pace_figures(run), "recipe": run.recipe[:_RECIPE_CHARACTERS], "notes": _notes(run),
-    }
-    return _write(folder / FILE, "report.html.jinja", page)
+    notes = [(record.step, str(record.extra["text"])) for record in run.of("note") if record.extra.get("text")]
+    checks = [{name: check.get(name, "") for name in ("name", "passed", "measured", "meaning")} for check in run.checks]
+    return _write(folder / FILE, "report.html.jinja", {
+        "title": title or run.name, "run": run, "about": _about(run), "tiles": _tiles(run), "use": _use(run),
+        "task": _task_figures(run), "band": name is not None and run.is_share(name), "sweep": _sweep(run),
+        "losses": _loss_figures(run), "samples": _samples(run), "checks": checks, "facts": _facts(run),
+        "plan": [line for line in run.plan.get("lines", []) if isinstance(line, dict)],
+        "run_figures": _pace_figures(run), "recipe": run.recipe[:_RECIPE_CHARACTERS], "notes": notes[-_NOTES:]})
 
 
 def write_comparison(folder: Path, runs: Mapping[str, Path], *, title: str) -> Path:
@@ -76,18 +69,15 @@ def write_comparison(folder: Path, runs: Mapping[str, Path], *, title: str) -> P
         raise DgemmaError(f"{folder}: there are no runs to compare")
     read = {name: read_run(path) for name, path in runs.items()}
     mains = list(dict.fromkeys(main for run in read.values() if (main := run.main())))
-    columns = [(heading, cell) for heading, cell in _columns(mains)
-               if any(cell(run) != "–" for run in read.values())]
+    columns = {heading: [cell(run) for run in read.values()] for heading, cell in _columns(mains).items()}
+    columns = {heading: cells for heading, cells in columns.items() if set(cells) != {"–"}}
     rows = [{"name": name, "link": quote(Path(os.path.relpath(run.folder / FILE, folder)).as_posix()),
-             "cells": [cell(run) for _, cell in columns]} for name, run in read.items()]
-    share = bool(mains) and all(run.is_share(main) for run in read.values() if (main := run.main()))
-    page = {
+             "cells": [cells[index] for cells in columns.values()]} for index, (name, run) in enumerate(read.items())]
+    return _write(folder / FILE, "comparison.html.jinja", {
         "title": title, "about": f"{len(read)} run{'' if len(read) == 1 else 's'}. " + _common(list(read.values())),
-        "header": [heading for heading, _ in columns], "rows": rows,
+        "header": list(columns), "rows": rows,
         "note": mains and "In brackets: the 95 % interval. What answers cost is that of each run's best checkpoint.",
-        "figures": _comparison_figures(read, mains, share),
-    }
-    return _write(folder / FILE, "comparison.html.jinja", page)
+        "figures": _comparison_figures(read, mains)})
 
 
 def _write(path: Path, template: str, page: Mapping[str, Any]) -> Path:
@@ -95,66 +85,194 @@ def _write(path: Path, template: str, page: Mapping[str, Any]) -> Path:
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["size"] = lambda nbytes: size_text(int(nbytes or 0))
     text = environment.get_template(template).render(page).translate(_CONTROLS)
     with atomic_write(path) as beside:
         beside.write_bytes(text.encode("utf-8", "replace"))
     return path
 
 
+# ---- what a run left in its folder -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. ``records`` are in order of steps; of two with the same step and kind (and of a sweep the same number of
+    denoising steps) the later one holds."""
+
+    folder: Path
+    records: list[Record]
+    info: dict[str, Any] = field(default_factory=dict)  # run.json
+    recipe: str = ""
+    plan: dict[str, Any] = field(default_factory=dict)
+    checks: list[dict[str, Any]] = field(default_factory=list)  # preflight.json
+
+    @property
+    def name(self) -> str:
+        return str(self.info.get("name") or self.folder.resolve().name)
+
+    @property
+    def last_step(self) -> int:
+        return max(record.step for record in self.records)
+
+    def of(self, kind: str, name: str | None = None) -> list[Record]:
+        """The records of a kind, or those that have a value of that name."""
+        return [record for record in self.records if record.kind == kind and (name is None or name in record.values)]
+
+    def names(self, kind: str) -> list[str]:
+        """The values that records of a kind hold, in the order of their first appearance."""
+        return list(dict.fromkeys(name for record in self.of(kind) for name in record.values))
+
+    def series(self, kind: str, name: str) -> tuple[list[float], list[float]]:
+        """Steps, and the value after each."""
+        found = self.of(kind, name)
+        return [float(record.step) for record in found], [record.values[name] for record in found]
+
+    def main(self) -> str | None:
+        """The task's value that the best checkpoint is chosen by."""
+        for record in reversed(self.of("task")):
+            if record.extra.get("main") in record.values:
+                return record.extra["main"]
+        return next((name for name in self.names("task") if name not in _COSTS), None)
+
+    def best(self) -> Record | None:
+        """The task record of the best checkpoint: the last one that was called the best, or else the last."""
+        records = self.of("task")
+        called = [record for record in records if record.extra.get("best") is True]
+        return (called or records or [None])[-1]
+
+    def is_share(self, name: str) -> bool:
+        """Whether a task's value is a share of answers: those, and only those, have intervals within 0 and 1."""
+        bounds = [pair for record in (*self.of("task"), *self.of("sweep")) if (pair := _interval(record, name))]
+        return bool(bounds) and all(0 <= value <= 1 for pair in bounds for value in pair)
+
+    def text(self, name: str, value: float) -> str:
+        """A task's value as it is written."""
+        if name in ("steps_per_canvas", "tokens_per_forward"):
+            return f"{value:.1f}" if math.isfinite(value) else "–"
+        return percent_text(value) if self.is_share(name) else number_text(value)
+
+    def with_interval(self, record: Record, name: str) -> str:
+        """A record's value and its interval; "–" where it has none."""
+        if name not in record.values:
+            return "–"
+        text, pair = self.text(name, record.values[name]), _interval(record, name)
+        if pair is None:
+            return text
+        return f"{text} ({_bounds(pair)})" if self.is_share(name) else f"{text} ({pair[0]:.4g}–{pair[1]:.4g})"
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder. Only the journal must be there.
+
+    Raises DgemmaError naming the file that is missing, damaged or empty.
+    """
+    latest: dict[tuple[int, str, float], Record] = {}
+    for record in read_journal(folder):
+        prefix, extra = "task/" if record.kind == "sweep" else f"{record.kind}/", dict(record.extra)
+        if isinstance(extra.get("main"), str):
+            extra["main"] = extra["main"].removeprefix("task/")
+        intervals = extra.get("intervals")
+        extra["intervals"] = _short(prefix, intervals) if isinstance(intervals, dict) else {}
+        record = replace(record, values=_short(prefix, record.values), extra=extra)
+        key = (record.step, record.kind, record.values.get("max_steps", 0.0))
+        if record.kind == "note":
+            key = (record.step, f"note {len(latest)}", 0.0)  # all of them
+        latest.pop(key, None)
+        latest[key] = record
+    if not latest:
+        raise DgemmaError(f"{folder / 'metrics.jsonl'}: holds no records yet; there is nothing to report")
+    records = sorted(latest.values(), key=lambda record: record.step)
+    return Run(folder, records, _json(folder / "run.json", dict), _text(folder / "recipe.yaml"),
+               _json(folder / "plan.json", dict), _json(folder / "preflight.json", list))
+
+
+def _short(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in values.items()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    except OSError as error:
+        raise DgemmaError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _json(path: Path, kind: type) -> Any:
+    """A JSON file's value, which must be of a kind; an empty one where there is no file."""
+    text = _text(path)
+    if not text:
+        return kind()
+    try:
+        data = parse_json_value(text, str(path), DgemmaError, halves=True)
+    except DgemmaError as error:
+        raise DgemmaError(f"{path}: not a JSON value ({error.__cause__ or error}); take the file away to report "
+                          "without it") from error
+    if not isinstance(data, kind):
+        raise DgemmaError(f"{path}: expected a JSON {'object' if kind is dict else 'array'}; take the file away to "
+                          "report without it")
+    return data
+
+
+def _interval(record: Record, name: str) -> tuple[float, float] | None:
+    """The interval of a record's value, if it has one."""
+    pair = record.extra.get("intervals", {}).get(name)
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(x, (int, float)) for x in pair):
+        return None
+    return float(pair[0]), float(pair[1])
+
+
+def _bounds(pair: tuple[float, float]) -> str:
+    return f"{100 * pair[0]:.1f}–{100 * pair[1]:.1f}"
+
+
+def _words(name: str) -> str:
+    return _WORDS.get(name, name.replace("_", " "))
+
+
+# ---- in words ----------------------------------------------------------------------------------------
+
+
 def _about(run: Run) -> str:
-    parts = [str(run.info["model"])] if run.info.get("model") else []
-    parts.append(f"{run.last_step():,} steps")
-    if run.info.get("examples"):
-        parts.append(f"{run.info['examples']:,} examples")
-    if seconds := run.info.get("seconds"):
-        parts.append(duration_text(seconds))
+    parts = [str(run.info.get("model") or ""), f"{run.last_step:,} steps"]
+    parts += [f"{run.info['examples']:,} examples"] if run.info.get("examples") else []
+    parts += [long_duration_text(run.info["seconds"])] if run.info.get("seconds") else []
     with contextlib.suppress(ValueError):  # a record without its time
         parts.append(f"{datetime.fromisoformat(run.records[-1].time):%d %B %Y, %H:%M} UTC")
-    return " · ".join(parts)
+    return " · ".join(filter(None, parts))
 
 
-def _warning(run: Run) -> str:
-    failed = [str(check.get("name")) for check in run.checks if not check.get("passed")]
-    said = [f"Preflight failed: {', '.join(failed)}."] if failed else []
-    if run.info.get("finished") is False:
-        said.append(f"This run is not finished: it stands at step {run.last_step():,}.")
-    return " ".join(said)
-
-
-def _tiles(run: Run) -> list[dict[str, str]]:
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The figures at the top: name, value, detail."""
     tiles = []
     best, main = run.best(), run.main()
     first = next(iter(run.of("task")), None)
+    before = {} if first is best or first is None else first.values
     if best is not None and main in best.values:
-        before = "" if first is best or first is None or main not in first.values else (
-            f"from {value_text(run, main, first.values[main])} at step {first.step:,}")
-        pair = interval_of(best, main)
-        detail = [f"{'best, ' if best.extra.get('best') else ''}step {best.step:,}", before]
-        if pair and run.is_share(main):
-            detail.insert(0, f"{100 * pair[0]:.1f}–{100 * pair[1]:.1f} %")
-        tiles.append(_tile(words(main), value_text(run, main, best.values[main]), "; ".join(filter(None, detail))))
+        pair = _interval(best, main)
+        detail = [f"{_bounds(pair)} %"] if pair and run.is_share(main) else []
+        detail.append(f"{'best, ' if best.extra.get('best') else ''}step {best.step:,}")
+        if first is not None and main in before:
+            detail.append(f"from {run.text(main, before[main])} at step {first.step:,}")
+        tiles.append((_words(main), run.text(main, best.values[main]), "; ".join(detail)))
     for name in ("steps_per_canvas", "tokens_per_forward"):
         if best is not None and name in best.values:
-            before = math.nan if first is None or first is best else first.values.get(name, math.nan)
-            tiles.append(_tile(words(name), value_text(run, name, best.values[name]),
-                               f"from {value_text(run, name, before)}" if math.isfinite(before) else ""))
+            was = before.get(name, math.nan)
+            tiles.append((_words(name), run.text(name, best.values[name]),
+                          f"from {run.text(name, was)}" if math.isfinite(was) else ""))
     steps, losses = run.series("validation", "loss")
     if steps:
         low = min(losses, key=lambda loss: loss if math.isfinite(loss) else math.inf)
-        tiles.append(_tile("validation loss", number_text(low),
-                           f"least, step {steps[losses.index(low)]:,.0f}; from {number_text(losses[0])}"
-                           if len(steps) > 1 else f"step {steps[0]:,.0f}"))
+        tiles.append(("validation loss", number_text(low),
+                      f"least, step {steps[losses.index(low)]:,.0f}; from {number_text(losses[0])}"
+                      if len(steps) > 1 else f"step {steps[0]:,.0f}"))
     if seconds := run.info.get("seconds"):
-        tokens = run.info.get("tokens") or 0
-        tiles.append(_tile("time", duration_text(seconds), f"{tokens / seconds:,.0f} tokens/s" if tokens else ""))
+        tokens = run.info.get("tokens")
+        tiles.append(("time", long_duration_text(seconds), f"{tokens / seconds:,.0f} tokens/s" if tokens else ""))
     if peak := run.info.get("peak_bytes"):
         planned = run.plan.get("total")
-        tiles.append(_tile("peak memory", size_text(peak), f"planned {size_text(planned)}" if planned else ""))
+        tiles.append(("peak memory", size_text(peak), f"planned {size_text(planned)}" if planned else ""))
     return tiles
-
-
-def _tile(name: str, value: str, detail: str) -> dict[str, str]:
-    return {"name": name, "value": value, "detail": detail}
 
 
 def _use(run: Run) -> str:
@@ -170,31 +288,6 @@ def _use(run: Run) -> str:
             f"dgemma merge {model} {place} --out merged    # one model that needs no adapter")
 
 
-def _loss_text(run: Run) -> str:
-    text = []
-    if run.series("validation", "loss")[0]:
-        text.append("Validation: plain denoising of held-out examples with the same noise every time.")
-    if len(run.series("train", "loss")[0]) >= 3:
-        text.append("Training: each record faint, smoothed in full colour.")
-    return " ".join(text)
-
-
-def _sweep(run: Run) -> dict[str, Any] | None:
-    main, curves = sweep_curves(run, None, 0)
-    if main is None or not curves:
-        return None
-    last = max(record.step for record in run.of("sweep"))
-    records = sorted((record for record in run.of("sweep") if record.step == last),
-                     key=lambda record: record.values.get("max_steps", 0))
-    names = [name for name in run.names("sweep") if name != "max_steps" and any(name in r.values for r in records)]
-    names.sort(key=lambda name: name != main)
-    rows = [[number_text(record.values.get("max_steps", math.nan)),
-             *(with_interval(run, record, name) if name in record.values else "–" for name in names)]
-            for record in records]
-    return {"step": f"{last:,}", "figures": sweep_picture(main, curves, run.is_share(main)),
-            "header": [words("max_steps"), *map(words, names)], "rows": rows}
-
-
 def _samples(run: Run) -> dict[str, Any] | None:
     records = [record for record in run.of("samples") if record.extra.get("samples")]
     if not records:
@@ -202,11 +295,9 @@ def _samples(run: Run) -> dict[str, Any] | None:
     ranked = sorted(records[-1].extra["samples"], key=_score)
     wrong = [sample for sample in ranked if _score(sample) < 1]
     right = [sample for sample in ranked if _score(sample) >= 1]
-    shown_wrong = wrong[: SAMPLES - min(_RIGHT_SAMPLES, len(right))]
-    shown = shown_wrong + right[: SAMPLES - len(shown_wrong)]
-    text = (f"{len(shown)} of {len(ranked)} that were kept after {records[-1].step:,} steps, the worst first. "
-            "Marked: where an answer differs from its reference.")
-    return {"text": text, "entries": [_sample(sample) for sample in shown]}
+    shown = wrong[: SAMPLES - min(_RIGHT_SAMPLES, len(right))]
+    shown += right[: SAMPLES - len(shown)]
+    return {"step": records[-1].step, "kept": len(ranked), "shown": [_sample(sample) for sample in shown]}
 
 
 def _score(sample: Mapping[str, Any]) -> float:
@@ -215,11 +306,11 @@ def _score(sample: Mapping[str, Any]) -> float:
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    reference, answer = (_cut(str(sample.get(name) or "")) for name in ("reference", "answer"))
+    prompt, reference, answer = (_cut(str(sample.get(name) or "")) for name in ("prompt", "reference", "answer"))
     detail = [] if _score(sample) in (0, 1, -math.inf) else [f"score {number_text(_score(sample))}"]
     detail += [str(sample[name]) for name in ("error", "where") if sample.get(name)]
-    return {"prompt": _cut(str(sample.get("prompt") or "")), "reference": reference,
-            "answer": _differences(reference, answer), "right": _score(sample) >= 1, "detail": " · ".join(detail)}
+    return {"prompt": prompt, "reference": reference, "answer": _differences(reference, answer),
+            "right": _score(sample) >= 1, "detail": " · ".join(detail)}
 
 
 def _cut(text: str) -> str:
@@ -229,43 +320,29 @@ def _cut(text: str) -> str:
 
 def _differences(reference: str, answer: str) -> list[tuple[str, bool]]:
     """The answer in pieces, each with whether it differs from the reference; whole where a comparison says nothing."""
-    if not reference or max(len(reference), len(answer)) > _DIFFERENCE_CHARACTERS:
-        return [(answer, False)]
     matcher = difflib.SequenceMatcher(None, reference, answer, autojunk=False)
-    if matcher.ratio() < 0.5:  # another text altogether
+    if not reference or max(len(reference), len(answer)) > _DIFFERENCE_CHARACTERS or matcher.ratio() < 0.5:
         return [(answer, False)]
     return [(answer[start:end], kind != "equal") for kind, _, _, start, end in matcher.get_opcodes() if end > start]
 
 
-def _check(check: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: check.get(name, "") for name in ("name", "passed", "measured", "meaning")}
-
-
 def _facts(run: Run) -> list[tuple[str, str]]:
-    info = run.info
-    facts = [("model", str(info.get("model") or "")), ("parameters", _count(info.get("parameters")))]
-    if info.get("trainable"):
-        share = info["trainable"] / info["parameters"] if info.get("parameters") else None
-        facts.append(("trained", f"{info['trainable']:,}" + (f" ({100 * share:.3g} %)" if share else "")))
-    facts += [("examples", _count(info.get("examples"))),
-              ("held-out examples", _count(info.get("validation_examples"))),
-              ("tokens trained on", _count(info.get("tokens"))),
-              ("time", duration_text(info["seconds"]) if info.get("seconds") else "")]
-    if peak := info.get("peak_bytes"):
-        planned = run.plan.get("total")
-        facts.append(("peak memory", size_text(peak) + (
-            f", {peak / planned:.2f} × the {size_text(planned)} planned" if planned else "")))
-    facts += [("machine", _listed(info.get("machine"))), ("versions", _listed(info.get("versions")))]
+    info, planned = run.info, run.plan.get("total")
+    trainable, parameters, peak = info.get("trainable"), info.get("parameters"), info.get("peak_bytes")
+    share = f" ({100 * trainable / parameters:.3g} %)" if trainable and parameters else ""
+    ratio = f", {peak / planned:.2f} × the {size_text(planned)} planned" if peak and planned else ""
+    facts = [("model", _listed(info.get("model"))), ("parameters", _number(parameters)),
+             ("trained", _number(trainable) + share), ("examples", _number(info.get("examples"))),
+             ("held-out examples", _number(info.get("validation_examples"))),
+             ("tokens trained on", _number(info.get("tokens"))),
+             ("time", long_duration_text(info["seconds"]) if info.get("seconds") else ""),
+             ("peak memory", size_text(peak) + ratio if peak else ""), ("machine", _listed(info.get("machine"))),
+             ("versions", _listed(info.get("versions")))]
     return [(name, value) for name, value in facts if value]
 
 
-def _count(value: Any) -> str:
+def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, (int, float)) and value else ""
-
-
-def _short_count(value: float) -> str:
-    return next((f"{value / unit:.3g} {letter}" for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-                 if value >= unit), f"{value:,}")
 
 
 def _listed(value: Any) -> str:
@@ -274,69 +351,176 @@ def _listed(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
 
 
-def _plan(run: Run) -> list[dict[str, str]]:
-    lines = [line for line in run.plan.get("lines", []) if isinstance(line, dict)]
-    rows = [{"name": str(line.get("name", "")), "size": size_text(int(line.get("nbytes") or 0)),
-             "reason": str(line.get("reason") or "")} for line in lines]
-    if rows and run.plan.get("total"):
-        rows.append({"name": "total, as planned", "size": size_text(int(run.plan["total"])), "reason": ""})
-    return rows
-
-
-def _notes(run: Run) -> list[tuple[str, str]]:
-    notes = [(f"{record.step:,}", str(record.extra["text"])) for record in run.records
-             if record.kind == "note" and record.extra.get("text")]
-    return notes[-_NOTES:]
-
-
-def _columns(mains: Sequence[str]) -> list[tuple[str, Any]]:
-    """Headings, and what each says of a run: "–" for nothing."""
+def _columns(mains: Sequence[str]) -> dict[str, Callable[[Run], str]]:
+    """By heading, what is said of a run: "–" for nothing."""
     def main(run: Run) -> str:
         best, name = run.best(), run.main()
         if best is None or name is None or name not in best.values:
             return "–"
-        return with_interval(run, best, name) + (f" {name}" if len(mains) > 1 else "")
+        return run.with_interval(best, name) + (f" {name}" if len(mains) > 1 else "")
 
-    def of_best(name: str) -> Any:
-        return lambda run: (value_text(run, name, best.values[name]) if (best := run.best()) and name in best.values
-                            else "–")
+    def of_best(name: str) -> Callable[[Run], str]:
+        return lambda run: run.text(name, best.values[name]) if (best := run.best()) and name in best.values else "–"
 
-    def of_info(name: str, text: Any) -> Any:
+    def of_info(name: str, text: Callable[[Any], str]) -> Callable[[Run], str]:
         return lambda run: text(run.info[name]) if run.info.get(name) else "–"
 
     def loss(run: Run) -> str:
-        values = [value for value in run.series("validation", "loss")[1] if math.isfinite(value)]
-        return number_text(min(values)) if values else "–"
+        return number_text(min(filter(math.isfinite, run.series("validation", "loss")[1]), default=math.nan))
 
-    return [(words(mains[0]) if len(mains) == 1 else "task", main),
-            ("steps / canvas", of_best("steps_per_canvas")), ("tokens / forward", of_best("tokens_per_forward")),
-            ("least validation loss", loss), ("trained tokens", of_info("tokens", _short_count)),
-            ("time", of_info("seconds", duration_text)), ("trained parameters", of_info("trainable", _short_count)),
-            ("peak memory", of_info("peak_bytes", size_text))]
+    return {_words(mains[0]) if len(mains) == 1 else "task": main,
+            "steps / canvas": of_best("steps_per_canvas"), "tokens / forward": of_best("tokens_per_forward"),
+            "least validation loss": loss, "trained tokens": of_info("tokens", short_count),
+            "time": of_info("seconds", long_duration_text), "trained parameters": of_info("trainable", short_count),
+            "peak memory": of_info("peak_bytes", size_text)}
 
 
 def _common(runs: Sequence[Run]) -> str:
     """What all runs share, so that it need not be said of each."""
-    said = []
-    for name, label in (("model", "model"), ("machine", "machine")):
-        values = {_listed(run.info.get(name)) for run in runs}
-        if len(values) == 1 and "" not in values:
-            said.append(f"{label}: {values.pop()}")
-    return " · ".join(said)
+    shared = {name: {_listed(run.info.get(name)) for run in runs} for name in ("model", "machine")}
+    return " · ".join(f"{name}: {values.pop()}" for name, values in shared.items() if len(values) == 1 and all(values))
 
 
-def _comparison_figures(runs: Mapping[str, Run], mains: Sequence[str], share: bool) -> list[Any]:
-    pictures, sweeps, sweep_main = [], [], None
-    heading = mains[0] if len(mains) == 1 else "task"
-    tasks = [replace(task_curve(run, main, name, index), star_label="")
-             for index, (name, run) in enumerate(runs.items()) if (main := run.main())]
-    pictures += picture(f"{heading} over steps", tasks, STEP, Axis(heading, "percent" if share else "plain"))
-    curves = [Curve(name, *run.series("validation", "loss"), colour=index)
-              for index, (name, run) in enumerate(runs.items())]
-    pictures += picture("validation loss over steps", curves, STEP, Axis("validation loss", loss_kind(curves)))
-    for index, (name, run) in enumerate(runs.items()):
-        main, found = sweep_curves(run, name, index)
-        sweep_main, sweeps = sweep_main or main, sweeps + found
-    if sweep_main is not None:
-        pictures += sweep_picture(sweep_main, sweeps, share)
+# ---- in pictures: each function gives a list, which is empty where the run recorded nothing of it ------
+
+
+def _picture(name: str, curves: Sequence[Curve], x: Axis, y: Axis) -> list[Any]:
+    """A list of one picture, or of none where no curve has a point."""
+    from markupsafe import Markup
+
+    curves = [curve for curve in curves if any(math.isfinite(value) for value in curve.y)]
+    return [Markup(draw(name, curves, x, y))] if curves else []
+
+
+def _kind(run: Run, name: str) -> str:
+    return "percent" if run.is_share(name) else "plain"
+
+
+def _banded(records: Sequence[Record], name: str, x: Sequence[float], label: str, **look: Any) -> Curve:
+    """A value of some records, with its intervals where there are any."""
+    values, pairs = [record.values[name] for record in records], [_interval(record, name) for record in records]
+    low, high = ([pair[side] if pair else value for pair, value in zip(pairs, values, strict=True)] if any(pairs)
+                 else () for side in (0, 1))
+    return Curve(label, x, values, low=low, high=high, **look)
+
+
+def _task_curve(run: Run, name: str, label: str, colour: int = 0) -> Curve:
+    records, best = run.of("task", name), run.best()
+    curve = _banded(records, name, run.series("task", name)[0], label, colour=colour)
+    if best is None or best not in records or not best.extra.get("best") or name != run.main():
+        return curve
+    star = records.index(best)
+    return replace(curve, star=star, star_label=f"best: {run.text(name, curve.y[star])}")
+
+
+def _task_figures(run: Run) -> list[Any]:
+    main, pictures = run.main(), []
+    if main is not None:
+        kind = _kind(run, main)
+        pictures += _picture(f"{main} over steps", [_task_curve(run, main, _words(main))], _STEP,
+                             Axis(_words(main), kind))
+        others = [name for name in run.names("task") if name not in (*_COSTS, main) and _kind(run, name) == kind]
+        curves = [_task_curve(run, name, _words(name), index) for index, name in enumerate(others[: COLOURS - 1], 1)]
+        pictures += _picture("the other figures of the task over steps", curves, _STEP, Axis("also measured", kind))
+    for colour, name in enumerate(("steps_per_canvas", "tokens_per_forward"), start=2):
+        pictures += _picture(f"{_words(name)} over steps", [_task_curve(run, name, "", colour)], _STEP,
+                             Axis(_words(name)))
     return pictures
+
+
+def _train_curves(run: Run, name: str, label: str, colour: int) -> list[Curve]:
+    """A noisy curve of training: faint as it is, and smoothed."""
+    steps, values = run.series("train", name)
+    curve = Curve(label, steps, smoothed(values), colour)
+    return [curve] if len(steps) < 3 else [Curve(label, steps, values, colour, faint=True), curve]
+
+
+def _loss_figures(run: Run) -> list[Any]:
+    curves = _train_curves(run, "loss", "training", 0)
+    curves += [Curve("validation", *run.series("validation", "loss"), 1),
+               Curve("self-conditioned", *run.series("validation", "conditioned"), 2, dashed=True)]
+    pictures = _picture("loss over steps", curves, _STEP, Axis("loss (nats per token)", scale_of(curves)))
+    pictures += _levels_figure(run)
+    groups = ("corrupted", "clean", "fill", "causal")
+    if "corrupted" in run.names("validation"):
+        where = "held-out examples"
+        curves = [Curve(name, *run.series("validation", name), colour) for colour, name in enumerate(groups)]
+    else:
+        where = "training"
+        curves = [curve for colour, name in enumerate(groups)
+                  for curve in _train_curves(run, f"loss/{name}", name, colour)]
+    title = f"loss by group of tokens, {where}"
+    return pictures + _picture(title, curves, _STEP, Axis(title, scale_of(curves)))
+
+
+def _levels_figure(run: Run) -> list[Any]:
+    """Held-out loss against the share of noise, at several times of the run."""
+    found = [(record.step, {float(match[1]): value for name, value in record.values.items()
+                            if (match := re.fullmatch(r"t=(\d*\.?\d+)", name))}) for record in run.of("validation")]
+    found = [(step, levels) for step, levels in found if len(levels) > 1]
+    count = min(_TIMES, len(found))
+    chosen = [found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count)]
+    curves = [Curve(f"step {step:,}", sorted(levels), [levels[t] for t in sorted(levels)],
+                    strength=0.4 + 0.6 * index / count) for index, (step, levels) in enumerate(chosen, start=1)]
+    return _picture("loss by noise level", curves, Axis("share of the canvas that is noise (t)"),
+                    Axis("held-out loss by noise level", scale_of(curves)))
+
+
+def _swept(run: Run) -> tuple[str | None, dict[int, list[Record]]]:
+    """The main value of the run's sweeps, and the first and the last of them by the step that they were made after."""
+    names = [name for name in run.names("sweep") if name not in _COSTS]
+    main = run.main() if run.main() in names else next(iter(names), None)
+    times = sorted({record.step for record in run.of("sweep")})
+    return main, {time: sorted((record for record in run.of("sweep") if record.step == time),
+                               key=lambda record: record.values.get("max_steps", 0)) for time in times[:1] + times[-1:]}
+
+
+def _sweep_curve(records: Sequence[Record], main: str, label: str, **look: Any) -> Curve:
+    rows = [record for record in records if main in record.values]
+    return _banded(rows, main, [record.values["max_steps"] for record in rows], label, **look)
+
+
+def _sweep_picture(main: str, curves: Sequence[Curve], kind: str) -> list[Any]:
+    ticks = sorted({x for curve in curves for x in curve.x})
+    return _picture(f"{main} by the number of denoising steps", curves,
+                    Axis("denoising steps for a canvas, at most", "steps", ticks),
+                    Axis(f"{_words(main)} by steps allowed", kind))
+
+
+def _sweep(run: Run) -> dict[str, Any] | None:
+    main, sweeps = _swept(run)
+    if main is None:
+        return None
+    last = max(sweeps)
+    curves = [_sweep_curve(records, main, f"step {time:,}", colour=int(time != last), dashed=time != last)
+              for time, records in sweeps.items()]
+    there = {name for record in sweeps[last] for name in record.values} - {"max_steps"}
+    names = sorted(filter(there.__contains__, run.names("sweep")), key=lambda name: name != main)
+    rows = [[number_text(record.values.get("max_steps", math.nan)),
+             *(run.with_interval(record, name) for name in names)] for record in sweeps[last]]
+    return {"step": last, "figures": _sweep_picture(main, curves, _kind(run, main)),
+            "header": [_words("max_steps"), *map(_words, names)], "rows": rows}
+
+
+def _pace_figures(run: Run) -> list[Any]:
+    pictures = []
+    for colour, name in enumerate(("learning_rate", "gradient_norm", "tokens_per_second"), start=3):
+        steps, values = run.series("train", name)
+        if len(steps) > 1:
+            pictures += _picture(_words(name), [Curve("", steps, values, colour)], _STEP, Axis(_words(name)))
+    return pictures
+
+
+def _comparison_figures(runs: Mapping[str, Run], mains: Sequence[str]) -> list[Any]:
+    heading = mains[0] if len(mains) == 1 else "task"
+    own = [(run, name, main, index) for index, (name, run) in enumerate(runs.items()) if (main := run.main())]
+    kind = "percent" if own and all(run.is_share(main) for run, _, main, _ in own) else "plain"
+    tasks = [replace(_task_curve(run, main, name, index), star_label="") for run, name, main, index in own]
+    losses = [Curve(name, *run.series("validation", "loss"), index) for index, (name, run) in enumerate(runs.items())]
+    pictures = _picture(f"{heading} over steps", tasks, _STEP, Axis(heading, kind))
+    pictures += _picture("validation loss over steps", losses, _STEP, Axis("validation loss", scale_of(losses)))
+    swept = [(name, *_swept(run)) for name, run in runs.items()]
+    curves = [_sweep_curve(sweeps[max(sweeps)], main, name, colour=index)
+              for index, (name, main, sweeps) in enumerate(swept) if main is not None]
+    main = next((main for _, main, _ in swept if main is not None), None)
+    return pictures + (_sweep_picture(main, curves, kind) if main is not None else [])

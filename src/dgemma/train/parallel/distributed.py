@@ -1,8 +1,9 @@
 """One run over several processes: each holds a part of the network and works on a part of every batch.
 
-Works on a network, an optimizer and tensors by name, with PyTorch's `fully_shard` (FSDP2) and collectives; knows
-nothing of data, objective or files. The processes are started by `torchrun` or `accelerate launch`, which say in the
-environment who is who. In a single process everything here does the obvious without touching `torch.distributed`.
+Works on a network, its passes, an optimizer and tensors by name, with PyTorch's `fully_shard` (FSDP2) and
+collectives; knows nothing of data, losses or files. The processes are started by `torchrun` or `accelerate launch`,
+which say in the environment who is who. In a single process everything here does the obvious without touching
+`torch.distributed`.
 
 What a step has to keep to: every rank makes the same forward and backward passes (`share` cuts the batch so), and the
 losses of all ranks *add up* to that of the whole batch, as gradients are summed and not averaged.
@@ -14,7 +15,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dgemma.errors import DgemmaError
 from dgemma.model import parse_device
 from dgemma.nn import DiffusionTransformer, KVCache
+from dgemma.nn.passes import Passes
 
 T = TypeVar("T")
 
@@ -118,8 +119,9 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def shard(network: DiffusionTransformer, ranks: Ranks) -> None:
-    """Keep only this rank's part of every parameter, on its device; does nothing in a single process.
+def shard(network: DiffusionTransformer, ranks: Ranks) -> Passes:
+    """Keep only this rank's part of every parameter, on its device -> the passes to train with; in a single process
+    the network stays whole, and they are its own.
 
     Comes after adapters are attached and what is trained is chosen, and before the optimizer is made. Each block is
     gathered when it runs and let go of again; embedding table, self-conditioning and final norm, which losses read by
@@ -128,7 +130,7 @@ def shard(network: DiffusionTransformer, ranks: Ranks) -> None:
     parameters: each rank holds all of them.
     """
     if ranks.world == 1:
-        return
+        return Passes.of(network)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -142,18 +144,16 @@ def shard(network: DiffusionTransformer, ranks: Ranks) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor, even of 1
     for name in ("encode", "denoise"):
         register_fsdp_forward_method(network, name)
-    _keep_step(network)
+    return _in_step(Passes.of(network))
 
 
-def _keep_step(network: DiffusionTransformer) -> None:
-    """Give all ranks the same passes whatever their contexts: as many pieces of `encode`, forwards and backwards."""
-    encode, denoise = network.encode, network.denoise
+def _in_step(passes: Passes) -> Passes:
+    """The same passes on all ranks whatever their contexts: as many pieces of `encode`, forwards and backwards."""
     waiting: list[Tensor] = []
 
-    @wraps(encode)
     def padded_encode(token_ids: Tensor, cache: KVCache, lengths: Sequence[int] | None = None) -> Tensor:
         if not torch.is_grad_enabled():
-            return encode(token_ids, cache, lengths)
+            return passes.encode(token_ids, cache, lengths)
         if not any(cache.lengths):
             waiting.clear()  # a new cache: what was not denoised with the last one never will be
         batch, width = token_ids.shape
@@ -163,20 +163,19 @@ def _keep_step(network: DiffusionTransformer) -> None:
         if missing > 0:
             lengths = [width] * batch if lengths is None else lengths
             token_ids = F.pad(token_ids, (0, missing))
-        hidden = encode(token_ids, cache, lengths)
+        hidden = passes.encode(token_ids, cache, lengths)
         if hidden.requires_grad:
             waiting.append(hidden)
         return hidden[:, :width]
 
-    @wraps(denoise)
     def tied_denoise(canvas_ids: Tensor, cache: KVCache, soft: Tensor | None = None) -> Tensor:
-        hidden = denoise(canvas_ids, cache, soft)
+        hidden = passes.denoise(canvas_ids, cache, soft)
         if torch.is_grad_enabled() and waiting:
             hidden = _Tied.apply(hidden, *waiting)
             waiting.clear()
         return hidden
 
-    network.encode, network.denoise = padded_encode, tied_denoise
+    return Passes(padded_encode, tied_denoise)
 
 
 class _Tied(torch.autograd.Function):
@@ -197,30 +196,26 @@ class _Tied(torch.autograd.Function):
 
 
 @contextmanager
-def gathered(network: DiffusionTransformer) -> Iterator[None]:
-    """Every rank holds the whole network on its device for as long as this is open.
+def gathered(network: DiffusionTransformer) -> Iterator[dict[str, Tensor]]:
+    """Every rank holds the whole network on its device for as long as this is open; gives its tensors by name.
 
-    Passes without gradients and ``state_dict()`` need nothing of the other ranks then: each evaluates what it likes,
-    and the main process may save. No optimizer may step.
+    Passes without gradients need nothing of the other ranks then: each evaluates what it likes, and the main process
+    may save those tensors (not ``state_dict()``, which shards everything again first). No optimizer may step.
     """
     from torch.distributed.fsdp import FSDPModule
 
     parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
     if not parts:  # a single process
-        yield
+        yield network.state_dict()
         return
     for part in parts:
         part.reshard()  # what is gathered already may be older than what is sharded
         part.set_reshard_after_forward(False, recurse=False)
         part.set_reshard_after_backward(False, recurse=False)
         part.unshard()
-    # FSDP's own would shard everything again first.
-    whole = (*network.named_parameters(), *network.named_buffers())
-    network.state_dict = lambda: {name: tensor.detach() for name, tensor in whole}  # pyright: ignore
     try:
-        yield
+        yield {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
     finally:
-        del network.state_dict
         for part in parts:
             part.set_reshard_after_forward(part is not network, recurse=False)
             part.set_reshard_after_backward(True, recurse=False)

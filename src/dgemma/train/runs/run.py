@@ -6,33 +6,34 @@ Works on recipes and files; knows nothing of networks and steps.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from dgemma import __version__
 from dgemma.bench import processor_text
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, json_bytes
 from dgemma.machine import peak_memory
-from dgemma.train.data.sources import Listed
 from dgemma.train.recipe import DATA, Recipe
+from dgemma.weights.save import write_safetensors
 
-if TYPE_CHECKING:
-    from dgemma.train.trainer import Trainer
-
+STATE = "state.safetensors"
 RECIPE = "recipe.yaml"
 
 
 class RunFolder:
-    """A run's folder as the run writes it (`dgemma.train.log.past_run` reads it): its small files and its lock."""
+    """A run's folder as the run writes it (`dgemma.train.log.report` reads it): its files and its lock."""
 
     def __init__(self, folder: Path, recipe: Recipe):
         self.folder, self._recipe = folder, recipe
@@ -74,21 +75,54 @@ class RunFolder:
             if located(old.get(name)) != located(new.get(name)):
                 yield f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
 
-    def describe(self, trainer: Trainer, finished: bool) -> None:
+    def describe(self, device: torch.device, **facts: Any) -> None:
         """``run.json`` and ``recipe.yaml``, for the report and for people."""
-        examples = {"examples": len(trainer.source.examples)} if isinstance(trainer.source, Listed) else {}
-        parameters = sum(p.numel() for p in trainer.network.parameters())
-        trainable = sum(p.numel() for p in trainer.optimizers.parameters.values())
         self.write("run.json", {
-            "name": trainer.recipe.name, "model": trainer.trainee.name, "parameters": parameters,
-            "trainable": trainable, "machine": machine(trainer.ranks.device), "processes": trainer.ranks.world,
+            "name": self._recipe.name, "machine": machine(device),
             "versions": {"dgemma": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "steps": trainer.step, "validation_examples": len(trainer.evaluator.kept),
-            "questions": len(trainer.evaluator.questions), **examples,
-            "seconds": trainer.seconds, "tokens": trainer.tokens, "finished": finished,
-            "peak_bytes": self.memory(trainer.ranks.device)})
+            **facts, "peak_bytes": self.memory(device)})
         with atomic_write(self.folder / RECIPE) as beside:
             beside.write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="utf-8")
+
+    def save(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Write what a run that goes on needs in the place of the last state; raises DgemmaError where it cannot."""
+        write_safetensors(self.folder / STATE, tensors, {"run": json.dumps(about)})
+
+    def saved(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """What `save` was given last; None and nothing in a new folder. Raises DgemmaError for a damaged state."""
+        path = self.folder / STATE
+        if not path.exists():
+            return None, {}
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["run"])
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+            raise DgemmaError(f"{path}: is damaged ({error}); remove it to start anew") from error
+        return about, tensors
+
+
+def is_finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether a folder holds the finished run of a recipe with these settings."""
+    try:
+        finished = json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"]
+        settings = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+        return bool(finished) and located(with_defaults(settings, recipe)) == located(settings_of(recipe))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise DgemmaError(f"{folder}: is no folder of a run ({error}); choose another --out") from error
+
+
+def not_in_the_way(path: Path, folder: Path, recipe: Recipe) -> None:
+    """Raises DgemmaError where a run in ``folder`` by the recipe at ``path`` would replace what no run has written."""
+    if (folder / RECIPE).exists() and (folder / RECIPE).samefile(path) and yaml.safe_load(
+            path.read_text(encoding="utf-8")) != settings_of(recipe):
+        raise DgemmaError(f"{path}: a run in {folder} would write its own recipe in this one's place: choose another "
+                          "--out folder")
+    ours = any((folder / name).exists() for name in ("plan.json", "run.json", "metrics.jsonl", STATE))
+    if found := [name for name in ("best", "last") if (folder / name).exists() and not ours]:
+        raise DgemmaError(f"{folder / found[0]}: exists, and is no run's: choose another --out folder")
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

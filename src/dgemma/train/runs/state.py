@@ -1,6 +1,6 @@
 """What a recipe trains: a network with its tokenizer and settings, and how it is written as a checkpoint or an adapter.
 
-Works on recipes, networks and folders; knows nothing of data, losses and steps.
+Works on recipes, networks and folders; knows nothing of losses and steps.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from dgemma.model import Model, Parts, read_parts
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import attach, install
 from dgemma.train.data import tokenizer as bundled_tokenizer
+from dgemma.train.data.sources import Report, Source, few, source_of
 from dgemma.train.eval.tasks import Answering
-from dgemma.train.recipe import Recipe
+from dgemma.train.recipe import Recipe, beginning
 from dgemma.weights.adapters import read_adapter, save_adapter
 from dgemma.weights.files import weight_files
 from dgemma.weights.load import load_network
@@ -41,7 +42,7 @@ from dgemma.weights.save import save_checkpoint
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainState:
     """A network in training. ``source`` is the checkpoint that it comes from, None for fresh weights."""
 
     network: DiffusionTransformer
@@ -64,10 +65,11 @@ class Trainee:
 
         return CausalModel(*parts)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write what is trained, as `dgemma run` takes it: an adapter, or a whole checkpoint.
 
-        A complete new folder takes the place of the one that is there. Raises DgemmaError when it cannot be written.
+        ``tensors`` are the network's by name, None: its ``state_dict()``. A complete new folder takes the place of the
+        one that is there. Raises DgemmaError when it cannot be written.
         """
         beside = folder.with_name(f"{folder.name}.new")
         shutil.rmtree(beside, ignore_errors=True)
@@ -76,12 +78,12 @@ class Trainee:
             if self.recipe.adapter is not None:
                 save_adapter(self.network, self.recipe.adapter, beside, self.name)
             elif self.source is not None:
-                replace_weights(self.source, dict(self.network.state_dict()), beside)
+                replace_weights(self.source, self.network.state_dict() if tensors is None else tensors, beside)
             else:
                 bundled_tokenizer.save(beside)
                 # In float32: what is evaluated is what ships, every processor runs it fast, and it is small.
                 save_checkpoint(self.network, beside, _config_dict(self.recipe), _generation_dict(self.recipe),
-                                torch.float32)
+                                torch.float32, tensors)
             _swap(beside, folder)
         except OSError as error:
             raise DgemmaError(f"{folder}: cannot be written ({error.strerror or error})") from error
@@ -122,8 +124,16 @@ def parts_of(recipe: Recipe, base: Path | None = None) -> Parts:
     return _fresh_parts(recipe) if recipe.fresh else read_parts(base or str(recipe.model))
 
 
+def glimpse(recipe: Recipe, report: Report = lambda text: None) -> tuple[Parts, Source]:
+    """What a recipe begins with, weights aside, and its examples; of what is made on the way only a few."""
+    parts = parts_of(beginning(recipe))  # its base may not be trained yet
+    with tempfile.TemporaryDirectory() as folder:
+        return parts, source_of(few(recipe), parts.tokenizer, parts.config, parts.generation_config, Path(folder),
+                                report)
+
+
 def begin(recipe: Recipe, parts: Parts, device: torch.device,
-          progress: Callable[[int, int], None] | None = None) -> Trainee:
+          progress: Callable[[int, int], None] | None = None) -> TrainState:
     """The network that a recipe begins with, its adapter attached and everything else frozen that is to stay.
 
     Raises DgemmaError when it cannot be had.
@@ -142,14 +152,14 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device,
     else:
         dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
         network = load_network(parts.source, parts.config, device=device, dtype=dtype, progress=progress)
-    trainee = Trainee(network, parts.tokenizer, parts.generation_config, recipe, parts.source)
+    state = TrainState(network, parts.tokenizer, parts.generation_config, recipe, parts.source)
     if recipe.adapter is not None:
         attach(network, recipe.adapter, recipe.seed)
     else:
-        _train_everything(trainee)
+        _train_everything(state)
     network.checkpointing = recipe.checkpointing
     network.train()
-    return trainee
+    return state
 
 
 def initialise(network: DiffusionTransformer, seed: int) -> None:
@@ -184,9 +194,9 @@ def _fresh_parts(recipe: Recipe) -> Parts:
     return Parts(tokenizer, config, generation_config_from_dict(_generation_dict(recipe), config), None)
 
 
-def _train_everything(trainee: Trainee) -> None:
+def _train_everything(state: TrainState) -> None:
     """Make every parameter trainable but those that the recipe freezes."""
-    network, recipe = trainee.network, trainee.recipe
+    network, recipe = state.network, state.recipe
     frozen = recipe.freeze if recipe.freeze is not None else () if recipe.fresh else (".router.",)
     names = [name for name, _ in network.named_parameters()]
     for part in frozen:

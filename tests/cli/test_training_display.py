@@ -1,13 +1,16 @@
 """What a person sees of a long run, on a terminal and in a pipe."""
 
+import contextlib
 import io
 import re
 
 import pytest
 from rich.console import Console
 
-from dgemma.train.log import display
-from dgemma.train.log.display import HINT, Display, duration_text, main_value, sparkline
+from dgemma.cli.terminal.training import HINT, TrainingDisplay, main_value, sparkline
+from dgemma.formats import duration_text
+from dgemma.train.eval.tasks import TaskScore
+from dgemma.train.log.events import Evaluated, Noted, Started, Stepped, Working
 
 
 def pipe():
@@ -24,15 +27,27 @@ def block(shown, width=100, ascii_only=False):
 
 
 def step(shown, number, loss=0.5):
-    shown.step(number, {"loss": loss, "learning_rate": 1e-4}, 2.0, 8312.0, 3_400_000_000)
+    shown(Stepped(number, {"loss": loss, "learning_rate": 1e-4}, 2.0, 8312.0, 3_400_000_000))
+
+
+def evaluation(step, values, best):
+    losses = {name: value for name, value in values.items() if not name.startswith("task/")}
+    score = TaskScore(1, "task/exact", {name: values[name] for name in values if name not in losses}, {}, [])
+    return Evaluated(step, losses, score, best)
+
+
+@contextlib.contextmanager
+def display(name, first, last, console, clock):
+    """A display of a run that has started."""
+    with TrainingDisplay(console, lambda: clock[0]) as shown:
+        shown(Started(name, first, last))
+        yield shown
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock():
     """A clock that a test moves on by hand: ``clock[0] += seconds``."""
-    now = [0.0]
-    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
-    return now
+    return [0.0]
 
 
 def lines_at(console):
@@ -42,7 +57,7 @@ def lines_at(console):
 @pytest.mark.parametrize(("seconds", "expected"), [(2.0, [1, 21, 41, 60]), (0.5, [1, 60]), (10.0, [1, 21, 41, 60])])
 def test_a_pipe_gets_a_line_after_20_steps_or_30_seconds_whichever_is_later(clock, seconds, expected):
     console = pipe()
-    with Display("run", 0, 60, console) as shown:
+    with display("run", 0, 60, console, clock) as shown:
         for number in range(1, 61):
             clock[0] += seconds
             step(shown, number)
@@ -51,7 +66,7 @@ def test_a_pipe_gets_a_line_after_20_steps_or_30_seconds_whichever_is_later(cloc
 
 def test_quick_steps_wait_for_30_seconds(clock):
     console = pipe()
-    with Display("run", 0, 200, console) as shown:
+    with display("run", 0, 200, console, clock) as shown:
         for number in range(1, 201):
             clock[0] += 0.5
             step(shown, number)
@@ -60,11 +75,11 @@ def test_quick_steps_wait_for_30_seconds(clock):
 
 def test_a_pipe_gets_whole_lines_without_control_characters(clock):
     console = pipe()
-    with Display("run", 0, 4000, console) as shown:
-        shown.note("a note that is longer than the sixty columns of the console, [bold]as it is[/bold]")
+    with display("run", 0, 4000, console, clock) as shown:
+        shown(Noted("a note that is longer than the sixty columns of the console, [bold]as it is[/bold]"))
         step(shown, 1)
-        shown.phase("evaluating", 0, 64)
-        shown.evaluation(1, {"validation/loss": 0.25, "task/exact": 0.75}, best=True)
+        shown(Working("evaluating", 0, 64))
+        shown(evaluation(1, {"validation/loss": 0.25, "task/exact": 0.75}, best=True))
     text = console.file.getvalue()
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
     assert text.splitlines() == [
@@ -77,7 +92,7 @@ def test_a_pipe_gets_whole_lines_without_control_characters(clock):
 
 def test_a_run_that_stops_early_says_where(clock):
     console = pipe()
-    with pytest.raises(KeyboardInterrupt), Display("run", 10, 100, console) as shown:
+    with pytest.raises(KeyboardInterrupt), display("run", 10, 100, console, clock) as shown:
         step(shown, 11)
         step(shown, 12)
         raise KeyboardInterrupt
@@ -85,13 +100,13 @@ def test_a_run_that_stops_early_says_where(clock):
 
 
 def test_a_terminal_shows_where_the_run_stands(clock):
-    with Display("sudoku", 0, 4000, terminal()) as shown:
+    with display("sudoku", 0, 4000, terminal(), clock) as shown:
         for number in range(1, 1001):
             step(shown, number, loss=3.0 if number < 500 else 0.5)
         clock[0] += 90
-        shown.evaluation(900, {"validation/loss": 0.4, "task/steps_per_canvas": 12.0, "task/exact": 0.75}, best=True)
-        shown.evaluation(1000, {"validation/loss": 0.3, "task/steps_per_canvas": 11.0, "task/exact": 0.7}, best=False)
-        shown.phase("evaluating", 48, 64)
+        shown(evaluation(900, {"validation/loss": 0.4, "task/steps_per_canvas": 12.0, "task/exact": 0.75}, best=True))
+        shown(evaluation(1000, {"validation/loss": 0.3, "task/steps_per_canvas": 11.0, "task/exact": 0.7}, best=False))
+        shown(Working("evaluating", 48, 64))
         rows = block(shown)
     assert "1,000/4,000  1 h 40 min left  2 min so far" in rows[0] and rows[0].count("━") * 3 == rows[0].count("─")
     assert rows[1] == "loss 0.5000 ████████▂▁▁▁▁▁▁▁  learning rate 0.0001  8,312 tokens/s  2.00 s/step  3.4 GB"
@@ -102,10 +117,10 @@ def test_a_terminal_shows_where_the_run_stands(clock):
 @pytest.mark.parametrize("width", [24, 40, 60, 200])
 @pytest.mark.parametrize("ascii_only", [False, True])
 def test_the_block_fits_any_width_and_loses_no_figure(clock, width, ascii_only):
-    with Display("a name that is rather long for a run", 0, 100_000, terminal(width)) as shown:
+    with display("a name that is rather long for a run", 0, 100_000, terminal(width), clock) as shown:
         for number in range(1, 30):
             step(shown, number, loss=1 / number)
-        shown.evaluation(29, {"validation/loss": 0.4, "task/exact": 0.75}, best=True)
+        shown(evaluation(29, {"validation/loss": 0.4, "task/exact": 0.75}, best=True))
         rows = block(shown, width, ascii_only)
     assert all(len(row) <= width for row in rows)
     assert all(figure in "\n".join(rows) for figure in ("29/100,000", "loss 0.", "0.0001", "8,312", "3.4 GB", HINT))
@@ -114,18 +129,18 @@ def test_the_block_fits_any_width_and_loses_no_figure(clock, width, ascii_only):
 
 def test_the_hint_goes_when_the_run_is_over_and_the_rest_stays(clock):
     console = terminal()
-    with Display("run", 0, 10, console) as shown:
+    with display("run", 0, 10, console, clock) as shown:
         step(shown, 10)
     assert HINT not in "".join(block(shown)) and "10/10" in console.file.getvalue()
 
 
 def test_an_empty_display_is_drawn(clock):
-    with Display("run", 0, 10, terminal()) as shown:
+    with display("run", 0, 10, terminal(), clock) as shown:
         assert len(block(shown)) == 2
 
 
 def test_a_loss_that_is_not_finite_does_not_stay(clock):
-    with Display("run", 0, 10, terminal()) as shown:
+    with display("run", 0, 10, terminal(), clock) as shown:
         step(shown, 1, loss=float("nan"))
         step(shown, 2, loss=float("inf"))
         step(shown, 3, loss=0.25)

@@ -1,20 +1,20 @@
 """A long training run as a person sees it: a calm block that stays in place on a terminal, elsewhere a line at times.
 
-Works on steps, names and numbers. Knows nothing of networks or of what the numbers mean, but that values called
-``task/…`` are what the user wants and ``validation/loss`` is the next best.
+Works on a run's events. Knows nothing of networks or of what the numbers mean, but that values called ``task/…`` are
+what the user wants and ``validation/loss`` is the next best.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from dgemma.formats import size_text
+from dgemma.cli.terminal.console import SafeConsole
+from dgemma.formats import long_duration_text, size_text
+from dgemma.train.log.events import Ended, Evaluated, Event, Noted, Started, Stepped, Working
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -29,12 +29,6 @@ _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_CELLS = 16
 _BAR_CELLS = 40
 _COSTS = ("steps_per_canvas", "tokens_per_forward", "seconds_per_answer", "failed")  # of an answer, not its worth
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    step: int
-    values: Mapping[str, float]
 
 
 def main_value(values: Mapping[str, float]) -> str | None:
@@ -57,42 +51,62 @@ def sparkline(values: list[float], cells: int = _SPARK_CELLS) -> str:
     return "".join(_SPARKS[round((mean - low) * scale)] for mean in means)
 
 
-def duration_text(seconds: float) -> str:
-    """A duration as people say it, in the two largest units: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24} h"
+class TrainingDisplay:
+    """Shows the runs that it is told of, one after the other, while the ``with`` lasts; on stdout by default."""
 
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console or SafeConsole(highlight=False), clock
+        self._live: Live | None = None
+        self._begin(Started("", 0, 0))
+        self._open = False
 
-class Display:
-    """Shows a run from ``first_step`` to ``last_step`` for as long as the ``with`` lasts, on stdout by default."""
-
-    def __init__(self, title: str, first_step: int, last_step: int, console: Console | None = None) -> None:
-        from dgemma.cli.terminal.console import SafeConsole
-
-        self._console = console or SafeConsole(highlight=False)
-        self._title, self._step, self._last_step = title, first_step, last_step
+    def _begin(self, run: Started) -> None:
+        self._title, self._step, self._last_step = run.name, run.step, run.max_steps
         self._values: Mapping[str, float] = {}
         self._seconds_per_step = self._tokens_per_second = 0.0
         self._memory = 0
         self._loss: float | None = None  # smoothed
         self._losses: deque[float] = deque(maxlen=4096)
-        self._phase: tuple[str, int, int] | None = None
-        self._evaluated: _Evaluation | None = None
-        self._best: _Evaluation | None = None
-        self._live: Live | None = None
-        self._open = False
+        self._working: Working | None = None
+        self._evaluated: Evaluated | None = None
+        self._best: Evaluated | None = None
         self._told_step: int | None = None  # of the last plain line
-        self._told_at = self._began_at = 0.0
+        self._told_at, self._began_at, self._open = 0.0, self._clock(), True
 
-    def __enter__(self) -> Display:
-        self._began_at, self._open = time.monotonic(), True
+    def __enter__(self) -> TrainingDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def __call__(self, event: Event) -> None:
+        """Show what happened."""
+        match event:
+            case Noted(text):
+                self._print(text)
+            case Started():
+                self._begin(event)
+                self._show()
+            case Stepped():
+                self._take(event)
+            case Working():
+                began = self._working is None or self._working.what != event.what
+                self._working = event
+                if self._live is None and (began or self._clock() - self._told_at >= _LINE_SECONDS):
+                    self._told_at = self._clock()
+                    self._print(f"{event.what} {event.done}/{event.total}")
+            case Evaluated():
+                self._working, self._evaluated = None, event
+                if event.best:
+                    self._best = event
+                self._print(f"step {event.step}: {_spelled(event.values)}{'  (best so far)' if event.best else ''}")
+            case Ended():
+                what = "done" if event.complete else "stopped; run the same command again to go on"
+                report = f"report in {event.report}" if event.report else f"no report: {event.problem}"
+                self._print(f"{what} at step {event.step:,}; results in {event.folder}, {report}")
+                self._end()
+
+    def _show(self) -> None:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             from rich.live import Live
 
@@ -101,56 +115,35 @@ class Display:
         else:
             steps = f"steps {self._step} to {self._last_step}" if self._step else f"{self._last_step} steps"
             self._print(f"{self._title}: {steps}. {HINT}.")
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self._open, self._phase = False, None  # what stays on the screen has no hint
+    def _end(self) -> None:
+        """What stays on the screen has no hint."""
+        if not self._open:
+            return
+        self._open, self._working = False, None
         if self._live is not None:
             self._live.stop()
             self._live = None
         elif self._told_step is not None and self._told_step != self._step:
             self._print(self._line())
 
-    def step(self, step: int, values: Mapping[str, float], seconds_per_step: float, tokens_per_second: float,
-             memory_bytes: int) -> None:
-        """``step`` steps are done; ``values`` may hold ``loss`` and ``learning_rate``, the rest are means of late."""
-        self._step, self._values, self._phase = step, values, None
-        self._seconds_per_step, self._tokens_per_second = seconds_per_step, tokens_per_second
-        self._memory = memory_bytes
-        loss = values.get("loss")
+    def _take(self, event: Stepped) -> None:
+        self._step, self._values, self._working = event.step, event.values, None
+        self._seconds_per_step, self._tokens_per_second = event.seconds_per_step, event.tokens_per_second
+        self._memory = event.memory_bytes
+        loss = event.values.get("loss")
         if loss is not None and abs(loss) < float("inf"):  # neither infinite nor NaN, which would stay for good
             self._loss = loss if self._loss is None else _SMOOTH * self._loss + (1 - _SMOOTH) * loss
             self._losses.append(self._loss)
         if self._live is None and self._line_is_due():
-            self._told_step, self._told_at = step, time.monotonic()
+            self._told_step, self._told_at = event.step, self._clock()
             self._print(self._line())
-
-    def evaluation(self, step: int, values: Mapping[str, float], best: bool) -> None:
-        """The model after ``step`` steps was evaluated; ``best`` if no earlier one of this run was better."""
-        self._phase = None
-        self._evaluated = _Evaluation(step, values)
-        if best:
-            self._best = self._evaluated
-        self._print(f"step {step}: {_spelled(values)}{'  (best so far)' if best else ''}")
-
-    def note(self, text: str) -> None:
-        """Say something that stays."""
-        self._print(text)
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Something other than a training step is going on, and how far it is; over with the next step."""
-        began = self._phase is None or self._phase[0] != name
-        self._phase = (name, done, total)
-        if self._live is None and (began or time.monotonic() - self._told_at >= _LINE_SECONDS):
-            self._told_at = time.monotonic()
-            self._print(f"{name} {done}/{total}")
 
     def _line_is_due(self) -> bool:
         if self._told_step is None or self._step >= self._last_step:
             return True
         return (self._step - self._told_step >= _LINE_STEPS
-                and time.monotonic() - self._told_at >= _LINE_SECONDS)
+                and self._clock() - self._told_at >= _LINE_SECONDS)
 
     def _line(self) -> str:
         return "  ".join([f"step {self._step}/{self._last_step}", *self._figures(), *self._time_left()])
@@ -172,10 +165,10 @@ class Display:
 
     def _time_left(self) -> list[str]:
         left = (self._last_step - self._step) * self._seconds_per_step
-        return [f"{duration_text(left)} left"] if left > 0 else []
+        return [f"{long_duration_text(left)} left"] if left > 0 else []
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=self._live is None)
+        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=self._live is None)
 
     def _rows(self, width: int, ascii_only: bool) -> list[Text]:
         """The block's lines, each within ``width`` columns."""
@@ -191,10 +184,9 @@ class Display:
             rows[-1].append("  " if rows[-1] else "").append_text(figure)
         if self._evaluated is not None:
             rows.append(self._standing())
-        phase = self._phase  # once: another thread draws
-        if phase is not None:
-            name, done, total = phase
-            rows.append(Text(f"{name} {done}/{total}", "yellow"))
+        working = self._working  # once: another thread draws
+        if working is not None:
+            rows.append(Text(f"{working.what} {working.done}/{working.total}", "yellow"))
         if self._open:
             rows.append(Text(HINT, "dim"))
         for row in rows:
@@ -206,7 +198,7 @@ class Display:
 
         share = self._step / self._last_step if self._last_step else 1.0
         after = f" {self._step:,}/{self._last_step:,}"
-        spent = duration_text(time.monotonic() - self._began_at)
+        spent = long_duration_text(self._clock() - self._began_at)
         times = [*self._time_left(), f"{spent} so far"]
         ends = ["  ".join([after, *times]), "  ".join([after, *times[:-1]]), after]
         title = Text(self._title, "bold")
@@ -240,7 +232,7 @@ class Display:
 class _Block:
     """What `Live` draws: the display as it is at that moment."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: TrainingDisplay) -> None:
         self._display = display
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -1,12 +1,14 @@
-"""Compiled passes: of one shape only, and what they compute is what the network computes."""
+"""Steps by compiled passes: of one shape only, and what they compute is what the network computes."""
 
 import pytest
 import torch
 
 from dgemma.errors import DgemmaError
+from dgemma.nn.passes import Passes
 from dgemma.train.batch import Batch, collate
-from dgemma.train.objective import Objective, batch_loss, keyed_noise
-from dgemma.train.parallel.compiled import CompiledPasses
+from dgemma.train.noise import keyed_noise
+from dgemma.train.objective import Objective, batch_loss
+from dgemma.train.step import Compiled
 from support.reference import random_network, tiny_config
 from support.token_examples import random_example
 
@@ -15,6 +17,10 @@ CANVAS, VOCAB = 8, 50
 
 def batch(rows, width):
     return Batch(torch.arange(rows * width).view(rows, width) % VOCAB, torch.arange(rows * CANVAS).view(rows, CANVAS))
+
+
+def compiled_for(network, batches):
+    return Compiled(Passes.of(network), network.config.hidden_size, batches)
 
 
 @pytest.fixture
@@ -36,20 +42,18 @@ def compiled(monkeypatch):
 
 def test_the_most_frequent_shape_runs_compiled_and_no_other(compiled):
     network = random_network(tiny_config())
-    passes = CompiledPasses(network, [batch(2, 5), batch(3, 6), batch(3, 6)])
+    passes = compiled_for(network, [batch(2, 5), batch(3, 6), batch(3, 6)])
     objective = Objective(passes=3, causal_weight=0.0)
     for some, expected in ((batch(2, 5), {"encode": 0, "denoise": 0}), (batch(3, 6), {"encode": 1, "denoise": 3})):
         noise = keyed_noise(objective, list(range(len(some.canvas))), CANVAS, VOCAB)
-        with passes.calls(some):
-            loss, _ = batch_loss(network, some, objective, noise)
+        loss, _ = batch_loss(network, some, objective, noise, passes=passes.passes_for(some))
         assert compiled == expected
         torch.testing.assert_close(loss, batch_loss(network, some, objective, noise)[0], rtol=0, atol=0)
-    assert not {"encode", "denoise"} & set(vars(network))
 
 
 def test_no_shape_is_compiled_that_hardly_comes_back(compiled):
     network = random_network(tiny_config())
-    assert CompiledPasses(network, [batch(2, width) for width in (5, 5, 6, 7, 8)]).shape is None
+    assert compiled_for(network, [batch(2, width) for width in (5, 5, 6, 7, 8)]).shape is None
 
 
 def test_a_compiler_that_is_missing_is_told(monkeypatch):
@@ -64,17 +68,16 @@ def test_a_compiler_that_is_missing_is_told(monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     network = random_network(tiny_config())
     some = batch(2, 5)
-    with pytest.raises(DgemmaError, match=r"torch.compile failed \(no g\+\+\).*compile: false"), CompiledPasses(
-            network, [some]).calls(some):
-        network.encode(some.context, network.new_cache(2))
+    passes = compiled_for(network, [some]).passes_for(some)
+    with pytest.raises(DgemmaError, match=r"torch.compile failed \(no g\+\+\).*compile: false"):
+        passes.encode(some.context, network.new_cache(2))
 
 
 def test_padded_batches_are_never_compiled(compiled):
     network = random_network(tiny_config())
     padded = collate([random_example(width, CANVAS, VOCAB, real=CANVAS, prompt=width, fill_weight=1.0)
                       for width in (5, 7)])
-    passes = CompiledPasses(network, [padded])
+    passes = compiled_for(network, [padded])
     assert passes.shape is None
-    with passes.calls(padded):
-        network.denoise(padded.canvas, network.new_cache(2))
+    passes.passes_for(padded).denoise(padded.canvas, network.new_cache(2))
     assert compiled == {"encode": 0, "denoise": 0}
