@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dgemma.errors import DgemmaError
-from dgemma.files import atomic_write, json_bytes, make_folder
+from dgemma.files import atomic_write, fill, free_space, json_bytes, make_folder
 
 
 def names(folder):
@@ -185,3 +185,17 @@ def test_json_reads_back_the_same():
     assert json_bytes({"a": ["ä", 1]}) == '{"a":["ä",1]}'.encode()
     assert json_bytes({"a": 1}, indent=2) == b'{\n  "a": 1\n}'
     assert json.loads(json_bytes(["ä\ud800"])) == ["ä\ud800"]
+
+
+def test_bytes_that_a_file_has_not(tmp_path):
+    (tmp_path / "x").write_bytes(b"abcdef")
+    data = bytearray(4)
+    with (tmp_path / "x").open("rb", buffering=0) as file:
+        fill(memoryview(data), file, "w")
+        assert data == b"abcd"
+        with pytest.raises(EOFError, match="the data of w ends early"):
+            fill(memoryview(data), file, "w")
+
+
+def test_free_space_of_a_folder_that_is_still_to_be_made(tmp_path):
+    assert abs(free_space(tmp_path / "a" / "b") - free_space(tmp_path)) < 1 << 30

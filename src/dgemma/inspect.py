@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from dgemma.gguf.container import is_gguf
 from dgemma.gguf.keys import network_name as gguf_network_name
 from dgemma.gguf.reader import GGUFTensor
 from dgemma.memory import program_bytes
-from dgemma.memory.inference import MemoryNeed, kv_cache_bytes, memory_needs, working_bytes
+from dgemma.memory.inference import MemoryNeed, memory_needs
 from dgemma.weights.finite import check_finite
 from dgemma.weights.gguf_model import match_gguf, open_gguf
 from dgemma.weights.load import (
@@ -134,12 +134,23 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None, *, c
     is nothing to report on: no such folder, not a DiffusionGemma, no weight files, a configuration that cannot be read.
     """
     folder = Path(folder)
-    if folder.is_file() and is_gguf(folder):
-        return _inspect_gguf(folder, contexts, check, progress)
+    of = _of_gguf if folder.is_file() and is_gguf(folder) else _of_folder
+    report, tensors = of(folder, contexts)
+    if not check:
+        return report
+    sizes = {path: path.stat().st_size if path.is_file() else 0 for path in {tensor.file for tensor in tensors}}
+    # What is cut off is among the problems already.
+    found = check_finite([t for t in tensors if t.offset + t.nbytes <= sizes[t.file]], progress)
+    broken = (Problem(NOT_FINITE, found.broken),) if found.broken else ()
+    return replace(report, problems=(*report.problems, *broken), checked=True, unread=found.unread)
+
+
+def _of_folder(folder: Path, contexts: Sequence[int] | None) -> tuple[CheckpointReport, list[StoredTensor]]:
     if not folder.is_dir():
         read_headers(folder)  # says what it is instead
     config = load_model_config(folder)
     contents = read_headers(folder)
+    tensors = list(contents.tensors.values())
     shapes = network_shapes(config)
     parameters = count_parameters(shapes)
     chosen, problems = match(contents, shapes)
@@ -149,83 +160,39 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None, *, c
             stored_dtype(folder, config, chosen)
         except CheckpointError as error:
             problems.append(Problem("configuration", (str(error),)))
-    problems, unread = _checked(problems, contents.tensors.values(), check, progress)
-    parameters["vision"] = sum(math.prod(t.shape) for name, t in contents.tensors.items() if is_vision(name))
+    memory = memory_needs(config, sum(parameters.values()), contexts, _program(tokenizer))
+    parameters["vision"] = sum(math.prod(tensor.shape) for tensor in tensors if is_vision(tensor.name))
     return CheckpointReport(
-        folder=folder,
-        config=config,
-        layers=layer_groups(config),
-        parameters=parameters,
-        stored=_stored((tensor.dtype, tensor.nbytes) for tensor in contents.tensors.values()),
-        files={path.name: path.stat().st_size for path in contents.files if path.is_file()},
-        memory=memory_needs(config, sum(parameters.values()) - parameters["vision"], contexts, _program(tokenizer)),
-        generation=load_generation_config(folder, config),
-        tokenizer=tokenizer,
-        problems=tuple(problems),
-        notes=(contents.aside,) if contents.aside else (),
-        checked=check,
-        unread=unread,
-    )
+        folder, config, layer_groups(config), parameters, _stored((t.dtype, t.nbytes) for t in tensors),
+        _sizes(contents.files), memory, load_generation_config(folder, config), tokenizer, tuple(problems),
+        notes=(contents.aside,) if contents.aside else ()), tensors
 
 
-def _checked(problems: Sequence[Problem], tensors: Iterable[StoredTensor | GGUFTensor], check: bool,
-             progress: Callable[[int, int], None] | None) -> tuple[list[Problem], tuple[str, ...]]:
-    """The problems with those of the numbers, if they are to be read, and the types that were not read."""
-    if not check:
-        return list(problems), ()
-    whole: list[StoredTensor | GGUFTensor] = []
-    sizes: dict[Path, int] = {}
-    for tensor in tensors:  # what is cut off is among the problems already
-        start = tensor.offset if isinstance(tensor, GGUFTensor) else tensor.start
-        size = sizes.setdefault(tensor.file, tensor.file.stat().st_size if tensor.file.is_file() else 0)
-        whole += [tensor] if start + tensor.nbytes <= size else []
-    found = check_finite(whole, progress)
-    broken = [Problem(NOT_FINITE, found.broken)] if found.broken else []
-    return [*problems, *broken], found.unread
-
-
-def _inspect_gguf(path: Path, contexts: Sequence[int] | None, check: bool,
-                  progress: Callable[[int, int], None] | None) -> CheckpointReport:
+def _of_gguf(path: Path, contexts: Sequence[int] | None) -> tuple[CheckpointReport, list[GGUFTensor]]:
     model = open_gguf(path)
     config, file = model.config, model.file
+    tensors = list(file.tensors.values())
     shapes = network_shapes(config)
     parameters = count_parameters(shapes)
     _, problems = match_gguf(model, shapes)
     tokenizer = _tokenizer_facts(lambda: tokenizer_from_gguf(file.metadata, file.path.name), problems)
-    problems, unread = _checked(problems, file.tensors.values(), check, progress)
-    tensors, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    for tensor in file.tensors.values():
+    counts, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for tensor in tensors:
         key = _part(gguf_network_name(tensor.name) or ""), tensor.type_name
-        tensors[key] += 1
+        counts[key] += 1
         sizes[key] += tensor.nbytes
-    parts = tuple(PartStoredAs(*key, tensors[key], sizes[key])
-                  for key in sorted(tensors, key=lambda key: (PARTS.index(key[0]), -sizes[key])))
-    stored = _stored((tensor.type_name, tensor.nbytes) for tensor in file.tensors.values())
-    program = _program(tokenizer)
-    memory = memory_needs(config, sum(parameters.values()), contexts, program)
-    if any(entry.dtype not in DTYPES for entry in stored):
-        # Packed on the CPU: activations in float32, the cache in bfloat16. In bfloat16 as a whole on a GPU.
-        weights = sum(entry.nbytes for entry in stored)
-        memory = (*(MemoryNeed("packed", need.context, weights, kv_cache_bytes(config, need.context, "bf16"),
-                               working_bytes(config, need.context, 4), program)
-                    for need in memory if need.dtype == "bfloat16"),
-                  *(need for need in memory if need.dtype == "bfloat16"))
+    parts = tuple(PartStoredAs(*key, counts[key], sizes[key])
+                  for key in sorted(counts, key=lambda key: (PARTS.index(key[0]), -sizes[key])))
+    stored = _stored((tensor.type_name, tensor.nbytes) for tensor in tensors)
+    packed = sum(sizes.values()) if any(entry.dtype not in DTYPES for entry in stored) else None
     return CheckpointReport(
-        folder=file.path,
-        config=config,
-        layers=layer_groups(config),
-        parameters=parameters,
-        stored=stored,
-        files={part.name: part.stat().st_size for part in file.files if part.is_file()},
-        memory=memory,
-        generation=model.generation,
-        tokenizer=tokenizer,
-        problems=tuple(problems),
-        format="gguf",
-        parts=parts,
-        checked=check,
-        unread=unread,
-    )
+        file.path, config, layer_groups(config), parameters, stored, _sizes(file.files),
+        memory_needs(config, sum(parameters.values()), contexts, _program(tokenizer), packed), model.generation,
+        tokenizer, tuple(problems), "gguf", parts), tensors
+
+
+def _sizes(files: Iterable[Path]) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in files if path.is_file()}
 
 
 def count_parameters(shapes: dict[str, Shape]) -> dict[str, int]:

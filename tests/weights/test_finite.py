@@ -88,7 +88,7 @@ def test_a_whole_number_is_finite_and_a_type_that_is_not_known_is_said(single, c
     assert {item.split()[0] for item in problem.items} == {"model.encoder.vision_tower.a",
                                                            "model.encoder.vision_tower.b"}
     headers = read_headers(folder).tensors
-    unknown = [StoredTensor(t.name, t.file, "F6_NEW", t.shape, t.start, t.nbytes) for t in headers.values()]
+    unknown = [StoredTensor(t.name, t.file, "F6_NEW", t.shape, t.offset, t.nbytes) for t in headers.values()]
     assert check_finite(unknown).unread == ("F6_NEW",)
 
 

@@ -32,9 +32,8 @@ def compiled(source: str, where: str) -> Template:
         return _compile(source)
     except Exception as error:  # it is somebody else's program, on which the compiler may fail in any way
         at = f" at line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-        raise CheckpointError(
-            f"{where}: the chat template is broken{at}: {str(error) or type(error).__name__}"
-        ) from error
+        raise CheckpointError(f"{where}: the chat template is broken{at}: "
+                              f"{str(error) or type(error).__name__}") from error
 
 
 def render(source: str, variables: Mapping[str, Any], where: str) -> str:
@@ -118,21 +117,13 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+               separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
         # Jinja's own escapes <, > and & for HTML: a model should read what was written.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -36,13 +36,8 @@ _STAND_INS = range(0xF0000, 0xFFFFE)
 class Tokenizer:
     """Encodes, decodes and renders for one checkpoint. Safe to share between threads."""
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        chat_template: str | Mapping[str, str] | None = None,
-        special_tokens: Mapping[str, str] | None = None,
-        source: str = "this checkpoint",
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, chat_template: str | Mapping[str, str] | None = None,
+                 special_tokens: Mapping[str, str] | None = None, source: str = "this checkpoint") -> None:
         """From parts; `from_folder` is the usual way.
 
         `chat_template`: one template, or several by name ("default", "tool_use"). `special_tokens`: their roles,
@@ -54,14 +49,12 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         _make_special(backend, self.special_tokens)
         self.chat_templates = (
-            {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
-        )
+            {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {}))
         self.bos_id = self._role_id("bos")
         self.eos_id = self._role_id("eos")
         self.pad_id = self._role_id("pad")
-        specials = {
-            token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        }
+        specials = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()
+                    if token.special}
         self._special = set(specials.values())
         self._special_ids = frozenset(specials)
         self._decoder = _decoder_steps(backend.decoder)
@@ -196,9 +189,8 @@ class Tokenizer:
         prompt = self._render(conversation, thinking, declared, add_generation_prompt)
         return [token_id for text, plain in typed.split(prompt) for token_id in self.encode(text, specials=not plain)]
 
-    def _render(
-        self, messages: list[dict], thinking: bool, tools: list[dict] | None, add_generation_prompt: bool
-    ) -> str:
+    def _render(self, messages: list[dict], thinking: bool, tools: list[dict] | None,
+                add_generation_prompt: bool) -> str:
         name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
         name = name if name in self.chat_templates else next(iter(self.chat_templates))
         variables = {
@@ -220,10 +212,8 @@ class Tokenizer:
 
     def _require_template(self) -> None:
         if not self.chat_templates:
-            raise DgemmaError(
-                f"{self.source} has no chat template (chat_template.jinja), so messages cannot be rendered:"
-                " give the prompt as token ids instead"
-            )
+            raise DgemmaError(f"{self.source} has no chat template (chat_template.jinja), so messages cannot be "
+                              "rendered: give the prompt as token ids instead")
 
     def _role_id(self, role: str) -> int | None:
         return self.token_to_id(self.special_tokens.get(f"{role}_token", f"<{role}>"))

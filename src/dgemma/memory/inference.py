@@ -47,14 +47,20 @@ class MemoryNeed:
 
 
 def memory_needs(config: ModelConfig, parameters: int, contexts: Iterable[int] | None = None,
-                 program: int = 0) -> tuple[MemoryNeed, ...]:
-    """The memory to run, for every dtype and context length; None: a few usual lengths up to the longest."""
+                 program: int = 0, packed: int | None = None) -> tuple[MemoryNeed, ...]:
+    """The memory to run, for every dtype and context length; None: a few usual lengths up to the longest.
+
+    ``packed`` are the bytes of weights that have packed ones among them: these are run as they are on the CPU, and in
+    bfloat16 on a GPU.
+    """
     longest = config.max_position_embeddings
     lengths = [*(n for n in _CONTEXTS if n < longest), longest] if contexts is None else list(contexts)
-    return tuple(
-        MemoryNeed(dtype, length, parameters * size, kv_cache_bytes(config, length, size),
-                   working_bytes(config, length, size), program)
-        for dtype, size in ITEM_SIZES.items() for length in lengths)
+    # Packed, activations are float32 and the cache is bfloat16.
+    ways = [(dtype, parameters * size, size, size) for dtype, size in ITEM_SIZES.items()] if packed is None else [
+        ("packed", packed, 2, 4), ("bfloat16", 2 * parameters, 2, 2)]
+    return tuple(MemoryNeed(dtype, length, weights, kv_cache_bytes(config, length, cached),
+                            working_bytes(config, length, item), program)
+                 for dtype, weights, cached, item in ways for length in lengths)
 
 
 def kv_cache_bytes(config: ModelConfig, tokens: int, cache_type: str | int) -> int:

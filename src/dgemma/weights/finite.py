@@ -44,7 +44,7 @@ def check_finite(tensors: Iterable[StoredTensor | GGUFTensor],
 
     Raises CheckpointError when a file cannot be read, or ends before a tensor does.
     """
-    tensors = sorted(tensors, key=lambda tensor: (str(tensor.file), _start(tensor)))
+    tensors = sorted(tensors, key=lambda tensor: (str(tensor.file), tensor.offset))
     progress = progress or (lambda done, total: None)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     broken: list[str] = []
@@ -64,7 +64,7 @@ def check_finite(tensors: Iterable[StoredTensor | GGUFTensor],
             unread[kind] = None
         if count_in is not None:
             found = 0
-            for data in _pieces(tensor.file, _start(tensor), tensor.nbytes, size, tensor.name):
+            for data in _pieces(tensor.file, tensor.offset, tensor.nbytes, size, tensor.name):
                 found += count_in(data)
                 done += len(data)
                 progress(done, total)
@@ -75,10 +75,6 @@ def check_finite(tensors: Iterable[StoredTensor | GGUFTensor],
             progress(done, total)
     progress(total, total)
     return Finiteness(tuple(broken), tuple(unread))
-
-
-def _start(tensor: StoredTensor | GGUFTensor) -> int:
-    return tensor.offset if isinstance(tensor, GGUFTensor) else tensor.start
 
 
 def _counter_of_numbers(dtype: torch.dtype) -> Callable[[Tensor], int]:

@@ -42,13 +42,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor stands: ``dtype`` is safetensors' code (``BF16``), ``start`` the offset of its data."""
+    """Where a tensor stands: ``dtype`` is safetensors' code (``BF16``), ``offset`` where its data begins."""
 
     name: str
     file: Path
     dtype: str
     shape: Shape
-    start: int
+    offset: int
     nbytes: int
 
 
@@ -224,11 +224,11 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     for name, entry in header.items():
         tensors[name] = _stored_tensor(name, entry, path, start)
     end, before = start, ""
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
-        if tensor.start != end:
-            what = f"lies over that of {shown(before)}" if tensor.start < end else "does not follow on what is before"
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != end:
+            what = f"lies over that of {shown(before)}" if tensor.offset < end else "does not follow on what is before"
             raise CheckpointError(f"{path}: corrupt safetensors file: the data of {shown(tensor.name)} {what}")
-        end, before = tensor.start + tensor.nbytes, tensor.name
+        end, before = tensor.offset + tensor.nbytes, tensor.name
     if size == end:
         return tensors, []
     what = "truncated" if size < end else "longer than it should be"
@@ -299,7 +299,7 @@ def _read(chosen: Mapping[str, StoredTensor], device: torch.device, dtype: torch
     progress(done, total)
     read: dict[str, Tensor] = {}
     for path in sorted({tensor.file for tensor in chosen.values()}):
-        here = sorted(((name, t) for name, t in chosen.items() if t.file == path), key=lambda item: item[1].start)
+        here = sorted(((name, t) for name, t in chosen.items() if t.file == path), key=lambda item: item[1].offset)
         try:
             with safe_open(path, "pt") as mapped, path.open("rb", buffering=0) as file:
                 for name, stored in here:
@@ -328,7 +328,7 @@ def _fill(target: Tensor, file: RawIOBase, stored: StoredTensor) -> Iterable[int
     """
     source = DTYPES[stored.dtype]
     buffer = bytearray(min(_PIECE, stored.nbytes))
-    file.seek(stored.start)
+    file.seek(stored.offset)
     done = 0
     while done < stored.nbytes:
         view = memoryview(buffer)[: min(len(buffer), stored.nbytes - done)]

@@ -330,7 +330,7 @@ def _open_folder(folder: Path) -> _Opened:
     expected = network_shapes(config)
     chosen, problems = match(contents, expected)
     refuse(problems, f"{folder}: this checkpoint cannot be converted")
-    tensors = [_Stored(keys.gguf_name(name), stored.shape, BLOCK_TYPES[stored.dtype], stored.file, stored.start,
+    tensors = [_Stored(keys.gguf_name(name), stored.shape, BLOCK_TYPES[stored.dtype], stored.file, stored.offset,
                        stored.name) for name, stored in ((name, chosen[name]) for name in expected)]
     freqs = keys.rope_freqs(config)
     if freqs:

@@ -19,13 +19,10 @@ LONGEST_GAP = 1.0  # seconds between two events of a replay, whatever happened i
 
 def replay(
     file: Annotated[Path, typer.Argument(help="A trace, as `--trace` writes it.")],
-    speed: Annotated[
-        float,
-        typer.Option(help="How many times as fast as it happened; 0.1 shows a fast model step by step."),
-    ] = 1.0,
-    visual: Annotated[
-        bool, typer.Option(help="Show the canvas; otherwise, and when piped, print only the text.")
-    ] = True,
+    speed: Annotated[float, typer.Option(help="How many times as fast as it happened; 0.1 shows a fast model step by "
+                                         "step.")] = 1.0,
+    visual: Annotated[bool, typer.Option(help="Show the canvas; otherwise, and when piped, print only the "
+                                         "text.")] = True,
 ) -> None:
     """Watch a recorded answer come into focus again."""
 

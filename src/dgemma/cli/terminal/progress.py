@@ -96,17 +96,11 @@ class DownloadBar(ProgressLines):
         self._bar.stop()
         super().__exit__(*raised)
 
-    def show_begin(self, what: str, done: int, total: int) -> None:
-        if self._bar.console.is_terminal:
-            self._bar.step(what, done, total)
-        else:
-            super().show_begin(what, done, total)
-
-    def show(self, done: int) -> None:
+    def show(self, done: int, begins: bool = False) -> None:
         if self._bar.console.is_terminal:
             self._bar.step(self._what, done, self._total)
         else:
-            super().show(done)
+            super().show(done, begins)
 
     def note(self, text: str) -> None:
         self._bar.console.print(text, markup=False, soft_wrap=True)

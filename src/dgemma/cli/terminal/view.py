@@ -19,20 +19,9 @@ from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Ev
 from dgemma.formats import count_text, duration_text, rate_text
 
 # Attributes and the six plain colours only: they follow the terminal's own theme, light or dark.
-STYLES = {
-    look: Style.parse(style)
-    for look, style in {
-        "noise": "dim",
-        "vague": "dim",
-        "leaning": "cyan",
-        "marker": "dim",
-        "fixed": "bold yellow",
-        "new": "bold green",
-        "pinned": "bold magenta",
-        "thought": "dim italic",
-        "settled": "none",
-    }.items()
-}
+STYLES = {look: Style.parse(style) for look, style in {
+    "noise": "dim", "vague": "dim", "leaning": "cyan", "marker": "dim", "fixed": "bold yellow", "new": "bold green",
+    "pinned": "bold magenta", "thought": "dim italic", "settled": "none"}.items()}
 FAINT, LIVELY = Style.parse("dim"), Style.parse("cyan")
 BAR_CELLS, EIGHTHS = 6, " ▏▎▍▌▋▊▉█"
 
@@ -196,10 +185,8 @@ def status_line(parts: Sequence[Part], width: int) -> Line:
 
 
 def _segments(cells: Sequence[Cell]) -> Line:
-    return [
-        Segment("".join(cell.text for cell in run), STYLES[look])
-        for look, run in groupby(cells, key=lambda cell: cell.look)
-    ]
+    return [Segment("".join(cell.text for cell in run), STYLES[look])
+            for look, run in groupby(cells, key=lambda cell: cell.look)]
 
 
 def _bar(fraction: float) -> str:

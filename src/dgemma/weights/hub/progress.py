@@ -41,18 +41,18 @@ class ProgressLines(Listener):
         self._percent = _percent(done, total)
         self._shown = not self._silent and total >= _WORTH_SHOWING
         if self._shown:
-            self.show_begin(what, done, total)
+            self.show(done, begins=True)
 
     def advance(self, done: int) -> None:
         if self._shown:
             self.show(done)
 
-    def show_begin(self, what: str, done: int, total: int) -> None:
-        """Show what begins, if it is worth showing."""
-        self.note(f"{what} ({size_text(total)}{f', {size_text(done)} already here' if done else ''})")
-
-    def show(self, done: int) -> None:
-        """Show how far it is."""
+    def show(self, done: int, begins: bool = False) -> None:
+        """Show how far it is that is worth showing, or that it begins."""
+        if begins:
+            here = f", {size_text(done)} already here" if done else ""
+            self.note(f"{self._what} ({size_text(self._total)}{here})")
+            return
         now, percent = self._clock(), _percent(done, self._total)
         waited = now - self._told_at
         if waited < _LINE_EVERY and (percent < self._percent + _LINE_PERCENT or waited < _LINE_AT_LEAST):
