@@ -160,8 +160,8 @@ inline void attend(const Attention& t, float* out, int threads) {
                         if (high < earliest || low > latest) continue;
                         masked = low < common_first || high > common_last;
                     }
-                    const uint16_t* key = t.keys[block] + (head * t.columns[block] + s0) * d;
-                    const uint16_t* value = t.values[block] + (head * t.columns[block] + s0) * d;
+                    const uint16_t* key = t.keys[block] + head * t.strides[block] + s0 * d;
+                    const uint16_t* value = t.values[block] + head * t.strides[block] + s0 * d;
                     for (int64_t g = 0; g < TILE; g += 16) {
                         const uint16_t* from = key + g * d;
                         if (g + 16 > columns) {

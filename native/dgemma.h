@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define DG_ABI 5
+#define DG_ABI 6
 
 DG_API int dg_abi(void);
 // The instruction sets that this machine and this build can run, best first, separated by spaces.
@@ -72,7 +72,8 @@ DG_API int dg_norm_rotate(const float* x, int64_t tokens, int64_t heads, int64_t
                           const float* cos, const float* sin, float* out, int threads);
 
 // Softmax attention with scale 1, all in bfloat16: query [heads, rows, dim]; keys and values in `blocks` blocks, number i
-// of them [heads, columns[i], dim]. dim is a multiple of 32. Every row sees every column where `positions` is null; else
+// of them [heads, columns[i], dim], a head's columns strides[i] numbers behind the last one's: a page is read as it lies.
+// dim is a multiple of 32. Every row sees every column where `positions` is null; else
 // row r sees the columns whose position [batch, all columns] is between first and last [batch, rows / group] of r / group,
 // batch being heads / heads_per_batch. A row that sees nothing gets zeros.
 typedef struct {
@@ -80,7 +81,7 @@ typedef struct {
     const uint16_t* query;
     const uint16_t* const* keys;
     const uint16_t* const* values;
-    const int64_t *columns, *positions, *first, *last;
+    const int64_t *columns, *strides, *positions, *first, *last;
 } Attention;
 
 // out [heads, rows, dim] float32; -1 where the present instruction set has no bfloat16.

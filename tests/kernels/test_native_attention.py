@@ -43,6 +43,14 @@ def test_every_row_sees_every_column(heads, rows, columns, dim, threads):
         torch.set_num_threads(before)
 
 
+def test_a_part_of_a_page_is_read_as_it_lies():
+    page = [draw(1, 2, 200, 64, seed=n) for n in (3, 4)]
+    parts = [tuple(side[:, :, start:stop] for side in page) for start, stop in ((30, 200), (0, 70))]
+    query = draw(1, 2, 9, 64, scale=0.125)
+    assert torch.equal(native.attend(query, parts), native.attend(query, [tuple(map(torch.Tensor.contiguous, part))
+                                                                          for part in parts]))
+
+
 @pytest.mark.parametrize("reach", [5, 80, 1000])
 def test_bounds_mask_columns_by_position(reach):
     batch, tokens, group, columns, dim = 2, 45, 3, 190, 64

@@ -19,7 +19,7 @@ from dgemma.errors import DgemmaError
 from dgemma.gguf.blocks import BY_CODE, BlockType
 from dgemma.gguf.codebooks import GRIDS, grid
 
-ABI = 5
+ABI = 6
 _NAMES = {"linux": "libdgemma_cpu.so", "darwin": "libdgemma_cpu.dylib", "win32": "dgemma_cpu.dll"}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
@@ -36,7 +36,7 @@ class _Attention(ctypes.Structure):
     """``Attention`` of native/dgemma.h."""
 
     _fields_ = (*((name, _LONG) for name in ("heads", "rows", "dim", "blocks", "heads_per_batch", "group")),
-                *((name, _POINTER) for name in ("query", "keys", "values", "columns", "positions", "first", "last")))
+                *((name, _POINTER) for name in ("query", "keys", "values", "columns", "strides", "positions", "first", "last")))
 
 
 def library() -> ctypes.CDLL | None:
@@ -302,7 +302,8 @@ def attend(query: Tensor, blocks: list[tuple[Tensor, Tensor]], group: int = 1,
     """
     query = query.contiguous()
     batch, heads, rows, dim = query.shape
-    kept = [(key.contiguous(), value.contiguous()) for key, value in blocks if key.shape[2]]
+    kept = [pair if _in_rows(*pair) else (pair[0].contiguous(), pair[1].contiguous())
+            for pair in blocks if pair[0].shape[2]]
     if not kept or any(t.dtype != torch.bfloat16 for t in (query, *(t for pair in kept for t in pair))):
         raise ValueError("attention here takes bfloat16 queries and at least one column of keys and values")
     count, width = len(kept), sum(key.shape[2] for key, _ in kept)
@@ -318,13 +319,20 @@ def attend(query: Tensor, blocks: list[tuple[Tensor, Tensor]], group: int = 1,
     keys = (ctypes.c_void_p * count)(*(key.data_ptr() for key, _ in kept))
     values = (ctypes.c_void_p * count)(*(value.data_ptr() for _, value in kept))
     columns = (_LONG * count)(*(key.shape[2] for key, _ in kept))
+    strides = (_LONG * count)(*(key.stride(1) for key, _ in kept))
     pointers = dict(zip(("first", "last", "positions"), (t.data_ptr() for t in limits), strict=False))
     out = torch.empty(batch, heads, rows, dim)
     task = _Attention(heads=batch * heads, rows=rows, dim=dim, blocks=count, heads_per_batch=heads, group=group,
                       query=query.data_ptr(), keys=ctypes.addressof(keys), values=ctypes.addressof(values),
-                      columns=ctypes.addressof(columns), **pointers)
+                      columns=ctypes.addressof(columns), strides=ctypes.addressof(strides), **pointers)
     _check(_loaded().dg_attend(ctypes.byref(task), out.data_ptr(), torch.get_num_threads()))
     return out
+
+
+def _in_rows(key: Tensor, value: Tensor) -> bool:
+    """Whether keys and values [B, H, S, d] can be read as they lie: a head's columns together, heads evenly apart."""
+    return key.stride() == value.stride() and key.stride()[2:] == (key.shape[3], 1) and (
+        len(key) == 1 or key.stride(0) == key.shape[1] * key.stride(1))
 
 
 def _loaded() -> ctypes.CDLL:
