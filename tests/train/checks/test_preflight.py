@@ -139,7 +139,7 @@ def test_it_takes_no_more_memory_than_a_training_step(checkpointing, most):
     """With checkpointing no more than one block of twelve is looked at without."""
     network = random_network(tiny_config(num_hidden_layers=12, layer_types=["sliding_attention", "full_attention"] * 6))
     network.requires_grad_(True)
-    examples = [example(150), example(150, seed=1)]  # past the window already
+    examples = [example(70), example(70, seed=1)]  # past the window already
     bench = Bench(network, Passes.of(network), collate(examples), Objective())
     with Saved() as step:
         bench.gradients()
