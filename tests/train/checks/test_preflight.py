@@ -11,7 +11,7 @@ from dgemma.errors import DgemmaError
 from dgemma.nn import KVCache
 from dgemma.nn.adapters import AdapterConfig, LowRank, attach, merge
 from dgemma.train.batch import collate
-from dgemma.train.checks.preflight import run_preflight, training_equals_sampling
+from dgemma.train.checks.preflight import require, run_preflight, training_equals_sampling
 from dgemma.train.checks.workbench import Bench
 from dgemma.train.objective import Objective, Passes, batch_loss
 from support.reference import random_network, tiny_config
@@ -338,7 +338,7 @@ def test_catches_an_optimizer_that_moves_nothing(network):
 def test_failures_are_raised_together_when_the_checks_are_required(network):
     passes = Passes(network.encode, lambda ids, cache, soft=None: network.denoise(torch.zeros_like(ids), cache, soft))
     with pytest.raises(DgemmaError, match=r"(?s)canvas is used: 0 of 24 tokens"):
-        run_preflight(network, EXAMPLES, passes=passes, required=True)
+        require(run_preflight(network, EXAMPLES, passes=passes))
 
 
 def test_a_loss_that_denoises_by_other_passes_is_refused(network):
