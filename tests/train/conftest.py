@@ -26,13 +26,6 @@ def recipe_data():
 
 
 @pytest.fixture
-def recipe_file(tmp_path: Path, recipe_data):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe_data))
-    return path
-
-
-@pytest.fixture
 def talk_data(recipe_data, conversations):
     """A recipe on conversations, which are there at once: making puzzles takes seconds."""
     return {**recipe_data, "data": {"kind": "conversations", "train": [str(conversations)], "fill": "pad"}}
@@ -40,18 +33,19 @@ def talk_data(recipe_data, conversations):
 
 @pytest.fixture
 def recipe(tmp_path: Path, talk_data):
-    from dgemma.train.recipe import load_recipe
-
-    path = tmp_path / "talk.yaml"
-    path.write_text(yaml.safe_dump(talk_data))
-    return load_recipe(path)[""]
+    return loaded(tmp_path / "talk.yaml", talk_data)
 
 
 @pytest.fixture
-def sudoku_recipe(recipe_file):
+def sudoku_recipe(tmp_path: Path, recipe_data):
+    return loaded(tmp_path / "sudoku.yaml", recipe_data)
+
+
+def loaded(path, data):
     from dgemma.train.recipe import load_recipe
 
-    return load_recipe(recipe_file)[""]
+    path.write_text(yaml.safe_dump(data))
+    return load_recipe(path)[""]
 
 
 @pytest.fixture

@@ -37,20 +37,8 @@ from dgemma.train.data.sources import Listed, fingerprint, longest_context, sour
 from dgemma.train.eval.evaluation import Evaluator
 from dgemma.train.eval.metrics import means
 from dgemma.train.eval.tasks import TaskScore
-from dgemma.train.log.events import (
-    Averaged,
-    Ended,
-    Evaluated,
-    Event,
-    Listener,
-    Loading,
-    Noted,
-    Saved,
-    Started,
-    Stepped,
-    Swept,
-    Working,
-)
+from dgemma.train.log import events
+from dgemma.train.log.events import Event, Listener
 from dgemma.train.log.journal import Journal, writers_for
 from dgemma.train.log.report import write_comparison, write_report
 from dgemma.train.optim.optimizers import Optimizers
@@ -81,7 +69,7 @@ def train(path: Path, out: Path, ranks: Ranks, listeners: Sequence[Listener] = (
     """
     def note(text: str) -> None:
         for listener in listeners:
-            listener(Noted(text))
+            listener(events.Noted(text))
 
     recipes = load_recipe(path)
     for recipe in recipes.values():
@@ -165,7 +153,7 @@ class Trainer:
         self._plan(parts)
         # Of several, no process could hold the whole network on its device: blocks go there one by one, as a part each.
         whole_on = ranks.device if ranks.world == 1 or parts.gguf is not None else torch.device("cpu")
-        self.state = begin(recipe, parts, whole_on, lambda done, total: self._tell(Loading(done, total)))
+        self.state = begin(recipe, parts, whole_on, lambda done, total: self._tell(events.Loading(done, total)))
         self.network = self.state.network
         self.passes = shard(self.network, ranks)
         self._check()
@@ -182,7 +170,7 @@ class Trainer:
         with self._held as stack:
             if self.ranks.is_main:
                 stack.enter_context(self._open_journal())
-            self._tell(Started(recipe.name, self.step, self.max_steps))
+            self._tell(events.Started(recipe.name, self.step, self.max_steps))
             window: list[dict[str, float]] = []
             pace: deque[tuple[float, int]] = deque(maxlen=_RECORD_EVERY)
             saved, unsaved = self.step, False
@@ -204,10 +192,10 @@ class Trainer:
                 last = self.step >= self.max_steps
                 window.append(values)
                 spent = sum(seconds for seconds, _ in pace)
-                speed = sum(count for _, count in pace) / spent
-                self._tell(Stepped(self.step, values, spent / len(pace), speed, self.run.memory(self.ranks.device)))
+                each, speed = spent / len(pace), sum(count for _, count in pace) / spent
+                self._tell(events.Stepped(self.step, values, each, speed, self.run.memory(self.ranks.device)))
                 if self.step % _RECORD_EVERY == 0 or last or self._stop.is_set():
-                    self._tell(Averaged(self.step, {**_means(window), "seconds_per_step": spent / len(pace),
+                    self._tell(events.Averaged(self.step, {**_means(window), "seconds_per_step": each,
                                                     "tokens_per_second": speed, "tokens": self.tokens}))
                     window.clear()
                 if self.step % _RECORD_EVERY == 0 and self.ranks.device.type == "cpu":
@@ -285,11 +273,11 @@ class Trainer:
             if better and (better := self._export("best", tensors, required=self.step == 0)):
                 self.best, self._best_loss = found, loss
             self.evaluated = self.step
-        self._tell(Evaluated(self.step, values, score, better))
+        self._tell(events.Evaluated(self.step, values, score, better))
 
     def _measured(self) -> tuple[dict[str, float], TaskScore | None]:
         """The losses and the task's score, as far as nobody asked to stop."""
-        self._tell(Working("validating", 0, 1))
+        self._tell(events.Working("validating", 0, 1))
         values = self.evaluator.losses(self.network, self._stop.is_set)
         if not self.evaluator.questions or self._stop.is_set():
             return values, None
@@ -306,16 +294,16 @@ class Trainer:
             for index, limit in enumerate(limits):
                 if self.ranks.is_main:
                     shown = self._progress("step sweep", index, len(limits))
-                    score = self.evaluator.with_steps(self.state.model(), limit, self._stop.is_set, shown)
+                    score = self.evaluator.score(self.state.model(), self._stop.is_set, shown, limit)
                     if score is not None:
-                        self._tell(Swept(self.step, limit, score))
+                        self._tell(events.Swept(self.step, limit, score))
                 if self._stop_asked():  # the others wait here
                     return False
         return True
 
     def _progress(self, what: str, part: int = 0, parts: int = 1) -> Callable[[int, int], None]:
         """What shows how far a part of several, all equally long, has come."""
-        return lambda done, count: self._tell(Working(what, part * count + done, parts * count))
+        return lambda done, count: self._tell(events.Working(what, part * count + done, parts * count))
 
     @contextmanager
     def _in_use(self) -> Iterator[dict[str, Tensor]]:
@@ -326,17 +314,22 @@ class Trainer:
 
     def _export(self, name: str, tensors: Mapping[str, Tensor], required: bool = True) -> bool:
         """Write a checkpoint; whether that worked, which it must if it is ``required``."""
+        return self._written(lambda: self.state.export(self.folder / name, tensors), required, "",
+                             "going on without this checkpoint")
+
+    def _written(self, write: Callable[[], None], required: bool, at_worst: str, otherwise: str) -> bool:
+        """Have the main process write something; whether that worked. All of them raise if it is ``required``."""
         problem = None
         if self.ranks.is_main:
             try:
-                self.state.export(self.folder / name, tensors)
+                write()
             except DgemmaError as error:
                 problem = str(error)
         problem = self.ranks.from_main(problem)
         if problem is not None:
             if required:
-                raise DgemmaError(problem)
-            self._note(f"{problem}; going on without this checkpoint")
+                raise DgemmaError(f"{problem}{at_worst}")
+            self._note(f"{problem}; {otherwise}")
         return problem is None
 
     def _stop_asked(self) -> bool:
@@ -355,20 +348,12 @@ class Trainer:
                  "best": None if math.isnan(self.best) else self.best,
                  "best_loss": None if math.isnan(self._best_loss) else self._best_loss, "evaluated": self.evaluated,
                  "judge": self.evaluator.judge(), "data": self._data, "recipe": self.run.settings}
-        problem = None
-        if self.ranks.is_main:
-            try:
-                self.run.save(tensors, about)
-            except DgemmaError as error:
-                problem = str(error)
-        problem = self.ranks.from_main(problem)
-        if problem is not None:
-            if required:
-                raise DgemmaError(f"{problem}; the last good state is that of an earlier step")
-            self._note(f"{problem}; going on, and trying again in {self.recipe.save_every} steps")
-        else:
-            self._tell(Saved(self.step))
-        return problem is None
+        saved = self._written(lambda: self.run.save(tensors, about), required,
+                              "; the last good state is that of an earlier step",
+                              f"going on, and trying again in {self.recipe.save_every} steps")
+        if saved:
+            self._tell(events.Saved(self.step))
+        return saved
 
     def _resume(self) -> None:
         path = self.folder / STATE
@@ -412,7 +397,7 @@ class Trainer:
             listener(event)
 
     def _note(self, text: str) -> None:
-        self._tell(Noted(text))
+        self._tell(events.Noted(text))
 
     @cached_property
     def _data(self) -> str | None:
@@ -449,7 +434,7 @@ class Trainer:
                 report = write_report(self.folder)
             except DgemmaError as error:  # nothing is recorded yet, or the disk is full
                 problem = str(error)
-        self._tell(Ended(self.step, finished, self.folder, report, problem))
+        self._tell(events.Ended(self.step, finished, self.folder, report, problem))
 
 
 def _telling(examples: list[Example], most: int, window: int) -> list[Example]:

@@ -12,7 +12,7 @@ from dgemma.nn import KVCache
 from dgemma.nn.adapters import AdapterConfig, LowRank, attach, merge
 from dgemma.nn.passes import Passes
 from dgemma.train.batch import collate
-from dgemma.train.checks.preflight import run_preflight, training_equals_sampling
+from dgemma.train.checks.preflight import require, run_preflight, training_equals_sampling
 from dgemma.train.checks.workbench import Bench
 from dgemma.train.objective import Objective, batch_loss
 from support.reference import random_network, tiny_config
@@ -140,7 +140,7 @@ def test_it_takes_no_more_memory_than_a_training_step(checkpointing, most):
     """With checkpointing no more than one block of twelve is looked at without."""
     network = random_network(tiny_config(num_hidden_layers=12, layer_types=["sliding_attention", "full_attention"] * 6))
     network.requires_grad_(True)
-    examples = [example(150), example(150, seed=1)]  # past the window already
+    examples = [example(70), example(70, seed=1)]  # past the window already
     bench = Bench(network, Passes.of(network), collate(examples), Objective())
     with Saved() as step:
         bench.gradients()
@@ -339,7 +339,7 @@ def test_catches_an_optimizer_that_moves_nothing(network):
 def test_failures_are_raised_together_when_the_checks_are_required(network):
     passes = Passes(network.encode, lambda ids, cache, soft=None: network.denoise(torch.zeros_like(ids), cache, soft))
     with pytest.raises(DgemmaError, match=r"(?s)canvas is used: 0 of 24 tokens"):
-        run_preflight(network, EXAMPLES, passes=passes, required=True)
+        require(run_preflight(network, EXAMPLES, passes=passes))
 
 
 def test_a_loss_that_denoises_by_other_passes_is_refused(network):

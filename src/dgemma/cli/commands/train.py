@@ -166,7 +166,7 @@ def _preview_recipe(path: Path, count: int) -> None:
 def _show(examples: Sequence[Example], tokenizer: Tokenizer, count: int, left_out: list[str]) -> None:
     from rich.text import Text
 
-    from dgemma.train.data.preview import preview, summary
+    from dgemma.cli.terminal.preview import preview, summary
 
     console = SafeConsole(highlight=False, markup=False, soft_wrap=True)
     for text in preview(examples, tokenizer, count):

@@ -93,7 +93,7 @@ class Puzzles:
 
 
 def source_of(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, generation: GenerationConfig, folder: Path,
-              report: Report = print) -> Source:
+              report: Report = lambda text: None) -> Source:
     """What a recipe trains on. ``folder`` keeps what takes long to make; ``report`` is told of what is left out.
 
     Raises DgemmaError for data that cannot be used.

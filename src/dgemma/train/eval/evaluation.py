@@ -50,24 +50,20 @@ class Evaluator:
         return validation_losses(network, self.kept, recipe.objective, seed=recipe.seed, stop=stop,
                                  batch_size=recipe.micro_batch or recipe.batch_size) if self.kept else {}
 
-    def score(self, model: Answering, stop: Stop, progress: Progress) -> TaskScore | None:
-        """What the metric says to the model's answers; None without a metric."""
-        if self.metric is None:
-            return None
-        with _stoppable(model, stop):
-            return run_task(model, self.questions, self.metric, seed=self.recipe.seed, stop=stop, progress=progress,
-                            max_tokens=self.settings.max_tokens, **self.settings.settings)
+    def score(self, model: Answering, stop: Stop, progress: Progress, limit: int | None = None) -> TaskScore | None:
+        """What the metric says to the model's answers; None without a metric.
 
-    def with_steps(self, model: Answering, limit: int, stop: Stop, progress: Progress) -> TaskScore | None:
-        """The metric with at most ``limit`` denoising steps a canvas; None where it was stopped in the middle."""
+        With a ``limit`` to a sweep's questions, with at most so many denoising steps a canvas; None where it was
+        stopped in the middle, too.
+        """
         if self.metric is None:
             return None
-        settings = self.settings
-        options = {name: value for name, value in settings.settings.items() if name != "max_denoising_steps"}
+        swept = {} if limit is None else {"max_denoising_steps": limit}
         with _stoppable(model, stop):
-            found = run_task(model, self._swept, self.metric, seed=self.recipe.seed, stop=stop, progress=progress,
-                             max_tokens=settings.max_tokens, max_denoising_steps=limit, **options)
-        return None if found.partial else found
+            found = run_task(model, self._swept if swept else self.questions, self.metric, seed=self.recipe.seed,
+                             stop=stop, progress=progress, max_tokens=self.settings.max_tokens,
+                             **{**self.settings.settings, **swept})
+        return None if swept and found.partial else found
 
     @cached_property
     def _swept(self) -> list[Question]:

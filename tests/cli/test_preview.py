@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 import dgemma
 from dgemma.chat import Tokenizer
 from dgemma.cli.main import app
+from dgemma.cli.terminal.preview import preview, summary
 from dgemma.train.data.conversations import conversation_of
 from dgemma.train.data.examples import examples_of
-from dgemma.train.data.preview import preview, summary
 
 ROW = {"messages": [{"role": "user", "content": "Is <turn|> a token?\x1b[31m"},
                     {"role": "assistant", "content": "Yes.\n" + "x" * 10}]}
@@ -110,8 +110,10 @@ def test_the_command_shows_data_as_the_model_would_be_trained(tmp_path):
     assert re.search(r"left out +1\n", done.output)
 
 
-def test_the_command_shows_what_a_sudoku_recipe_trains_on(recipe_file):
-    done = run(recipe_file, "--preview", "--count", 1)
+def test_the_command_shows_what_a_sudoku_recipe_trains_on(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("{name: r, model: sudoku, max_steps: 1, batch_size: 2, data: {kind: sudoku, bases: 2}}")
+    done = run(path, "--preview", "--count", 1)
     assert done.exit_code == 0, done.output
     assert "── step 0: plain, message 1 ──" in done.output
     assert re.search(r"\[loss, weight 1\] ([1-9]{9}↵\n){8}[1-9]{9}<turn\|>", done.output)
