@@ -36,7 +36,8 @@ class _Attention(ctypes.Structure):
     """``Attention`` of native/dgemma.h."""
 
     _fields_ = (*((name, _LONG) for name in ("heads", "rows", "dim", "blocks", "heads_per_batch", "group")),
-                *((name, _POINTER) for name in ("query", "keys", "values", "columns", "strides", "positions", "first", "last")))
+                *((name, _POINTER) for name in ("query", "keys", "values", "columns", "strides", "positions", "first",
+                                                "last")))
 
 
 def library() -> ctypes.CDLL | None:

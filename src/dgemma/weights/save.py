@@ -37,7 +37,8 @@ def save_checkpoint(network: DiffusionTransformer, folder: Path, config: dict[st
 
     ``config`` is the whole ``config.json``; ``state`` the network's tensors by name, None: its ``state_dict()``. Each
     file is written beside its place and then renamed, the weights first. An index that is there is taken away: it
-    speaks of other files. Raises DgemmaError when one cannot be written, and for a network with an adapter or with packed weights.
+    speaks of other files. Raises DgemmaError when one cannot be written, and for a network with an adapter or with
+    packed weights.
     """
     if adapters(network):
         raise DgemmaError(f"{folder}: a checkpoint has no place for an adapter: merge it into the network, or save "
