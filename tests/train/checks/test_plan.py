@@ -13,7 +13,7 @@ from dgemma.gguf.quantize import quantize
 from dgemma.kernels.packed import PackedWeight
 from dgemma.memory import program_bytes
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, adapters, attach
-from dgemma.nn.packed import packed_bytes, set_weights
+from dgemma.nn.packed import set_weights
 from dgemma.train.checks.activations import Pass, Step, kept_by_block, widest
 from dgemma.train.checks.plan import memory_plan, mixture, stored_types
 from dgemma.train.optim.optimizers import Optimizers
@@ -63,7 +63,7 @@ def test_packed_weights_take_their_packed_size():
                                                                       BLOCK_TYPES[types[name]])
                for name, tensor in network.state_dict().items()}
     set_weights(network, weights)
-    real = packed_bytes(network) + sum(tensor.nbytes for tensor in network.state_dict().values())
+    real = sum(tensor.nbytes for tensor in network.state_dict().values())
     assert lines(memory_plan(config, weights="Q8_0", adapter=AdapterConfig(), context=8))["weights"] == real
 
 

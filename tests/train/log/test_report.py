@@ -215,7 +215,7 @@ def test_runs_stand_beside_each_other(tmp_path):
     assert all(source.count(f">{name}</text>") == 3 for name in ("full", "LoRA &lt;16&gt;"))
     rows = re.findall(r"<tr><th><a.*?</tr>", source)
     assert len(rows) == 3 and rows[2].count("–</td>") == rows[2].count("<td")
-    assert "41.3 M" in rows[0] and re.search(r"\d+\.\d % \(\d+\.\d–\d+\.\d\)", rows[1])
+    assert "41.3M" in rows[0] and re.search(r"\d+\.\d % \(\d+\.\d–\d+\.\d\)", rows[1])
 
 
 def test_runs_of_different_tasks_say_which(tmp_path):
