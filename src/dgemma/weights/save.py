@@ -34,9 +34,9 @@ def save_checkpoint(network: DiffusionTransformer, folder: Path, config: dict[st
                     state: Mapping[str, Tensor] | None = None) -> None:
     """Write model.safetensors, config.json and generation_config.json into ``folder``.
 
-    ``config`` is the whole ``config.json``; ``state`` the network's tensors by name, None: its ``state_dict()``. Each file is written beside its place and then renamed, the weights first.
-    An index that is there is taken away: it speaks of other files. Raises DgemmaError when one cannot be written, and
-    for a network with an adapter.
+    ``config`` is the whole ``config.json``; ``state`` the network's tensors by name, None: its ``state_dict()``. Each
+    file is written beside its place and then renamed, the weights first. An index that is there is taken away: it
+    speaks of other files. Raises DgemmaError when one cannot be written, and for a network with an adapter.
     """
     if adapters(network):
         raise DgemmaError(f"{folder}: a checkpoint has no place for an adapter: merge it into the network, or save "
