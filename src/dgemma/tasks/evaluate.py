@@ -7,8 +7,9 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,9 @@ def evaluate_sudoku(model: Model, puzzles: np.ndarray, solutions: np.ndarray, *,
 def evaluate_bands(model: Model, count: int, bands: list[str] | None = None, *, seed: int = 0,
                    progress: Callable[[str, int, int], None] | None = None, **settings: Any) -> dict[str, BandScore]:
     """Scores on ``count`` fresh puzzles per band, each from its own random grid, fixed by ``seed``."""
-    scores = {}
-    for band in bands or list(sudoku.BANDS):
-        puzzles, solutions = sudoku.generate(count, sudoku.BANDS[band], seed=EVALUATION_SEED + seed)
-        report = None if progress is None else lambda done, total, band=band: progress(band, done, total)
-        scores[band] = evaluate_sudoku(model, puzzles, solutions, seed=seed, progress=report, **settings)
-    return scores
+    parts = ((band, *sudoku.generate(count, sudoku.BANDS[band], seed=EVALUATION_SEED + seed))
+             for band in bands or sudoku.BANDS)
+    return _scores(model, parts, seed, progress, settings)
 
 
 def read_puzzles(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -132,14 +130,16 @@ def evaluate_file(model: Model, path: Path, *, seed: int = 0,
     """Scores on the puzzles of a file, by band; those outside every band are called "other"."""
     puzzles, solutions = read_puzzles(path)
     names = np.array([band_of(puzzle) for puzzle in puzzles])
-    scores = {}
-    for band in [*sudoku.BANDS, "other"]:
-        chosen = names == band
-        if chosen.any():
-            report = None if progress is None else lambda done, total, band=band: progress(band, done, total)
-            scores[band] = evaluate_sudoku(model, puzzles[chosen], solutions[chosen], seed=seed, progress=report,
-                                           **settings)
-    return scores
+    parts = ((band, puzzles[names == band], solutions[names == band]) for band in (*sudoku.BANDS, "other"))
+    return _scores(model, (part for part in parts if len(part[1])), seed, progress, settings)
+
+
+def _scores(model: Model, parts: Iterable[tuple[str, np.ndarray, np.ndarray]], seed: int,
+            progress: Callable[[str, int, int], None] | None, settings: dict[str, Any]) -> dict[str, BandScore]:
+    """The scores of puzzles and their solutions, by band."""
+    return {band: evaluate_sudoku(model, puzzles, solutions, seed=seed, **settings,
+                                  progress=None if progress is None else partial(progress, band))
+            for band, puzzles, solutions in parts}
 
 
 def as_json(scores: dict[str, BandScore]) -> dict[str, Any]:
