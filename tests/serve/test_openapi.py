@@ -16,7 +16,8 @@ AUTHORISED = {"Authorization": "Bearer key"}
 
 
 # Test cases are drawn from the document when tests are collected, so the application is made here.
-app = create_app(ScriptedService(dgemma.load("sudoku"), *ANSWERS), Settings(("sudoku",), api_keys=("key",)))
+MODEL = dgemma.load("sudoku")
+app = create_app(MODEL, ScriptedService(MODEL, *ANSWERS), Settings(("sudoku",), api_keys=("key",)))
 schema = schemathesis.openapi.from_asgi("/openapi.json", app)
 
 
@@ -58,7 +59,7 @@ def test_a_body_may_be_nested_but_not_without_end(client, path, body, depth):
 def test_the_document_speaks_of_keys_only_where_there_are_any():
     def operations(keys):
         service = ScriptedService(dgemma.load("sudoku"), "x")
-        document = create_app(service, Settings(("sudoku",), api_keys=keys)).openapi()
+        document = create_app(service.model, service, Settings(("sudoku",), api_keys=keys)).openapi()
         return document, {path: operation for path, methods in document["paths"].items()
                           for operation in methods.values()}
 

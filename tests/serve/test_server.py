@@ -112,8 +112,8 @@ def test_a_port_that_is_taken_is_named():
 
 @pytest.mark.parametrize("said", [[], [b"GET /health HTTP/1.1\r\nX: "],
                                   [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /health HTTP/1.1\r\nX: "]])
-def test_who_does_not_say_what_he_wants_is_hung_up_on(said):
-    application = create_app(ScriptedService(dgemma.load("sudoku"), "x"), Settings(("sudoku",)))
+def test_who_does_not_say_what_he_wants_is_hung_up_on(model, said):
+    application = create_app(model, ScriptedService(model, "x"), Settings(("sudoku",)))
     with (served(application, http=impatient(0.3), timeout_keep_alive=60) as url,
           socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as slow):
         slow.settimeout(5)
@@ -128,8 +128,8 @@ def test_who_does_not_say_what_he_wants_is_hung_up_on(said):
         assert slow.recv(1000) == b"" and time.monotonic() - began < 3
 
 
-def test_an_answer_may_take_longer_than_its_request():
-    application = create_app(ScriptedService(dgemma.load("sudoku"), ["a", "b"], seconds=0.5), Settings(("sudoku",)))
+def test_an_answer_may_take_longer_than_its_request(model):
+    application = create_app(model, ScriptedService(model, ["a", "b"], seconds=0.5), Settings(("sudoku",)))
     with served(application, http=impatient(0.3)) as url, httpx.Client(timeout=30) as http:
         for _ in range(2):
             assert http.post(url + PATH, json=CHAT).json()["choices"][0]["message"]["content"] == "ab"

@@ -12,7 +12,7 @@ from dgemma.diffusion.row import Request
 from dgemma.engine.service import Overloaded, Service
 from dgemma.model import Model
 from dgemma.nn.rows import PAGE
-from dgemma.serve.bodies import system_tokens
+from dgemma.serve.ask import system_tokens
 from dgemma.serve.settings import Settings
 
 LONG = "You are a careful assistant. " * 60  # several pages
@@ -144,13 +144,13 @@ def test_invented_users_leave_places_and_turns_to_another_key(model):
     ask = model.request("Hi", max_tokens=40 * model.config.canvas_length, max_denoising_steps=40)
 
     async def main():
-        service = Service(model, max_num_seqs=1, max_queue=31)
+        service = Service(model.network, model.reader, model.prefixes, max_num_seqs=1, max_queue=31)
         order = []
 
         async def one(client, user):
             request = Request(**{**vars(ask), "client": client, "user": user})
             try:
-                async for _ in service.stream(request):
+                async for _ in await service.admit(request):
                     order.append((client, user))
                     return
             except Overloaded:
@@ -256,7 +256,7 @@ def test_numbers_of_requests_can_be_asked_for_while_they_come_and_go(model):
     failed = []
 
     async def main():
-        service = Service(own, max_num_seqs=8)
+        service = Service(own.network, own.reader, own.prefixes, max_num_seqs=8)
         service.start()
         over = threading.Event()
 
@@ -273,7 +273,7 @@ def test_numbers_of_requests_can_be_asked_for_while_they_come_and_go(model):
             thread.start()
 
         async def one():
-            async for _ in service.stream(request):
+            async for _ in await service.admit(request):
                 pass
 
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""A service whose answers are written down beforehand, and a real HTTP server around an app."""
+"""A backend whose answers are written down beforehand, and a real HTTP server around an app."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from dgemma.chat import read_answer
@@ -21,8 +22,9 @@ from dgemma.diffusion.events import (
     TokenLogprob,
 )
 from dgemma.diffusion.row import Request
-from dgemma.engine.registry import AdapterShelf
-from dgemma.engine.service import Overloaded, Stats
+from dgemma.engine.registry import AdapterRegistry, UnknownAdapterError
+from dgemma.engine.service import Overloaded, RequestEvents, Stats, Weights
+from dgemma.errors import DgemmaError
 from dgemma.model import Model
 
 
@@ -35,7 +37,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 
 class ScriptedService:
-    """Answers every request with the next of ``answers`` (the last one again and again), canvas by canvas.
+    """A `Backend` that answers every request with the next of ``answers``, the last one again and again.
 
     An answer is a string (control tokens as they are spelt), a list of them, one per canvas, or an exception:
     `Overloaded` is raised, any other makes the request fail. ``requests`` are those that came, ``closed`` counts
@@ -50,17 +52,29 @@ class ScriptedService:
         self.seconds, self.cached_tokens = seconds, cached_tokens
         self.requests: list[Request] = []
         self.closed = 0
-        self.adapters = AdapterShelf(model.network)
+        self.adapters = AdapterRegistry(model.network)
         self.logprobs: list[TokenLogprob] | None = None  # of all of the first canvas
 
     def stats(self) -> Stats:
         return Stats(finished=len(self.requests))
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
+    def weights(self) -> Weights:
+        return Weights(7_000_000, "F32", 1_700_000, on_gpu=False)
+
+    def load_adapter(self, name: str, path: str | Path) -> bool:
+        raise DgemmaError(f"{path}: adapters cannot be loaded here")
+
+    def unload_adapter(self, name: str) -> None:
+        raise UnknownAdapterError(f"there is no adapter {name!r}")
+
+    async def admit(self, request: Request) -> RequestEvents:
         answer = self.answers[min(len(self.requests), len(self.answers) - 1)]
         self.requests.append(request)
         if isinstance(answer, Overloaded):
             raise answer
+        return self._events(request, answer)
+
+    async def _events(self, request: Request, answer: str | Sequence[str] | Exception) -> AsyncGenerator[Event, None]:
         config = self.model.config
         yield CanvasStarted(0, 0, [0] * config.canvas_length, [False] * config.canvas_length, len(request.prompt_ids),
                             1)
