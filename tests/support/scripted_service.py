@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dgemma.chat import read_answer
 from dgemma.diffusion.events import (
@@ -72,7 +72,7 @@ class ScriptedService:
         self.requests.append(request)
         if isinstance(answer, Overloaded):
             raise answer
-        return self._events(request, answer)
+        return Answering(self, self._events(request, answer))
 
     async def _events(self, request: Request, answer: str | Sequence[str] | Exception) -> AsyncGenerator[Event, None]:
         config = self.model.config
@@ -82,15 +82,10 @@ class ScriptedService:
             yield Failed(0, str(answer))
             return
         canvases = [self.model.tokenizer.encode(text) for text in ([answer] if isinstance(answer, str) else answer)]
-        finished = False
-        try:
-            for index, token_ids in enumerate(canvases):
-                await asyncio.sleep(self.seconds)
-                yield CanvasCommitted(0, index, token_ids, 3, 0.1, self.logprobs)
-            finished = True
-            yield Finished(0, self._generation(request, canvases))
-        finally:
-            self.closed += not finished
+        for index, token_ids in enumerate(canvases):
+            await asyncio.sleep(self.seconds)
+            yield CanvasCommitted(0, index, token_ids, 3, 0.1, self.logprobs)
+        yield Finished(0, self._generation(request, canvases))
 
     def _generation(self, request: Request, canvases: list[list[int]]) -> Generation:
         token_ids = [token for canvas in canvases for token in canvas]
@@ -98,6 +93,26 @@ class ScriptedService:
         return Generation(answer.text, answer.reasoning, answer.tool_calls, token_ids, self.finish,
                           [3] * len(canvases), 1.0, len(request.prompt_ids), 0.1, request.seed,
                           cached_tokens=self.cached_tokens)
+
+
+class Answering:
+    """The events of an answer, and whether somebody closed them before the last one."""
+
+    def __init__(self, service: ScriptedService, events: AsyncGenerator[Event, None]):
+        self.service, self.events, self.over = service, events, False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await anext(self.events)
+        self.over = isinstance(event, (Finished, Failed))
+        return event
+
+    async def aclose(self) -> None:
+        await self.events.aclose()
+        self.service.closed += not self.over
+        self.over = True
 
 
 @contextlib.contextmanager

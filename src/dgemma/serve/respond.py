@@ -23,7 +23,7 @@ from dgemma.engine.service import RequestEvents
 from dgemma.errors import DgemmaError
 from dgemma.serve.backend import Backend, Serving
 from dgemma.serve.deltas import BrokenAnswerError, CutAnswerError, Delta, deltas, first_call_only
-from dgemma.serve.errors import ApiError, JsonResponse, as_api_error, error_body, error_response, to_json
+from dgemma.serve.errors import JsonResponse, as_api_error, error_body, error_response, to_json
 from dgemma.serve.metrics import RequestListener
 from dgemma.serve.streams import ClientGoneError, Merged, while_connected
 from dgemma.serve.usage import note_error, time_left
@@ -164,13 +164,15 @@ class _Stream(Response):
                 # Whoever does not read, perhaps the reason that time ran out, does not hold us up.
                 with contextlib.suppress(TimeoutError, OSError):
                     async with asyncio.timeout(_FAREWELL):
-                        await send(_chunk(self._last_words(as_api_error(error), scope["path"])))
+                        await send(_chunk(self._last_words(error, scope["path"])))
                         await send(_chunk(b"", more=False))
 
-    def _last_words(self, error: ApiError, path: str) -> bytes:
+    def _last_words(self, error: Exception, path: str) -> bytes:
         """What tells a client in the middle of its stream that something went wrong."""
-        note_error(error.message)
-        return self._rendering.encode(error_body(error, path))
+        told = as_api_error(error)
+        if not isinstance(error, BrokenAnswerError):  # of that the engine has said why
+            note_error(told.message)
+        return self._rendering.encode(error_body(told, path))
 
     async def _write(self, send: Send, source: Merged[Delta]) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
