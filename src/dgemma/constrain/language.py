@@ -163,7 +163,9 @@ def parse_regex(pattern: str, chars: Callable[[Ranges], Node] = Chars, search: b
     """
     try:
         items, flags = parse(pattern, wide)
-    except (RecursionError, ValueError) as error:
+    except RecursionError as error:
+        raise DgemmaError(f"the regular expression {pattern!r} is nested too deeply to be read") from error
+    except ValueError as error:
         raise DgemmaError(f"the regular expression {pattern!r} cannot be read: {error}") from error
     gap = Repeat(chars(ANY_CHAR), 0, None) if search else EMPTY
     reader = _Reader(pattern, chars, gap, wide, flags, longest)
