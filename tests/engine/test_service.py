@@ -47,10 +47,11 @@ def serving(service_of):
 
 
 async def generation_of(service, request):
-    async for event in await service.admit(request):
-        if isinstance(event, Finished):
-            return event.generation
-        assert not isinstance(event, Failed), event
+    async with aclosing(await service.admit(request)) as events:
+        async for event in events:
+            if isinstance(event, Finished):
+                return event.generation
+            assert not isinstance(event, Failed), event
     return None
 
 
@@ -96,7 +97,7 @@ def test_a_request_is_taken_or_refused_before_anybody_waits_for_its_events(servi
     assert behind == closed == []
 
 
-def test_a_thousand_given_up_requests_leave_nothing_behind(serving, ask):
+def test_hundreds_of_given_up_requests_leave_nothing_behind(serving, ask):
     async def give_up(service, i):
         """After a draft, while the prompt is read, or while it waits."""
         async def listen():
@@ -110,8 +111,8 @@ def test_a_thousand_given_up_requests_leave_nothing_behind(serving, ask):
 
     async def work(service):
         sizes = []
-        for start in range(0, 1000, 50):
-            await asyncio.gather(*(give_up(service, start + i) for i in range(50)))
+        for start in range(0, 400, 20):
+            await asyncio.gather(*(give_up(service, start + i) for i in range(20)))
             gc.collect()
             sizes.append(psutil.Process().memory_info().rss)
         while service.engine.busy:
@@ -121,7 +122,7 @@ def test_a_thousand_given_up_requests_leave_nothing_behind(serving, ask):
 
     stats, mail, sizes, held = serving(work, max_num_seqs=16)
     assert not held
-    assert 500 <= stats.cancelled <= 1000
+    assert 200 <= stats.cancelled <= 400
     assert stats.finished == stats.failed == 0
     assert (mail, stats.reserved_bytes, stats.running) == (0, 0, 0)
     assert max(sizes[10:]) < max(sizes[:10]) + (16 << 20)
@@ -148,16 +149,15 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(serving, ask):
 
 def test_a_slow_reader_gets_the_last_draft_only_but_every_canvas(serving, ask):
     async def work(service):
-        seen = []
         async with aclosing(await service.admit(ask(max_tokens=5 * C, max_denoising_steps=20))) as events:
-            async for event in events:
-                seen.append(event)
-                await asyncio.sleep(0.05)
-        return seen
+            seen = [await anext(events)]
+            while service.engine.busy:
+                await asyncio.sleep(0.01)
+            return seen + [event async for event in events]
 
     seen = serving(work)
     assert sum(isinstance(event, CanvasCommitted) for event in seen) == 5
-    assert sum(isinstance(event, Denoised) for event in seen) < 20
+    assert sum(isinstance(event, Denoised) for event in seen) <= 5 + 1  # one may have been the first event
     assert isinstance(seen[-1], Finished)
 
 

@@ -30,7 +30,7 @@ def running(model, settings=None, **options):
         asyncio.run(service.stop(0))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve_model():
     """`running`, for tests of a model of their own."""
     return running
