@@ -48,7 +48,8 @@ class ScriptedService:
 
     def __init__(self, model: Model, *answers: str | Sequence[str] | Exception, finish: FinishReason = "stop",
                  seconds: float = 0, cached_tokens: int = 0):
-        self.model, self.answers, self.finish = model, answers, finish
+        self.model, self.answers = model, answers
+        self.finish: FinishReason = finish
         self.seconds, self.cached_tokens = seconds, cached_tokens
         self.requests: list[Request] = []
         self.closed = 0

@@ -11,7 +11,7 @@ import functools
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request as HttpRequest
 
@@ -20,11 +20,13 @@ from dgemma.constrain.choice import ToolsError, calls_of, read_tool_choice
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import in_form_thread
 from dgemma.errors import ContextLengthError, DgemmaError
-from dgemma.model import Prompt
-from dgemma.nn.activation import MountedAdapter
 from dgemma.serve.backend import Serving
 from dgemma.serve.errors import ApiError, as_api_error
 from dgemma.serve.usage import request_usage, time_left
+
+if TYPE_CHECKING:
+    from dgemma.model import Prompt
+    from dgemma.nn.activation import MountedAdapter
 
 T = TypeVar("T")
 

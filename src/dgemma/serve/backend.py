@@ -8,18 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dgemma.chat import Tokenizer
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.row import Request, longest_prompt
 from dgemma.engine.registry import UnknownAdapterError
 from dgemma.engine.service import RequestEvents, Stats, Weights
-from dgemma.model import Prompt
-from dgemma.nn.activation import MountedAdapter
 from dgemma.serve.errors import ApiError
 from dgemma.serve.metrics import Metrics
 from dgemma.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from dgemma.model import Prompt
+    from dgemma.nn.activation import MountedAdapter
 
 
 class ServedModel(Protocol):

@@ -94,8 +94,14 @@ _DESCRIPTIONS = {
     503: "The server is stopping: try again after `Retry-After` seconds.",
     504: "The answer took longer than a request may.",
 }
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text} for status, text in _DESCRIPTIONS.items()}
+
+
+def error_docs(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What the documentation says of every error, whose body has this form."""
+    return {status: {"model": model, "description": text} for status, text in _DESCRIPTIONS.items()}
+
+
+RESPONSES = error_docs(ErrorBody)
 
 
 def to_json(value: Any) -> bytes:

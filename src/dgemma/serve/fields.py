@@ -11,13 +11,11 @@ Works on: JSON bodies. Knows nothing of: the engine.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fastapi import Request as HttpRequest
 from pydantic import Field
 
-from dgemma.model import Prompt
-from dgemma.nn.activation import MountedAdapter
 from dgemma.serve.ask import Ask, client_of
 from dgemma.serve.bodies import (
     Body,
@@ -36,6 +34,10 @@ from dgemma.serve.calling import BUDGETS, ChosenTools, Words, reasoning_budget, 
 from dgemma.serve.errors import ApiError, shown
 from dgemma.serve.forms import Form, answer_form
 from dgemma.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from dgemma.model import Prompt
+    from dgemma.nn.activation import MountedAdapter
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Penalty = Annotated[float, Field(allow_inf_nan=False, description="Has no effect here.")]

@@ -16,7 +16,7 @@ from dgemma.serve.anthropic.body import CountBody, MessagesBody
 from dgemma.serve.anthropic.stream import MessageRendering
 from dgemma.serve.ask import engine_request, prompt_tokens
 from dgemma.serve.backend import Serving
-from dgemma.serve.errors import RESPONSES, JsonResponse
+from dgemma.serve.errors import JsonResponse, error_docs
 from dgemma.serve.respond import answer_docs, respond
 
 
@@ -65,9 +65,7 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": MessagesErrorBody, "description": documented["description"]}
-    for status, documented in RESPONSES.items()}
+_ERRORS = error_docs(MessagesErrorBody)
 
 
 def router(serving: Serving) -> APIRouter:

@@ -6,7 +6,7 @@ Works on: bodies, rendered by `stream`. Knows nothing of: the engine, other form
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
@@ -15,14 +15,16 @@ from starlette.responses import PlainTextResponse, Response
 
 from dgemma import __version__
 from dgemma.config import SAMPLER_SETTINGS
-from dgemma.model import Prompt
-from dgemma.nn.activation import MountedAdapter
 from dgemma.serve.ask import engine_request, prompt_tokens
 from dgemma.serve.backend import Serving
-from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
+from dgemma.serve.errors import ApiError, JsonResponse, error_docs
 from dgemma.serve.ollama.body import ChatBody, GenerateBody, ShowBody
 from dgemma.serve.ollama.stream import Lines, timestamp
 from dgemma.serve.respond import respond
+
+if TYPE_CHECKING:
+    from dgemma.model import Prompt
+    from dgemma.nn.activation import MountedAdapter
 
 # The version of Ollama whose API this is: its clients compare it with what they need.
 API_VERSION = "0.40.0"
@@ -118,9 +120,7 @@ class GenerateAnswer(Counts):
     done_reason: str | None = None
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": OllamaError, "description": documented["description"]}
-    for status, documented in RESPONSES.items()}
+_ERRORS = error_docs(OllamaError)
 
 
 def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
