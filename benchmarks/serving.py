@@ -64,7 +64,7 @@ def slice_requests(count: int, steps: int) -> list[Request]:
 
 async def drive(model: Model, requests: list[Request], users: int) -> dict[str, float]:
     """So many users, each with one request after the other; what they saw."""
-    service = Service(model, max_num_seqs=users)
+    service = Service(model.network, model.reader, model.prefixes, max_num_seqs=users)
     model.prefixes.clear()
     service.start()
     waiting, first, tokens = iter(requests), [], 0
@@ -73,7 +73,7 @@ async def drive(model: Model, requests: list[Request], users: int) -> dict[str, 
         nonlocal tokens
         for request in waiting:
             began, spoke = time.perf_counter(), False
-            async for event in service.stream(request):
+            async for event in await service.admit(request):
                 if isinstance(event, CanvasCommitted) and not spoke:
                     spoke = True
                     first.append(time.perf_counter() - began)

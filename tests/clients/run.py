@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,8 +21,8 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import dgemma  # noqa: E402
-from dgemma.diffusion.events import Event  # noqa: E402
 from dgemma.diffusion.row import Request  # noqa: E402
+from dgemma.engine.service import RequestEvents  # noqa: E402
 from dgemma.serve.app import create_app  # noqa: E402
 from dgemma.serve.settings import Settings  # noqa: E402
 from support.scripted_service import ScriptedService, served  # noqa: E402
@@ -53,7 +52,7 @@ NODE = {"AI SDK": ("aisdk_client.mjs", ["ai", "@ai-sdk/openai", "@ai-sdk/anthrop
 class Actor(ScriptedService):
     """Plays a model: calls the first tool that is declared, and once a tool has answered says what came of it."""
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
+    async def admit(self, request: Request) -> RequestEvents:
         prompt = self.model.tokenizer.decode(request.prompt_ids)
         last = prompt.rpartition("<|turn>user")[2]
         if "<|tool_response>" in last:
@@ -63,8 +62,7 @@ class Actor(ScriptedService):
         else:
             text = "Hello there."
         self.answers = (text,)
-        async for event in super().stream(request):
-            yield event
+        return await super().admit(request)
 
 
 def python_of(name: str, packages: list[str]) -> list[str]:
@@ -107,7 +105,7 @@ def main() -> int:
     failed, table = 0, ["| client | what works |", "|---|---|"]
     with ExitStack() as stack:
         actor = Actor(dgemma.load("sudoku"))
-        acted = stack.enter_context(served(create_app(actor, Settings(("sudoku",)))))
+        acted = stack.enter_context(served(create_app(actor.model, actor, Settings(("sudoku",)))))
         real = stack.enter_context(serving())
         keys = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENAI_BASE_URL")
         environment = {name: value for name, value in os.environ.items() if name not in keys} | {

@@ -146,3 +146,30 @@ def test_a_language_that_explodes_is_an_error_and_not_a_wait():
     with pytest.raises(DgemmaError, match="too large"):
         compile_language(parse_regex("(a?){9000}"))
     assert accepts(compile_language(parse_regex("(){0,4000000000}(){4000000000}")), "")
+
+
+@pytest.mark.parametrize("pattern", [
+    "[]a]", "[^]]?", "[a-]", "[-a]", r"[\]a]+", "a{,2}", "a{}b", "a{b}", "a{2", "{", r"\x61\u0062", r"\101\0?", r"[\b]",
+    r"\N{DIGIT ONE}", "(?#aside)ab", "(?x) a b # so", "(?x:a b) c", "(?i:a(?-i:b))c", "(?:)a", "(a|)+?", "a??b",
+    "[&&a]",
+])
+def test_the_odd_corners_of_pythons_syntax_are_read_as_python_reads_them(pattern):
+    automaton = compile_language(parse_regex(pattern))
+    wanted = re.compile("[\\s\\S]\\]?" if pattern == "[^]]?" else pattern)  # to ECMA [^] is any character
+    rng = random.Random(11)
+    for _ in range(400):
+        text = "".join(rng.choice("aabbAB]-{},21\0\b &c") for _ in range(rng.randint(0, 4)))
+        assert accepts(automaton, text) == (wanted.fullmatch(text) is not None), text
+
+
+@pytest.mark.parametrize(("pattern", "named"), [
+    ("*a", "nothing to repeat"), ("^*", "nothing to repeat"), ("a**", "multiple repeat"), ("a{2,1}", "min repeat"),
+    ("a)", "unbalanced"), (r"a\q", "bad escape"), ("a\\", "end of pattern"), ("[z-a]", "bad character range"),
+    (r"[a-\d]", "bad character range"), ("a(?i)", "global flags"), ("(?ii-i:a)", "flags"), ("(?P<1>a)", "group name"),
+    (r"\2", "group reference"), ("(?#a", "no end"), (r"\N{NOBODY}", "NOBODY"), ("(?Q)", "flags"),
+    ("(?+a)", "extension"),
+    ("(" * 5000 + ")" * 5000, "too deeply"), (r"\x6", "bad escape"), (r"(?(1)a|b)", "back reference"),
+])
+def test_what_is_not_well_formed_is_refused(pattern, named):
+    with pytest.raises(DgemmaError, match=named):
+        parse_regex(pattern)

@@ -21,16 +21,16 @@ def model():
 @contextmanager
 def running(model, settings=None, **options):
     """A real service behind a real server: its URL and the service."""
-    service = Service(model, **options)
+    service = Service(model.network, model.reader, model.prefixes, **options)
     service.start()
     try:
-        with served(create_app(service, settings or Settings(("sudoku", "alias")))) as url:
+        with served(create_app(model, service, settings or Settings(("sudoku", "alias")))) as url:
             yield url, service
     finally:
         asyncio.run(service.stop(0))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve_model():
     """`running`, for tests of a model of their own."""
     return running
@@ -59,7 +59,7 @@ def scripted(model, request):
     """A function: answers of a `ScriptedService` -> (HTTP client of a server of these, the service)."""
     def start(*answers, settings=None, **options):
         service = ScriptedService(model, *(answers or ("Hello",)), **options)
-        context = served(create_app(service, settings or Settings(("sudoku", "alias"))))
+        context = served(create_app(model, service, settings or Settings(("sudoku", "alias"))))
         url = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))
         client = httpx.Client(base_url=url, timeout=30)

@@ -259,16 +259,16 @@ def test_a_request_keeps_the_adapter_that_was_there_when_it_came(server, monkeyp
 def test_a_model_with_an_adapter_that_is_always_on_takes_no_others(own, folder):
     network = copy.deepcopy(own.network)
     load_adapter(network, folder / "sql")
-    service = Service(Model(network, own.tokenizer, own.generation_config, "sudoku"))
+    service = Service(network, own.reader, own.prefixes)
     with pytest.raises(DgemmaError, match="always on"):
         service.load_adapter("mails", folder / "mails")
 
 
 def test_adapters_leave_memory_for_requests(own, folder):
     size = mounted_bytes(read_adapter(folder / "sql", own.network).factors)
-    large = Service(own, memory=1 << 32).engine
+    large = Service(own.network, own.reader, own.prefixes, memory=1 << 32).engine
     least = (large.memory.limit or 0) - (large.room or 0)  # what one request needs
-    service = Service(own, memory=(least + size * 5 // 2) * 4 // 3)
+    service = Service(own.network, own.reader, own.prefixes, memory=(least + size * 5 // 2) * 4 // 3)
     for name in ("one", "two"):  # it does not work yet
         service.load_adapter(name, folder / "sql")
     with pytest.raises(DgemmaError, match="this adapter needs .* beside what requests need"):
@@ -278,14 +278,14 @@ def test_adapters_leave_memory_for_requests(own, folder):
 
 
 def test_of_two_that_come_at_once_the_one_that_does_not_fit_any_more_is_refused(own, folder, monkeypatch):
-    service = Service(own, memory=1 << 32)
-    mountable = service.adapters.mountable
+    service = Service(own.network, own.reader, own.prefixes, memory=1 << 32)
+    loaded = service.adapters.loaded
 
     def another_comes(name, files):
         service.engine.memory.limit = 1000
-        return mountable(name, files)
+        return loaded(name, files)
 
-    monkeypatch.setattr(service.adapters, "mountable", another_comes)
+    monkeypatch.setattr(service.adapters, "loaded", another_comes)
     with pytest.raises(DgemmaError, match="this adapter needs"):
         service.load_adapter("sql", folder / "sql")
     assert not service.adapters.paths() and not service.engine.adopted

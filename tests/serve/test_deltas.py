@@ -6,43 +6,33 @@ import dataclasses
 import pytest
 
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Failed, Finished, TokenLogprob
-from dgemma.errors import DgemmaError
 from dgemma.serve.deltas import (
     BrokenAnswerError,
+    CutAnswerError,
     Done,
     Draft,
     Reasoning,
     Text,
     ToolCall,
-    collect,
     deltas,
+    put_together,
 )
 from support.scripted_service import ScriptedService
 
 CALL = "<|tool_call>call:f{a:1}<tool_call|>"
 
 
-class Events:
-    """A service that replays events, and says when it was closed."""
-
-    def __init__(self, events):
-        self.events, self.closed, self.request = events, False, None
-
-    async def stream(self, request):
-        self.request = request
-        try:
-            for event in self.events:
-                if isinstance(event, Exception):
-                    raise event
-                await asyncio.sleep(0)
-                yield event
-        finally:
-            self.closed = True
+async def replay(events):
+    for event in events:
+        await asyncio.sleep(0)
+        yield event
 
 
-def pieces(service, request, tokenizer, **options):
+def pieces(events, request, tokenizer, **options):
+    """Of events, or of what a scripted backend answers."""
     async def run():
-        return [piece async for piece in deltas(service, request, tokenizer, **options)]
+        source = await events.admit(request) if isinstance(events, ScriptedService) else replay(events)
+        return [piece async for piece in deltas(source, request, tokenizer, **options)]
 
     return asyncio.run(run())
 
@@ -86,11 +76,9 @@ def test_counts_are_of_all_tokens_but_the_stop_token(model, request_):
 
 def test_drafts_are_made_only_when_they_are_wanted(model, request_):
     ids = model.tokenizer.encode("Hi")
-    service = Events([denoised([*ids, 1, 1], 1), CanvasCommitted(0, 0, ids, 1, 0.1)])
-    assert not any(isinstance(piece, Draft) for piece in pieces(service, request_, model.tokenizer))
-    assert service.request.drafts is False
-    found = pieces(service, request_, model.tokenizer, drafts_per_second=10)
-    assert service.request.drafts is True
+    events = [denoised([*ids, 1, 1], 1), CanvasCommitted(0, 0, ids, 1, 0.1)]
+    assert not any(isinstance(piece, Draft) for piece in pieces(events, request_, model.tokenizer))
+    found = pieces(events, request_, model.tokenizer, drafts_per_second=10)
     assert [type(piece) for piece in found] == [Draft, Text]
     draft = found[0]
     assert (draft.step, draft.canvas, draft.token_ids) == (1, 0, [*ids, 1, 1])
@@ -99,13 +87,15 @@ def test_drafts_are_made_only_when_they_are_wanted(model, request_):
 
 
 def test_drafts_keep_to_their_rate(model, request_):
-    class Slow(Events):
-        async def stream(self, request):
-            for step in range(1, 31):
-                await asyncio.sleep(0.01)
-                yield denoised([72], step)
+    async def slow():
+        for step in range(1, 31):
+            await asyncio.sleep(0.01)
+            yield denoised([72], step)
 
-    found = pieces(Slow([]), request_, model.tokenizer, drafts_per_second=20)
+    async def run():
+        return [piece async for piece in deltas(slow(), request_, model.tokenizer, drafts_per_second=20)]
+
+    found = asyncio.run(run())
     assert 3 <= len(found) <= 8  # of 30 in 0.3 seconds or a little more
 
 
@@ -123,34 +113,26 @@ def test_logprobs_stand_beside_their_text(model):
     assert found[-1]["logprob"] == -9999.0  # JSON has no -inf
 
 
-def test_a_failed_request_is_broken_and_collecting_it_raises(model, request_):
-    started = CanvasStarted(0, 0, [], [], 1, 1)
-    service = Events([started, Failed(0, "bad luck")])
+def test_a_failed_request_is_broken(model, request_):
+    events = [CanvasStarted(0, 0, [], [], 1, 1), Failed(0, "bad luck")]
     with pytest.raises(BrokenAnswerError, match="log says why"):
-        asyncio.run(collect(deltas(service, request_, model.tokenizer)))
+        pieces(events, request_, model.tokenizer)
 
 
-def test_what_the_engine_refuses_is_the_clients_to_mend(model, request_):
-    with pytest.raises(DgemmaError, match="too much memory"):
-        pieces(Events([ValueError("too much memory")]), request_, model.tokenizer)
+def test_an_answer_that_the_engine_gave_up_is_cut(model, request_):
+    with pytest.raises(CutAnswerError, match="cut off"):
+        pieces(ScriptedService(model, "Hello", finish="cancelled"), request_, model.tokenizer)
 
 
-def test_closing_the_stream_closes_the_request(model, request_):
-    service = Events([CanvasStarted(0, 0, [], [], 1, 1), CanvasCommitted(0, 0, [72], 1, 0.1),
-                      CanvasCommitted(0, 1, [72], 1, 0.1)])
-
-    async def run():
-        stream = deltas(service, request_, model.tokenizer)
-        assert isinstance(await anext(stream), Text)
-        await stream.aclose()
-
-    asyncio.run(run())
-    assert service.closed
+def test_whoever_listens_hears_every_event(model, request_):
+    heard = []
+    pieces(ScriptedService(model, ["a", "b"]), request_, model.tokenizer, heard=heard.append)
+    assert [type(event) for event in heard] == [CanvasStarted, CanvasCommitted, CanvasCommitted, Finished]
 
 
 def test_an_answer_is_its_pieces_together(model, calling):
     service = ScriptedService(model, ["<|channel>thought\nhm<channel|>Hel", f"lo{CALL}{CALL}"])
-    answer = asyncio.run(collect(deltas(service, calling, model.tokenizer)))
+    answer = put_together(pieces(service, calling, model.tokenizer))
     assert (answer.reasoning, answer.text, len(answer.tool_calls)) == ("hm", "Hello", 2)
     assert [call.index for call in answer.tool_calls] == [0, 1] and answer.logprobs is None
     assert answer.done.finish_reason == "tool_calls"
@@ -161,5 +143,5 @@ def test_pieces_say_what_the_finished_answer_says(model):
     request = model.request("Hello", seed=3)
     events = list(model.stream("Hello", seed=3))
     generation = next(event.generation for event in events if isinstance(event, Finished))
-    answer = asyncio.run(collect(deltas(Events(events), request, model.tokenizer)))
+    answer = put_together(pieces(events, request, model.tokenizer))
     assert (answer.text, answer.reasoning or None) == (generation.text, generation.reasoning)

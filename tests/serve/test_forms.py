@@ -10,7 +10,6 @@ import pytest
 
 from dgemma.engine.service import FORM_THREADS
 from dgemma.serve.settings import Settings
-from dgemma.serve.streams import EventStream
 
 CHAT = "/v1/chat/completions"
 TEXT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
@@ -80,32 +79,15 @@ def test_many_slow_forms_do_not_hold_up_those_who_ask_for_none(scripted, slow_fo
         assert {one.result().status_code for one in waiting} == {200}
 
 
-def test_a_stream_has_the_requests_time_once():
+def test_a_stream_has_the_requests_time_once(scripted, monkeypatch):
     """Not once till it begins and once more for what it says."""
-    class Source:
-        async def open(self):
-            await asyncio.sleep(0.6)
+    http, service = scripted(["begun", "too late"], settings=Settings(("sudoku",), timeout=1.0), seconds=0.4)
+    admit = service.admit
 
-        async def aclose(self):
-            pass
+    async def slowly(request):
+        await asyncio.sleep(0.4)
+        return await admit(request)
 
-    async def events():
-        yield b"begun"
-        await asyncio.sleep(0.6)
-        yield b"too late"
-
-    async def run():
-        sent, never = [], asyncio.Event()
-
-        async def receive():
-            await never.wait()
-
-        async def send(message):
-            sent.append(message.get("body", b""))
-
-        stream = EventStream(Source(), events(), Settings(("sudoku",), timeout=1.0))
-        await stream({"type": "http", "path": "/v1/messages"}, receive, send)
-        return b"".join(sent)
-
-    said = asyncio.run(run())
-    assert b"begun" in said and b"too late" not in said and b"event: error" in said
+    monkeypatch.setattr(service, "admit", slowly)
+    said = http.post("/v1/messages", json={**TEXT, "model": "sudoku", "stream": True}).text
+    assert "begun" in said and "too late" not in said and "event: error" in said

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dgemma.errors import DgemmaError
-from dgemma.serve.limits import RateLimit
+from dgemma.serve.auth import RateLimit
 from dgemma.serve.server import check_exposure
 from dgemma.serve.settings import Settings
 from support.scripted_service import eventually

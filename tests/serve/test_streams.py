@@ -34,7 +34,6 @@ async def never():
 def test_all_pieces_come_each_stream_in_its_order():
     async def run():
         merged = Merged([Source(3).stream(), Source(0).stream(), Source(2, 0.01).stream()])
-        await merged.open()
         return [pair async for pair in merged]
 
     pairs = asyncio.run(run())
@@ -43,12 +42,12 @@ def test_all_pieces_come_each_stream_in_its_order():
     assert len(pairs) == 5
 
 
-def test_a_refusal_is_raised_when_the_streams_are_opened():
+def test_an_error_of_one_stream_is_raised_and_closing_ends_the_others():
     async def run():
         sources = [Source(3, 1.0), Source(3, error=OSError("full"))]
         merged = Merged([source.stream() for source in sources])
         with pytest.raises(OSError, match="full"):
-            await merged.open()
+            await anext(merged)
         await merged.aclose()
         return sources
 

@@ -1,9 +1,11 @@
 """Who waits for whom, who finds what another has read, and what is said before a stream begins; over HTTP."""
 
 import asyncio
+import copy
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx2 as httpx
 import pytest
@@ -12,10 +14,10 @@ from dgemma.cache.pages import PAGE
 from dgemma.diffusion.row import Request
 from dgemma.engine.service import Overloaded, Service
 from dgemma.model import Model
-from dgemma.serve.bodies import system_tokens
+from dgemma.serve.ask import system_tokens
 from dgemma.serve.settings import Settings
 
-LONG = "You are a careful assistant. " * 60  # several pages
+LONG = "You are a careful assistant. " * 20  # more than two pages
 KEYS = Settings(("sudoku",), api_keys=("one", "two"))
 
 
@@ -55,40 +57,42 @@ def ask_messages(http, key="", text="Hi", **more):
     return answer.json()["usage"]["cache_read_input_tokens"]
 
 
-@pytest.fixture
-def fresh(model, serve_model):
-    """A function: settings -> client of a server whose prefix cache is empty."""
-    opened = []
+@contextmanager
+def own_server(model, serve_model, settings=None):
+    """A client of a server whose prefix cache is its own."""
+    own = Model(model.network, model.tokenizer, model.generation_config, "sudoku")
+    with serve_model(own, settings) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
+        yield client
 
-    def start(settings=None):
-        own = Model(model.network, model.tokenizer, model.generation_config, "sudoku")
-        context = serve_model(own, settings)
-        url, _ = context.__enter__()
-        client = httpx.Client(base_url=url, timeout=60)
-        opened.extend([lambda: context.__exit__(None, None, None), client.close])
-        return client
 
-    yield start
-    for close in reversed(opened):
-        close()
+@pytest.fixture(scope="module")
+def keyed(model, serve_model):
+    with own_server(model, serve_model, KEYS) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def keyless(model, serve_model):
+    with own_server(model, serve_model) as client:
+        yield client
 
 
 @pytest.mark.parametrize("ask", [ask_chat, ask_text, ask_responses, ask_messages])
-def test_a_key_does_not_find_what_another_has_read_nor_a_salt(fresh, ask):
-    http = fresh(KEYS)
-    assert ask(http, "one", text=LONG) == 0
-    assert ask(http, "two", text=LONG) == 0
-    again = ask(http, "one", text=LONG)
+def test_a_key_does_not_find_what_another_has_read_nor_a_salt(keyed, ask):
+    text = ask.__name__ + LONG  # nobody has asked this before
+    assert ask(keyed, "one", text=text) == 0
+    assert ask(keyed, "two", text=text) == 0
+    again = ask(keyed, "one", text=text)
     assert again >= PAGE
     assert again % PAGE == 0
-    assert ask(http, "one", text=LONG, cache_salt="x") == 0
-    assert ask(http, "one", text=LONG, cache_salt="y") == 0
-    assert ask(http, "one", text=LONG, cache_salt="x") == again
-    assert ask(http, "two", text=LONG, cache_salt="x") == 0
+    assert ask(keyed, "one", text=text, cache_salt="x") == 0
+    assert ask(keyed, "one", text=text, cache_salt="y") == 0
+    assert ask(keyed, "one", text=text, cache_salt="x") == again
+    assert ask(keyed, "two", text=text, cache_salt="x") == 0
 
 
-def test_without_keys_all_are_one_tenant_but_for_their_salts(fresh):
-    http = fresh()
+def test_without_keys_all_are_one_tenant_but_for_their_salts(keyless):
+    http = keyless
     assert ask_chat(http, text=LONG) == 0
     assert ask_chat(http, text=LONG, user="another") >= PAGE
     assert ask_chat(http, text=LONG, cache_salt="mine") == 0
@@ -97,21 +101,22 @@ def test_without_keys_all_are_one_tenant_but_for_their_salts(fresh):
 
 
 @pytest.mark.parametrize("salt", ["", 7, "x" * 1001])
-def test_a_salt_that_is_none_is_refused(fresh, salt):
-    answer = fresh().post("/v1/chat/completions", json=chat_body(cache_salt=salt))
+def test_a_salt_that_is_none_is_refused(keyless, salt):
+    answer = keyless.post("/v1/chat/completions", json=chat_body(cache_salt=salt))
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "cache_salt"
 
 
-def test_system_prompts_are_shared_where_the_server_allows_it(fresh):
-    system = fresh(Settings(("sudoku",), api_keys=("one", "two"), share_system_prompts=True))
-    assert ask_chat(system, "one", system=LONG, text=LONG + "first") == 0
-    shared = ask_chat(system, "two", system=LONG, text=LONG + "first")
-    own = ask_chat(system, "one", system=LONG, text=LONG + "first")
-    assert 0 < shared < own
-    assert ask_chat(system, "two", system=LONG[1:], text=LONG) == 0
-    assert ask_chat(system, "two", text=LONG + "something") == 0  # a user's turn is nobody else's
-    assert ask_chat(system, "one", text=LONG + "something") == 0
+def test_system_prompts_are_shared_where_the_server_allows_it(model, serve_model):
+    shares = Settings(("sudoku",), api_keys=("one", "two"), share_system_prompts=True)
+    with own_server(model, serve_model, shares) as http:
+        assert ask_chat(http, "one", system=LONG, text=LONG + "first") == 0
+        shared = ask_chat(http, "two", system=LONG, text=LONG + "first")
+        own = ask_chat(http, "one", system=LONG, text=LONG + "first")
+        assert 0 < shared < own
+        assert ask_chat(http, "two", system=LONG[1:], text=LONG) == 0
+        assert ask_chat(http, "two", text=LONG + "something") == 0  # a user's turn is nobody else's
+        assert ask_chat(http, "one", text=LONG + "something") == 0
 
 
 def test_the_system_turn_is_the_beginning_up_to_its_end(model):
@@ -144,13 +149,13 @@ def test_invented_users_leave_places_and_turns_to_another_key(model):
     ask = model.request("Hi", max_tokens=40 * model.config.canvas_length, max_denoising_steps=40)
 
     async def main():
-        service = Service(model, max_num_seqs=1, max_queue=31)
+        service = Service(model.network, model.reader, model.prefixes, max_num_seqs=1, max_queue=31)
         order = []
 
         async def one(client, user):
             request = Request(**{**vars(ask), "client": client, "user": user})
             try:
-                async for _ in service.stream(request):
+                async for _ in await service.admit(request):
                     order.append((client, user))
                     return
             except Overloaded:
@@ -179,12 +184,13 @@ def test_invented_users_leave_places_and_turns_to_another_key(model):
 def slow_checks(model, serve_model, monkeypatch):
     """A server of two places, where checking a request takes longer than anybody waits for a first word."""
     own = Model(model.network, model.tokenizer, model.generation_config, "sudoku")
-    with serve_model(own, max_num_seqs=1, max_queue=1) as (url, service):
+    settings = Settings(("sudoku",), ping=0.05)  # so that whoever occupies a place hears at once that it is over
+    with serve_model(own, settings, max_num_seqs=1, max_queue=1) as (url, service):
         check, slow = service.engine.check, threading.Event()
 
         def checked(request):
             if slow.is_set():
-                time.sleep(0.4)
+                time.sleep(0.15)
             check(request)
 
         monkeypatch.setattr(service.engine, "check", checked)
@@ -230,7 +236,7 @@ def test_a_stream_that_cannot_run_is_a_400_however_long_that_takes_to_find_out(s
     client, service, _ = slow_checks
 
     def check(request):
-        time.sleep(0.3)
+        time.sleep(0.15)
         raise ValueError("the prompt of 2 tokens and one canvas need more memory than there is")
 
     monkeypatch.setattr(service.engine, "check", check)
@@ -256,7 +262,7 @@ def test_numbers_of_requests_can_be_asked_for_while_they_come_and_go(model):
     failed = []
 
     async def main():
-        service = Service(own, max_num_seqs=8)
+        service = Service(own.network, own.reader, own.prefixes, max_num_seqs=8)
         service.start()
         over = threading.Event()
 
@@ -273,11 +279,10 @@ def test_numbers_of_requests_can_be_asked_for_while_they_come_and_go(model):
             thread.start()
 
         async def one():
-            async for _ in service.stream(request):
+            async for _ in await service.admit(request):
                 pass
 
-        for _ in range(2):
-            await asyncio.gather(*(one() for _ in range(40)))
+        await asyncio.gather(*(one() for _ in range(24)))
         over.set()
         for thread in threads:
             thread.join()
@@ -290,16 +295,18 @@ def test_numbers_of_requests_can_be_asked_for_while_they_come_and_go(model):
 # Damaged weights
 
 
-@pytest.mark.parametrize(("path", "body"), STREAMS)
-def test_damaged_weights_are_a_500_that_says_so(model, serve_model, path, body):
-    import copy
-
+@pytest.fixture(scope="module")
+def damaged(model, serve_model):
     network = copy.deepcopy(model.network)
     network.layers[1].mlp.up_proj.weight.data[5] = float("nan")
-    own = Model(network, model.tokenizer, model.generation_config, "sudoku")
-    with serve_model(own) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
-        answer = client.post(path, json={**body, "stream": False})
-        assert answer.status_code == 500
-        assert "its weights are probably damaged" in answer.json()["error"]["message"]
-        streamed = client.post(path, json=body)
-        assert "its weights are probably damaged" in streamed.text
+    with own_server(Model(network, model.tokenizer, model.generation_config, "sudoku"), serve_model) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("path", "body"), STREAMS)
+def test_damaged_weights_are_a_500_that_says_so(damaged, path, body):
+    answer = damaged.post(path, json={**body, "stream": False})
+    assert answer.status_code == 500
+    assert "its weights are probably damaged" in answer.json()["error"]["message"]
+    streamed = damaged.post(path, json=body)
+    assert "its weights are probably damaged" in streamed.text

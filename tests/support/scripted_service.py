@@ -1,4 +1,4 @@
-"""A service whose answers are written down beforehand, and a real HTTP server around an app."""
+"""A backend whose answers are written down beforehand, and a real HTTP server around an app."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 from dgemma.chat import read_answer
 from dgemma.diffusion.events import (
@@ -21,8 +22,9 @@ from dgemma.diffusion.events import (
     TokenLogprob,
 )
 from dgemma.diffusion.row import Request
-from dgemma.engine.registry import AdapterShelf
-from dgemma.engine.service import Overloaded, Stats
+from dgemma.engine.registry import AdapterRegistry, UnknownAdapterError
+from dgemma.engine.service import Overloaded, RequestEvents, Stats, Weights
+from dgemma.errors import DgemmaError
 from dgemma.model import Model
 
 
@@ -35,7 +37,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 
 class ScriptedService:
-    """Answers every request with the next of ``answers`` (the last one again and again), canvas by canvas.
+    """A `Backend` that answers every request with the next of ``answers``, the last one again and again.
 
     An answer is a string (control tokens as they are spelt), a list of them, one per canvas, or an exception:
     `Overloaded` is raised, any other makes the request fail. ``requests`` are those that came, ``closed`` counts
@@ -46,21 +48,34 @@ class ScriptedService:
 
     def __init__(self, model: Model, *answers: str | Sequence[str] | Exception, finish: FinishReason = "stop",
                  seconds: float = 0, cached_tokens: int = 0):
-        self.model, self.answers, self.finish = model, answers, finish
+        self.model, self.answers = model, answers
+        self.finish: FinishReason = finish
         self.seconds, self.cached_tokens = seconds, cached_tokens
         self.requests: list[Request] = []
         self.closed = 0
-        self.adapters = AdapterShelf(model.network)
+        self.adapters = AdapterRegistry(model.network)
         self.logprobs: list[TokenLogprob] | None = None  # of all of the first canvas
 
     def stats(self) -> Stats:
         return Stats(finished=len(self.requests))
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
+    def weights(self) -> Weights:
+        return Weights(7_000_000, "F32", 1_700_000, on_gpu=False)
+
+    def load_adapter(self, name: str, path: str | Path) -> bool:
+        raise DgemmaError(f"{path}: adapters cannot be loaded here")
+
+    def unload_adapter(self, name: str) -> None:
+        raise UnknownAdapterError(f"there is no adapter {name!r}")
+
+    async def admit(self, request: Request) -> RequestEvents:
         answer = self.answers[min(len(self.requests), len(self.answers) - 1)]
         self.requests.append(request)
         if isinstance(answer, Overloaded):
             raise answer
+        return Answering(self, self._events(request, answer))
+
+    async def _events(self, request: Request, answer: str | Sequence[str] | Exception) -> AsyncGenerator[Event, None]:
         config = self.model.config
         yield CanvasStarted(0, 0, [0] * config.canvas_length, [False] * config.canvas_length, len(request.prompt_ids),
                             1)
@@ -68,15 +83,10 @@ class ScriptedService:
             yield Failed(0, str(answer))
             return
         canvases = [self.model.tokenizer.encode(text) for text in ([answer] if isinstance(answer, str) else answer)]
-        finished = False
-        try:
-            for index, token_ids in enumerate(canvases):
-                await asyncio.sleep(self.seconds)
-                yield CanvasCommitted(0, index, token_ids, 3, 0.1, self.logprobs)
-            finished = True
-            yield Finished(0, self._generation(request, canvases))
-        finally:
-            self.closed += not finished
+        for index, token_ids in enumerate(canvases):
+            await asyncio.sleep(self.seconds)
+            yield CanvasCommitted(0, index, token_ids, 3, 0.1, self.logprobs)
+        yield Finished(0, self._generation(request, canvases))
 
     def _generation(self, request: Request, canvases: list[list[int]]) -> Generation:
         token_ids = [token for canvas in canvases for token in canvas]
@@ -84,6 +94,26 @@ class ScriptedService:
         return Generation(answer.text, answer.reasoning, answer.tool_calls, token_ids, self.finish,
                           [3] * len(canvases), 1.0, len(request.prompt_ids), 0.1, request.seed,
                           cached_tokens=self.cached_tokens)
+
+
+class Answering:
+    """The events of an answer, and whether somebody closed them before the last one."""
+
+    def __init__(self, service: ScriptedService, events: AsyncGenerator[Event, None]):
+        self.service, self.events, self.over = service, events, False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await anext(self.events)
+        self.over = isinstance(event, (Finished, Failed))
+        return event
+
+    async def aclose(self) -> None:
+        await self.events.aclose()
+        self.service.closed += not self.over
+        self.over = True
 
 
 @contextlib.contextmanager

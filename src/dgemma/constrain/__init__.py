@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dgemma.constrain.cache import ByteCache
+from dgemma.constrain.choice import CallableTool, Calls, ToolsError
 from dgemma.errors import DgemmaError
 
 if TYPE_CHECKING:
     from dgemma.chat import Tokenizer
     from dgemma.constrain.automaton import Automaton, Effort
-    from dgemma.constrain.choice import Calls
     from dgemma.constrain.guide import TextConstraint
     from dgemma.constrain.language import Node
 
@@ -54,15 +54,9 @@ def constraint_of(response_format: Mapping[str, Any] | None, tokenizer: Tokenize
         raise DgemmaError(f"response_format.type must be one of {', '.join(TYPES)}, got {kind!r}")
     if kind == "text" and calls is None:
         return None
-    try:
-        spelt = json.dumps(response_format)
-    except (TypeError, ValueError) as error:
-        raise DgemmaError(f"response_format is no JSON: {error}") from error
-    except RecursionError as error:
-        raise DgemmaError("response_format is nested too deeply to be read") from error
-    if len(spelt) > MAX_LENGTH:
-        raise DgemmaError(f"response_format has {len(spelt)} characters; {MAX_LENGTH} are the most")
-    spelt_calls = _spelt_calls(calls)
+    spelt = _spelt(response_format, "response_format is", "response_format has", DgemmaError)
+    spelt_calls = "" if calls is None else _spelt(calls, "the tools are", "the tools that a call is held to have",
+                                                  ToolsError)
     key = (spelt, tokenizer, tuple(stop_ids), thinking, inside_thought, spelt_calls)
     constraint = made.get(key)
     if constraint is None:
@@ -71,20 +65,16 @@ def constraint_of(response_format: Mapping[str, Any] | None, tokenizer: Tokenize
     return constraint
 
 
-def _spelt_calls(calls: Calls | None) -> str:
-    """Calls as text, which is what is made of them is known by."""
-    if calls is None:
-        return ""
-    from dgemma.constrain.choice import ToolsError
-
+def _spelt(value: Mapping[str, Any] | Calls, they_are: str, they_have: str, kind: type[DgemmaError]) -> str:
+    """A format, or calls, as the text of JSON that what is made of them is known by."""
     try:
-        spelt = json.dumps(dataclasses.asdict(calls))
+        spelt = json.dumps(dataclasses.asdict(value) if isinstance(value, Calls) else value)
     except (TypeError, ValueError) as error:
-        raise ToolsError(f"the tools are no JSON: {error}") from error
+        raise kind(f"{they_are} no JSON: {error}") from error
     except RecursionError as error:
-        raise ToolsError("the tools are nested too deeply to be read") from error
+        raise kind(f"{they_are} nested too deeply to be read") from error
     if len(spelt) > MAX_LENGTH:
-        raise ToolsError(f"the tools that a call is held to have {len(spelt)} characters; {MAX_LENGTH} are the most")
+        raise kind(f"{they_have} {len(spelt)} characters; {MAX_LENGTH} are the most")
     return spelt
 
 
@@ -104,7 +94,6 @@ def _constraint(spelt: str, tokenizer: Tokenizer, stop_ids: tuple[int, ...], thi
     marks: dict[str, int] = {}
     if calls is not None:
         from dgemma.constrain.calls import MARKS
-        from dgemma.constrain.choice import ToolsError
 
         marks = MARKS if free else {mark: byte for mark, byte in MARKS.items() if mark not in (OPEN, CLOSE)}
         missing = [mark for mark in marks if tokenizer.token_to_id(mark) is None and mark not in (OPEN, CLOSE)]
@@ -136,8 +125,6 @@ def _constraint(spelt: str, tokenizer: Tokenizer, stop_ids: tuple[int, ...], thi
 def _read_calls(spelt: str) -> Calls | None:
     if not spelt:
         return None
-    from dgemma.constrain.choice import CallableTool, Calls
-
     calls = json.loads(spelt)
     return Calls(tuple(CallableTool(**tool) for tool in calls["tools"]), calls["required"], calls["many"])
 
@@ -176,8 +163,6 @@ def _compiled(form: Mapping[str, Any], calls: Calls | None,
             left -= allowed - max(effort.left, 0)
     assert refusal is not None, "there is always a length to try"
     if calls is not None:
-        from dgemma.constrain.choice import ToolsError
-
         raise ToolsError(str(refusal)) from refusal
     raise refusal
 

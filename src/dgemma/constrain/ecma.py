@@ -1,12 +1,11 @@
-r"""What ECMA 262 writes in regular expressions and Python does not: `\p{…}`, `(?<name>…)`, `\cA`, `\u{…}`, `[^]`.
+r"""The characters of Unicode's properties, which ECMA 262 names in regular expressions: `\p{…}`.
 
-`python_of` rewrites a pattern for Python's parser. Knows nothing of languages, schemas.
+Knows nothing of patterns, languages, schemas.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 import sys
 import unicodedata
 from collections.abc import Iterable
@@ -15,9 +14,6 @@ from dgemma.errors import DgemmaError
 
 Ranges = tuple[tuple[int, int], ...]
 LAST = sys.maxunicode
-_PROPERTY = re.compile(r"\\([pP])(?:\{\^?([^{}]*)\}|([LMNPSZC]))")
-_CODE = re.compile(r"\\u\{([0-9a-fA-F]+)\}")
-_CONTROL = re.compile(r"\\c([A-Za-z])")
 _CATEGORIES = {
     "Letter": "L", "Cased_Letter": "LC", "Uppercase_Letter": "Lu", "Lowercase_Letter": "Ll", "Titlecase_Letter": "Lt",
     "Modifier_Letter": "Lm", "Other_Letter": "Lo", "Mark": "M", "Combining_Mark": "M", "Nonspacing_Mark": "Mn",
@@ -58,67 +54,13 @@ _BY_CATEGORY = {"Alphabetic": (("L", "Nl"), ("L", "Nl", "M", "So")), "Alpha": ((
                 "XID_Continue": (("L", "Mn", "Mc", "Nd", "Pc"), ("L", "N", "M", "P", "S"))}
 
 
-def python_of(pattern: str, wide: bool = False) -> str:
-    """The pattern in Python's syntax; ``wide``: with every character that may be meant, not only those surely meant.
+def property_of(name: str, absent: bool, wide: bool) -> Ranges:
+    """The characters that have a property, or that do not; ``wide``: all that may be meant, else those surely meant.
 
-    Raises DgemmaError for a property of characters that is not known.
+    Raises DgemmaError for one that is not known.
     """
-    out: list[str] = []
-    place, inside, negated = 0, False, False  # inside [...]
-    while place < len(pattern):
-        rest = pattern[place:]
-        if found := _PROPERTY.match(pattern, place):
-            out.append(_property(found, inside, wide != negated))
-        elif found := _CODE.match(pattern, place):
-            out.append(_escape(int(found[1], 16)))
-        elif found := _CONTROL.match(pattern, place):
-            out.append(_escape(ord(found[1]) % 32))
-        elif rest[0] == "\\":
-            found = re.match(r"\\.", rest, re.DOTALL)
-            out.append(rest[:2])
-            if inside and rest[1:2] in tuple("dDwWsS") and rest[2:3] == "-" and rest[3:4] != "]":
-                out.append(r"\-")  # no range
-                place += 1
-        elif inside:
-            inside = rest[0] != "]"
-            out.append("\\" + rest[0] if rest[0] in "[&~|" else rest[0])
-        elif rest.startswith("[^]"):
-            out.append(r"[\s\S]")
-            place += 2
-        elif rest[0] == "[":
-            inside, negated = True, rest.startswith("[^")
-            opening = rest[: 1 + negated]
-            if rest[len(opening) :].startswith("]"):  # Python takes it for a member
-                opening += "\\]"
-                place += 1
-            out.append(opening)
-            place += negated
-        elif rest.startswith("(?<") and rest[3:4] not in ("=", "!", ""):
-            end = pattern.find(">", place)
-            if end < 0:
-                raise DgemmaError(f"the regular expression {pattern!r} cannot be read: a group's name has no end")
-            out.append("(")
-            place = end
-        else:
-            out.append(rest[0])
-        place += len(found[0]) if found else 1
-    return "".join(out)
-
-
-def _property(found: re.Match, inside: bool, wide: bool) -> str:
-    name = found[2] if found[2] is not None else found[3]
-    absent = (found[1] == "P") != found[0].startswith(("\\p{^", "\\P{^"))
     ranges = characters(name, wide != absent)
-    if absent:
-        ranges = _without(ranges)
-    text = "".join(f"{_escape(low)}-{_escape(high)}" for low, high in ranges)
-    return text if inside else f"[{text}]" if text else "(?!)"
-
-
-def _escape(code: int) -> str:
-    if code > LAST:
-        raise DgemmaError(f"there is no character {code:#x}")
-    return f"\\U{code:08x}"
+    return _without(ranges) if absent else ranges
 
 
 def _without(ranges: Iterable[tuple[int, int]]) -> Ranges:

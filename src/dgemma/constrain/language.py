@@ -8,16 +8,13 @@ from __future__ import annotations
 import functools
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from re import _constants as op  # type: ignore[attr-defined]  # the parser behind `re`: the syntax users know, kept
-from re import _parser as parser  # type: ignore[attr-defined]  # up to date for us, without a syntax of our own
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
-from dgemma.constrain.ecma import python_of
+from dgemma.constrain.ecma import Ranges
+from dgemma.constrain.regex import Around, At, Branch, Dot, Group, Item, Items, Set, Times, Unsupported, parse
 from dgemma.errors import DgemmaError
 
-Ranges = tuple[tuple[int, int], ...]  # code points, both ends included, ascending, apart
 SURROGATES = (0xD800, 0xDFFF)  # no text holds these
 LAST = sys.maxunicode
 
@@ -165,24 +162,24 @@ def parse_regex(pattern: str, chars: Callable[[Ranges], Node] = Chars, search: b
     references, atomic groups, looking back within a look ahead.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what may mean something else one day
-            tree = parser.parse(python_of(pattern, wide))
-    except (re.error, OverflowError, RecursionError, ValueError) as error:
+        items, flags = parse(pattern, wide)
+    except RecursionError as error:
+        raise DgemmaError(f"the regular expression {pattern!r} is nested too deeply to be read") from error
+    except ValueError as error:
         raise DgemmaError(f"the regular expression {pattern!r} cannot be read: {error}") from error
     gap = Repeat(chars(ANY_CHAR), 0, None) if search else EMPTY
-    reader = _Reader(pattern, chars, gap, wide, tree.state.flags, longest)
-    node = reader.sequence(list(tree), True, True)
+    reader = _Reader(pattern, chars, gap, wide, flags, longest)
+    node = reader.sequence(items, True, True)
     return Watched(node) if reader.looked else node
 
 
-_BEGINNINGS = ((op.AT, op.AT_BEGINNING), (op.AT, op.AT_BEGINNING_STRING))
-_ENDS = ((op.AT, op.AT_END), (op.AT, op.AT_END_STRING))
+_BEGINNINGS = (At("^"), At("A"))
+_ENDS = (At("$"), At("Z"))
 _BREAK = ((10, 10),)
 
 
 class _Reader:
-    """Python's parse of one pattern -> a tree."""
+    """The items of one pattern -> a tree."""
 
     def __init__(self, pattern: str, chars: Callable[[Ranges], Node], gap: Node, wide: bool, flags: int,
                  longest: int | None, looking: str = ""):
@@ -192,66 +189,58 @@ class _Reader:
         self.looking = looking  # "ahead" or "behind": this is what is looked for there
         self.looked = False  # whether the tree holds a Look
 
-    def sequence(self, items: Sequence, first: bool, last: bool) -> Node:
+    def sequence(self, items: Items, first: bool, last: bool) -> Node:
         """Items in a row; ``first`` and ``last``: at the very beginning and end of the pattern."""
         if first and items and items[0] in _BEGINNINGS and not self.flags & re.MULTILINE:
             return self.sequence_after(items[1:], last, begins=True)
-        if first and not (items and items[0][0] in (op.BRANCH, op.SUBPATTERN)):
+        if first and not (items and isinstance(items[0], (Branch, Group))):
             return seq(self.gap, self.sequence_after(items, last, begins=self.gap == EMPTY))
         return self.sequence_after(items, last, first)
 
-    def sequence_after(self, items: Sequence, last: bool, first: bool = False, begins: bool = False) -> Node:
+    def sequence_after(self, items: Items, last: bool, first: bool = False, begins: bool = False) -> Node:
         """`sequence` with its beginning settled, but for a group or branch there when ``first``.
 
         ``begins``: nothing stands before it.
         """
         parts = []
         end = len(items) - 1
-        for index, (kind, value) in enumerate(items):
-            if last and index == end and (kind, value) in _ENDS and not self.flags & re.MULTILINE:
+        for index, item in enumerate(items):
+            if last and index == end and item in _ENDS and not self.flags & re.MULTILINE:
                 return seq(*parts, optional(self.set(_BREAK))) if self.wide else seq(*parts)
-            if begins and kind in (op.ASSERT, op.ASSERT_NOT) and value[1] and value[1][0] in _BEGINNINGS:
-                value = (value[0], list(value[1])[1:])
-            begins &= kind in (op.ASSERT, op.ASSERT_NOT)
-            parts.append(self.item(kind, value, first and index == 0, last and index == end))
-        if last and not (items and items[end][0] in (op.BRANCH, op.SUBPATTERN)):
+            if begins and isinstance(item, Around) and item.items and item.items[0] in _BEGINNINGS:
+                item = replace(item, items=item.items[1:])
+            begins &= isinstance(item, Around)
+            parts.append(self.item(item, first and index == 0, last and index == end))
+        if last and not (items and isinstance(items[end], (Branch, Group))):
             parts.append(self.gap)
         return seq(*parts)
 
-    def item(self, kind: object, value: object, first: bool, last: bool) -> Node:
-        match kind, value:
-            case op.LITERAL, int(code):
-                return self.set(self.folded(((code, code),), self.wide))
-            case op.NOT_LITERAL, int(code):
-                return self.set(complement(self.folded(((code, code),), not self.wide)))
-            case op.ANY, _:
+    def item(self, item: Item, first: bool, last: bool) -> Node:
+        match item:
+            case Set():
+                return self.set(self.members(item))
+            case Dot():
                 breaks = () if self.flags & re.DOTALL else _BREAK
                 return self.set(complement(breaks if self.wide else [*_BREAK, (13, 13), (0x2028, 0x2029)]))
-            case op.IN, list(members):
-                return self.set(self.members(members))
-            case op.BRANCH, (_, branches):
-                return Alt(tuple(self.sequence(list(branch), first, last) for branch in branches))
-            case op.SUBPATTERN, (_, int(added), int(removed), inner):
+            case Branch(branches):
+                return Alt(tuple(self.sequence(branch, first, last) for branch in branches))
+            case Group(inner, added, removed):
                 before, self.flags = self.flags, (self.flags | added) & ~removed
-                node = self.sequence(list(inner), first, last)
+                node = self.sequence(inner, first, last)
                 self.flags = before
                 return node
-            case (op.MAX_REPEAT | op.MIN_REPEAT), (least, most, inner):
-                part = self.sequence(list(inner), False, False)
-                if self.longest is not None and not self.wide and most != op.MAXREPEAT:
+            case Times(inner, least, most):
+                if self.longest is not None and not self.wide and most is not None:
                     most = min(most, max(least, self.longest))
-                return Repeat(part, least, None if most == op.MAXREPEAT else most)
-            case (op.ASSERT | op.ASSERT_NOT), (int(direction), inner):
-                return self.assertion(list(inner), kind is op.ASSERT_NOT, direction < 0)
-            case op.FAILURE, _:
-                return Alt(())
-            case op.AT, where:
+                return Repeat(self.sequence(inner, False, False), least, most)
+            case Around(inner, negated, behind):
+                return self.assertion(inner, negated, behind)
+            case At(where):
                 return self.anchor(where)
-        names = {op.GROUPREF: "a back reference", op.GROUPREF_EXISTS: "a back reference"}
-        what = names.get(kind, str(kind).lower().replace("_", " "))  # type: ignore[call-overload]
-        raise DgemmaError(f"the regular expression {self.pattern!r} uses {what}: this is not supported")
+            case Unsupported(what):
+                raise DgemmaError(f"the regular expression {self.pattern!r} uses {what}: this is not supported")
 
-    def assertion(self, items: list, negated: bool, behind: bool) -> Node:
+    def assertion(self, items: Items, negated: bool, behind: bool) -> Node:
         """(?=…), (?!…), (?<=…), (?<!…)"""
         anything = Repeat(self.chars(ANY_CHAR), 0, None)
         inner = _Reader(self.pattern, self.chars, anything, self.wide != negated, self.flags,
@@ -266,20 +255,20 @@ class _Reader:
         self.looked = True
         return Look(part, negated, behind)
 
-    def anchor(self, where: object) -> Node:
+    def anchor(self, where: str) -> Node:
         r"""^, $, \b and \B amid a pattern."""
         anything = Repeat(self.chars(ANY_CHAR), 0, None)
-        if where in (op.AT_BEGINNING, op.AT_BEGINNING_STRING):
-            lines = where is op.AT_BEGINNING and self.flags & re.MULTILINE
+        if where in "^A":
+            lines = where == "^" and self.flags & re.MULTILINE
             return self.look(Alt((EMPTY, seq(anything, self.set(_BREAK)))) if lines else EMPTY, False, True)
-        if where in (op.AT_END, op.AT_END_STRING):
-            lines = where is op.AT_END and self.flags & re.MULTILINE
+        if where in "$Z":
+            lines = where == "$" and self.flags & re.MULTILINE
             line_break = optional(self.set(_BREAK)) if self.wide else EMPTY
             return self.look(Alt((EMPTY, seq(self.set(_BREAK), anything))) if lines else line_break, False, False)
 
         def word(wide: bool, behind: bool) -> tuple[Node, bool]:
             """A word character there, surely or perhaps."""
-            letter = self.set(_unicode("WORD") if wide else _ASCII["WORD"])
+            letter = self.set(_unicode("w") if wide else _ASCII["w"])
             return (seq(anything, letter) if behind else seq(letter, anything)), behind
 
         def sides(before: bool, after: bool) -> Node:
@@ -287,23 +276,15 @@ class _Reader:
             return seq(*(self.look(part, not there, behind) for there, (part, behind) in
                          ((before, word(before == self.wide, True)), (after, word(after == self.wide, False)))))
 
-        inside = where in (op.AT_NON_BOUNDARY,)
+        inside = where == "B"
         return Alt((sides(True, inside), sides(False, not inside)))
 
-    def members(self, members: list) -> Ranges:
-        """The characters of a parsed [...]"""
-        negated = bool(members) and members[0][0] is op.NEGATE
-        wide = self.wide != negated
-        ranges: list[tuple[int, int]] = []
-        for kind, value in members[negated:]:
-            if kind is op.LITERAL:
-                ranges.append((value, value))
-            elif kind is op.RANGE:
-                ranges.append(value)
-            else:
-                ranges += _category(str(value).removeprefix("CATEGORY_"), wide)
-        ranges = list(self.folded(ranges, wide))
-        return complement(ranges) if negated else union(ranges)
+    def members(self, given: Set) -> Ranges:
+        """The characters of a set."""
+        wide = self.wide != given.negated
+        ranges = [*given.ranges, *(pair for name in given.classes for pair in _class(name, wide))]
+        folded = self.folded(ranges, wide)
+        return complement(folded) if given.negated else folded
 
     def folded(self, ranges: Iterable[tuple[int, int]], wide: bool) -> Ranges:
         """Where case does not matter: these and the same letters in the other case."""
@@ -338,21 +319,19 @@ def _cases(code: int) -> Iterable[str]:
     return [form for form in forms if len(form) == 1]
 
 
-def _category(name: str, wide: bool) -> Ranges:
+def _class(name: str, wide: bool) -> Ranges:
     r"""The characters of \d, \S and so on; ``wide``: all that anybody counts, else those that everybody does."""
-    kind = name.removeprefix("NOT_")
-    if kind == name:
-        return _unicode(kind) if wide else _ASCII[kind]
-    return complement(_ASCII[kind] if wide else _unicode(kind))
+    if name.islower():
+        return _unicode(name) if wide else _ASCII[name]
+    return complement(_ASCII[name.lower()] if wide else _unicode(name.lower()))
 
 
-_ASCII: dict[str, Ranges] = {"DIGIT": ((48, 57),), "SPACE": ((9, 13), (32, 32)),
-                             "WORD": ((48, 57), (65, 90), (95, 95), (97, 122))}
+_ASCII: dict[str, Ranges] = {"d": ((48, 57),), "s": ((9, 13), (32, 32)), "w": ((48, 57), (65, 90), (95, 95), (97, 122))}
 
 
 @functools.cache
 def _unicode(kind: str) -> Ranges:
     """The digits, spaces or word characters of Unicode."""
-    text = {"DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": str.isalnum}[kind]
-    extra = {"DIGIT": [], "SPACE": [(0xFEFF, 0xFEFF)], "WORD": [(95, 95)]}[kind]
+    text = {"d": str.isdecimal, "s": str.isspace, "w": str.isalnum}[kind]
+    extra = {"d": [], "s": [(0xFEFF, 0xFEFF)], "w": [(95, 95)]}[kind]
     return union([*((code, code) for code in range(LAST + 1) if text(chr(code))), *extra])

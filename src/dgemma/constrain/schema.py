@@ -42,19 +42,8 @@ from dgemma.constrain.scalars import (
     multiples,
     number,
 )
-from dgemma.constrain.shapes import (
-    MAX_DEPTH,
-    OPEN,
-    Demand,
-    Demands,
-    Either,
-    Inside,
-    Seen,
-    Shape,
-    Shapes,
-    value_of,
-    whole_bounds,
-)
+from dgemma.constrain.shape import OPEN, Demand, Demands, Either, Inside, Seen, Shape, value_of, whole_bounds
+from dgemma.constrain.shapes import MAX_DEPTH, Shapes
 from dgemma.constrain.values import COLON, KINDS, dumps, identity
 from dgemma.errors import DgemmaError
 

@@ -2,8 +2,8 @@
 
 A schema is a logical formula over values. It is taken apart here into alternatives (`Shape`), each of one type and
 free of "and", "or" and "not": what it demands of the values inside an object or array stays a set of demands, taken
-apart when it is asked for. "Not" is pushed inwards until only single keywords are denied. Where a denial, or a keyword
-that validators read differently, cannot be said exactly, the alternatives are fewer than they could be, never more; to
+apart when it is asked for. "Not" is pushed inwards until only single `keywords` are denied. Where a denial, or a
+keyword that validators read differently, cannot be said exactly, the alternatives are fewer, never more; to
 prove that no value satisfies two schemas there is a second, wide reading, whose alternatives are never fewer. Knows
 nothing of languages of text but patterns, nor of how a value is written.
 """
@@ -12,18 +12,34 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from decimal import Decimal
-from fractions import Fraction
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import combinations, pairwise
-from math import ceil, floor, inf
-from typing import Any, NamedTuple
+from typing import Any
 
 from dgemma.constrain.automaton import ADVICE, Automaton, Effort, TooLarge, compile_part
+from dgemma.constrain.keywords import KEYWORDS
 from dgemma.constrain.language import parse_regex
 from dgemma.constrain.references import Place, Places
 from dgemma.constrain.scalars import string
+from dgemma.constrain.shape import (
+    ASIDE,
+    FREE,
+    MEANT,
+    NAMED,
+    OPEN,
+    Demand,
+    Demands,
+    Either,
+    Forms,
+    Inside,
+    Seen,
+    Shape,
+    in_range,
+    union,
+    value_of,
+    whole_bounds,
+)
 from dgemma.constrain.values import KINDS, dumps, exact, identity, kind_of
 from dgemma.errors import DgemmaError
 
@@ -34,111 +50,9 @@ _MOST_SHAPES = 2000  # alternatives of one type
 _MOST_LEFT = 64  # alternatives that are kept where not all need to be
 _DEEP = 6  # levels on which a contradiction is looked for
 
-# How surely a type of value is what the schema's author had in mind.
-ASIDE, OPEN, MEANT, NAMED = -1, 0, 1, 2  # keywords only for other types; none at all; some for this type; "type"
-
-
-class Demand(NamedTuple):
-    """That a value satisfies the schema at a place, or that it does not."""
-
-    place: int
-    holds: bool = True
-
-
-Demands = tuple[Demand, ...]  # all of them
-
-
-@dataclass(frozen=True)
-class Either:
-    """A schema made here: one of these sets of demands."""
-
-    ways: tuple[Demands, ...]
-
-
-@dataclass(frozen=True)
-class Inside:
-    """A schema made here: an object that has this property, or an array this item, satisfying demands."""
-
-    key: str | int
-    demands: Demands
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What parts of a schema have looked at, which its unevaluated… keywords then leave alone."""
-
-    names: frozenset[str] = frozenset()
-    patterns: tuple[str, ...] = ()
-    items: int = 0  # the first ones
-    found: tuple[Demands, ...] = ()  # items that satisfy one of these
-    all_names: bool = False
-    all_items: bool = False
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Values of one type; what is not said is free."""
-
-    kind: str
-    level: int = OPEN
-    fixed: tuple[str, ...] | None = None  # these values only, as JSON; nothing else is said then
-    least: int = 0  # characters, items or properties
-    most: int | None = None
-    # Strings. A pattern is found somewhere, or nowhere.
-    patterns: tuple[tuple[str, bool], ...] = ()
-    forms: tuple[str, ...] = ()
-    excluded: tuple[str, ...] = ()
-    # Numbers
-    whole: bool | None = None
-    low: Decimal | None = None
-    high: Decimal | None = None
-    above: bool = False  # not `low` itself
-    below: bool = False
-    of: tuple[float, ...] = ()  # a multiple of all these
-    not_of: tuple[float, ...] = ()
-    # Arrays
-    spans: tuple[tuple[int, int | None, Demands], ...] = ()  # items from … to before …
-    contains: tuple[tuple[Demands, int, int | None], ...] = ()  # so many items that satisfy this
-    unique: bool = False
-    # Objects
-    named: tuple[tuple[str, Demands], ...] = ()
-    matching: tuple[tuple[str, Demands], ...] = ()  # properties whose names match
-    extras: tuple[tuple[frozenset[str], tuple[str, ...], Demands], ...] = ()  # neither named so nor matching
-    keys: Demands = ()  # of every name
-    required: tuple[str, ...] = ()
-    loose: bool = False  # other properties are spoken of
-    seen: Seen = Seen()
-
-
-Forms = dict[str, list[Shape]]  # by type
-
-_FREE: Forms = {"object": [Shape("object")], "array": [Shape("array")], "string": [Shape("string")],
-                "number": [Shape("number")], "boolean": [Shape("boolean", fixed=("true", "false"))],
-                "null": [Shape("null", fixed=("null",))]}
-
-
-_NOT_EMPTY = Shape("object", MEANT, least=1)
 _LISTS = ("enum", "required", "allOf", "anyOf", "oneOf", "prefixItems")
 _OBJECTS = ("properties", "patternProperties", "dependentRequired", "dependentSchemas", "dependencies")
 _UNEVALUATED = (("unevaluatedProperties", "object"), ("unevaluatedItems", "array"))
-
-
-def only(kind: str, shapes: Sequence[Shape], holds: bool = True) -> Forms:
-    """A keyword for one type: it leaves all others alone; where it does not hold, the value is of that type."""
-    forms: Forms = {kind: list(shapes)}
-    if holds:
-        forms |= {other: [replace(shape, level=ASIDE) for shape in free] for other, free in _FREE.items()
-                  if other != kind}
-    return forms
-
-
-def union(parts: Iterable[Forms]) -> Forms:
-    """One of these."""
-    forms: dict[str, dict[Shape, None]] = {}
-    for part in parts:
-        for kind, shapes in part.items():
-            forms.setdefault(kind, {}).update(dict.fromkeys(shapes))
-    return {kind: list(shapes) for kind, shapes in forms.items()}
 
 
 class Finder:
@@ -161,35 +75,6 @@ class Finder:
             if state < 0:
                 return False
         return bool(automaton.accepts[state])
-
-
-@functools.lru_cache(maxsize=4096)
-def _value_of_short(text: str) -> Any:
-    return json.loads(text)
-
-
-def value_of(text: str) -> Any:
-    """The value that a text of JSON says; short ones are remembered."""
-    return _value_of_short(text) if len(text) <= 200 else json.loads(text)
-
-
-def shortest_text(automaton: Automaton) -> str | None:
-    """One of the shortest texts of an automaton that calls nothing."""
-    before: dict[int, tuple[int, int]] = {0: (-1, 0)}
-    queue = [0]
-    for state in queue:
-        if automaton.accepts[state]:
-            data = bytearray()
-            while before[state][0] >= 0:
-                state, byte = before[state]
-                data.append(byte)
-            return bytes(reversed(data)).decode()
-        for byte in (*range(97, 123), *range(256)):
-            following = automaton.next_byte(state, byte)
-            if following >= 0 and following not in before:
-                before[following] = (state, byte)
-                queue.append(following)
-    return None
 
 
 class Shapes:
@@ -232,9 +117,9 @@ class Shapes:
     def of(self, demands: Demands) -> Forms:
         """The shapes of the values that satisfy all demands."""
         if demands not in self._known:
-            forms = _FREE
+            forms = FREE
             for demand in demands:
-                forms = self.both(forms, self._one(demand))
+                forms = self.both(forms, self.one(demand))
             self._known[demands] = forms
         return self._known[demands]
 
@@ -321,7 +206,7 @@ class Shapes:
         if kind in ("boolean", "null"):
             return True
         if kind == "number":
-            return _in_range(shape, value, self.wide)
+            return in_range(shape, value, self.wide)
         size = len(value)
         if size < shape.least or (shape.most is not None and size > shape.most):
             return False
@@ -409,7 +294,7 @@ class Shapes:
 
     # Schemas
 
-    def _one(self, demand: Demand) -> Forms:
+    def one(self, demand: Demand) -> Forms:
         if demand not in self._single:
             place = self.places[demand.place]
             if demand in self._open:
@@ -434,7 +319,7 @@ class Shapes:
         schema = place.schema
         if isinstance(schema, Either):
             parts = [self.of(demands) if holds else self.of(self.denied(demands)) for demands in schema.ways]
-            return union(parts) if holds else functools.reduce(self.both, parts, _FREE)
+            return union(parts) if holds else functools.reduce(self.both, parts, FREE)
         if isinstance(schema, Inside):
             assert holds, "only what is wanted is made"
             if isinstance(schema.key, str):
@@ -443,7 +328,7 @@ class Shapes:
             span = (schema.key, schema.key + 1, schema.demands)
             return {"array": [Shape("array", MEANT, least=schema.key + 1, spans=(span,))]}
         if isinstance(schema, bool):
-            return _FREE if schema is holds else {}
+            return FREE if schema is holds else {}
         if not isinstance(schema, Mapping):
             raise DgemmaError(f"{place.where} must be an object, true or false, got {schema!r}")
         for keys, type_, what in ((_LISTS, list, "a list"), (_OBJECTS, Mapping, "an object")):
@@ -452,11 +337,11 @@ class Shapes:
                     raise DgemmaError(f"{place.where} is not a valid JSON schema: {key} must be {what}")
         if not holds:
             parts = list(self._clauses(schema, place, False))
-            parts += [{kind: _FREE[kind]} for key, kind in _UNEVALUATED if key in schema and self.wide]
+            parts += [{kind: FREE[kind]} for key, kind in _UNEVALUATED if key in schema and self.wide]
             forms = union(parts)
             return {kind: list(dict.fromkeys(replace(shape, seen=Seen()) for shape in shapes))
                     for kind, shapes in forms.items()}
-        forms = functools.reduce(self.both, self._clauses(schema, place, True), _FREE)
+        forms = functools.reduce(self.both, self._clauses(schema, place, True), FREE)
         return self._unevaluated(schema, place, forms)
 
     def _clauses(self, schema: Mapping, place: Place, holds: bool) -> Iterator[Forms]:
@@ -468,13 +353,13 @@ class Shapes:
             if key in schema:
                 number = self.places.recur(place) if key == "$recursiveRef" else \
                     self.places.refer(place, schema[key], dynamic=key == "$dynamicRef")
-                yield self._one(Demand(number, holds))
+                yield self.one(Demand(number, holds))
                 if self.places.old:
                     return
         yield from self._values(schema, place, holds)
         for key, inner in schema.items():
-            if key in _KEYWORDS:
-                yield from _KEYWORDS[key](self, schema, place, inner, holds)
+            if key in KEYWORDS:
+                yield from KEYWORDS[key](self, schema, place, inner, holds)
         for key in ("allOf", "anyOf", "oneOf"):
             if key in schema:
                 parts = [Demand(self.places.part(place, inner, f"{key}[{index}]"), holds)
@@ -482,19 +367,19 @@ class Shapes:
                 if key == "oneOf":
                     yield self._exactly_one(parts, holds, place)
                 elif (key == "allOf") == holds:
-                    yield functools.reduce(self.both, map(self._one, parts), _FREE)
+                    yield functools.reduce(self.both, map(self.one, parts), FREE)
                 else:
-                    yield union(map(self._one, parts))
+                    yield union(map(self.one, parts))
         if "not" in schema:
             inner = Demand(self.places.part(place, schema["not"], "not"), not holds)
-            yield {kind: [replace(shape, seen=Seen()) for shape in shapes] for kind, shapes in self._one(inner).items()}
+            yield {kind: [replace(shape, seen=Seen()) for shape in shapes] for kind, shapes in self.one(inner).items()}
         if "if" in schema and ("then" in schema or "else" in schema or holds):
             when = self.places.part(place, schema["if"], "if")
             sides = []
             for key, truth in (("then", True), ("else", False)):
-                forms = self._one(Demand(when, truth))
+                forms = self.one(Demand(when, truth))
                 if key in schema:
-                    forms = self.both(forms, self._one(part(key)))
+                    forms = self.both(forms, self.one(part(key)))
                 elif not holds:
                     continue
                 sides.append(forms)
@@ -509,21 +394,21 @@ class Shapes:
     def _exactly_one(self, parts: list[Demand], holds: bool, place: Place) -> Forms:
         denied = [Demand(place, not holds) for place, holds in parts]
         if holds and self.wide:
-            return union(map(self._one, parts))
+            return union(map(self.one, parts))
         if not holds:  # none, or two at once
             affirmed = denied
-            none = functools.reduce(self.both, map(self._one, parts), _FREE)
-            pairs = [self.both(self._one(one), self._one(other)) for one, other in combinations(affirmed, 2)]
+            none = functools.reduce(self.both, map(self.one, parts), FREE)
+            pairs = [self.both(self.one(one), self.one(other)) for one, other in combinations(affirmed, 2)]
             return union([none, *pairs])
         ways = []
         for index, one in enumerate(parts):
-            forms = self._one(one)
+            forms = self.one(one)
             for other in range(len(parts)):
                 if other != index:
                     forms = self._without(forms, parts[other], denied[other])
             ways.append(forms)
         found = union(ways)
-        if not found and any(self._one(part) for part in parts):
+        if not found and any(self.one(part) for part in parts):
             raise DgemmaError(f"{place.where}.oneOf: its branches allow the same values, and only one may")
         return found
 
@@ -536,7 +421,7 @@ class Shapes:
                 if self._may.lacks(shape, other):
                     kept[shape] = None
                     continue
-                for one in self.both({kind: [shape]}, self._one(denied)).get(kind, []):
+                for one in self.both({kind: [shape]}, self.one(denied)).get(kind, []):
                     if not self.nothing(one):
                         kept[one] = None
             if kept:
@@ -545,7 +430,7 @@ class Shapes:
 
     def lacks(self, shape: Shape, demand: Demand) -> bool:
         """Whether no value of a shape satisfies a demand."""
-        common = self.both({shape.kind: [shape]}, self._one(demand)).get(shape.kind, [])
+        common = self.both({shape.kind: [shape]}, self.one(demand)).get(shape.kind, [])
         return all(self.nothing(one) for one in common)
 
     def _unevaluated(self, schema: Mapping, place: Place, forms: Forms) -> Forms:
@@ -553,7 +438,7 @@ class Shapes:
             if key not in schema or self.wide or (self.places.old and "$ref" in schema):
                 continue
             demand = Demand(self.places.part(place, schema[key], key))
-            self._one(demand)  # it must be a schema
+            self.one(demand)  # it must be a schema
             done = []
             for shape in forms.get(kind, ()):
                 seen = shape.seen
@@ -584,7 +469,7 @@ class Shapes:
             if schema.get("nullable") is True:  # OpenAPI
                 names.append("null")
             forms: Forms = {}
-            for kind, shapes in _FREE.items():
+            for kind, shapes in FREE.items():
                 if (kind in names) == holds:
                     forms[kind] = [replace(shape, level=NAMED if holds else OPEN) for shape in shapes]
             if "integer" in names and "number" not in names:
@@ -606,9 +491,9 @@ class Shapes:
     def _other_than(self, kind: str, values: list, place: Place) -> list[Shape]:
         """The shapes of a type's values but these."""
         if not values:
-            return _FREE[kind]
+            return FREE[kind]
         if kind in ("boolean", "null"):
-            fixed = tuple(text for text in _FREE[kind][0].fixed or () if value_of(text) not in values)
+            fixed = tuple(text for text in FREE[kind][0].fixed or () if value_of(text) not in values)
             return [Shape(kind, fixed=fixed)] if fixed else []
         if kind == "string":
             return [Shape(kind, excluded=tuple(values))]
@@ -616,7 +501,7 @@ class Shapes:
             bounds = [None, *sorted(map(exact, values)), None]
             return [Shape(kind, low=low, high=high, above=low is not None, below=high is not None)
                     for low, high in pairwise(bounds)]
-        forms: Forms = {kind: _FREE[kind]}
+        forms: Forms = {kind: FREE[kind]}
         for value in values:
             forms = self.both(forms, {kind: list(self._unlike(kind, value, place))})
         return forms.get(kind, [])
@@ -635,246 +520,19 @@ class Shapes:
             for name, item in value.items():
                 yield Shape(kind, named=((name, differs(item)),), required=(name,))
                 if self.wide:
-                    yield self._lacking(name, place)
+                    yield self.lacking(name, place)
         yield Shape(kind, least=len(value) + 1)
 
-    def _never_of(self, place: Place) -> Demands:
-        return (Demand(self.made(False, place, place.where)),)
+    def lacking(self, name: str, place: Place) -> Shape:
+        """Objects without a property."""
+        return Shape("object", MEANT, named=((name, (Demand(self.made(False, place, place.where)),)),))
 
-    # Keywords of one type
-
-    def _bounds(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
-        if isinstance(inner, bool) and key.startswith("exclusive"):
-            return  # draft 4's way, told where the bound is
-        if isinstance(inner, bool) or not isinstance(inner, (int, float)) or not abs(inner) < inf:
-            raise DgemmaError(f"{place.where}.{key} is {inner!r}: it must be a number")
-        strict = key.startswith("exclusive") or schema.get("exclusive" + key[0].upper() + key[1:]) is True
-        lower = key.lower().endswith("minimum") == holds
-        strict = strict == holds
-        bound = exact(inner)
-        shape = Shape("number", MEANT, low=bound, above=strict) if lower else \
-            Shape("number", MEANT, high=bound, below=strict)
-        yield only("number", [shape], holds)
-
-    def _multiple(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
-        if isinstance(inner, bool) or not isinstance(inner, (int, float)) or not 0 < inner < inf:
-            raise DgemmaError(f"{place.where}.multipleOf is {inner!r}: it must be a number above 0")
-        yield only("number", [Shape("number", MEANT, of=(inner,)) if holds else
-                              Shape("number", MEANT, not_of=(inner,))], holds)
-
-    def _size(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str, kind: str) -> Iterator[Forms]:
-        count = _count(inner, place, key)
-        if key.startswith("min") == holds:
-            yield only(kind, [Shape(kind, MEANT, least=count if holds else count + 1)], holds)
-        elif holds or count:
-            yield only(kind, [Shape(kind, MEANT, most=count if holds else count - 1)], holds)
-
-    def _pattern(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
-        _check_pattern(inner, place, "pattern")
-        yield only("string", [Shape("string", MEANT, patterns=((inner, holds),))], holds)
-
-    def _format(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
-        if holds and isinstance(inner, str):  # an annotation: it never fails
-            numeric = inner in ("int32", "int64", "float", "double", "decimal")
-            kind = "number" if numeric else "string"
-            yield only(kind, [Shape(kind, MEANT, forms=(inner,))])
-
-    def _content(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
-        """contentEncoding, contentMediaType: annotations, too."""
-        encoded = schema.get("contentEncoding") in ("base64", "base64url")
-        is_json = schema.get("contentMediaType") == "application/json"
-        if encoded and is_json:
-            raise DgemmaError(f"{place.where} uses 'contentMediaType' beside 'contentEncoding': this is not supported")
-        form = inner if encoded else "json-string" if is_json else None
-        if holds and form is not None and (key == "contentEncoding") == encoded:
-            yield only("string", [Shape("string", MEANT, forms=(form,))])
-
-    def _items(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
-        """prefixItems, items, additionalItems"""
-        start, key_of_prefix = 0, "prefixItems"
-        if key == "prefixItems" or isinstance(inner, list):
-            for index, item in enumerate(inner):
-                demand = Demand(self.places.part(place, item, f"{key}[{index}]"), holds)
-                self._shallow(demand)
-                span = ((index, index + 1, (demand,)),)
-                if holds:
-                    yield only("array", [Shape("array", MEANT, spans=span, seen=Seen(items=index + 1))])
-                elif (key == "items") == self.places.old or self.wide:
-                    yield {"array": [Shape("array", MEANT, least=index + 1, spans=span)]}
-            return
-        if key == "additionalItems":
-            if not isinstance(schema.get("items"), list):
-                return
-            if not (holds or self.places.old or self.wide):
-                return
-            key_of_prefix = "items"
-        if isinstance(schema.get(key_of_prefix), list):
-            start = len(schema[key_of_prefix])
-        demands = (Demand(self.places.part(place, inner, key), holds),)
-        self._shallow(demands[0])
-        if holds:
-            yield only("array", [Shape("array", MEANT, spans=((start, None, demands),), seen=Seen(all_items=True))])
-        elif self.wide and start:
-            yield {"array": [Shape("array", MEANT, least=start + 1)]}
-        elif start == 0:
-            yield {"array": [Shape("array", MEANT, contains=((demands, 1, None),))]}
-        else:
-            yield {"array": [Shape("array", MEANT, least=index + 1, spans=((index, index + 1, demands),))
-                             for index in (start, start + 1)]}
-
-    def _contains(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
-        least = _count(schema.get("minContains", 1), place, "minContains")
-        most = _count(schema["maxContains"], place, "maxContains") if "maxContains" in schema else None
-        if self.places.old:  # knows neither of the two
-            least, most = 1 if self.wide else max(least, 1), most if holds and not self.wide else None
-        demands = (Demand(self.places.part(place, inner, "contains")),)
-        self._shallow(demands[0])
-        if holds:
-            seen = Seen(found=() if self.places.draft2019 else (demands,))
-            yield only("array", [Shape("array", MEANT, contains=((demands, least, most),), seen=seen)])
-            return
-        shapes = []
-        if least == 1:
-            shapes.append(Shape("array", MEANT, spans=((0, None, self.denied(demands)),)))
-        elif least:
-            shapes.append(Shape("array", MEANT, contains=((demands, 0, least - 1),)))
-        if most is not None:
-            shapes.append(Shape("array", MEANT, contains=((demands, most + 1, None),)))
-        yield {"array": shapes}
-
-    def _unique(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
-        if inner and holds:
-            yield only("array", [Shape("array", MEANT, unique=True)])
-        elif inner and self.wide:
-            yield {"array": [Shape("array", MEANT, least=2)]}
-        elif inner:  # two that are equal, of the simplest
-            simple = (None, True, 0, 1, "", "a")
-            twice = [(Demand(self.made({"const": value}, place, place.where)),) for value in simple]
-            yield {"array": [Shape("array", MEANT, least=2, spans=((0, 2, demands),)) for demands in twice]}
-
-    def _properties(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
-        named = [(name, (Demand(self.places.part(place, value, name), holds),)) for name, value in inner.items()]
-        for _, (demand,) in named:
-            self._shallow(demand)
-        if holds:
-            yield only("object", [Shape("object", MEANT, named=tuple(named), seen=Seen(names=frozenset(inner)))])
-        else:
-            yield {"object": [Shape("object", MEANT, named=(one,), required=(one[0],)) for one in named]}
-
-    def _pattern_properties(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
-        for pattern, value in inner.items():
-            _check_pattern(pattern, place, "patternProperties")
-            demands = (Demand(self.places.part(place, value, f"patternProperties.{pattern}"), holds),)
-            self._shallow(demands[0])
-            if holds:
-                yield only("object", [Shape("object", MEANT, matching=((pattern, demands),),
-                                            seen=Seen(patterns=(pattern,)))])
-            elif self.wide:
-                yield {"object": [_NOT_EMPTY]}
-            else:
-                name = shortest_text(self.finder.automaton(pattern, False))
-                if name is not None:
-                    yield {"object": [Shape("object", MEANT, named=((name, demands),), required=(name,))]}
-
-    def _additional(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
-        names = frozenset(schema.get("properties", {}))
-        patterns = tuple(schema.get("patternProperties", {}))
-        demands = (Demand(self.places.part(place, inner, "additionalProperties"), holds),)
-        self._shallow(demands[0])
-        if holds:
-            yield only("object", [Shape("object", MEANT, extras=((names, patterns, demands),),
-                                        loose=inner is not False, seen=Seen(all_names=True))])
-        elif self.wide:
-            yield {"object": [_NOT_EMPTY]}
-        else:
-            yield {"object": [Shape("object", MEANT, named=((name, demands),), required=(name,))
-                              for name in self._new_names(names, patterns)]}
-
-    def _new_names(self, names: frozenset[str], patterns: tuple[str, ...]) -> list[str]:
-        """A name that is none of these and matches no pattern, if one is found at once."""
-        for name in ("other", "extra", "more", "x", "y", "Other", "0", "_", "-", "42", "ABC", "/"):
-            if name not in names and not any(self.finder.finds(pattern, name, wide=True) for pattern in patterns):
-                return [name]
-        return []
-
-    def _keys(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
-        demands = (Demand(self.places.part(place, inner, "propertyNames"), holds),)
-        self._shallow(demands[0])
-        if holds:
-            yield only("object", [Shape("object", MEANT, keys=demands)])
-            return
-        if self.wide:
-            yield {"object": [_NOT_EMPTY]}
-            return
-        for shape in self.of(demands).get("string", ()):
-            name = value_of(shape.fixed[0]) if shape.fixed else None
-            if name is None:
-                text = shortest_text(compile_part(self.text(replace(shape, forms=())), self.effort))
-                name = None if text is None else json.loads(text)
-            if name is not None:
-                yield {"object": [Shape("object", MEANT, required=(name,))]}
-
-    def _required(self, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
-        if not all(isinstance(name, str) for name in inner):
-            raise DgemmaError(f"{place.where}.required must list names")
-        if holds:
-            yield only("object", [Shape("object", MEANT if inner else OPEN, required=tuple(dict.fromkeys(inner)))])
-        else:
-            yield {"object": [self._lacking(name, place) for name in dict.fromkeys(inner)]}
-
-    def _lacking(self, name: str, place: Place) -> Shape:
-        return Shape("object", MEANT, named=((name, self._never_of(place)),))
-
-    def _dependent(self, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:
-        """dependentRequired, dependentSchemas, dependencies: where a property is, more is demanded."""
-        if not holds and not self.wide and (key == "dependencies") != self.places.old:
-            return  # of another draft: it may mean nothing
-        for name, value in inner.items():
-            present = Shape("object", MEANT, required=(name,))
-            if isinstance(value, list):
-                if not all(isinstance(one, str) for one in value):
-                    raise DgemmaError(f"{place.where}.{key} must list names")
-                needed = Shape("object", MEANT, required=tuple(dict.fromkeys((name, *value))))
-                if holds:
-                    yield only("object", [self._lacking(name, place), needed])
-                else:
-                    yield self.both({"object": [present]},
-                                    {"object": [self._lacking(one, place) for one in dict.fromkeys(value)]})
-                continue
-            forms = self._one(Demand(self.places.part(place, value, f"{key}.{name}"), holds))
-            there = self.both({"object": [present]}, {"object": forms.get("object", [])})
-            yield only("object", [self._lacking(name, place), *there.get("object", [])]) if holds else there
-
-    def _shallow(self, demand: Demand) -> None:
-        """Say at once what is no schema at all."""
-        schema = self.places[demand.place].schema
+    def part(self, place: Place, schema: Any, where: str, holds: bool = True) -> Demand:
+        """The demand of a schema within another; says at once what is no schema at all."""
+        demand = Demand(self.places.part(place, schema, where), holds)
         if not isinstance(schema, (bool, Mapping, Either, Inside)):
             raise DgemmaError(f"{self.places[demand.place].where} must be an object, true or false, got {schema!r}")
-
-
-_Keyword = Callable[[Shapes, Mapping, Place, Any, bool], Iterator[Forms]]
-
-
-def _named(method: Callable[..., Iterator[Forms]], *names: Any) -> _Keyword:
-    return lambda shapes, schema, place, inner, holds: method(shapes, schema, place, inner, holds, *names)
-
-
-# Reading a keyword of one type; "prefixItems", "items" and so on say by themselves where they begin.
-_KEYWORDS: dict[str, _Keyword] = {
-    **{key: _named(Shapes._bounds, key) for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")},
-    "multipleOf": Shapes._multiple,
-    "minLength": _named(Shapes._size, "minLength", "string"), "maxLength": _named(Shapes._size, "maxLength", "string"),
-    **{key: _named(Shapes._content, key) for key in ("contentEncoding", "contentMediaType")},
-    "pattern": Shapes._pattern, "format": Shapes._format,
-    "minItems": _named(Shapes._size, "minItems", "array"), "maxItems": _named(Shapes._size, "maxItems", "array"),
-    **{key: _named(Shapes._items, key) for key in ("prefixItems", "items", "additionalItems")},
-    "contains": Shapes._contains, "uniqueItems": Shapes._unique,
-    "minProperties": _named(Shapes._size, "minProperties", "object"),
-    "maxProperties": _named(Shapes._size, "maxProperties", "object"),
-    "properties": Shapes._properties, "patternProperties": Shapes._pattern_properties,
-    "additionalProperties": Shapes._additional, "propertyNames": Shapes._keys, "required": Shapes._required,
-    **{key: _named(Shapes._dependent, key) for key in ("dependentRequired", "dependentSchemas", "dependencies")},
-}
+        return demand
 
 
 def _joined(one: tuple, other: tuple) -> tuple:
@@ -882,45 +540,3 @@ def _joined(one: tuple, other: tuple) -> tuple:
     if not other or one is other:
         return one
     return tuple(dict.fromkeys((*one, *other))) if one else other
-
-
-def whole_bounds(shape: Shape) -> tuple[int | None, int | None]:
-    """The least and the greatest whole number of a number's shape."""
-    low, high = shape.low, shape.high
-    return (None if low is None else floor(low) + 1 if shape.above else ceil(low),
-            None if high is None else ceil(high) - 1 if shape.below else floor(high))
-
-
-def _in_range(shape: Shape, value: float, wide: bool) -> bool:
-    """Whether a number surely has a shape, or (``wide``) may have it: validators divide doubles or decimals."""
-    number = exact(value)
-    if shape.low is not None and (number < shape.low or (shape.above and number == shape.low)):
-        return False
-    if shape.high is not None and (number > shape.high or (shape.below and number == shape.high)):
-        return False
-    is_whole = number == number.to_integral_value()
-    if shape.whole is not None and is_whole != shape.whole:
-        return False
-    ratio = Fraction(number)
-    for units, wanted in ((shape.of, True), (shape.not_of, False)):
-        for unit in units:
-            exactly = ((ratio / Fraction(exact(unit))).denominator == 1) == wanted
-            nearly = (value / unit).is_integer() == wanted if isinstance(unit, float) else exactly
-            if not (exactly or nearly if wide else exactly and nearly):
-                return False
-    return True
-
-
-def _count(value: Any, place: Place, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf or value != int(value):
-        raise DgemmaError(f"{place.where}.{key} must be a whole number, at least 0, got {value!r}")
-    return int(value)
-
-
-def _check_pattern(pattern: Any, place: Place, key: str) -> None:
-    if not isinstance(pattern, str):
-        raise DgemmaError(f"{place.where}.{key} must be a regular expression as text, got {pattern!r}")
-    try:
-        parse_regex(pattern, search=True)
-    except DgemmaError as error:
-        raise DgemmaError(f"{place.where}.{key}: {error}") from error

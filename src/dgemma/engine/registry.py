@@ -1,4 +1,4 @@
-"""Adapters by name, read from their files and ready to be put on one network.
+"""Adapters by name, read from their files and ready to be activated on one network.
 
 Works on adapters' files and a network's modules; knows nothing of requests.
 """
@@ -21,7 +21,7 @@ class UnknownAdapterError(DgemmaError):
     """No adapter has this name, or none has it any more."""
 
 
-class AdapterShelf:
+class AdapterRegistry:
     """A network's adapters under their names. Make it before the network works; to `read` it may work on."""
 
     def __init__(self, network: DiffusionTransformer):
@@ -57,7 +57,7 @@ class AdapterShelf:
         # The names and shapes are those of a network of this shape: this one's modules may be changing just now.
         return read_adapter(path, empty_network(self._config))
 
-    def mountable(self, name: str, adapter: Adapter) -> MountedAdapter:
+    def loaded(self, name: str, adapter: Adapter) -> MountedAdapter:
         """The adapter where the network is; nobody knows it yet."""
         return mountable(name, self._places, adapter.config, adapter.factors)
 
@@ -72,3 +72,11 @@ class AdapterShelf:
         adapter = self.get(name)
         self._known = {known: what for known, what in self._known.items() if known != name}
         return adapter
+
+
+def adapter_files(path: Path) -> tuple[Path, Path]:
+    """The files that `AdapterRegistry.read` opens for a path: the settings, and the weights of a folder's adapter."""
+    from dgemma.weights.adapters import CONFIG_FILE, WEIGHTS_FILE
+
+    home = path if path.is_dir() else path.parent
+    return home / CONFIG_FILE, home / WEIGHTS_FILE

@@ -1,6 +1,6 @@
 """An engine in a thread of its own, for callers in an asyncio loop.
 
-One `Service` holds a model and its adapters, and answers any number of requests at a time. Knows nothing of HTTP.
+One `Service` holds a network and its adapters, and answers any number of requests at a time. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -10,24 +10,28 @@ import contextvars
 import functools
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 from dgemma.diffusion.events import Denoised, Event, Failed, Finished
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.row import Read, Request
 from dgemma.engine.engine import Counts, Engine
-from dgemma.engine.registry import AdapterShelf
+from dgemma.engine.prefixes import PrefixStore
+from dgemma.engine.registry import AdapterRegistry
 from dgemma.errors import DgemmaError
 from dgemma.memory.inference import request_memory
-from dgemma.model import Model
+from dgemma.nn import DiffusionTransformer
 from dgemma.nn.activation import MountedAdapter, mounted_bytes
+from dgemma.nn.packed import weight_bytes
+from dgemma.weights.load import network_shapes
 
 PREFIX_SHARE = 4  # one part in so many of the memory for requests keeps what was read before
 
@@ -60,19 +64,27 @@ class Overloaded(Exception):  # noqa: N818  (nothing is wrong with the request)
         self.retry_after, self.stopping = retry_after, stopping
 
 
-class Admission:
-    """Whether a request has been taken, for whoever must know before its first event comes.
+class RequestEvents(Protocol):
+    """The events of a request that was taken, from CanvasStarted to Finished or Failed; each is given once.
 
-    ``deciding``: it will be told. ``decided`` is set as soon as the request waits for its turn.
+    To be closed, whether or not anything was fetched: that cancels the request within one step if it is not over.
     """
 
-    def __init__(self) -> None:
-        self.deciding = False
-        self.decided = asyncio.Event()
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> Event: ...
+
+    async def aclose(self) -> None: ...
 
 
-# Where `Service.stream` tells that it has taken a request; what it refuses it raises.
-admission: contextvars.ContextVar[Admission | None] = contextvars.ContextVar("admission", default=None)
+@dataclass(frozen=True)
+class Weights:
+    """What the network holds."""
+
+    nbytes: int
+    type: str  # of most of these bytes, as GGUF calls it
+    parameters: int
+    on_gpu: bool
 
 
 @dataclass(frozen=True)
@@ -101,18 +113,20 @@ class Stats(Counts):
 class Service:
     """Answers requests of many callers in shared batches.
 
+    ``read`` makes what reads a request's answer; ``prefixes`` keep what was read before, within a share of the memory.
     At most ``max_num_seqs`` requests run at a time, and as many as ``memory`` bytes are enough for (None: measured);
     at most ``max_queue`` more wait.
     """
 
-    def __init__(self, model: Model, *, max_num_seqs: int = 32, max_queue: int = 256, memory: int | None = None):
-        memory = request_memory(model.network) if memory is None else memory
-        self.model, self.prefixes = model, model.prefixes
+    def __init__(self, network: DiffusionTransformer, read: Read, prefixes: PrefixStore, *, max_num_seqs: int = 32,
+                 max_queue: int = 256, memory: int | None = None):
+        memory = request_memory(network) if memory is None else memory
+        self.network, self.prefixes = network, prefixes
         self.prefixes.resize(memory // PREFIX_SHARE)
-        self.engine = Engine(model.network, model.reader, max_num_seqs, self.prefixes,
+        self.engine = Engine(network, read, max_num_seqs, self.prefixes,
                              memory=memory - self.prefixes.budget, lent=self.prefixes.budget, isolate=True,
                              whole_pages=True, between=self._receive)
-        self.adapters = AdapterShelf(model.network)
+        self.adapters = AdapterRegistry(network)
         self._adapter_requests: Counter[str] = Counter()
         self._changing = threading.Lock()  # what an adapter's name means; its requests reach the inbox before its end
         self._inbox: queue.SimpleQueue[Request | _Retired | int | None] = queue.SimpleQueue()
@@ -130,6 +144,12 @@ class Service:
     def healthy(self) -> bool:
         """Whether the engine's thread is there."""
         return self._thread.is_alive() and not self._gone
+
+    def weights(self) -> Weights:
+        """What the network holds, without its adapters."""
+        kinds = weight_bytes(self.network)
+        parameters = sum(math.prod(shape) for shape in network_shapes(self.network.config).values())
+        return Weights(kinds.total(), kinds.most_common(1)[0][0], parameters, self.network.device.type == "cuda")
 
     def stats(self) -> Stats:
         engine = self.engine
@@ -166,7 +186,7 @@ class Service:
         """
         files = self.adapters.read(name, path)
         self._check_room(path, mounted_bytes(files.factors))
-        adapter = self.adapters.mountable(name, files)
+        adapter = self.adapters.loaded(name, files)
         with self._changing:
             self._check_room(path, adapter.nbytes)  # others may have come meanwhile
             self.engine.adopt(adapter)
@@ -186,23 +206,19 @@ class Service:
         with self._changing:
             self._inbox.put(_Retired(self.adapters.take(name)))
 
-    async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
-        """The request's events, from CanvasStarted to Finished or Failed; its id is replaced.
+    async def admit(self, request: Request) -> RequestEvents:
+        """Take a request, whose turn will come, and return its events; its id is replaced.
 
         Its adapter stays its own even if that is not offered any more. Raises `Overloaded` when the queue is full,
-        ValueError when the network, or its memory, cannot run it. Closing the iterator cancels the request within one
-        step. Of drafts (Denoised) that were not fetched in time only the last is kept, so a slow reader costs no more
-        memory than the answer takes. Whether it is taken is decided before the first event: see `admission`.
+        ValueError when the network, or its memory, cannot run it. Of drafts (Denoised) that were not fetched in time
+        only the last is kept, so a slow reader costs no more memory than the answer takes.
         """
-        told = admission.get()
-        if told is not None:
-            told.deciding = True
         self._refuse(request)
         check = functools.partial(self.engine.check, request)
         await (asyncio.to_thread(check) if request.constraint is None else in_form_thread(check))
         with self._changing:
             request = replace(request, id=next(self._ids))
-            mailbox = _Mailbox(asyncio.get_running_loop(), request)
+            mailbox = _Mailbox(asyncio.get_running_loop(), request, self._give_up)
             self._refuse(request, mailbox)
             if self._gone:  # just now: nobody would ever answer
                 self._mail.pop(request.id)
@@ -213,18 +229,11 @@ class Service:
                 if not self.adapters.offers(adapter):  # not any more, since the request came
                     self.engine.adopt(adapter)
                     self._inbox.put(_Retired(adapter))
-        if told is not None:
-            told.decided.set()
-        over = False
-        try:
-            while not over:
-                event = await mailbox.take()
-                over = isinstance(event, (Finished, Failed))
-                yield event
-        finally:
-            if not over:
-                self._mail.pop(request.id)
-                self._inbox.put(request.id)
+        return mailbox
+
+    def _give_up(self, request: int) -> None:
+        self._mail.pop(request)
+        self._inbox.put(request)
 
     async def stop(self, grace: float = 30.0) -> int:
         """Take no more requests, wait for those that run; after ``grace`` seconds end them. How many were cut short."""
@@ -324,11 +333,13 @@ class _Retired:
 
 
 class _Mailbox:
-    """Events on their way to one caller; used in the caller's loop only."""
+    """Events on their way to one caller (`RequestEvents`); used in the caller's loop only."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, request: Request):
+    def __init__(self, loop: asyncio.AbstractEventLoop, request: Request, give_up: Callable[[int], None]):
         self.loop, self.request, self.client, self.user = loop, request.id, request.client, request.user
         self.adapter = request.adapter
+        self._give_up = give_up
+        self._over = False  # whether the last event was fetched, or nobody wants it any more
         self._events: deque[Event] = deque()
         self._some = asyncio.Event()
 
@@ -338,11 +349,23 @@ class _Mailbox:
         self._events.append(event)
         self._some.set()
 
-    async def take(self) -> Event:
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._over:
+            raise StopAsyncIteration
         while not self._events:
             self._some.clear()
             await self._some.wait()
-        return self._events.popleft()
+        event = self._events.popleft()
+        self._over = isinstance(event, (Finished, Failed))
+        return event
+
+    async def aclose(self) -> None:
+        if not self._over:
+            self._over = True
+            self._give_up(self.request)
 
 
 class _Mail:

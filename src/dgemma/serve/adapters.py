@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from dgemma.engine.registry import UnknownAdapterError
-from dgemma.engine.service import Service
+from dgemma.engine.registry import UnknownAdapterError, adapter_files
 from dgemma.errors import DgemmaError
-from dgemma.serve.bodies import RequestBody, unknown_model
+from dgemma.serve.backend import Serving
+from dgemma.serve.bodies import RequestBody
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.settings import Settings, check_adapter_name
-from dgemma.weights.adapters import CONFIG_FILE, WEIGHTS_FILE
 
 log = logging.getLogger("dgemma.serve")
 
@@ -56,8 +54,9 @@ class Unloaded(BaseModel):
     deleted: Literal[True]
 
 
-def router(service: Service, settings: Settings) -> APIRouter:
+def router(serving: Serving) -> APIRouter:
     """The routes; they answer 403 unless the operator allowed a folder."""
+    backend, settings = serving.backend, serving.settings
     routes = APIRouter(tags=["Adapters"], responses=RESPONSES)
     one_at_a_time = asyncio.Semaphore()  # of what is read: nobody fills the memory by asking often
 
@@ -72,22 +71,22 @@ def router(service: Service, settings: Settings) -> APIRouter:
         path = _inside(folder, body.lora_path)
         async with one_at_a_time:
             try:
-                replaced = await asyncio.to_thread(service.load_adapter, body.lora_name, path)
+                replaced = await asyncio.to_thread(backend.load_adapter, body.lora_name, path)
             except DgemmaError as error:
                 raise ApiError(400, str(error), "lora_path") from error
         log.info("adapter %r is served from %s now%s", body.lora_name, path, ", in place of another" * replaced)
-        return _answer(id=body.lora_name, object="model", loaded=True, replaced=replaced)
+        return JsonResponse({"id": body.lora_name, "object": "model", "loaded": True, "replaced": replaced})
 
     @routes.post("/v1/unload_lora_adapter", response_model=Unloaded)
     async def unload_lora_adapter(body: UnloadAdapterBody) -> Response:
         """Offer an adapter no more."""
         _allowed(settings)
         try:
-            service.unload_adapter(body.lora_name)
+            backend.unload_adapter(body.lora_name)
         except UnknownAdapterError as error:
-            raise unknown_model(body.lora_name, service, settings, "lora_name") from error
+            raise serving.unknown_model(body.lora_name, "lora_name") from error
         log.info("adapter %r is served no more", body.lora_name)
-        return _answer(id=body.lora_name, object="model", deleted=True)
+        return JsonResponse({"id": body.lora_name, "object": "model", "deleted": True})
 
     return routes
 
@@ -107,15 +106,10 @@ def _inside(folder: Path, path: str) -> Path:
     folder = folder.resolve()
     try:
         place = (folder / path).resolve()
-        home = place if os.path.isdir(place) else place.parent
-        files = [(home / name).resolve() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        files = [file.resolve() for file in adapter_files(place)]
     except (OSError, RuntimeError, ValueError):  # a loop of links, a zero byte
         place, files = folder.parent, []
     if not all(file.is_relative_to(folder) for file in (place, *files)):
         raise ApiError(400, "lora_path must be inside the folder that this server was started with (--adapters-from)",
                        "lora_path")
     return place
-
-
-def _answer(**fields: Any) -> Response:
-    return JsonResponse(fields)

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, limits and metrics around a service.
+"""The HTTP application: routes, limits and metrics around a model and its backend.
 
 Knows nothing of: sockets and signals (`server`), the network.
 """
@@ -6,27 +6,30 @@ Knows nothing of: sockets and signals (`server`), the network.
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI, Security
 from fastapi.security import HTTPBearer
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel
+from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dgemma import __version__
-from dgemma.engine.service import Service
 from dgemma.serve import adapters, errors
+from dgemma.serve.access_log import AccessLog, RequestLog
 from dgemma.serve.anthropic import routes as messages
+from dgemma.serve.auth import AuthMiddleware
+from dgemma.serve.backend import Backend, ServedModel, Serving
 from dgemma.serve.errors import JsonResponse
-from dgemma.serve.limits import Gate, RequestLog, Watch
-from dgemma.serve.metrics import MeasuredService, Metrics
+from dgemma.serve.fields import IGNORED_HEADER
+from dgemma.serve.metrics import Metrics
 from dgemma.serve.ollama import routes as ollama
 from dgemma.serve.openai import responses
 from dgemma.serve.openai import routes as openai
-from dgemma.serve.outgoing import Outgoing
 from dgemma.serve.settings import Settings
 
 _ABOUT = """DiffusionGemma over HTTP, in the forms that clients of OpenAI, Anthropic and Ollama speak.
@@ -43,11 +46,11 @@ class Health(BaseModel):
     version: str
 
 
-def create_app(service: Service, settings: Settings) -> FastAPI:
-    """The application over a service that runs, or will when the first request comes."""
-    metrics = Metrics(service)
-    diary = None if settings.debug_requests is None else RequestLog(settings.debug_requests)
-    measured = cast(Service, MeasuredService(service, metrics))
+def create_app(model: ServedModel, backend: Backend, settings: Settings) -> FastAPI:
+    """The application over a backend that runs, or will when the first request comes."""
+    metrics = Metrics(backend.stats)
+    request_log = None if settings.debug_requests is None else RequestLog(settings.debug_requests)
+    serving = Serving(model, backend, settings, metrics)
     app = FastAPI(title="dgemma", version=__version__, description=_ABOUT, redoc_url=None)
     errors.install(app)
 
@@ -55,10 +58,10 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
              responses={503: {"model": Health, "description": "The engine has stopped."}})
     async def health() -> Response:
         """Whether the server can answer."""
-        ok = service.healthy
+        ok = backend.healthy
         return JsonResponse({"status": "ok" if ok else "unavailable", "version": __version__}, 200 if ok else 503)
 
-    # The dependency checks nothing (`Gate` does): it tells the documentation that keys are wanted.
+    # The dependency checks nothing (`AuthMiddleware` does): it tells the documentation that keys are wanted.
     keyed = [Security(HTTPBearer(auto_error=False))] if settings.api_keys else []
 
     @app.get("/metrics", tags=["Server"], response_class=Response, dependencies=keyed, responses={
@@ -68,15 +71,15 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     for module in (openai, responses, messages, ollama, adapters):
-        app.include_router(module.router(measured, settings), dependencies=keyed)
+        app.include_router(module.router(serving), dependencies=keyed)
 
     # The last one added is the outermost.
     app.add_middleware(Outgoing)
-    app.add_middleware(Gate, settings=settings)
+    app.add_middleware(AuthMiddleware, settings=settings)
     if settings.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"],
                            allow_headers=["*"])
-    app.add_middleware(Watch, settings=settings, metrics=metrics, diary=diary)
+    app.add_middleware(AccessLog, settings=settings, metrics=metrics, request_log=request_log)
     app.openapi = functools.partial(_openapi, app, app.openapi, bool(settings.api_keys))
     return app
 
@@ -97,3 +100,31 @@ def _openapi(app: FastAPI, generate: Any, keyed: bool) -> dict[str, Any]:
             schema["components"]["schemas"].pop(name, None)
     assert app.openapi_schema is not None
     return app.openapi_schema
+
+
+class Outgoing:
+    """Answers HEAD as GET without its body, and puts the fields that had no effect into a header."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        head = scope["method"] == "HEAD"
+
+        async def outgoing(message: Message) -> None:
+            if message["type"] == "http.response.start" and (ignored := scope.get("dgemma.ignored")):
+                MutableHeaders(raw=message["headers"])[IGNORED_HEADER] = ignored
+            if head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        if head:
+            scope["method"] = "GET"
+        try:
+            await self.app(scope, receive, outgoing)
+        finally:
+            if head:
+                scope["method"] = "HEAD"  # what the log shall say

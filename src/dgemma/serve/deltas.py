@@ -1,4 +1,4 @@
-"""One answer as a stream of pieces that no wire format has shaped yet; OpenAI's and Anthropic's are renderings of it.
+"""One answer as a stream of pieces that no wire format has shaped yet; each format is a rendering of it.
 
 Works on: the engine's events. Knows nothing of: HTTP, JSON bodies.
 """
@@ -9,9 +9,9 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dgemma.chat import Tokenizer
@@ -19,9 +19,8 @@ from dgemma.chat.reply import Called, ReplyReader, Said, Thought, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.diffusion.events import CanvasCommitted, Denoised, Event, Failed, Finished, Generation, TokenLogprob
 from dgemma.diffusion.row import Request
-from dgemma.engine.service import Service
-from dgemma.errors import DgemmaError
-from dgemma.serve.usage import tally
+from dgemma.engine.service import RequestEvents
+from dgemma.serve.usage import request_usage
 
 log = logging.getLogger("dgemma.serve")
 
@@ -69,7 +68,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Usage:
+class AnswerUsage:
     """Counts of one answer.
 
     ``completion_tokens`` are the tokens that count against max_tokens: thoughts and tool calls are among them, the
@@ -85,33 +84,26 @@ class Usage:
 
 @dataclass(frozen=True)
 class Done:
-    """The answer is complete: always the last piece, unless it is Broken."""
+    """The answer is complete: always the last piece."""
 
-    finish_reason: Literal["stop", "length", "tool_calls", "cancelled"]
-    usage: Usage
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    usage: AnswerUsage
     stop_sequence: str | None  # the stop string that ended it, if one did
     seed: int
 
 
-@dataclass(frozen=True)
-class Broken:
-    """The request failed inside the engine, whose log says why: the last piece."""
-
-    told: str | None = None  # why, if the client may know
-
-
-Delta = Reasoning | Text | ToolCall | Draft | Done | Broken
+Delta = Reasoning | Text | ToolCall | Draft | Done
 
 
 @dataclass
 class Answer:
-    """An answer's pieces put together. ``done`` is None until it is."""
+    """An answer's pieces put together."""
 
+    done: Done
     reasoning: str = ""
     text: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[dict[str, Any]] | None = None
-    done: Done | None = None
 
 
 class BrokenAnswerError(Exception):
@@ -121,77 +113,71 @@ class BrokenAnswerError(Exception):
         super().__init__(f"the engine could not finish this answer: {told or _IN_THE_LOG}")
 
 
-async def collect(stream: AsyncIterator[Delta]) -> Answer:
-    """The whole answer, for callers who wait for it; raises `BrokenAnswerError` when the engine could not finish it."""
-    answer = Answer()
-    async for delta in stream:
-        if isinstance(delta, Reasoning):
-            answer.reasoning += delta.text
-        elif isinstance(delta, Text):
-            answer.text += delta.text
-            if delta.logprobs is not None:
-                answer.logprobs = (answer.logprobs or []) + delta.logprobs
-        elif isinstance(delta, ToolCall):
-            answer.tool_calls.append(delta)
-        elif isinstance(delta, Done):
-            answer.done = delta
-        elif isinstance(delta, Broken):
-            raise BrokenAnswerError(delta.told)
-    if answer.done is None:
-        raise BrokenAnswerError
+class CutAnswerError(Exception):
+    """The engine has stopped before the end of this answer."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping and has cut off this answer")
+
+
+def put_together(pieces: Iterable[Delta]) -> Answer:
+    """The whole answer; the pieces are all there are."""
+    *pieces, done = pieces
+    assert isinstance(done, Done)
+    answer = Answer(done)
+    for piece in pieces:
+        if isinstance(piece, Reasoning):
+            answer.reasoning += piece.text
+        elif isinstance(piece, Text):
+            answer.text += piece.text
+            if piece.logprobs is not None:
+                answer.logprobs = (answer.logprobs or []) + piece.logprobs
+        elif isinstance(piece, ToolCall):
+            answer.tool_calls.append(piece)
     return answer
 
 
-async def deltas(service: Service, request: Request, tokenizer: Tokenizer, *,
+async def deltas(events: RequestEvents, request: Request, tokenizer: Tokenizer, *,
+                 heard: Callable[[Event], None] = lambda event: None,
                  drafts_per_second: float = 0) -> AsyncGenerator[Delta, None]:
-    """The request's answer piece by piece; the last one is Done or Broken.
+    """The request's answer piece by piece; the last one is Done.
 
-    At most so many Drafts come in a second (0: none). Closing the iterator cancels the request within one step. Before
-    the first piece it raises `Overloaded`, or DgemmaError for a request that the engine cannot run.
+    At most so many Drafts come in a second (0: none). ``heard`` is told of every event. Raises `BrokenAnswerError` for
+    an answer that the engine could not finish, `CutAnswerError` for one that it gave up.
     """
-    request = replace(request, drafts=drafts_per_second > 0)
     reader = ReplyReader(tokenizer, request.prompt_ids, **request.reading)
     logprobs: list[TokenLogprob] = []
     calls = 0
     clock = asyncio.get_running_loop().time
     next_draft = clock() if drafts_per_second else float("inf")
-    async with aclosing(_events(service, request)) as events:
-        async for event in events:
-            pieces = []
-            if isinstance(event, Denoised) and clock() >= next_draft:
-                next_draft = clock() + 1 / drafts_per_second
-                yield draft_of(event, request, tokenizer)
-            elif isinstance(event, CanvasCommitted):
-                logprobs += event.logprobs or []
-                pieces = reader.feed(event.token_ids)
-            elif isinstance(event, Finished):
-                pieces = reader.finish()
-            elif isinstance(event, Failed):
-                log.error("an answer could not be finished: %s", event.error)  # an exception's words: not for clients
-                yield Broken(event.told)
-                return
-            for piece in pieces:
-                if isinstance(piece, Called):
-                    arguments = json.dumps(piece.arguments, ensure_ascii=False)
-                    yield ToolCall(calls, f"call_{secrets.token_hex(12)}", piece.name, arguments)
-                    calls += 1
-                    if (used := tally.get()) is not None:
-                        used.calls += 1
-                        used.healed_calls += piece.healed
-                elif isinstance(piece, Thought):
-                    yield Reasoning(piece.text)
-                else:
-                    yield Text(piece.text, _logprobs_of(piece, logprobs, request, tokenizer))
-            if isinstance(event, Finished):
-                yield _done(event.generation, request, tokenizer, reader.stopped, calls > 0)
-                return
-
-
-def answering(service: Service, request: Request, *, one_call: bool = False,
-              drafts_per_second: float = 0) -> AsyncGenerator[Delta, None]:
-    """`deltas` as the formats ask for them; ``one_call``: the first call only."""
-    stream = deltas(service, request, service.model.tokenizer, drafts_per_second=drafts_per_second)
-    return first_call_only(stream) if one_call else stream
+    async for event in events:
+        heard(event)
+        pieces = []
+        if isinstance(event, Denoised) and clock() >= next_draft:
+            next_draft = clock() + 1 / drafts_per_second
+            yield draft_of(event, request, tokenizer)
+        elif isinstance(event, CanvasCommitted):
+            logprobs += event.logprobs or []
+            pieces = reader.feed(event.token_ids)
+        elif isinstance(event, Finished):
+            pieces = reader.finish()
+        elif isinstance(event, Failed):
+            log.error("an answer could not be finished: %s", event.error)  # an exception's words: not for clients
+            raise BrokenAnswerError(event.told)
+        for piece in pieces:
+            if isinstance(piece, Called):
+                arguments = json.dumps(piece.arguments, ensure_ascii=False)
+                yield ToolCall(calls, f"call_{secrets.token_hex(12)}", piece.name, arguments)
+                calls += 1
+                if (used := request_usage.get()) is not None:
+                    used.calls += 1
+                    used.healed_calls += piece.healed
+            elif isinstance(piece, Thought):
+                yield Reasoning(piece.text)
+            else:
+                yield Text(piece.text, _logprobs_of(piece, logprobs, request, tokenizer))
+        if isinstance(event, Finished):
+            yield _done(event.generation, request, tokenizer, reader.stopped, calls > 0)
 
 
 async def first_call_only(stream: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
@@ -202,20 +188,6 @@ async def first_call_only(stream: AsyncGenerator[Delta, None]) -> AsyncGenerator
             if not called or not isinstance(delta, (ToolCall, Text)):
                 yield delta
             called = called or isinstance(delta, ToolCall)
-
-
-async def _events(service: Service, request: Request) -> AsyncGenerator[Event, None]:
-    """`Service.stream`; what it refuses is the client's to mend."""
-    async with aclosing(service.stream(request)) as events:
-        try:
-            first = await anext(events)
-        except DgemmaError:
-            raise
-        except ValueError as error:
-            raise DgemmaError(str(error)) from error
-        yield first
-        async for event in events:
-            yield event
 
 
 def draft_of(event: Denoised, request: Request, tokenizer: Tokenizer) -> Draft:
@@ -252,10 +224,12 @@ def _logprobs_of(piece: Said, logprobs: list[TokenLogprob], request: Request,
 
 def _done(generation: Generation, request: Request, tokenizer: Tokenizer, stopped: str | None, called: bool) -> Done:
     reason = "stop" if stopped is not None else generation.finish_reason
+    if reason == "cancelled":
+        raise CutAnswerError
     if reason == "stop" and called:
         reason = "tool_calls"
     thought = sum(_in_thought(tokenizer, request.prompt_ids, generation.token_ids))
-    usage = Usage(generation.prompt_tokens, len(generation.token_ids), thought, generation.cached_tokens,
+    usage = AnswerUsage(generation.prompt_tokens, len(generation.token_ids), thought, generation.cached_tokens,
                   sum(generation.steps) + generation.redrawn_steps)
     return Done(reason, usage, stopped, generation.seed)
 

@@ -22,7 +22,7 @@ from starlette.responses import Response
 
 from dgemma.engine.service import Overloaded
 from dgemma.errors import ContextLengthError, DgemmaError
-from dgemma.serve.deltas import BrokenAnswerError
+from dgemma.serve.deltas import BrokenAnswerError, CutAnswerError
 from dgemma.serve.usage import note_error
 
 log = logging.getLogger("dgemma.serve")
@@ -94,8 +94,14 @@ _DESCRIPTIONS = {
     503: "The server is stopping: try again after `Retry-After` seconds.",
     504: "The answer took longer than a request may.",
 }
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text} for status, text in _DESCRIPTIONS.items()}
+
+
+def error_docs(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What the documentation says of every error, whose body has this form."""
+    return {status: {"model": model, "description": text} for status, text in _DESCRIPTIONS.items()}
+
+
+RESPONSES = error_docs(ErrorBody)
 
 
 def to_json(value: Any) -> bytes:
@@ -154,6 +160,8 @@ def as_api_error(error: Exception) -> ApiError:
                         code=None if error.stopping else "overloaded")
     if isinstance(error, BrokenAnswerError):
         return ApiError(500, str(error))
+    if isinstance(error, CutAnswerError):
+        return ApiError(503, str(error), code="cancelled", headers={"Retry-After": "1"})
     if isinstance(error, ContextLengthError):
         return _context_error(error)
     if isinstance(error, DgemmaError):
@@ -177,8 +185,8 @@ def install(app: FastAPI) -> None:
             error = _no_such_path(request, error)
         return error_response(as_api_error(error), request.url.path)
 
-    for kind in (ApiError, Overloaded, BrokenAnswerError, DgemmaError, RequestValidationError, HTTPException,
-                 TimeoutError):
+    for kind in (ApiError, Overloaded, BrokenAnswerError, CutAnswerError, DgemmaError, RequestValidationError,
+                 HTTPException, TimeoutError):
         app.add_exception_handler(kind, handle)
 
 

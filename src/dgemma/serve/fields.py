@@ -11,11 +11,12 @@ Works on: JSON bodies. Knows nothing of: the engine.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fastapi import Request as HttpRequest
 from pydantic import Field
 
+from dgemma.serve.ask import Ask, client_of
 from dgemma.serve.bodies import (
     Body,
     CacheSalt,
@@ -28,12 +29,15 @@ from dgemma.serve.bodies import (
     TopK,
     TopP,
     Whole,
-    client_of,
 )
 from dgemma.serve.calling import BUDGETS, ChosenTools, Words, reasoning_budget, told_tools
 from dgemma.serve.errors import ApiError, shown
 from dgemma.serve.forms import Form, answer_form
 from dgemma.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from dgemma.model import Prompt
+    from dgemma.nn.activation import MountedAdapter
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Penalty = Annotated[float, Field(allow_inf_nan=False, description="Has no effect here.")]
@@ -148,6 +152,7 @@ class AnswerFields(SamplerFields):
 
     known: ClassVar[set[str]] = set()
     is_known: ClassVar[bool] = True
+    prompt_param: ClassVar[str] = "messages"  # the field that holds what is to be answered
 
     stream: bool | None = None
     temperature: Temperature | None = None
@@ -207,15 +212,31 @@ class AnswerFields(SamplerFields):
         if cls.is_known:
             AnswerFields.known |= cls.model_fields.keys()
 
-    def asks(self, http: HttpRequest) -> dict[str, Any]:
-        """What is asked for, as arguments of `bodies.engine_request`. Raises `ApiError`."""
+    def check(self, http: HttpRequest, settings: Settings) -> None:
+        """Refuse what cannot be honoured, and note what has no effect for the answer's header.
+
+        Raises `ApiError` naming the first field at fault.
+        """
+        check_fields(self, http, settings)
+
+    def ask(self, http: HttpRequest, prompt: Prompt, adapter: MountedAdapter | None) -> Ask:
+        """What is asked for. Raises `ApiError`."""
         form, format_param = self.answer_form()
         max_tokens, max_tokens_param = self.length_limit()
-        return {"max_tokens": max_tokens, "max_tokens_param": max_tokens_param, "seed": self.seed,
-                "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
-                "logit_bias": self.logit_bias, "stop": self.stops(), "response_format": form,
-                "format_param": format_param, "client": client_of(http, self.named_user(), self.cache_salt),
-                **self.sampler()}
+        return Ask(prompt=prompt, adapter=adapter, client=client_of(http, self.named_user(), self.cache_salt),
+                   max_tokens=max_tokens, seed=self.seed, temperature=self.temperature, top_k=self.top_k,
+                   top_p=self.top_p, logit_bias=self.logit_bias,
+                   options={"stop": self.stops(), "response_format": form, "logprobs": self.wanted_logprobs(),
+                            **self.ask_options(), **self.sampler()},
+                   prompt_param=self.prompt_param, max_tokens_param=max_tokens_param, format_param=format_param)
+
+    def ask_options(self) -> dict[str, Any]:
+        """What one kind of body asks for beyond the fields of all, as arguments of `Model.request`."""
+        return {}
+
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives beside each token's log-probability; None: no log-probabilities. Raises `ApiError`."""
+        return None
 
     def named_user(self) -> str | None:
         """For whom the client asks."""
@@ -283,19 +304,23 @@ class ConversationFields(AnswerFields):
         """The declarations of the tools, as the library reads them."""
         raise NotImplementedError
 
+    def prompt_messages(self) -> list[dict[str, Any]]:
+        """The conversation as the library reads it. Raises `ApiError` naming the field that cannot be read."""
+        raise NotImplementedError
+
     def one_call(self) -> bool:
         """Whether the answer may have one tool call only."""
         choice = self.tool_choice
         return self.parallel_tool_calls is False or (isinstance(choice, ChosenTools)
                                                      and bool(choice.disable_parallel_tool_use))
 
-    def asks(self, http: HttpRequest) -> dict[str, Any]:
-        return {**super().asks(http), "thinking": self.wants_thinking(), "reasoning_budget": reasoning_budget(self),
+    def ask_options(self) -> dict[str, Any]:
+        return {"thinking": self.wants_thinking(), "reasoning_budget": reasoning_budget(self),
                 "tools": self.declared_tools() or [], "tool_choice": self._choice(),
                 "parallel_tool_calls": not self.one_call()}
 
     def prompt_options(self) -> dict[str, Any]:
-        """What the prompt depends on beside the messages, as arguments of `bodies.prompt_tokens`."""
+        """What the prompt depends on beside the messages, as arguments of `ask.prompt_tokens`."""
         return {"thinking": self.wants_thinking() and reasoning_budget(self) != 0,
                 "tools": told_tools(self.declared_tools(), self._choice())}
 
@@ -312,10 +337,16 @@ class ProbabilityFields(ConversationFields):
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
     def wanted_logprobs(self) -> int | None:
-        """How many alternatives beside each token's log-probability; None: no log-probabilities. Raises `ApiError`."""
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def function_tool(name: str, description: str | None, parameters: dict[str, Any] | None,
+                  strict: bool | None) -> dict[str, Any]:
+    """The declaration of a tool as the library reads it."""
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters,
+                                             "strict": strict}}
 
 
 def _thinks(effort: str | None) -> bool:

@@ -1,22 +1,21 @@
 """What Prometheus reads: the engine's own counts, and what only a request's events tell.
 
-Works on: `Service.stats` and events. Knows nothing of: the formats.
+Works on: an engine's counts, and the events that it is told of. Knows nothing of: the formats.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Event, Failed, Finished
+from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Event, Failed, Finished, Generation
 from dgemma.diffusion.row import Request
-from dgemma.engine.service import Service
-from dgemma.serve.usage import Tally, tally
+from dgemma.engine.service import Stats
+from dgemma.serve.usage import RequestUsage, request_usage
 
 # name, field of Stats, help.
 _GAUGES = (
@@ -52,9 +51,9 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 class Metrics:
     """A registry of its own: two servers in a process do not mix."""
 
-    def __init__(self, service: Service):
+    def __init__(self, stats: Callable[[], Stats]):
         self.registry = CollectorRegistry()
-        self.registry.register(_Engine(service))  # type: ignore[arg-type]  # any object with collect()
+        self.registry.register(_Engine(stats))  # type: ignore[arg-type]  # any object with collect()
         self.queue = self._histogram("dgemma_queue_seconds", "Time from a request's arrival to its first canvas.")
         self.first = self._histogram("dgemma_time_to_first_token_seconds",
                                      "Time from a request's arrival to its first committed canvas.")
@@ -69,7 +68,7 @@ class Metrics:
         self.http = Counter("dgemma_http_requests", "HTTP requests.", ("method", "path", "status"),
                             registry=self.registry)
 
-    def count_calls(self, used: Tally) -> None:
+    def count_calls(self, used: RequestUsage) -> None:
         self.calls.labels("false").inc(used.calls - used.healed_calls)
         self.calls.labels("true").inc(used.healed_calls)
 
@@ -77,83 +76,70 @@ class Metrics:
         return Histogram(name, text, registry=self.registry, buckets=buckets)
 
 
-class MeasuredService:
-    """A service whose requests are measured; to everyone else it is the service."""
+class RequestListener:
+    """Measures a request to the model by its events, and adds it to what its HTTP request has used.
 
-    def __init__(self, service: Service, metrics: Metrics):
-        self._service, self._metrics = service, metrics
+    Made when the request arrives, and called with each of its events. ``decode`` is the tokenizer's.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._service, name)
+    def __init__(self, metrics: Metrics, request: Request, decode: Callable[[Sequence[int]], str]):
+        self._metrics, self._decode, self._used = metrics, decode, request_usage.get() or RequestUsage()
+        self._began = self._canvas_began = time.perf_counter()
+        self._waited = self._spoke = False
+        self._record: dict[str, Any] = {}
+        if self._used.answers is not None:
+            self._record = {"prompt": decode(request.prompt_ids), "seed": request.seed,
+                            "max_tokens": request.settings.max_tokens}
+            self._used.answers.append(self._record)
 
-    async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
-        """`Service.stream`."""
-        metrics, began, used = self._metrics, time.perf_counter(), tally.get()
-        canvas_began, waited, spoke = began, False, False
-        record = {} if used is None else self._record(used, request)
-        async with aclosing(self._service.stream(request)) as events:
-            async for event in events:
-                now = time.perf_counter()
-                if isinstance(event, CanvasStarted):
-                    canvas_began = now
-                    if not waited:
-                        metrics.queue.observe(now - began)
-                        waited = True
-                        if used is not None and used.opened is None:
-                            used.opened = now - began
-                elif isinstance(event, CanvasCommitted):
-                    metrics.canvas.observe(now - canvas_began)
-                    if event.steps:
-                        metrics.step.observe((now - canvas_began) / event.steps)
-                    if not spoke:
-                        metrics.first.observe(now - began)
-                        spoke = True
-                        if used is not None and used.spoke is None:
-                            used.spoke = now - began
-                elif isinstance(event, (Finished, Failed)):
-                    metrics.answer.observe(now - began)
-                    if isinstance(event, Finished):
-                        metrics.forward.observe(event.generation.tokens_per_forward)
-                    if used is not None:
-                        self._note(used, record, event, now - began)
-                yield event
+    def __call__(self, event: Event) -> None:
+        metrics, used, now = self._metrics, self._used, time.perf_counter()
+        seconds = now - self._began
+        if isinstance(event, CanvasStarted):
+            self._canvas_began = now
+            if not self._waited:
+                self._waited = True
+                metrics.queue.observe(seconds)
+                used.opened = seconds if used.opened is None else used.opened
+        elif isinstance(event, CanvasCommitted):
+            metrics.canvas.observe(now - self._canvas_began)
+            if event.steps:
+                metrics.step.observe((now - self._canvas_began) / event.steps)
+            if not self._spoke:
+                self._spoke = True
+                metrics.first.observe(seconds)
+                used.spoke = seconds if used.spoke is None else used.spoke
+        elif isinstance(event, (Finished, Failed)):
+            metrics.answer.observe(seconds)
+            used.seconds = max(used.seconds, seconds)
+            if isinstance(event, Failed):
+                used.error = self._record["error"] = event.error
+            else:
+                metrics.forward.observe(event.generation.tokens_per_forward)
+                self._note(event.generation)
 
-    def _record(self, used: Tally, request: Request) -> dict[str, Any]:
-        """What ``used`` is to tell of a request to the model; empty, and not kept, where nobody wants it."""
-        if used.answers is None:
-            return {}
-        record = {"prompt": self._service.model.tokenizer.decode(request.prompt_ids), "seed": request.seed,
-                  "max_tokens": request.settings.max_tokens}
-        used.answers.append(record)
-        return record
-
-    def _note(self, used: Tally, record: dict[str, Any], event: Finished | Failed, seconds: float) -> None:
-        """Add an answer that is over to what its HTTP request has used."""
-        used.seconds = max(used.seconds, seconds)
-        if isinstance(event, Failed):
-            used.error = record["error"] = event.error
-            return
-        made = event.generation
+    def _note(self, made: Generation) -> None:
+        used = self._used
         used.prompt_tokens += made.prompt_tokens
         used.cached_tokens += made.cached_tokens
         used.answer_tokens += len(made.token_ids)
         used.steps += sum(made.steps) + made.redrawn_steps
         if used.answers is not None:
-            record |= {"answer": self._service.model.tokenizer.decode(made.token_ids),
-                       "finish_reason": made.finish_reason, "steps": made.steps, "cached_tokens": made.cached_tokens}
+            self._record |= {"answer": self._decode(made.token_ids), "finish_reason": made.finish_reason,
+                             "steps": made.steps, "cached_tokens": made.cached_tokens}
 
 
 class _Engine:
     """The engine's counts, read when Prometheus asks."""
 
-    def __init__(self, service: Service):
-        self.service = service
+    def __init__(self, stats: Callable[[], Stats]):
+        self.stats = stats
 
     def describe(self) -> list[Any]:
-        return []  # nothing is asked of the service before it runs
+        return []  # nothing is asked of the engine before it runs
 
     def collect(self) -> Iterator[Any]:
-        stats = self.service.stats()
+        stats = self.stats()
         for name, field, text in _GAUGES:
             yield GaugeMetricFamily(name, text, getattr(stats, field))
         for name, field, text in _COUNTERS:

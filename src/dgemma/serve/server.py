@@ -60,10 +60,10 @@ def serve(model: Model, settings: Settings, listener: socket.socket, *, max_num_
     Then nothing more is taken, and what runs or waits has ``grace`` seconds to finish; a second Ctrl-C ends that.
     """
     _log_to_stderr()
-    service = Service(model, max_num_seqs=max_num_seqs, max_queue=max_queue)
+    service = Service(model.network, model.reader, model.prefixes, max_num_seqs=max_num_seqs, max_queue=max_queue)
     for name, path in adapters.items():
         service.load_adapter(name, path)
-    app = create_app(service, settings)
+    app = create_app(model, service, settings)
     # The log is ours; headers that name the software say nothing a client needs.
     config = uvicorn.Config(app, http=impatient(settings.body_timeout), log_config=None, access_log=False,
                             server_header=False, timeout_graceful_shutdown=round(grace + _SLACK))

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass
-class Tally:
+class RequestUsage:
     """What one HTTP request has used so far. Times are seconds since the first of its answers was asked for."""
 
     preparing: float = 0.0  # until its prompts were read and the forms of its answers worked out
@@ -26,17 +26,17 @@ class Tally:
     body: bytes = field(default=b"", repr=False)  # what the client sent, where ``answers`` are wanted
 
 
-# The HTTP request that is being worked on, so that its line in the log can say how many tokens it took.
-tally: contextvars.ContextVar[Tally | None] = contextvars.ContextVar("tally", default=None)
+# Of the HTTP request that is being worked on, so that its line in the log can say how many tokens it took.
+request_usage: contextvars.ContextVar[RequestUsage | None] = contextvars.ContextVar("request_usage", default=None)
 
 
 def time_left(limit: float) -> float:
     """Seconds that are left of the time that a request may take, after its preparation; 0, as ``limit``: any."""
-    used = tally.get()
+    used = request_usage.get()
     return max(limit - (used.preparing if used is not None else 0.0), 1e-3) if limit else 0.0
 
 
 def note_error(message: str) -> None:
     """Remember what the client of this HTTP request is told; nothing outside of one."""
-    if (used := tally.get()) is not None:
+    if (used := request_usage.get()) is not None:
         used.error = message

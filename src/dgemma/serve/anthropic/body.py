@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from fastapi import Request as HttpRequest
 from pydantic import Field, model_validator
 
 from dgemma.serve.bodies import MEDIA, Body, Length, Listed, file_text, text_only, titled
 from dgemma.serve.errors import ApiError
-from dgemma.serve.fields import ConversationFields
+from dgemma.serve.fields import ConversationFields, function_tool
+from dgemma.serve.settings import Settings
 from dgemma.serve.turns import Turns
 
 
@@ -131,8 +133,8 @@ class MessagesBody(ConversationFields):
             _no_media(message.get("content") if isinstance(message, dict) else None, f"messages[{index}].content")
         return body
 
-    def check(self) -> None:
-        """Raises `ApiError` naming a field that cannot be honoured."""
+    def check(self, http: HttpRequest, settings: Settings) -> None:
+        super().check(http, settings)
         if self.thread:
             # In these words its SDK reads that it must send the whole conversation, and does.
             raise ApiError(400, "thread: conversations are not stored here: send the whole conversation without it",
@@ -146,9 +148,33 @@ class MessagesBody(ConversationFields):
         return (self.metadata and self.metadata.user_id) or super().named_user()
 
     def declared_tools(self) -> list[dict[str, Any]] | None:
-        return [{"type": "function", "function": {
-            "name": tool.name, "description": tool.description, "parameters": tool.input_schema,
-            "strict": tool.strict}} for tool in self.tools or () if isinstance(tool, CustomTool)] or None
+        return [function_tool(tool.name, tool.description, tool.input_schema, tool.strict)
+                for tool in self.tools or () if isinstance(tool, CustomTool)] or None
+
+    def prompt_messages(self) -> list[dict[str, Any]]:
+        """The messages as chat templates know them: thoughts and calls beside what was said, results by themselves.
+
+        Neighbours of the same role become one message. Raises `ApiError` naming the field that cannot be read.
+        """
+        turns = Turns()
+        if self.system:
+            turns.say("system", _texts(self.system))
+        for index, message in enumerate(self.messages):
+            if message.content is None or isinstance(message.content, str):
+                turns.say(message.role, [message.content or ""])
+                continue
+            for place, block in enumerate(message.content):
+                if isinstance(block, TextBlock):
+                    turns.say(message.role, [block.text])
+                elif isinstance(block, ThinkingBlock):
+                    turns.think(block.thinking)
+                elif isinstance(block, ToolUseBlock):
+                    turns.call(block.id, block.name, block.input)
+                elif isinstance(block, DocumentBlock | SearchResultBlock):
+                    turns.say(message.role, [_read(block, f"messages[{index}].content[{place}]")])
+                elif isinstance(block, ToolResultBlock):
+                    turns.answer(block.tool_use_id, _result(block, f"messages[{index}].content[{place}].content"))
+        return turns.messages
 
 
 class CountBody(MessagesBody):
@@ -161,32 +187,6 @@ class CountBody(MessagesBody):
 
     max_tokens: Length | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     tools: Listed[CustomTool | dict[str, Any]] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-
-
-def conversation(body: MessagesBody) -> list[dict[str, Any]]:
-    """The messages as chat templates know them: thoughts and tool calls beside what was said, results by themselves.
-
-    Neighbours of the same role become one message. Raises `ApiError` naming the field that cannot be read.
-    """
-    turns = Turns()
-    if body.system:
-        turns.say("system", _texts(body.system))
-    for index, message in enumerate(body.messages):
-        if message.content is None or isinstance(message.content, str):
-            turns.say(message.role, [message.content or ""])
-            continue
-        for place, block in enumerate(message.content):
-            if isinstance(block, TextBlock):
-                turns.say(message.role, [block.text])
-            elif isinstance(block, ThinkingBlock):
-                turns.think(block.thinking)
-            elif isinstance(block, ToolUseBlock):
-                turns.call(block.id, block.name, block.input)
-            elif isinstance(block, DocumentBlock | SearchResultBlock):
-                turns.say(message.role, [_read(block, f"messages[{index}].content[{place}]")])
-            elif isinstance(block, ToolResultBlock):
-                turns.answer(block.tool_use_id, _result(block, f"messages[{index}].content[{place}].content"))
-    return turns.messages
 
 
 def _refusal(field: str, why: str) -> ApiError:

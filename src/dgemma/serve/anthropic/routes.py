@@ -1,12 +1,10 @@
 """Anthropic's Messages API: POST /v1/messages and /v1/messages/count_tokens.
 
-Works on: `deltas`, rendered by `messages_stream`. Knows nothing of: the engine, other formats.
+Works on: bodies, rendered by `stream`. Knows nothing of: the engine, other formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any, Literal
 
 from fastapi import APIRouter
@@ -14,16 +12,12 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from dgemma.diffusion.row import Request
-from dgemma.engine.service import Service
-from dgemma.serve.anthropic.body import CountBody, MessagesBody, conversation
-from dgemma.serve.anthropic.stream import Event, MessageRendering
-from dgemma.serve.bodies import adapter_of, engine_request, prompt_tokens
-from dgemma.serve.deltas import Delta, answering
-from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
-from dgemma.serve.fields import check_fields
-from dgemma.serve.settings import Settings
-from dgemma.serve.streams import EVENT_CONTENT, EventStream, Merged, event, whole
+from dgemma.serve.anthropic.body import CountBody, MessagesBody
+from dgemma.serve.anthropic.stream import MessageRendering
+from dgemma.serve.ask import engine_request, prompt_tokens
+from dgemma.serve.backend import Serving
+from dgemma.serve.errors import JsonResponse, error_docs
+from dgemma.serve.respond import answer_docs, respond
 
 
 class MessagesErrorDetail(BaseModel):
@@ -71,68 +65,33 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": MessagesErrorBody, "description": documented["description"]}
-    for status, documented in RESPONSES.items()}
-_ANSWER: dict[int | str, dict[str, Any]] = {200: {
-    "model": MessageObject, "description": "The answer; with `stream: true` its events.",
-    "content": EVENT_CONTENT}}
+_ERRORS = error_docs(MessagesErrorBody)
 
 
-def router(service: Service, settings: Settings) -> APIRouter:
+def router(serving: Serving) -> APIRouter:
     """The routes of this format."""
     routes = APIRouter(tags=["Anthropic"])
 
-    @routes.post("/v1/messages", responses=_ANSWER | _ERRORS)
+    @routes.post("/v1/messages", responses=answer_docs(MessageObject) | _ERRORS)
     async def create_message(body: MessagesBody, http: HttpRequest) -> Response:
-        request = await _request(service, settings, body, http)
+        adapter = serving.adapter(body.model)
+        body.check(http, serving.settings)
+        request = await engine_request(serving, body.ask(http, body.prompt_messages(), adapter))
         rendering = MessageRendering(body.model, len(request.prompt_ids), _most(body),
                                      thoughts=getattr(body.thinking, "display", None) != "omitted")
-        answer = answering(service, request, one_call=body.one_call())
-        if not body.stream:
-            return await whole(http, settings, _whole(answer, rendering))
-        source = Merged([answer])
-        return EventStream(source, _events(source, rendering), settings,
-                           ping=event({"type": "ping"}, "ping"))
+        return await respond(serving, http, rendering, [request], stream=bool(body.stream), one_call=body.one_call())
 
     @routes.post("/v1/messages/count_tokens", response_model=TokenCount, responses=_ERRORS)
     async def count_tokens(body: CountBody) -> Response:
-        adapter_of(body.model, service, settings)
-        prompt_ids = await prompt_tokens(service, settings, conversation(body), param="messages", bounded=False,
+        serving.adapter(body.model)
+        prompt_ids = await prompt_tokens(serving, body.prompt_messages(), param="messages", bounded=False,
                                          **body.prompt_options())
         return JsonResponse({"input_tokens": len(prompt_ids)})
 
     return routes
 
 
-async def _request(service: Service, settings: Settings, body: MessagesBody, http: HttpRequest) -> Request:
-    adapter = adapter_of(body.model, service, settings)
-    body.check()
-    check_fields(body, http, settings)
-    return await engine_request(service, settings, conversation(body), adapter=adapter, **body.asks(http))
-
-
 def _most(body: MessagesBody) -> int:
     """The most tokens that were asked for: an answer that ends before has filled the context."""
     most = body.length_limit()[0]
     return 2**63 if most is None else most
-
-
-async def _whole(answer: AsyncGenerator[Delta, None], rendering: MessageRendering) -> Response:
-    async with aclosing(answer):
-        async for delta in answer:
-            for made in rendering.feed(delta):
-                _raise_error(made)
-    return JsonResponse(rendering.message)
-
-
-def _raise_error(made: Event) -> None:
-    if made["type"] == "error":
-        raise ApiError(503 if made["error"]["type"] == "overloaded_error" else 500, made["error"]["message"])
-
-
-async def _events(answer: Merged[Delta], rendering: MessageRendering) -> AsyncGenerator[bytes, None]:
-    yield event(rendering.start(), "message_start")
-    async for _, delta in answer:
-        for made in rendering.feed(delta):
-            yield event(made, made["type"])

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dgemma.serve.deltas import Broken, BrokenAnswerError, Delta, Done, Reasoning, Text, ToolCall
-
-Event = dict[str, Any]  # its "type" is also the event's name on the wire
+from dgemma.serve.deltas import Delta, Done, Reasoning, Text, ToolCall
+from dgemma.serve.respond import Made, Rendering
 
 # The field that a block's text stands in, and the kind of delta that adds to it.
 _GROWING = {"text": ("text", "text_delta"), "thinking": ("thinking", "thinking_delta")}
 
 
-class MessageRendering:
-    """One answer while it is made: `feed` takes its pieces and returns events, `message` is what they add up to.
+class MessageRendering(Rendering):
+    """One answer while it is made: `feed` takes its pieces and returns events, ``message`` is what they add up to.
 
     ``max_tokens`` tells an answer that ended there from one that filled the model's context. Without ``thoughts``
     they are left out: their blocks come empty.
     """
+
+    ping = b'event: ping\ndata: {"type":"ping"}\n\n'
 
     def __init__(self, model: str, prompt_tokens: int, max_tokens: int, thoughts: bool = True):
         self.max_tokens, self.thoughts = max_tokens, thoughts
@@ -34,26 +36,26 @@ class MessageRendering:
                       "output_tokens": 0}}
         self._open: str | None = None  # the kind of the block that still grows
 
-    def start(self) -> Event:
-        return {"type": "message_start", "message": {**self.message, "content": []}}
+    def start(self) -> Iterator[Made]:
+        yield {"type": "message_start", "message": {**self.message, "content": []}}
 
-    def feed(self, delta: Delta) -> Iterator[Event]:
+    def whole(self, answers: Sequence[Sequence[Delta]]) -> Made:
+        for delta in answers[0]:
+            deque(self.feed(0, delta), maxlen=0)
+        return self.message
+
+    def feed(self, index: int, delta: Delta) -> Iterator[Made]:
         if isinstance(delta, Reasoning):
             yield from self._grow("thinking", delta.text if self.thoughts else "")
         elif isinstance(delta, Text):
             yield from self._grow("text", delta.text)
         elif isinstance(delta, ToolCall):
             yield from self._call(delta)
-        elif isinstance(delta, Broken):
-            yield _error("api_error", str(BrokenAnswerError(delta.told)))
         elif isinstance(delta, Done):
             yield from self._close()
-            if delta.finish_reason == "cancelled":
-                yield _error("overloaded_error", "the answer was cut off: the server is stopping")
-            else:
-                yield from self._end(delta)
+            yield from self._end(delta)
 
-    def _grow(self, kind: str, text: str) -> Iterator[Event]:
+    def _grow(self, kind: str, text: str) -> Iterator[Made]:
         field, delta = _GROWING[kind]
         if self._open != kind:
             yield from self._close()
@@ -64,7 +66,7 @@ class MessageRendering:
             self.message["content"][-1][field] += text
             yield {"type": "content_block_delta", "index": self._index, "delta": {"type": delta, field: text}}
 
-    def _call(self, call: ToolCall) -> Iterator[Event]:
+    def _call(self, call: ToolCall) -> Iterator[Made]:
         yield from self._close()
         yield self._begin({"type": "tool_use", "id": f"toolu_{call.id.removeprefix('call_')}", "name": call.name,
                            "input": {}})
@@ -73,7 +75,7 @@ class MessageRendering:
                "delta": {"type": "input_json_delta", "partial_json": call.arguments}}
         yield self._stop()
 
-    def _end(self, done: Done) -> Iterator[Event]:
+    def _end(self, done: Done) -> Iterator[Made]:
         usage = done.usage
         self.message["stop_reason"] = self._stop_reason(done)
         self.message["stop_sequence"] = done.stop_sequence
@@ -98,18 +100,14 @@ class MessageRendering:
     def _index(self) -> int:
         return len(self.message["content"]) - 1
 
-    def _begin(self, block: dict[str, Any]) -> Event:
+    def _begin(self, block: dict[str, Any]) -> Made:
         self.message["content"].append(dict(block))
         return {"type": "content_block_start", "index": self._index, "content_block": block}
 
-    def _close(self) -> Iterator[Event]:
+    def _close(self) -> Iterator[Made]:
         if self._open is not None:
             self._open = None
             yield self._stop()
 
-    def _stop(self) -> Event:
+    def _stop(self) -> Made:
         return {"type": "content_block_stop", "index": self._index}
-
-
-def _error(kind: str, message: str) -> Event:
-    return {"type": "error", "error": {"type": kind, "message": message}}

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from fastapi import Request as HttpRequest
 from pydantic import Field, model_validator
 
 from dgemma.serve.bodies import Body, Listed, RequestBody, Whole
 from dgemma.serve.errors import ApiError
 from dgemma.serve.fields import AnswerFields, ProbabilityFields
 from dgemma.serve.openai.body import Function
+from dgemma.serve.settings import Settings
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -85,7 +87,7 @@ class ChatBody(OllamaBody):
     messages: Listed[Message] | None = None
     tools: Listed[Tool] | None = None
 
-    def conversation(self) -> list[dict[str, Any]]:
+    def prompt_messages(self) -> list[dict[str, Any]]:
         """The messages as chat templates know them: calls get names of their own, by which their answers find them."""
         messages: list[dict[str, Any]] = []
         unanswered: list[tuple[str, str]] = []  # ids and names of calls
@@ -129,6 +131,8 @@ def _answered(message: Message, unanswered: list[tuple[str, str]]) -> tuple[str,
 class GenerateBody(OllamaBody):
     """POST /api/generate: a prompt through the chat template, or with ``raw`` as it is."""
 
+    prompt_param = "prompt"
+
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
@@ -137,8 +141,8 @@ class GenerateBody(OllamaBody):
     context: Listed[int] | None = None
     images: Listed[Any] | None = None
 
-    def check(self) -> None:
-        """Raises `ApiError` naming a field that would change the answer and cannot be honoured."""
+    def check(self, http: HttpRequest, settings: Settings) -> None:
+        super().check(http, settings)
         refuse_images(self.images, "images")
         for name, instead in (("suffix", "text cannot be filled in between two others here"),
                               ("template", "the checkpoint's own template is used; for none at all set raw: true"),
@@ -150,7 +154,7 @@ class GenerateBody(OllamaBody):
             for name in (*(["system"] if self.system else ()), *([param] if thinks else ())):
                 raise ApiError(400, f"{name} needs a chat template, and raw: true takes the prompt as it is", name)
 
-    def conversation(self) -> list[dict[str, Any]]:
+    def prompt_messages(self) -> list[dict[str, Any]]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.prompt or ""}]
 
@@ -166,4 +170,3 @@ class ShowBody(RequestBody):
 def refuse_images(images: list[Any] | None, field: str) -> None:
     if images:
         raise ApiError(400, "this server reads text only: images are not supported yet", field)
-

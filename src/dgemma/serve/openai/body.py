@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from fastapi import Request as HttpRequest
 from pydantic import Field
 
 from dgemma.serve.bodies import MEDIA, Body, Listed, Whole, file_text, text_only, titled
 from dgemma.serve.errors import ApiError
 from dgemma.serve.fields import AnswerFields, ProbabilityFields
+from dgemma.serve.settings import Settings
 
 MAX_CHOICES = 128  # answers to one request
 
@@ -76,7 +78,7 @@ class ChatBody(CompletionFields, ProbabilityFields):
     messages: Annotated[Listed[Message], Field(min_length=1)]
     tools: Listed[Tool] | None = None
 
-    def conversation(self) -> list[dict[str, Any]]:
+    def prompt_messages(self) -> list[dict[str, Any]]:
         """The messages as the library reads them. Raises `ApiError` for a part that is no text."""
         messages = []
         for index, message in enumerate(self.messages or ()):
@@ -124,13 +126,15 @@ class CompletionBody(CompletionFields):
     ``add_special_tokens`` puts the vocabulary's first token (<bos>) before a prompt of text that does not begin so.
     """
 
+    prompt_param = "prompt"
+
     prompt: Prompts
     echo: bool | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     add_special_tokens: bool = True
 
-    def check(self) -> None:
-        """Raises `ApiError` naming a field that contradicts another or cannot be honoured."""
+    def check(self, http: HttpRequest, settings: Settings) -> None:
+        super().check(http, settings)
         thinking, param = self.thinking_switch()
         if thinking:
             raise ApiError(400, f"{param} needs a chat template, and a prompt is taken as it is: ask "
@@ -140,6 +144,12 @@ class CompletionBody(CompletionFields):
                            "echo", "unsupported_parameter")
         if len(self.prompts()) * (self.n or 1) > MAX_CHOICES:
             raise ApiError(400, f"at most {MAX_CHOICES} answers can be made at a time", "prompt")
+
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def ask_options(self) -> dict[str, Any]:
+        return {"tools": []}  # nothing that is said is a call
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one."""

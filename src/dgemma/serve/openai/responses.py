@@ -1,12 +1,10 @@
 """OpenAI's Responses API: POST /v1/responses. Nothing is stored: a conversation is sent whole every time.
 
-Works on: `deltas`, rendered by `responses_stream`. Knows nothing of: the engine, other formats.
+Works on: bodies, rendered by `responses_stream`. Knows nothing of: the engine, other formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any, Literal
 
 from fastapi import APIRouter
@@ -15,15 +13,12 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from dgemma.diffusion.row import Request
-from dgemma.engine.service import Service
-from dgemma.serve.bodies import adapter_of, engine_request
-from dgemma.serve.deltas import Delta, answering
-from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
-from dgemma.serve.fields import check_fields
-from dgemma.serve.openai.responses_body import ResponsesBody, conversation, refuse_what_cannot_be, response_format
+from dgemma.serve.ask import engine_request
+from dgemma.serve.backend import Serving
+from dgemma.serve.errors import RESPONSES
+from dgemma.serve.openai.responses_body import ResponsesBody, response_format
 from dgemma.serve.openai.responses_stream import ResponseRendering
-from dgemma.serve.settings import Settings
-from dgemma.serve.streams import EVENT_CONTENT, EventStream, Merged, event, whole
+from dgemma.serve.respond import answer_docs, respond
 
 
 class CachedTokens(BaseModel):
@@ -60,39 +55,19 @@ class ResponseObject(BaseModel):
     store: Literal[False]
 
 
-_ANSWER: dict[int | str, dict[str, Any]] = {200: {
-    "model": ResponseObject, "description": "The answer; with `stream: true` its events.",
-    "content": EVENT_CONTENT}}
-
-
-def router(service: Service, settings: Settings) -> APIRouter:
+def router(serving: Serving) -> APIRouter:
     """The routes of this format."""
     routes = APIRouter(tags=["OpenAI"])
 
-    @routes.post("/v1/responses", responses=_ANSWER | RESPONSES)
+    @routes.post("/v1/responses", responses=answer_docs(ResponseObject) | RESPONSES)
     async def create_response(body: ResponsesBody, http: HttpRequest) -> Response:
-        request = await _request(service, settings, body, http)
+        adapter = serving.adapter(body.model)
+        body.check(http, serving.settings)
+        request = await engine_request(serving, body.ask(http, body.prompt_messages(), adapter))
         rendering = ResponseRendering(_echo(body, request))
-        answer = answering(service, request, one_call=body.one_call())
-        if not body.stream:
-            return await whole(http, settings, _whole(answer, rendering))
-        source = Merged([answer])
-        return EventStream(source, _events(source, rendering), settings)
+        return await respond(serving, http, rendering, [request], stream=bool(body.stream), one_call=body.one_call())
 
     return routes
-
-
-async def _request(service: Service, settings: Settings, body: ResponsesBody, http: HttpRequest) -> Request:
-    adapter = adapter_of(body.model, service, settings)
-    check_fields(body, http, settings)
-    refuse_what_cannot_be(body)
-    try:
-        return await engine_request(service, settings, conversation(body), adapter=adapter, param="input",
-                                    logprobs=body.wanted_logprobs(), **body.asks(http))
-    except ApiError as error:
-        if error.param and error.param.startswith("messages"):  # what the library calls them
-            error.param = "input"
-        raise
 
 
 def _echo(body: ResponsesBody, request: Request) -> dict[str, Any]:
@@ -108,22 +83,3 @@ def _echo(body: ResponsesBody, request: Request) -> dict[str, Any]:
         "parallel_tool_calls": not body.one_call(),
         "temperature": request.choices.temperature, "top_p": request.choices.top_p, "seed": request.seed,
         "truncation": "disabled", "previous_response_id": None, "background": False, "store": False}
-
-
-async def _whole(answer: AsyncGenerator[Delta, None], rendering: ResponseRendering) -> Response:
-    async with aclosing(answer):
-        async for delta in answer:
-            for _ in rendering.feed(delta):
-                pass
-    error = rendering.response["error"]
-    if error is not None:
-        raise ApiError(503 if rendering.cut else 500, error["message"])
-    return JsonResponse(rendering.response)
-
-
-async def _events(answer: Merged[Delta], rendering: ResponseRendering) -> AsyncGenerator[bytes, None]:
-    for made in rendering.start():
-        yield event(made, made["type"])
-    async for _, delta in answer:
-        for made in rendering.feed(delta):
-            yield event(made, made["type"])

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from fastapi import Request as HttpRequest
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from dgemma.serve.bodies import MEDIA, Body, Listed, Whole, file_text, text_only, titled
 from dgemma.serve.errors import ApiError
-from dgemma.serve.fields import ConversationFields
+from dgemma.serve.fields import ConversationFields, function_tool
 from dgemma.serve.forms import Form
+from dgemma.serve.settings import Settings
 from dgemma.serve.turns import Turns
 
 
@@ -93,6 +95,10 @@ class FunctionTool(Body):
 
 
 class ResponsesBody(ConversationFields):
+    """POST /v1/responses."""
+
+    prompt_param = "input"
+
     model: str
     input: str | Listed[Item]
     instructions: str | None = None
@@ -123,59 +129,55 @@ class ResponsesBody(ConversationFields):
         return body
 
     def declared_tools(self) -> list[dict[str, Any]] | None:
-        return [{"type": "function", "function": {
-            "name": tool.name, "description": tool.description, "parameters": tool.parameters, "strict": tool.strict}}
-            for tool in self.tools or ()] or None
+        return [function_tool(tool.name, tool.description, tool.parameters, tool.strict)
+                for tool in self.tools or ()] or None
 
     def wanted_logprobs(self) -> int | None:
-        """How many alternatives beside each token's log-probability; None: no log-probabilities."""
         if self.top_logprobs is not None:
             return self.top_logprobs
         if isinstance(self.logprobs, bool) or self.logprobs is None:
             return 0 if self.logprobs or _LOGPROBS in (self.include or ()) else None
         return self.logprobs
 
+    def check(self, http: HttpRequest, settings: Settings) -> None:
+        super().check(http, settings)
+        unkept = "answers are not stored here: send the whole conversation as input"
+        for name, reason in (("previous_response_id", unkept), ("conversation", unkept),
+                             ("prompt", "prompt templates are not stored here: send instructions and input"),
+                             ("background", "answers are not stored here, so none can be made in the background")):
+            if getattr(self, name):
+                raise ApiError(400, reason, name)
+        self.one_answer()
+
+    def prompt_messages(self) -> list[dict[str, Any]]:
+        """The input as chat templates know it: all that the assistant said in a row is one message.
+
+        Raises `ApiError` naming the field that cannot be read.
+        """
+        turns = Turns()
+        if self.instructions:
+            turns.say("system", [self.instructions])
+        if isinstance(self.input, str):
+            turns.say("user", [self.input])
+            return turns.messages
+        for index, item in enumerate(self.input):
+            if isinstance(item, MessageItem):
+                if item.content is None and item.role != "assistant":
+                    raise ApiError(400, "content is missing", f"input[{index}].content")
+                turns.say("system" if item.role == "developer" else item.role,
+                          _texts(item.content, f"input[{index}].content"))
+            elif isinstance(item, ReasoningItem):
+                turns.think("\n\n".join(part.text for part in item.content or item.summary or ()))
+            elif isinstance(item, FunctionCallItem):
+                turns.call(item.call_id, item.name, item.arguments)
+            else:
+                turns.answer(item.call_id, "\n".join(_texts(item.output, f"input[{index}].output")))
+        if not turns.messages:
+            raise ApiError(400, "there is nothing to answer", "input")
+        return turns.messages
+
 
 _LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
-
-
-def refuse_what_cannot_be(body: ResponsesBody) -> None:
-    """Raises `ApiError` for a field that would have to change the answer and cannot."""
-    unkept = "answers are not stored here: send the whole conversation as input"
-    for name, reason in (("previous_response_id", unkept), ("conversation", unkept),
-                         ("prompt", "prompt templates are not stored here: send instructions and input"),
-                         ("background", "answers are not stored here, so none can be made in the background")):
-        if getattr(body, name):
-            raise ApiError(400, reason, name)
-    body.one_answer()
-
-
-def conversation(body: ResponsesBody) -> list[dict[str, Any]]:
-    """The input as chat templates know it: one message for all that the assistant thought, said and called in a row.
-
-    Raises `ApiError` naming the field that cannot be read.
-    """
-    turns = Turns()
-    if body.instructions:
-        turns.say("system", [body.instructions])
-    if isinstance(body.input, str):
-        turns.say("user", [body.input])
-        return turns.messages
-    for index, item in enumerate(body.input):
-        if isinstance(item, MessageItem):
-            if item.content is None and item.role != "assistant":
-                raise ApiError(400, "content is missing", f"input[{index}].content")
-            turns.say("system" if item.role == "developer" else item.role,
-                      _texts(item.content, f"input[{index}].content"))
-        elif isinstance(item, ReasoningItem):
-            turns.think("\n\n".join(part.text for part in item.content or item.summary or ()))
-        elif isinstance(item, FunctionCallItem):
-            turns.call(item.call_id, item.name, item.arguments)
-        else:
-            turns.answer(item.call_id, "\n".join(_texts(item.output, f"input[{index}].output")))
-    if not turns.messages:
-        raise ApiError(400, "there is nothing to answer", "input")
-    return turns.messages
 
 
 def response_format(form: Form | None) -> dict[str, Any]:

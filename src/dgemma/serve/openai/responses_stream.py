@@ -7,36 +7,44 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dgemma.serve.deltas import Broken, BrokenAnswerError, Delta, Done, Reasoning, Text, ToolCall
-
-Event = dict[str, Any]  # its "type" is also the event's name on the wire
+from dgemma.serve.deltas import BrokenAnswerError, CutAnswerError, Delta, Done, Reasoning, Text, ToolCall
+from dgemma.serve.respond import Made, Rendering
 
 # What an item that grows holds, and the start of the names of the events that grow it.
 _PARTS = {"reasoning": "reasoning_text", "message": "output_text"}
 
 
-class ResponseRendering:
-    """One answer while it is made: `feed` takes its pieces and returns events, `response` is what they add up to.
+class ResponseRendering(Rendering):
+    """One answer while it is made: `feed` takes its pieces and returns events, ``response`` is what they add up to.
 
     ``echo``: fields of the response that repeat what was asked for.
     """
 
     def __init__(self, echo: dict[str, Any]):
-        self.cut = False  # whether the server ended the answer before its end
         self.response: dict[str, Any] = {
             "id": f"resp_{secrets.token_hex(16)}", "object": "response", "created_at": int(time.time()),
             "status": "in_progress", "error": None, "incomplete_details": None, **echo, "output": [], "usage": None}
         self._open: str | None = None  # the kind of the item that still grows
         self._sequence = 0
 
-    def start(self) -> Iterator[Event]:
+    def start(self) -> Iterator[Made]:
         for name in ("created", "in_progress"):
             yield self._event(f"response.{name}", response={**self.response, "output": []})
 
-    def feed(self, delta: Delta) -> Iterator[Event]:
+    def whole(self, answers: Sequence[Sequence[Delta]]) -> Made:
+        for delta in answers[0]:
+            deque(self.feed(0, delta), maxlen=0)
+        return self.response
+
+    def broken(self, error: BrokenAnswerError | CutAnswerError) -> Iterator[Made]:
+        yield from self._close("incomplete")
+        yield from self._finish("failed", error={"code": "server_error", "message": str(error)})
+
+    def feed(self, index: int, delta: Delta) -> Iterator[Made]:
         if isinstance(delta, Reasoning):
             yield from self._grow("reasoning", delta.text, None)
         elif isinstance(delta, Text):
@@ -46,11 +54,8 @@ class ResponseRendering:
             yield from self._call(delta)
         elif isinstance(delta, Done):
             yield from self._end(delta)
-        elif isinstance(delta, Broken):
-            yield from self._close("incomplete")
-            yield from self._fail(str(BrokenAnswerError(delta.told)))
 
-    def _grow(self, kind: str, text: str, logprobs: list[dict[str, Any]] | None) -> Iterator[Event]:
+    def _grow(self, kind: str, text: str, logprobs: list[dict[str, Any]] | None) -> Iterator[Made]:
         if self._open != kind:
             yield from self._close()
             yield from self._begin(kind)
@@ -62,7 +67,7 @@ class ResponseRendering:
             part["logprobs"] += extra["logprobs"]
         yield self._event(f"response.{_PARTS[kind]}.delta", **self._place, content_index=0, delta=text, **extra)
 
-    def _begin(self, kind: str) -> Iterator[Event]:
+    def _begin(self, kind: str) -> Iterator[Made]:
         self._open = kind
         if kind == "message":
             item = {"id": f"msg_{secrets.token_hex(16)}", "type": kind, "role": "assistant", "status": "in_progress"}
@@ -75,7 +80,7 @@ class ResponseRendering:
                           item={**item, "content": []})
         yield self._event("response.content_part.added", **self._place, content_index=0, part=_copied(part))
 
-    def _close(self, status: str = "completed") -> Iterator[Event]:
+    def _close(self, status: str = "completed") -> Iterator[Made]:
         if self._open is None:
             return
         part = self._item["content"][0]
@@ -85,7 +90,7 @@ class ResponseRendering:
         self._open = None
         yield self._finished_item(status)
 
-    def _call(self, call: ToolCall) -> Iterator[Event]:
+    def _call(self, call: ToolCall) -> Iterator[Made]:
         item = {"id": f"fc_{secrets.token_hex(16)}", "type": "function_call", "call_id": call.id, "name": call.name,
                 "arguments": "", "status": "in_progress"}
         self.response["output"].append(item)
@@ -96,15 +101,15 @@ class ResponseRendering:
                           arguments=call.arguments)
         yield self._finished_item("completed")
 
-    def _finished_item(self, status: str) -> Event:
+    def _finished_item(self, status: str) -> Made:
         self._item["status"] = status
         return self._event("response.output_item.done", output_index=self._place["output_index"], item=self._item)
 
-    def _end(self, done: Done) -> Iterator[Event]:
+    def _end(self, done: Done) -> Iterator[Made]:
         if not any(item["type"] != "reasoning" for item in self.response["output"]):
             yield from self._close()
             yield from self._begin("message")  # clients read a message, be it empty
-        whole = done.finish_reason in ("stop", "tool_calls")
+        whole = done.finish_reason != "length"
         yield from self._close("completed" if whole else "incomplete")
         usage = done.usage
         self.response["usage"] = {
@@ -115,16 +120,10 @@ class ResponseRendering:
             "total_tokens": usage.prompt_tokens + usage.completion_tokens}
         if whole:
             yield from self._finish("completed", completed_at=int(time.time()))
-        elif done.finish_reason == "length":
-            yield from self._finish("incomplete", incomplete_details={"reason": "max_output_tokens"})
         else:
-            self.cut = True
-            yield from self._fail("the answer was cut off: the server is stopping")
+            yield from self._finish("incomplete", incomplete_details={"reason": "max_output_tokens"})
 
-    def _fail(self, message: str) -> Iterator[Event]:
-        yield from self._finish("failed", error={"code": "server_error", "message": message})
-
-    def _finish(self, status: str, **changes: Any) -> Iterator[Event]:
+    def _finish(self, status: str, **changes: Any) -> Iterator[Made]:
         self.response |= {"status": status, **changes}
         yield self._event(f"response.{status}", response=self.response)
 
@@ -136,7 +135,7 @@ class ResponseRendering:
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._item["id"], "output_index": len(self.response["output"]) - 1}
 
-    def _event(self, kind: str, **fields: Any) -> Event:
+    def _event(self, kind: str, **fields: Any) -> Made:
         self._sequence += 1
         return {"type": kind, "sequence_number": self._sequence - 1, **fields}
 

@@ -1,6 +1,6 @@
 """OpenAI's API: chat completions, text completions and models, with vLLM's /tokenize and /detokenize.
 
-Works on: `deltas`, which it renders. Knows nothing of: the engine, other formats.
+Works on: bodies, rendered by `stream`. Knows nothing of: the engine, other formats.
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from fastapi import Request as HttpRequest
@@ -18,25 +16,13 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from dgemma.diffusion.row import Request
-from dgemma.engine.service import Service
-from dgemma.serve.bodies import (
-    Listed,
-    RequestBody,
-    adapter_of,
-    choice_seeds,
-    context_limit,
-    engine_request,
-    longest,
-    prompt_tokens,
-    unknown_model,
-)
-from dgemma.serve.deltas import Answer, Delta, answering, collect
+from dgemma.serve.ask import choice_seeds, engine_request, prompt_tokens
+from dgemma.serve.backend import Serving
+from dgemma.serve.bodies import Listed, RequestBody
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
-from dgemma.serve.fields import check_fields
-from dgemma.serve.openai.body import ChatBody, CompletionBody, CompletionFields, TokenId, TokenizeBody
-from dgemma.serve.openai.stream import ChatCompletion, Rendering, TextCompletion, TextRendering
-from dgemma.serve.settings import Settings
-from dgemma.serve.streams import EVENT_CONTENT, EventStream, Merged, event, whole
+from dgemma.serve.openai.body import ChatBody, CompletionBody, TokenId, TokenizeBody
+from dgemma.serve.openai.stream import ChatCompletion, ChatRendering, TextCompletion, TextRendering
+from dgemma.serve.respond import answer_docs, respond
 
 
 class ModelCard(BaseModel):
@@ -84,40 +70,37 @@ class DetokenizedText(BaseModel):
     prompt: str
 
 
-def router(service: Service, settings: Settings) -> APIRouter:
+def router(serving: Serving) -> APIRouter:
     """The routes, for the application to include."""
     routes = APIRouter(responses=RESPONSES)
-    tokenizer = service.model.tokenizer
+    settings, tokenizer = serving.settings, serving.model.tokenizer
     started = int(time.time())
 
-    @routes.post("/v1/chat/completions", tags=["OpenAI"], **_answers(ChatCompletion))
+    @routes.post("/v1/chat/completions", tags=["OpenAI"], response_model=ChatCompletion,
+                 responses=answer_docs(ChatCompletion, "chunks"))
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         """Answer a conversation."""
-        adapter = adapter_of(body.model, service, settings)
-        check_fields(body, http, settings)
-        logprobs = body.wanted_logprobs()
+        adapter = serving.adapter(body.model)
+        body.check(http, settings)
         seeds = choice_seeds(body.seed, body.n or 1)
-        request = await engine_request(service, settings, body.conversation(), adapter=adapter, logprobs=logprobs,
-                                       **body.asks(http))
-        rendering = Rendering(body.model or settings.served_names[0], seeds, usage=body.with_usage,
-                              logprobs=logprobs is not None)
-        streams = [answering(service, dataclasses.replace(request, seed=seed),
-                             one_call=body.one_call(), drafts_per_second=body.drafts_per_second)
-                   for seed in seeds]
-        return await _respond(http, settings, body, rendering, streams)
+        request = await engine_request(serving, body.ask(http, body.prompt_messages(), adapter))
+        rendering = ChatRendering(body.model or settings.served_names[0], seeds, usage=body.with_usage,
+                                  logprobs=request.logprobs is not None)
+        return await respond(serving, http, rendering, [dataclasses.replace(request, seed=seed) for seed in seeds],
+                             stream=bool(body.stream), one_call=body.one_call(),
+                             drafts_per_second=body.drafts_per_second)
 
-    @routes.post("/v1/completions", tags=["OpenAI"], **_answers(TextCompletion))
+    @routes.post("/v1/completions", tags=["OpenAI"], response_model=TextCompletion,
+                 responses=answer_docs(TextCompletion, "chunks"))
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         """Go on with a text."""
-        adapter = adapter_of(body.model, service, settings)
-        check_fields(body, http, settings)
-        body.check()
+        adapter = serving.adapter(body.model)
+        body.check(http, settings)
         seeds = choice_seeds(body.seed, body.n or 1)
         requests: list[Request] = []
         for prompt in body.prompts():
-            ids = await prompt_tokens(service, settings, prompt, body.add_special_tokens)
-            request = await engine_request(service, settings, ids, adapter=adapter, param="prompt", tools=[],
-                                           logprobs=body.logprobs, **body.asks(http))
+            ids = await prompt_tokens(serving, prompt, body.add_special_tokens)
+            request = await engine_request(serving, body.ask(http, ids, adapter))
             requests += [dataclasses.replace(request, seed=seed) for seed in seeds]
         echo = []
         if body.echo:
@@ -126,24 +109,24 @@ def router(service: Service, settings: Settings) -> APIRouter:
         rendering = TextRendering(body.model or settings.served_names[0], [request.seed for request in requests],
                                   prompts=[index // len(seeds) for index in range(len(requests))],
                                   usage=body.with_usage, echo=echo, logprobs=body.logprobs is not None)
-        streams = [answering(service, request, drafts_per_second=body.drafts_per_second) for request in requests]
-        return await _respond(http, settings, body, rendering, streams)
+        return await respond(serving, http, rendering, requests, stream=bool(body.stream),
+                             drafts_per_second=body.drafts_per_second)
 
     def card(name: str) -> ModelCard:
-        path = None if name in settings.served_names else service.adapters.paths()[name]
-        limit = context_limit(service, settings)
+        path = None if name in settings.served_names else serving.backend.adapters.paths()[name]
+        limit = serving.context_limit
         return ModelCard(id=name, display_name=name, created=started, created_at=rfc3339(started),
-                         max_input_tokens=longest(service, settings), max_tokens=limit - 1,
-                         root=path or service.model.name, parent=path and settings.served_names[0], max_model_len=limit)
+                         max_input_tokens=serving.longest_prompt, max_tokens=limit - 1,
+                         root=path or serving.model.name, parent=path and settings.served_names[0], max_model_len=limit)
 
     @routes.get("/v1/models", tags=["OpenAI"], response_model=ModelList)
     async def models(limit: Annotated[int | None, Query(ge=1, le=1000)] = None, after_id: str | None = None,
                      before_id: str | None = None) -> Response:
         """The names under which the model is served, and those of its adapters; all of them, or a page."""
-        names = [*settings.served_names, *service.adapters.paths()]
+        names = serving.names()
         for name, param in ((after_id, "after_id"), (before_id, "before_id")):
             if name is not None and name not in names:
-                raise unknown_model(name, service, settings, param)
+                raise serving.unknown_model(name, param)
         if after_id is not None:
             names = names[names.index(after_id) + 1:]
         if before_id is not None:
@@ -156,28 +139,28 @@ def router(service: Service, settings: Settings) -> APIRouter:
     @routes.get("/v1/models/{model:path}", tags=["OpenAI"], response_model=ModelCard)
     async def one_model(model: str) -> Response:
         """One of the names."""
-        adapter_of(model, service, settings)
+        serving.adapter(model)
         return JsonResponse(card(model).model_dump())
 
     @routes.post("/tokenize", tags=["Tokens"], response_model=Tokens)
     async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
         """The token ids of a text, or of a conversation as the model would read it."""
-        adapter_of(body.model, service, settings)
-        check_fields(body, http, settings)
+        serving.adapter(body.model)
+        body.check(http, settings)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either prompt or messages", "prompt" if body.messages else "messages")
         if body.prompt is not None:
-            ids = await prompt_tokens(service, settings, body.prompt, body.add_special_tokens)
+            ids = await prompt_tokens(serving, body.prompt, body.add_special_tokens)
         else:
-            ids = await prompt_tokens(service, settings, body.conversation(), param="messages", **body.prompt_options())
+            ids = await prompt_tokens(serving, body.prompt_messages(), param="messages", **body.prompt_options())
         strings = [tokenizer.id_to_token(token) or "" for token in ids] if body.return_token_strs else None
-        return JsonResponse({"count": len(ids), "max_model_len": context_limit(service, settings), "tokens": ids,
+        return JsonResponse({"count": len(ids), "max_model_len": serving.context_limit, "tokens": ids,
                              "token_strs": strings})
 
     @routes.post("/detokenize", tags=["Tokens"], response_model=DetokenizedText)
     async def detokenize(body: DetokenizeBody) -> Response:
         """The text of token ids, special tokens included."""
-        adapter_of(body.model, service, settings)
+        serving.adapter(body.model)
         unknown = next((token for token in body.tokens if tokenizer.id_to_token(token) is None), None)
         if unknown is not None:
             raise ApiError(400, f"the vocabulary has no token {unknown}", "tokens")
@@ -189,44 +172,3 @@ def router(service: Service, settings: Settings) -> APIRouter:
 def rfc3339(seconds: int) -> str:
     """A time, seconds since 1970, as Anthropic's API writes it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def _answers(model: type[BaseModel]) -> dict[str, Any]:
-    """What the documentation says of a route that answers whole or in a stream."""
-    return {"response_model": model, "responses": {
-        200: {"description": "The answer; with `stream: true` its chunks.",
-              "content": EVENT_CONTENT}}}
-
-
-async def _respond(http: HttpRequest, settings: Settings, body: CompletionFields, rendering: Rendering,
-                   streams: Sequence[AsyncGenerator[Delta, None]]) -> Response:
-    if body.stream:
-        source = Merged(streams)
-        return EventStream(source, _events(rendering.chunks(source)), settings)
-
-    async def work() -> Response:
-        return JsonResponse(rendering.whole(await _all(streams)))
-
-    return await whole(http, settings, work())
-
-
-async def _all(streams: Sequence[AsyncGenerator[Delta, None]]) -> list[Answer]:
-    """The answers of all streams, made at the same time; if one fails the others are given up."""
-    tasks = [asyncio.ensure_future(_collected(stream)) for stream in streams]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _collected(stream: AsyncGenerator[Delta, None]) -> Answer:
-    async with aclosing(stream):
-        return await collect(stream)
-
-
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
-    async for chunk in chunks:
-        yield event(chunk)
-    yield b"data: [DONE]\n\n"

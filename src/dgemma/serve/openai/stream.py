@@ -9,17 +9,14 @@ import codecs
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from dgemma import __version__
-from dgemma.serve.deltas import Answer, Broken, BrokenAnswerError, Delta, Done, Draft, Reasoning, Text, ToolCall
-from dgemma.serve.deltas import Usage as Counts
-from dgemma.serve.errors import ApiError
-
-Chunk = dict[str, Any]
+from dgemma.serve.deltas import Answer, AnswerUsage, Delta, Done, Draft, Reasoning, Text, ToolCall, put_together
+from dgemma.serve.respond import Made, Rendering
 
 
 class PromptDetails(BaseModel):
@@ -106,7 +103,7 @@ class TextCompletion(Completion):
     choices: list[TextChoice]
 
 
-class Rendering:
+class ChatRendering(Rendering):
     """Chunks and whole answers of chat completions.
 
     ``seeds`` and ``prompts``: of each choice its seed and the index of its prompt. With ``usage`` every chunk has
@@ -116,6 +113,7 @@ class Rendering:
 
     kind, prefix = "chat.completion", "chatcmpl"
     chunk_kind = "chat.completion.chunk"
+    ending = b"data: [DONE]\n\n"
 
     def __init__(self, model: str, seeds: Sequence[int], *, prompts: Sequence[int] | None = None,
                  usage: bool = False, echo: Sequence[str] = (), logprobs: bool = False):
@@ -124,35 +122,33 @@ class Rendering:
         self.prompts = list(prompts) if prompts is not None else [0] * len(seeds)
         self.with_usage, self.echo = usage, echo
         self.with_logprobs = logprobs
+        self._counts: list[AnswerUsage | None] = [None] * len(seeds)  # of each choice whose stream is complete
         self._told_logprobs = [not logprobs] * len(seeds)  # of each choice: whether there is nothing left to tell
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The body of an answer that does not stream."""
-        done = [_finished(answer.done) for answer in answers]
+    def whole(self, answers: Sequence[Sequence[Delta]]) -> Made:
+        put = [put_together(pieces) for pieces in answers]
         return {**self.head, "object": self.kind,
-                "choices": [self.choice(index, answer, end)
-                            for index, (answer, end) in enumerate(zip(answers, done, strict=True))],
-                "usage": self.usage([end.usage for end in done])}
+                "choices": [self.choice(index, answer) for index, answer in enumerate(put)],
+                "usage": self.usage([answer.done.usage for answer in put])}
 
-    async def chunks(self, pieces: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[Chunk]:
-        """The chunks of a stream, from pairs of a choice's index and its piece."""
-        counts: list[Counts | None] = [None] * len(self.prompts)
+    def start(self) -> Iterator[Made]:
         for index in range(len(self.prompts)):
             for choice in self.opening(index):
                 yield self._chunk(choice)
-        async for index, piece in pieces:
-            if isinstance(piece, Draft):
-                yield {**self._chunk(), "dgemma": {"draft": {"index": index, **dataclasses.asdict(piece)}}}
-            elif isinstance(piece, Broken):
-                raise BrokenAnswerError(piece.told)
-            else:
-                if isinstance(piece, Done):
-                    counts[index] = _finished(piece).usage
-                yield self._chunk(self.delta(index, piece))
-        if self.with_usage:
-            yield {**self._chunk(), "usage": self.usage([count for count in counts if count is not None])}
 
-    def usage(self, counts: Sequence[Counts]) -> dict[str, Any]:
+    def feed(self, index: int, delta: Delta) -> Iterator[Made]:
+        if isinstance(delta, Draft):
+            yield {**self._chunk(), "dgemma": {"draft": {"index": index, **dataclasses.asdict(delta)}}}
+            return
+        if isinstance(delta, Done):
+            self._counts[index] = delta.usage
+        yield self._chunk(self.delta(index, delta))
+
+    def end(self) -> Iterator[Made]:
+        if self.with_usage:
+            yield {**self._chunk(), "usage": self.usage([count for count in self._counts if count is not None])}
+
+    def usage(self, counts: Sequence[AnswerUsage]) -> dict[str, Any]:
         """All choices' counts together; a prompt that several of them share counts once."""
         firsts = [self.prompts.index(prompt) for prompt in sorted(set(self.prompts))]
         prompt_tokens = sum(counts[first].prompt_tokens for first in firsts)
@@ -189,7 +185,7 @@ class Rendering:
         """Those of a stream's last chunk: an empty list if no chunk before it had any."""
         return None if self._told_logprobs[index] else self.logprobs(None)
 
-    def choice(self, index: int, answer: Answer, done: Done) -> dict[str, Any]:
+    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """A whole answer as an entry of ``choices``."""
         message: dict[str, Any] = {
             "role": "assistant", "content": answer.text if answer.text or not answer.tool_calls else None,
@@ -197,14 +193,14 @@ class Rendering:
         if answer.tool_calls:
             message["tool_calls"] = [_call(call) for call in answer.tool_calls]
         return {"index": index, "message": message, "logprobs": self.logprobs(answer.logprobs),
-                "finish_reason": done.finish_reason, "stop_reason": done.stop_sequence}
+                "finish_reason": answer.done.finish_reason, "stop_reason": answer.done.stop_sequence}
 
-    def _chunk(self, *choices: dict[str, Any]) -> Chunk:
+    def _chunk(self, *choices: dict[str, Any]) -> Made:
         chunk = {**self.head, "object": self.chunk_kind, "choices": list(choices)}
         return {**chunk, "usage": None} if self.with_usage else chunk
 
 
-class TextRendering(Rendering):
+class TextRendering(ChatRendering):
     """Chunks and whole answers of text completions. What the model thinks stands beside the text."""
 
     kind, prefix = "text_completion", "cmpl"
@@ -233,19 +229,11 @@ class TextRendering(Rendering):
     def logprobs(self, entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
         return None if entries is None and not self.with_logprobs else _text_logprobs(entries or [])
 
-    def choice(self, index: int, answer: Answer, done: Done) -> dict[str, Any]:
+    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         text = (self.echo[index] if self.echo else "") + answer.text + "".join(map(_call_text, answer.tool_calls))
         logprobs = self.logprobs(answer.logprobs)
         return {"index": index, "text": text, "reasoning": answer.reasoning or None, "logprobs": logprobs,
-                "finish_reason": _text_reason(done), "stop_reason": done.stop_sequence}
-
-
-def _finished(done: Done | None) -> Done:
-    """Raises `ApiError` for an answer that was cut off: OpenAI's formats have no word for it."""
-    if done is None or done.finish_reason == "cancelled":
-        raise ApiError(503, "the server is stopping and has cut off this answer", code="cancelled",
-                       headers={"Retry-After": "1"})
-    return done
+                "finish_reason": _text_reason(answer.done), "stop_reason": answer.done.stop_sequence}
 
 
 def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What stands between the network and the routes: hosts, keys, origins, rates, sizes, and a line in the log.
+"""What stands between the network and the routes: hosts, keys, origins, rates, sizes.
 
 Plain ASGI, so that a stream passes through untouched. Knows nothing of: what the routes do.
 """
@@ -9,32 +9,23 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
-import json
-import logging
 import math
-import os
 import time
 from collections import OrderedDict
-from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dgemma.errors import DgemmaError
-from dgemma.serve.errors import OLLAMA, ApiError, as_api_error, error_response
-from dgemma.serve.metrics import Metrics
+from dgemma.serve.errors import OLLAMA, ApiError, error_response
 from dgemma.serve.settings import Settings
-from dgemma.serve.usage import Tally, tally
-
-log = logging.getLogger("dgemma.serve")
+from dgemma.serve.usage import request_usage
 
 LOCAL_NAMES = ("localhost", "host.docker.internal")  # this machine, as it and its containers call it
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # no key is needed to read these
 
 
-class Gate:
+class AuthMiddleware:
     """Lets a request in, its body whole and read, or answers it with an error."""
 
     def __init__(self, app: ASGIApp, settings: Settings):
@@ -57,7 +48,7 @@ class Gate:
         if scope["path"].startswith(OLLAMA):  # whose clients need not say that they send JSON
             scope["headers"] = [*((name, value) for name, value in scope["headers"] if name != b"content-type"),
                                 (b"content-type", b"application/json")]
-        if (used := tally.get()) is not None and used.answers is not None:
+        if (used := request_usage.get()) is not None and used.answers is not None:
             used.body = body
 
         async def replay() -> Message:
@@ -171,100 +162,6 @@ class RateLimit:
         if len(self._buckets) > self.clients:
             self._buckets.popitem(last=False)  # whoever has been quiet for longest
         return wait
-
-
-class Watch:
-    """Counts requests, writes a line about each, and answers what nobody caught."""
-
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, diary: RequestLog | None = None):
-        self.app, self.settings, self.metrics, self.diary = app, settings, metrics, diary
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        began = time.perf_counter()
-        used = Tally(answers=None if self.diary is None else [])
-        token = tally.set(used)
-        status = 0
-
-        async def noting_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, noting_send)
-        except Exception as error:
-            if status:
-                raise  # it is too late to say anything
-            await error_response(as_api_error(error), scope["path"])(scope, receive, noting_send)
-        finally:
-            tally.reset(token)
-            if scope.get("dgemma.gone") or not status:
-                status = 499  # the client hung up before the end
-            self._note(scope, status, time.perf_counter() - began, used)
-
-    def _note(self, scope: Scope, status: int, seconds: float, used: Tally) -> None:
-        route = getattr(scope.get("route"), "path", "other")
-        method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "OPTIONS") else "other"
-        self.metrics.count_calls(used)
-        self.metrics.http.labels(method, route, str(status)).inc()
-        path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")  # percent-encoded: no line breaks
-        if self.settings.access_log:
-            log.info("%s %s %d %.0f ms%s", method, path[:200], status, seconds * 1000, account(used))
-        if self.diary is not None and scope["method"] == "POST":
-            self.diary.write(scope["method"], path, status, seconds, used)
-
-
-def account(used: Tally) -> str:
-    """What a request's line in the log says of the work it was, and of what went wrong."""
-    said = ""
-    if used.prompt_tokens:
-        said = f" {used.prompt_tokens}+{used.answer_tokens} tokens"
-        if used.cached_tokens:
-            said += f", {100 * used.cached_tokens / used.prompt_tokens:.0f} % cached"
-        if used.spoke is not None:
-            said += f", first canvas {1000 * used.spoke:.0f} ms"
-        if used.steps:
-            said += f", {used.steps} steps"
-        if used.seconds:
-            said += f", {used.answer_tokens / used.seconds:.0f} tokens/s"
-    if used.error is not None:  # it may repeat what the client sent: no line breaks, no control codes
-        said += f" {used.error[:300]!r}"
-    return said
-
-
-class RequestLog:
-    """A file of JSON lines: every request as it came, the prompts it was rendered to, and what came of it.
-
-    For its owner's eyes only, since it holds whatever clients say. Raises DgemmaError when it cannot be written.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        try:
-            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")
-        except OSError as error:
-            raise DgemmaError(f"--debug-requests {path}: {error.strerror}; name a file that can be written") from error
-
-    def write(self, method: str, path: str, status: int, seconds: float, used: Tally) -> None:
-        try:
-            body: Any = json.loads(used.body)
-        except (ValueError, RecursionError):
-            body = used.body.decode("utf-8", "replace")
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "method": method, "path": path, "status": status,
-                "seconds": round(seconds, 3), "error": used.error, "body": body, "answers": used.answers}
-        try:
-            text = json.dumps(line, ensure_ascii=False, default=str)
-        except RecursionError:  # a body nested deeper than json writes
-            text = json.dumps({**line, "body": used.body.decode("utf-8", "replace")}, ensure_ascii=False, default=str)
-        try:
-            self._file.write(text.encode("utf-8", "backslashreplace") + b"\n")
-            self._file.flush()
-        except OSError as error:
-            log.warning("--debug-requests %s: this request could not be written: %s", self._path, error)
 
 
 def _digest(key: str) -> bytes:
