@@ -27,7 +27,7 @@ from machine import describe
 
 from dgemma.config import GenerationConfig, model_config_from_dict
 from dgemma.diffusion.events import CanvasCommitted, Finished
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.engine.service import Service
 from dgemma.model import Model
 from dgemma.nn import DiffusionTransformer
@@ -86,7 +86,7 @@ async def drive(model: Model, requests: list[Request], users: int) -> dict[str, 
     counts = service.stats()
     await service.stop()
     return {"seconds": seconds, "tokens": tokens, "first": statistics.median(first), "steps": counts.steps,
-            "rows": counts.rows}
+            "rows": counts.denoised}
 
 
 def theirs(model, requests: list[Request], users: int, pad: int) -> dict[str, float]:

@@ -56,7 +56,7 @@ def fill(module: torch.nn.Module) -> None:
 def run_dgemma(layers: int, steps: int) -> dict:
     from dgemma.config import GenerationConfig, model_config_from_dict
     from dgemma.diffusion.events import CanvasStarted, Denoised
-    from dgemma.diffusion.row import Request
+    from dgemma.diffusion.request import Request
     from dgemma.engine import Engine
     from dgemma.nn import DiffusionTransformer
 

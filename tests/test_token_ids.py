@@ -51,7 +51,7 @@ def test_numbers_of_numpy_and_torch_are_numbers_everywhere(model):
     theirs = model.request("x", seed=np.int64(5), max_tokens=np.int32(9), temperature=np.float32(0.5),
                            top_k=torch.tensor(3), logit_bias={np.int64(7): np.float32(1)},
                            entropy_bound=np.float64(0.25))
-    assert (theirs.seed, theirs.settings, theirs.choices) == (plain.seed, plain.settings, plain.choices)
+    assert (theirs.seed, theirs.settings, theirs.sampling) == (plain.seed, plain.settings, plain.sampling)
     assert type(theirs.seed) is int and type(theirs.settings.max_tokens) is int
     first, second = model.generate_batch(["a", "b"], seeds=np.arange(2), max_denoising_steps=1)
     assert (first.seed, second.seed) == (0, 1)

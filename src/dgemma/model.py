@@ -20,7 +20,7 @@ from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.config import GenerationConfig, ModelConfig, load_generation_config, load_model_config
 from dgemma.constrain.choice import ToolChoice, calls_of, read_tool_choice, shown_tools, usable_tools
 from dgemma.diffusion.events import Event, Finished, Generation
-from dgemma.diffusion.row import Choices, Request, Thoughts
+from dgemma.diffusion.request import Request, SamplingParams, Thoughts
 from dgemma.engine import Engine, PrefixStore
 from dgemma.errors import ContextLengthError, DgemmaError
 from dgemma.memory.inference import request_memory
@@ -133,8 +133,8 @@ class Model:
         ``max_tokens`` None: to the end of the context, whatever the checkpoint's own default
         (``generation_config.max_tokens``) is. ``seed`` fixes all randomness (drawn and reported when None). ``canvas``
         seeds the first canvas with token ids (None: noise) and ``pinned`` marks those that must not change.
-        ``temperature``, ``top_k``, ``top_p`` and ``logit_bias`` narrow the draw (`Choices`). ``logprobs`` asks for
-        every answer token's log-probability beside that many alternatives. ``response_format`` is a form that the
+        ``temperature``, ``top_k``, ``top_p`` and ``logit_bias`` narrow the draw (`SamplingParams`). ``logprobs`` asks
+        for every answer token's log-probability beside that many alternatives. ``response_format`` is a form that the
         answer will have: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": …}},
         {"type": "regex", "regex": …} or {"type": "choice", "choice": […]}. ``stop``: the answer ends before any of
         these strings. ``settings`` are sampler settings under the checkpoint's names (`GenerationConfig`). Raises
@@ -192,7 +192,8 @@ class Model:
                 0, prompt_ids, merged,
                 secrets.randbits(32) if seed is None else seed, None if canvas is None else list(canvas),
                 None if pinned is None else [bool(pin) for pin in pinned],
-                Choices(temperature, top_k, top_p, tuple(bias)), logprobs, constraint, tuple(stop), drafts, client,
+                SamplingParams(temperature, top_k, top_p, tuple(bias)), logprobs, constraint, tuple(stop), drafts,
+                client,
                 tools=None if tools is None and _is_ids(prompt) else tuple(usable_tools(declared, choice) or ()),
                 held=calls is not None,
                 thoughts=self._thoughts(thought_open, reasoning_budget), redraw_empty=redraw_empty)

@@ -21,7 +21,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import dgemma  # noqa: E402
-from dgemma.diffusion.row import Request  # noqa: E402
+from dgemma.diffusion.request import Request  # noqa: E402
 from dgemma.engine.service import RequestEvents  # noqa: E402
 from dgemma.serve.app import create_app  # noqa: E402
 from dgemma.serve.settings import Settings  # noqa: E402

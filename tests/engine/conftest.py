@@ -4,7 +4,7 @@ import pytest
 
 from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import Finished
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.engine import Engine
 from dgemma.engine.runner import Runner
 from support.passes import watched

@@ -12,8 +12,8 @@ from dgemma.engine.prefixes import PrefixStore
 from dgemma.gguf.blocks import BLOCK_TYPES
 from dgemma.gguf.quantize import quantize
 from dgemma.kernels import PackedWeight
-from dgemma.nn.activation import mountable
 from dgemma.nn.adapters import AdapterConfig, adaptable, adapter_parameters, adapters, attach
+from dgemma.nn.loaded import loadable
 from dgemma.nn.packed import set_weights
 from dgemma.weights.gguf_model import is_matrix
 from dgemma.weights.load import empty_network
@@ -58,7 +58,7 @@ def alone(network, name, seed=5):
 
 def mounted(network, other, name):
     """The adapter of another network with the same weights, to take its turns on this one."""
-    return mountable(name, adaptable(network), CONFIGS[name],
+    return loadable(name, adaptable(network), CONFIGS[name],
                      {place: adapter.factors for place, adapter in adapters(other).items()})
 
 

@@ -12,7 +12,8 @@ import torch
 
 from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import CanvasStarted, Denoised, Finished, Generation
-from dgemma.diffusion.row import Request, Row
+from dgemma.diffusion.request import Request
+from dgemma.diffusion.sequence import SequenceState
 from dgemma.engine import Engine
 from support.reference import SHAPES, network_like, reference_model
 
@@ -34,7 +35,7 @@ def run_ours(network, requests, monkeypatch) -> list[Record]:
     """Run all requests in one batch and record their noise."""
     records = {request.id: Record() for request in requests}
     drawn, sampled = [], []
-    draw_noise, head = Row.draw_noise, network.head
+    draw_noise, head = SequenceState.draw_noise, network.head
 
     def spy_noise(row):
         uniform, fresh = draw_noise(row)
@@ -47,7 +48,7 @@ def run_ours(network, requests, monkeypatch) -> list[Record]:
         return stats
 
     with monkeypatch.context() as patch:
-        patch.setattr(Row, "draw_noise", spy_noise)
+        patch.setattr(SequenceState, "draw_noise", spy_noise)
         patch.setattr(network, "head", spy_head)
         for event in Engine(network).run(requests):
             record = records[event.request]

@@ -2,19 +2,19 @@
 
 import pytest
 
-from dgemma.diffusion.row import Row
+from dgemma.diffusion.sequence import SequenceState
 from dgemma.engine.scheduler import FairQueue, Memory, shares
 from support.reference import tiny_config
 
 
 @pytest.fixture
 def queue_of(ask):
-    """A function that makes a queue of rows, given as (client, id)."""
+    """A function that makes a queue of sequences, given as (client, id)."""
 
-    def make(*rows):
+    def make(*sequences):
         queue = FairQueue()
-        for client, id in rows:
-            queue.push(Row(ask(id=id, client=client), tiny_config()))
+        for client, id in sequences:
+            queue.push(SequenceState(ask(id=id, client=client), tiny_config()))
         return queue
 
     return make
@@ -42,7 +42,8 @@ def test_what_comes_next_is_what_is_taken(queue_of):
 
 def test_rows_can_be_taken_out_of_the_middle(queue_of):
     queue = queue_of(("a", 0), ("a", 1), ("b", 2), ("c", 3), ("a", 4))
-    assert sorted(row.request.id for row in queue.remove(lambda row: row.request.id in (1, 2))) == [1, 2]
+    gone = queue.remove(lambda sequence: sequence.request.id in (1, 2))
+    assert sorted(sequence.request.id for sequence in gone) == [1, 2]
     assert drained(queue) == [0, 3, 4]
 
 
@@ -70,12 +71,12 @@ def test_memory_is_promised_up_to_its_limit_but_one_request_may_always_run():
 
 @pytest.fixture
 def rows_of(ask):
-    """A function that pushes rows, given as (client, user, id), into a new queue."""
+    """A function that pushes sequences, given as (client, user, id), into a new queue."""
 
-    def make(*rows):
+    def make(*sequences):
         queue = FairQueue()
-        for client, user, id in rows:
-            queue.push(Row(ask(id=id, client=client, user=user), tiny_config()))
+        for client, user, id in sequences:
+            queue.push(SequenceState(ask(id=id, client=client, user=user), tiny_config()))
         return queue
 
     return make
@@ -100,9 +101,9 @@ def test_users_of_one_name_at_two_clients_are_two(rows_of):
 def test_clients_keep_their_turn_however_rows_come_and_go(rows_of, ask):
     queue = rows_of(("a", "x", 0), ("a", "y", 1), ("b", "", 2))
     assert queue.pop().request.id == 0
-    queue.push(Row(ask(id=3, client="a", user="x"), tiny_config()))
-    assert [row.request.id for row in queue.remove(lambda row: row.request.id == 2)] == [2]
-    queue.push(Row(ask(id=4, client="b", user="z"), tiny_config()))
+    queue.push(SequenceState(ask(id=3, client="a", user="x"), tiny_config()))
+    assert [sequence.request.id for sequence in queue.remove(lambda sequence: sequence.request.id == 2)] == [2]
+    queue.push(SequenceState(ask(id=4, client="b", user="z"), tiny_config()))
     assert len(queue) == 3
     assert drained(queue) == [1, 4, 3]
     assert not list(queue)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from dgemma.diffusion.events import CanvasCommitted, Denoised, Failed, Finished
-from dgemma.diffusion.row import unread
+from dgemma.diffusion.request import unread
 from dgemma.engine import PrefixStore
 from dgemma.engine.service import Overloaded, Service
 from support.reference import tiny_config

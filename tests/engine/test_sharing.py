@@ -9,7 +9,7 @@ import torch
 
 from dgemma.cache.pages import Page
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Failed, Finished
-from dgemma.diffusion.row import Choices, Thoughts
+from dgemma.diffusion.request import SamplingParams, Thoughts
 from dgemma.engine import Engine, PrefixStore
 from dgemma.engine import engine as engine_module
 from dgemma.errors import NotFiniteError
@@ -32,7 +32,7 @@ def test_a_long_prompt_does_not_stall_who_is_denoising(engine_of, ask, monkeypat
         steps += 1
     assert steps >= 10
     assert all(max(pieces) <= max(4, C) for pieces in encoded)
-    assert engine.counts.rows > steps  # the other one went on meanwhile
+    assert engine.counts.denoised > steps  # the other one went on meanwhile
 
 
 def test_a_short_prompt_overtakes_a_long_one(engine_of, ask, monkeypatch):
@@ -258,7 +258,7 @@ def test_passes_of_any_size_give_the_same_answers(engine_of, ask, answer, monkey
 def long_requests(ask, count=5):
     """Requests whose answers are much longer than what they are promised at first, some of them narrowed or seeded."""
     return [ask([1 + i, 2, 3 + i] * (1 + i % 3), id=i, seed=20 + i, max_tokens=(9 - i) * C + i, max_denoising_steps=2,
-                choices=Choices(top_k=5 if i == 1 else 0), canvas=[4] if i == 2 else None,
+                sampling=SamplingParams(top_k=5 if i == 1 else 0), canvas=[4] if i == 2 else None,
                 logprobs=2 if i == 3 else None)
             for i in range(count)]
 
@@ -521,7 +521,7 @@ def all_weights():
 def test_damaged_weights_end_a_request_with_an_error_that_says_so(tiny_network, engine_of, ask, name):
     network = damaged(tiny_network, name)
     wide = list(range(50))  # every expert and every embedding has its part in it
-    for options in ({}, {"choices": Choices(top_k=3)}, {"choices": Choices(logit_bias=((3, 1.0),))}):
+    for options in ({}, {"sampling": SamplingParams(top_k=3)}, {"sampling": SamplingParams(logit_bias=((3, 1.0),))}):
         with pytest.raises(NotFiniteError, match="not finite.*damaged.*dgemma inspect --check"):
             list(engine_of(network).run([ask(wide, max_tokens=2 * C + 1, **options)]))
     events = list(engine_of(network, isolate=True).run([ask(wide, max_tokens=2 * C + 1)]))
@@ -557,7 +557,7 @@ def test_a_request_whose_numbers_are_none_ends_alone(tiny_network, engine_of, as
         return hidden
 
     bad = [ask([49, 3, 4], id=7), ask([5], id=8, canvas=[48] * C, pinned=[True] * C),
-           ask([5], id=9, canvas=[48] * C, pinned=[True] * C, choices=Choices(top_k=2))]
+           ask([5], id=9, canvas=[48] * C, pinned=[True] * C, sampling=SamplingParams(top_k=2))]
     engine = engine_of(network, isolate=True, passes=Passes(encode, denoise))
     events = list(engine.run([good[0], bad[0], good[1], bad[1], *good[2:], bad[2]]))
     ends = {event.request: event for event in events if isinstance(event, Finished | Failed)}

@@ -9,7 +9,8 @@ import dgemma
 from dgemma.chat import read_answer
 from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised
-from dgemma.diffusion.row import NARROWER, Request, Row, Thoughts
+from dgemma.diffusion.request import Request, Thoughts
+from dgemma.diffusion.sequence import NARROWER, SequenceState
 from dgemma.engine import Engine
 from dgemma.engine.runner import Outcome, Runner
 from support.readers import reading
@@ -27,17 +28,17 @@ class Scripted(Runner):
         super().__init__(network)
         self.canvases, self.made = canvases, []
 
-    def denoise(self, seats):
+    def denoise(self, slots):
         outcomes = []
-        for seat in seats:
+        for slot in slots:
             wanted = self.canvases[min(len(self.made), len(self.canvases) - 1)]
-            self.made.append(seat.row.settings)
+            self.made.append(slot.sequence.settings)
             draft = torch.tensor([*wanted, *([SAID] * C)][:C])
-            if seat.row.pinned is not None:
-                draft = torch.where(seat.row.pinned, seat.row.canvas, draft)
+            if slot.sequence.pinned is not None:
+                draft = torch.where(slot.sequence.pinned, slot.sequence.canvas, draft)
             flags = torch.ones(C, dtype=torch.bool)
-            seat.hidden = torch.zeros(C, self.network.config.hidden_size)
-            outcomes.append(Outcome(seat.row.advance(draft, draft, torch.zeros(C), flags), True))
+            slot.hidden = torch.zeros(C, self.network.config.hidden_size)
+            outcomes.append(Outcome(slot.sequence.advance(draft, draft, torch.zeros(C), flags), True))
         return outcomes
 
 
@@ -238,9 +239,9 @@ def test_the_engine_promises_memory_for_the_canvas_behind_a_cut(tiny_network):
 
 
 def test_a_row_knows_where_its_thoughts_stand():
-    row = Row(ask(budget=4), tiny_config())
-    row.start_canvas()
-    row.draft = torch.tensor([OPEN, *([8] * (C - 1))])
-    assert row.close_canvas().token_ids == [OPEN, 8, 8]
-    assert row.closes_thought
-    assert row.finish_reason is None
+    sequence = SequenceState(ask(budget=4), tiny_config())
+    sequence.start_canvas()
+    sequence.draft = torch.tensor([OPEN, *([8] * (C - 1))])
+    assert sequence.close_canvas().token_ids == [OPEN, 8, 8]
+    assert sequence.closes_thought
+    assert sequence.finish_reason is None

@@ -10,7 +10,7 @@ import torch
 
 from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import Finished
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.engine import Engine
 from dgemma.gguf.blocks import BLOCK_TYPES
 from dgemma.gguf.quantize import quantize

@@ -16,8 +16,8 @@ from dgemma.cli.main import app
 from dgemma.engine.service import Service
 from dgemma.errors import DgemmaError
 from dgemma.model import Model
-from dgemma.nn.activation import mounted_bytes
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, attach
+from dgemma.nn.loaded import adapter_bytes
 from dgemma.serve.settings import Settings
 from dgemma.weights.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
 from support.server_process import serving
@@ -265,7 +265,7 @@ def test_a_model_with_an_adapter_that_is_always_on_takes_no_others(own, folder):
 
 
 def test_adapters_leave_memory_for_requests(own, folder):
-    size = mounted_bytes(read_adapter(folder / "sql", own.network).factors)
+    size = adapter_bytes(read_adapter(folder / "sql", own.network).factors)
     large = Service(own.network, own.reader, own.prefixes, memory=1 << 32).engine
     least = (large.memory.limit or 0) - (large.room or 0)  # what one request needs
     service = Service(own.network, own.reader, own.prefixes, memory=(least + size * 5 // 2) * 4 // 3)

@@ -201,7 +201,7 @@ def test_the_servers_own_limit_bounds_answers_too():
 def test_whole_numbers_may_be_written_as_floats(server, path):
     request = asked(server, path, max_tokens=12.0, seed=5.0, top_k=3.0, max_denoising_steps=4.0, n=1.0,
                     stability_threshold=2.0)
-    assert (request.settings.max_tokens, request.seed, request.choices.top_k) == (12, 5, 3)
+    assert (request.settings.max_tokens, request.seed, request.sampling.top_k) == (12, 5, 3)
     assert (request.settings.max_denoising_steps, request.settings.stability_threshold) == (4, 2)
     assert refusal(ask(server, path, max_tokens=12.5))[0] == 'max_tokens: must be a whole number or -1, not 12.5'
 
@@ -220,7 +220,7 @@ def test_a_seed_of_minus_one_is_any_seed(server, path):
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_the_narrowest_top_p_is_greedy(server, path):
-    choices = asked(server, path, top_p=0, temperature=0.7).choices
+    choices = asked(server, path, top_p=0, temperature=0.7).sampling
     assert (choices.temperature, choices.top_p) == (0, 1)
 
 
@@ -234,7 +234,7 @@ def test_empty_stop_strings_stop_nothing_and_both_names_count(server, path, fiel
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_a_bias_is_honoured_everywhere(server, path):
-    assert asked(server, path, logit_bias={"7": -5}).choices.logit_bias == ((7, -5.0),)
+    assert asked(server, path, logit_bias={"7": -5}).sampling.logit_bias == ((7, -5.0),)
 
 
 @pytest.mark.parametrize("path", [path for path in ROUTES if path != "/v1/completions"])

@@ -164,7 +164,7 @@ def test_settings_reach_the_engine(serve):
     create(client, max_tokens=12, extra_body={  # today's client has no names for these
         "temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": 5, "entropy_bound": 0.3})
     request = service.requests[0]
-    assert (request.choices.temperature, request.choices.top_k, request.choices.top_p) == (0.5, 7, 0.9)
+    assert (request.sampling.temperature, request.sampling.top_k, request.sampling.top_p) == (0.5, 7, 0.9)
     assert (request.settings.max_tokens, request.settings.entropy_bound, request.seed) == (12, 0.3, 5)
 
 

@@ -279,7 +279,7 @@ def test_the_choices_reach_the_engine(scripted_client):
     chat(client, temperature=0.5, top_p=0.9, logit_bias={"7": -5}, max_tokens=17, user="me", stop="end",
          extra_body={"top_k": 4, "entropy_bound": 0.2})
     request = service.requests[0]
-    choices = request.choices
+    choices = request.sampling
     assert (choices.temperature, choices.top_p, choices.top_k, choices.logit_bias) == (0.5, 0.9, 4, ((7, -5.0),))
     assert (request.settings.max_tokens, request.settings.entropy_bound, request.stop) == (17, 0.2, ("end",))
     assert request.user == "me"

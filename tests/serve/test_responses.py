@@ -216,7 +216,7 @@ def test_settings_reach_the_engine(serve):
            extra_body={"seed": 5, "top_k": 7, "entropy_bound": 0.3})
     create(client, user="bob")
     request, other = service.requests
-    assert (request.choices.temperature, request.choices.top_k, request.choices.top_p) == (0.5, 7, 0.9)
+    assert (request.sampling.temperature, request.sampling.top_k, request.sampling.top_p) == (0.5, 7, 0.9)
     assert (request.settings.max_tokens, request.settings.entropy_bound, request.seed) == (12, 0.3, 5)
     assert (request.user, other.user) == ("ann", "bob")
 

@@ -11,7 +11,7 @@ import httpx2 as httpx
 import pytest
 
 from dgemma.cache.pages import PAGE
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.engine.service import Overloaded, Service
 from dgemma.model import Model
 from dgemma.serve.ask import system_tokens

@@ -21,7 +21,7 @@ from dgemma.diffusion.events import (
     Generation,
     TokenLogprob,
 )
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.engine.registry import AdapterRegistry, UnknownAdapterError
 from dgemma.engine.service import Overloaded, RequestEvents, Stats, Weights
 from dgemma.errors import DgemmaError

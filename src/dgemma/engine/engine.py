@@ -1,6 +1,6 @@
 """The denoising loop: requests in different states, one batch.
 
-Every `step` seats what waits, reads some of what is unread (prompts, finished canvases that another one follows), runs
+Every `step` slots what waits, reads some of what is unread (prompts, finished canvases that another one follows), runs
 one denoising step for every open canvas, and closes the canvases that are done. Knows nothing of HTTP or of text, but
 for `read`, which makes a reader of a request's answer.
 """
@@ -20,20 +20,21 @@ import torch
 
 from dgemma.diffusion.events import Event, Failed, Finished, Generation
 from dgemma.diffusion.prompt import uncut
-from dgemma.diffusion.row import Read, Request, Row, unread
+from dgemma.diffusion.request import Read, Request, unread
 from dgemma.diffusion.sampler import Sampler
+from dgemma.diffusion.sequence import SequenceState
 from dgemma.engine.fingerprint import fingerprint
 from dgemma.engine.prefixes import Prefix, PrefixStore
-from dgemma.engine.runner import Outcome, Runner, Seat, logprobs_of
+from dgemma.engine.runner import Outcome, Runner, Slot, logprobs_of
 from dgemma.engine.scheduler import FairQueue, Memory, shares
 from dgemma.errors import ContextLengthError, DgemmaError, NotFiniteError
 from dgemma.memory.inference import sequence_bytes, working_bytes
 from dgemma.nn import DiffusionTransformer
-from dgemma.nn.activation import MountedAdapter
 from dgemma.nn.adapters import LowRank
+from dgemma.nn.loaded import LoadedAdapter
 
-# Numbers of hidden states that a CPU works on at a time. More rows in a pass reuse weights better, but beyond about so
-# many its matrices leave the caches: at the 26B's width 4 canvases cost 1.6 s each, 8 cost 1.9 (1 alone: 1.8).
+# Numbers of hidden states that a CPU works on at a time. More sequences in a pass reuse weights better, but beyond
+# about so many its matrices leave the caches: at the 26B's width 4 canvases cost 1.6 s each, 8 cost 1.9 (1 alone: 1.8).
 CACHED = 3 << 20
 PIECE = 512  # tokens of prompts that one step may always read; a stop is heard between two pieces
 
@@ -46,7 +47,7 @@ class Counts:
     """What an engine has done so far."""
 
     steps: int = 0  # forward passes over canvases
-    rows: int = 0  # canvases denoised by these, all together
+    denoised: int = 0  # canvases in these, all together
     canvases: int = 0  # committed
     redrawn: int = 0  # first canvases that came out empty, and were drawn again
     prompt_tokens: int = 0  # asked for
@@ -90,22 +91,22 @@ class Engine:
         self.memory = Memory(memory, lent)
         self.counts = Counts()
         self._waiting = FairQueue()
-        self._seats: list[Seat] = []
-        self._paused: list[Seat] = []  # those that gave way, the oldest first; they come before what waits
+        self._slots: list[Slot] = []
+        self._paused: list[Slot] = []  # those that gave way, the oldest first; they come before what waits
         self._ages = itertools.count()
         self._weights: bytes | None = None  # the network's fingerprint, when it was last looked at
         self._events: list[Event] = []  # of the step that runs
         self._cancelled: set[int] = set()
-        self._mounted: MountedAdapter | None = None
-        self.adopted: Counter[MountedAdapter] = Counter()  # how often each was, less how often let go
-        self.retired: list[MountedAdapter] = []  # adapters that only wait for their last requests
+        self._active: LoadedAdapter | None = None
+        self.adopted: Counter[LoadedAdapter] = Counter()  # how often each was, less how often let go
+        self.retired: list[LoadedAdapter] = []  # adapters that only wait for their last requests
         self._adopting = threading.Lock()
         self._stop = False  # cancel everything; a plain flag, since signal handlers must not meet a lock
 
     @property
     def busy(self) -> bool:
         """Whether any request is running or waiting."""
-        return bool(self._seats or self._paused or self._waiting)
+        return bool(self._slots or self._paused or self._waiting)
 
     @property
     def waiting(self) -> int:
@@ -113,7 +114,7 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return len(self._seats)
+        return len(self._slots)
 
     def submit(self, request: Request) -> None:
         """Queue a request; raises ValueError as `check` does."""
@@ -122,7 +123,7 @@ class Engine:
 
     def enqueue(self, request: Request) -> None:
         """Queue a request that `check` has found nothing wrong with."""
-        self._waiting.push(Row(self._bounded(request), self.network.config, self.read))
+        self._waiting.push(SequenceState(self._bounded(request), self.network.config, self.read))
 
     def check(self, request: Request) -> None:
         """Raises ValueError when the network cannot run a request, or not in the memory there is."""
@@ -182,19 +183,19 @@ class Engine:
         """Memory that further adapters may have, bytes: all but what the shortest request needs."""
         return None if self.memory.limit is None else max(self.memory.limit - self._memory_for(1), 0)
 
-    def adopt(self, adapter: MountedAdapter) -> None:
+    def adopt(self, adapter: LoadedAdapter) -> None:
         """Take an adapter's memory off what there is for requests, once however often; from any thread."""
         with self._adopting:
             self.adopted[adapter] += 1
             if self.adopted[adapter] == 1:
                 self.memory.take(adapter.nbytes)
 
-    def all_adopted(self) -> list[MountedAdapter]:
+    def all_adopted(self) -> list[LoadedAdapter]:
         """The adapters that take memory now; from any thread."""
         with self._adopting:
             return list(self.adopted)
 
-    def retire(self, adapter: MountedAdapter) -> None:
+    def retire(self, adapter: LoadedAdapter) -> None:
         """Undo an `adopt`: no more requests come because of it. What the adapter holds is let go after the last one."""
         self.retired.append(adapter)
         self._let_go()
@@ -202,8 +203,8 @@ class Engine:
     def _let_go(self) -> None:
         if not self.retired:
             return
-        rows = [*(seat.row for seat in [*self._seats, *self._paused]), *self._waiting]
-        used = {row.request.adapter for row in rows}
+        sequences = [*(slot.sequence for slot in [*self._slots, *self._paused]), *self._waiting]
+        used = {sequence.request.adapter for sequence in sequences}
         for adapter in [adapter for adapter in self.retired if adapter not in used]:
             self.retired.remove(adapter)
             with self._adopting:
@@ -214,13 +215,13 @@ class Engine:
                 self.memory.take(-adapter.nbytes)
             self.prefixes.forget(adapter)
 
-    def _mount(self, adapter: MountedAdapter | None) -> None:
+    def _activate(self, adapter: LoadedAdapter | None) -> None:
         """Put an adapter on the network; None takes off the one that is on it."""
-        before, self._mounted = self._mounted, adapter
+        before, self._active = self._active, adapter
         if adapter is not None and adapter is not before:
-            adapter.put_on()
+            adapter.activate()
         elif adapter is None and before is not None:
-            before.take_off()
+            before.deactivate()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Submit the requests and yield their events until all are finished."""
@@ -234,12 +235,12 @@ class Engine:
 
     def clear(self) -> list[int]:
         """Drop every request, without an event; their ids."""
-        rows = [seat.row for seat in [*self._seats, *self._paused]] + self._waiting.remove(lambda _: True)
+        sequences = [slot.sequence for slot in [*self._slots, *self._paused]] + self._waiting.remove(lambda _: True)
         self._paused.clear()
-        for seat in list(self._seats):
-            self._leave(seat)
+        for slot in list(self._slots):
+            self._leave(slot)
         self._let_go()
-        return [row.request.id for row in rows]
+        return [sequence.request.id for sequence in sequences]
 
     def give_up(self, error: Exception) -> list[Event]:
         """End every request because of an error that is nobody's own; the engine can go on with new ones."""
@@ -262,68 +263,69 @@ class Engine:
                 self._drop_cancelled()
             self._denoise_all()
         finally:
-            self._mount(None)
+            self._activate(None)
         self._let_go()
         return self._events
 
     def _denoise_all(self) -> None:
         """One denoising step of every open canvas."""
-        opened = [seat for seat in self._seats if seat.soft is not None]
+        opened = [slot for slot in self._slots if slot.soft is not None]
         for number, group in enumerate(self._passes(opened)):
             if number and self.between is not None:
                 self.between()
-            going_on = [seat for seat in group if not (self._stop or seat.row.request.id in self._cancelled)]
-            for seat, outcome in self._each(going_on, self._denoise):
+            going_on = [slot for slot in group if not (self._stop or slot.sequence.request.id in self._cancelled)]
+            for slot, outcome in self._each(going_on, self._denoise):
                 if not outcome.finite:
-                    self._not_finite(seat, f"while step {seat.row.step + 1} of canvas {seat.row.canvas_index + 1} was "
+                    sequence = slot.sequence
+                    self._not_finite(slot, f"while step {sequence.step + 1} of canvas {sequence.canvas_index + 1} was "
                                            "computed")
                     continue
                 if outcome.event is not None:
                     self._events.append(outcome.event)
                 if outcome.done:
-                    self._alone(seat, self._close)
+                    self._alone(slot, self._close)
 
-    def _passes(self, seats: list[Seat]) -> list[list[Seat]]:
-        """The seats that share a forward pass: all of an adapter's, but on a CPU no more than its caches can hold."""
-        config, together = self.network.config, len(seats)
+    def _passes(self, slots: list[Slot]) -> list[list[Slot]]:
+        """The slots that share a forward pass: all of an adapter's, but on a CPU no more than its caches can hold."""
+        config, together = self.network.config, len(slots)
         if self.network.device.type == "cpu":
             together = max(CACHED // (config.canvas_length * config.hidden_size), 1)
-        return [group[start : start + together] for group in _by_adapter(seats)
+        return [group[start : start + together] for group in _by_adapter(slots)
                 for start in range(0, len(group), together)]
 
     def _admit(self) -> None:
-        """Seat what waits, in order, while there are seats and memory; those that run already come first."""
-        if any(seat.stalled for seat in self._seats):
+        """Slot what waits, in order, while there are slots and memory; those that run already come first."""
+        if any(slot.stalled for slot in self._slots):
             return
         weights: bytes | None = None
-        while len(self._seats) < self.max_batch:
-            row = self._paused[0].row if self._paused else self._waiting.peek()
-            if row is None:
+        while len(self._slots) < self.max_batch:
+            sequence = self._paused[0].sequence if self._paused else self._waiting.peek()
+            if sequence is None:
                 return
-            most = self._most_tokens(row.request)
-            tokens = min(len(row.context) + row.config.canvas_length, most)
+            most = self._most_tokens(sequence.request)
+            tokens = min(len(sequence.context) + sequence.config.canvas_length, most)
             needed = self._memory_for(tokens)
             if not self.memory.fits(needed):
                 return
             # Looking takes some ms: whoever joins others finds the network that they run on.
-            weights = weights or (self._weights if self._seats else None) or self._look_at_weights()
-            prefix = self._prefix(row.request, weights)
+            weights = weights or (self._weights if self._slots else None) or self._look_at_weights()
+            prefix = self._prefix(sequence.request, weights)
             if self._paused:
-                seat = self._paused.pop(0)
-                seat.prefix = prefix
+                slot = self._paused.pop(0)
+                slot.prefix = prefix
             else:
-                seat = Seat(self._waiting.pop(), prefix, age=next(self._ages))
-                self.counts.prompt_tokens += len(row.context)
-            seat.memory, seat.tokens, seat.most = needed, tokens, most
+                slot = Slot(self._waiting.pop(), prefix, age=next(self._ages))
+                self.counts.prompt_tokens += len(sequence.context)
+            slot.memory, slot.tokens, slot.most = needed, tokens, most
             self._promise(needed)
-            self._seats.append(seat)
+            self._slots.append(slot)
 
     def _prefix(self, request: Request, weights: bytes) -> Prefix:
         return self.prefixes.open((), self.network, request.adapter, request.tenant, request.shared, weights)
 
-    def _nothing(self, row: Row) -> Prefix:
-        """What a row that does not run has read."""
-        return self._prefix(row.request, b"")
+    def _nothing(self, sequence: SequenceState) -> Prefix:
+        """What a sequence that does not run has read."""
+        return self._prefix(sequence.request, b"")
 
     def _look_at_weights(self) -> bytes:
         """The network's fingerprint. If it is another one now, what was worked out from weights is not used again."""
@@ -346,147 +348,148 @@ class Engine:
 
     def _grow(self) -> None:
         """Promise what the canvases that follow need, to the oldest request first; see to it that one can go on."""
-        while self._seats:
+        while self._slots:
             short = False
-            for seat in sorted(self._seats, key=_age):
-                tokens = min(len(seat.row.context) + seat.row.config.canvas_length, seat.most)
-                seat.stalled = False
-                if tokens <= seat.tokens:
+            for slot in sorted(self._slots, key=_age):
+                tokens = min(len(slot.sequence.context) + slot.sequence.config.canvas_length, slot.most)
+                slot.stalled = False
+                if tokens <= slot.tokens:
                     continue
                 needed = self._memory_for(tokens)
-                if short or not self.memory.fits(needed - seat.memory):
-                    short = seat.stalled = True
+                if short or not self.memory.fits(needed - slot.memory):
+                    short = slot.stalled = True
                     continue
-                self._promise(needed - seat.memory)
-                seat.memory, seat.tokens = needed, tokens
-            if not all(seat.stalled for seat in self._seats):
+                self._promise(needed - slot.memory)
+                slot.memory, slot.tokens = needed, tokens
+            if not all(slot.stalled for slot in self._slots):
                 return
-            youngest = max(self._seats, key=_age)
-            if len(self._seats) > 1:
+            youngest = max(self._slots, key=_age)
+            if len(self._slots) > 1:
                 self._give_way(youngest)
                 continue
             # It is alone, and there is less memory than when it came.
-            youngest.row.finish_reason = "length"
+            youngest.sequence.finish_reason = "length"
             self._alone(youngest, self._finish)
 
-    def _give_way(self, seat: Seat) -> None:
+    def _give_way(self, slot: Slot) -> None:
         """Let go of what a request has read; it goes on later, from its committed tokens and where its noise stands."""
-        self._leave(seat)
-        seat.prefix, seat.memory, seat.tokens, seat.stalled = self._nothing(seat.row), 0, 0, False
-        insort(self._paused, seat, key=_age)
+        self._leave(slot)
+        slot.prefix, slot.memory, slot.tokens, slot.stalled = self._nothing(slot.sequence), 0, 0, False
+        insort(self._paused, slot, key=_age)
         self.counts.gave_way += 1
 
     # Reading: prompts, and finished canvases that another one follows
 
     def _read(self) -> None:
         """A causal pass (of each adapter's) over some of what is unread: finished canvases whole, prompts in shares."""
-        work = {seat: seat.unread for seat in self._seats if seat.unread and not (seat.reads_long or seat.stalled)}
+        work = {slot: slot.unread for slot in self._slots if slot.unread and not (slot.reads_long or slot.stalled)}
         prompts = self._prompts()
-        opened = sum(seat.soft is not None for seat in self._seats)
+        opened = sum(slot.soft is not None for slot in self._slots)
         # Beside canvases to denoise, reading may take a step half as long again.
         budget = max(PIECE, opened * self.network.config.canvas_length // 2)
-        for seat, share in zip(prompts, shares([seat.unread for seat in prompts], budget), strict=True):
-            work[seat] = uncut(seat.row.request.spans, seat.prefix.cache.length, share) if share else 0
-        for group in _by_adapter([seat for seat, count in work.items() if count]):
-            for seat, count in self._each(group, lambda seats: self._encode([(seat, work[seat]) for seat in seats])):
+        for slot, share in zip(prompts, shares([slot.unread for slot in prompts], budget), strict=True):
+            work[slot] = uncut(slot.sequence.request.spans, slot.prefix.cache.length, share) if share else 0
+        for group in _by_adapter([slot for slot, count in work.items() if count]):
+            for slot, count in self._each(group, lambda slots: self._encode([(slot, work[slot]) for slot in slots])):
                 if count is None:
-                    self._not_finite(seat, f"while canvas {seat.row.canvas_index} was read" if seat.row.canvas_index
-                                     else "while the prompt was read")
+                    canvas = slot.sequence.canvas_index
+                    self._not_finite(slot, f"while canvas {canvas} was read" if canvas else "while the prompt was read")
                     continue
-                self.counts.read_tokens += 0 if seat.row.canvas_index else count
-                self._alone(seat, lambda seat: seat.prefix.keep(seat.row.keys))
+                self.counts.read_tokens += 0 if slot.sequence.canvas_index else count
+                self._alone(slot, lambda slot: slot.prefix.keep(slot.sequence.keys))
 
-    def _take_over(self, seat: Seat) -> None:
+    def _take_over(self, slot: Slot) -> None:
         """Go on from what others have read of the same prompt by now."""
-        gain = seat.prefix.extend(seat.row.keys)
-        seat.cached_tokens += 0 if seat.row.canvas_index else gain  # later it is what this request has read itself
+        gain = slot.prefix.extend(slot.sequence.keys)
+        slot.cached_tokens += 0 if slot.sequence.canvas_index else gain  # later it is what this request has read itself
 
-    def _encode(self, work: list[tuple[Seat, int]]) -> list[int | None]:
+    def _encode(self, work: list[tuple[Slot, int]]) -> list[int | None]:
         """How many tokens of each were read, None where that came to numbers that are none."""
-        self._mount(work[0][0].row.request.adapter)
+        self._activate(work[0][0].sequence.request.adapter)
         return [count if fine else None for (_, count), fine in zip(work, self.runner.read(work), strict=True)]
 
-    def _prompts(self) -> list[Seat]:
+    def _prompts(self) -> list[Slot]:
         """Whose prompt is to be read now. Who would read much the same as another waits, and then takes that over."""
-        chosen: list[Seat] = []
-        for seat in [seat for seat in self._seats if seat.reads_long and not seat.stalled]:
-            if not self._alone(seat, self._take_over):
+        chosen: list[Slot] = []
+        for slot in [slot for slot in self._slots if slot.reads_long and not slot.stalled]:
+            if not self._alone(slot, self._take_over):
                 continue
-            context, request = seat.row.keys, seat.row.request
-            half = len(context) - seat.unread // 2
-            others = [other.row for other in chosen if other.row.request.adapter is request.adapter
-                      and (other.row.request.tenant == request.tenant or half <= request.shared)]
-            if seat.unread and not any(context[:half] == other.keys[:half] for other in others):
-                chosen.append(seat)
+            context, request = slot.sequence.keys, slot.sequence.request
+            half = len(context) - slot.unread // 2
+            others = [other.sequence for other in chosen if other.sequence.request.adapter is request.adapter
+                      and (other.sequence.request.tenant == request.tenant or half <= request.shared)]
+            if slot.unread and not any(context[:half] == other.keys[:half] for other in others):
+                chosen.append(slot)
         return chosen
 
     # Denoising
 
     def _open(self) -> None:
         """Open a canvas for every request that has read all it has to, or has it from another one now."""
-        for seat in [seat for seat in self._seats if seat.soft is None and not seat.stalled]:
-            if seat.reads_long and not self._alone(seat, self._take_over):
+        for slot in [slot for slot in self._slots if slot.soft is None and not slot.stalled]:
+            if slot.reads_long and not self._alone(slot, self._take_over):
                 continue
-            if not seat.unread:
-                self._alone(seat, self._open_canvas)
+            if not slot.unread:
+                self._alone(slot, self._open_canvas)
 
-    def _open_canvas(self, seat: Seat) -> None:
-        row = seat.row
-        if row.canvas_index == 0:
-            self.counts.cached_tokens += self._told_cached(seat)
-            if row.request.constraint is not None:
-                seat.guide = row.request.constraint.guide(row.room)
-        self._begin_canvas(seat)
+    def _open_canvas(self, slot: Slot) -> None:
+        sequence = slot.sequence
+        if sequence.canvas_index == 0:
+            self.counts.cached_tokens += self._told_cached(slot)
+            if sequence.request.constraint is not None:
+                slot.guide = sequence.request.constraint.guide(sequence.room)
+        self._begin_canvas(slot)
 
-    def _begin_canvas(self, seat: Seat) -> None:
-        config, row = self.network.config, seat.row
-        if seat.guide is not None and row.closes_thought and row.request.thoughts is not None:
-            seat.guide.begin_with([row.request.thoughts.closed])
-        known = None if seat.guide is None else seat.guide.template(config.canvas_length, row.room)
-        self._events.append(row.start_canvas(known))
-        seat.soft = torch.zeros(config.canvas_length, config.hidden_size, dtype=self.network.dtype,
+    def _begin_canvas(self, slot: Slot) -> None:
+        config, sequence = self.network.config, slot.sequence
+        if slot.guide is not None and sequence.closes_thought and sequence.request.thoughts is not None:
+            slot.guide.begin_with([sequence.request.thoughts.closed])
+        known = None if slot.guide is None else slot.guide.template(config.canvas_length, sequence.room)
+        self._events.append(sequence.start_canvas(known))
+        slot.soft = torch.zeros(config.canvas_length, config.hidden_size, dtype=self.network.dtype,
                                 device=self.network.device)
 
-    def _denoise(self, seats: list[Seat]) -> list[Outcome]:
-        self._mount(seats[0].row.request.adapter)
-        outcomes = self.runner.denoise(seats)
+    def _denoise(self, slots: list[Slot]) -> list[Outcome]:
+        self._activate(slots[0].sequence.request.adapter)
+        outcomes = self.runner.denoise(slots)
         self.counts.steps += 1
-        self.counts.rows += len(seats)
+        self.counts.denoised += len(slots)
         return outcomes
 
-    def _close(self, seat: Seat) -> None:
+    def _close(self, slot: Slot) -> None:
         """Hand out a finished canvas at once. If another one follows, it is read with the next step's pass."""
-        row = seat.row
-        if self._came_out_empty(seat):
+        sequence = slot.sequence
+        if self._came_out_empty(slot):
             self.counts.redrawn += 1
-            row.redraw()
-            self._begin_canvas(seat)
+            sequence.redraw()
+            self._begin_canvas(slot)
             return
-        event = row.close_canvas(0 if seat.guide is None else seat.guide.least)
-        found = logprobs_of(self.network, seat, len(event.token_ids))
+        event = sequence.close_canvas(0 if slot.guide is None else slot.guide.least)
+        found = logprobs_of(self.network, slot, len(event.token_ids))
         if found is not None:
             event = replace(event, logprobs=found)
-            seat.logprobs = [*(seat.logprobs or []), *found]
-        if seat.guide is not None:
-            seat.guide.commit(event.token_ids)
-            if seat.guide.finished:
-                row.finish_reason = "stop"
-        seat.soft = seat.hidden = None
+            slot.logprobs = [*(slot.logprobs or []), *found]
+        if slot.guide is not None:
+            slot.guide.commit(event.token_ids)
+            if slot.guide.finished:
+                sequence.finish_reason = "stop"
+        slot.soft = slot.hidden = None
         self._events.append(event)
         self.counts.canvases += 1
         self.counts.answer_tokens += len(event.token_ids)
-        if row.finish_reason is not None:
-            self._finish(seat)
+        if sequence.finish_reason is not None:
+            self._finish(slot)
 
-    def _came_out_empty(self, seat: Seat) -> bool:
+    def _came_out_empty(self, slot: Slot) -> bool:
         """Whether the answer would end here, with nothing said, thought or called, and may be drawn once more."""
-        row = seat.row
-        request = row.request
-        if not request.redraw_empty or row.canvas_index or row.redrawn_steps is not None or request.canvas is not None:
+        sequence = slot.sequence
+        request = sequence.request
+        if (not request.redraw_empty or sequence.canvas_index or sequence.redrawn_steps is not None
+                or request.canvas is not None):
             return False
-        if seat.guide is not None and not seat.guide.may_be_empty:
+        if slot.guide is not None and not slot.guide.may_be_empty:
             return False  # its form allows nothing else
-        kept, _, reason = row.draft_end()
+        kept, _, reason = sequence.draft_end()
         if reason is None:
             return False
         reader = self.read(request)
@@ -500,103 +503,103 @@ class Engine:
         everything, self._stop = self._stop, False
         cancelled, self._cancelled = self._cancelled, set()
 
-        def goes(row: Row) -> bool:
-            return everything or row.request.id in cancelled
+        def goes(sequence: SequenceState) -> bool:
+            return everything or sequence.request.id in cancelled
 
-        for row in self._waiting.remove(goes):
-            self._seats.append(Seat(row, self._nothing(row)))
-        self._seats += [seat for seat in self._paused if goes(seat.row)]
-        self._paused = [seat for seat in self._paused if not goes(seat.row)]
-        for seat in [seat for seat in self._seats if goes(seat.row)]:
-            seat.row.finish_reason = "cancelled"
-            if seat.soft is not None and seat.row.step:
-                seat.row.steps.append(seat.row.step)
-            self._alone(seat, self._finish)
+        for sequence in self._waiting.remove(goes):
+            self._slots.append(Slot(sequence, self._nothing(sequence)))
+        self._slots += [slot for slot in self._paused if goes(slot.sequence)]
+        self._paused = [slot for slot in self._paused if not goes(slot.sequence)]
+        for slot in [slot for slot in self._slots if goes(slot.sequence)]:
+            slot.sequence.finish_reason = "cancelled"
+            if slot.soft is not None and slot.sequence.step:
+                slot.sequence.steps.append(slot.sequence.step)
+            self._alone(slot, self._finish)
 
-    def _finish(self, seat: Seat) -> None:
-        self._events.append(self._finished(seat))
-        self._leave(seat)
+    def _finish(self, slot: Slot) -> None:
+        self._events.append(self._finished(slot))
+        self._leave(slot)
 
-    def _fail(self, seat: Seat, error: Exception) -> None:
+    def _fail(self, slot: Slot, error: Exception) -> None:
         """End a request because of an error of its own."""
         if not self.isolate:
             raise error
-        log.error("request %d failed", seat.row.request.id, exc_info=error)
+        log.error("request %d failed", slot.sequence.request.id, exc_info=error)
         told = str(error) if isinstance(error, DgemmaError) else None
-        self._events.append(Failed(seat.row.request.id, f"{type(error).__name__}: {error}", told))
+        self._events.append(Failed(slot.sequence.request.id, f"{type(error).__name__}: {error}", told))
         self.counts.failed += 1
-        self._leave(seat)
+        self._leave(slot)
 
-    def _not_finite(self, seat: Seat, when: str) -> None:
+    def _not_finite(self, slot: Slot, when: str) -> None:
         """End a request whose numbers are none."""
         half = ", or too large for float16 (load the model in bfloat16)" if self.network.dtype is torch.float16 else ""
-        self._fail(seat, NotFiniteError(
+        self._fail(slot, NotFiniteError(
             f"the network's numbers are not finite (NaN or infinity) {when}: its weights are probably damaged{half}; "
             "dgemma inspect --check finds out which"))
 
-    def _leave(self, seat: Seat) -> None:
-        self._seats.remove(seat)
-        seat.prefix.close()
-        self._promise(-seat.memory)
+    def _leave(self, slot: Slot) -> None:
+        self._slots.remove(slot)
+        slot.prefix.close()
+        self._promise(-slot.memory)
 
-    def _finished(self, seat: Seat) -> Finished:
-        row = seat.row
-        answer = row.reader.finish()
-        redrawn = row.redrawn_steps or 0
-        forwards, reason = sum(row.steps) + redrawn, row.finish_reason or "stop"
+    def _finished(self, slot: Slot) -> Finished:
+        sequence = slot.sequence
+        answer = sequence.reader.finish()
+        redrawn = sequence.redrawn_steps or 0
+        forwards, reason = sum(sequence.steps) + redrawn, sequence.finish_reason or "stop"
         self.counts.finished += reason != "cancelled"
         self.counts.cancelled += reason == "cancelled"
-        return Finished(row.request.id, Generation(
-            text=answer.text, reasoning=answer.reasoning, tool_calls=answer.tool_calls, token_ids=row.token_ids,
-            finish_reason=reason, steps=row.steps,
-            tokens_per_forward=len(row.token_ids) / forwards if forwards else 0.0,
-            prompt_tokens=len(row.request.prompt_ids), seconds=row.seconds(), seed=row.request.seed,
-            stop_token_id=row.stop_token_id, cached_tokens=self._told_cached(seat), logprobs=seat.logprobs,
+        return Finished(sequence.request.id, Generation(
+            text=answer.text, reasoning=answer.reasoning, tool_calls=answer.tool_calls, token_ids=sequence.token_ids,
+            finish_reason=reason, steps=sequence.steps,
+            tokens_per_forward=len(sequence.token_ids) / forwards if forwards else 0.0,
+            prompt_tokens=len(sequence.request.prompt_ids), seconds=sequence.seconds(), seed=sequence.request.seed,
+            stop_token_id=sequence.stop_token_id, cached_tokens=self._told_cached(slot), logprobs=slot.logprobs,
             redrawn_steps=redrawn))
 
-    def _told_cached(self, seat: Seat) -> int:
+    def _told_cached(self, slot: Slot) -> int:
         page = self.prefixes.page
-        return seat.cached_tokens // page * page if self.whole_pages else seat.cached_tokens
+        return slot.cached_tokens // page * page if self.whole_pages else slot.cached_tokens
 
-    def _alone(self, seat: Seat, work: Callable[[Seat], None]) -> bool:
-        """Do something for one seat, and whether it went well; what goes wrong in it is the seat's own."""
+    def _alone(self, slot: Slot, work: Callable[[Slot], None]) -> bool:
+        """Do something for one slot, and whether it went well; what goes wrong in it is the slot's own."""
         try:
-            work(seat)
+            work(slot)
         except Exception as error:
-            self._fail(seat, error)
+            self._fail(slot, error)
             return False
         return True
 
-    def _each(self, seats: list[Seat], work: Callable[[list[Seat]], Sequence[T]]) -> list[tuple[Seat, T]]:
-        """What ``work`` makes of each seat, all at once; if that fails, by halves, and those that fail alone end.
+    def _each(self, slots: list[Slot], work: Callable[[list[Slot]], Sequence[T]]) -> list[tuple[Slot, T]]:
+        """What ``work`` makes of each slot, all at once; if that fails, by halves, and those that fail alone end.
 
-        ``work`` must leave seats as they were when it raises.
+        ``work`` must leave slots as they were when it raises.
         """
-        if not seats:
+        if not slots:
             return []
         try:
-            return list(zip(seats, work(seats), strict=True))
+            return list(zip(slots, work(slots), strict=True))
         except Exception as error:
             if not self.isolate:
                 raise
-            if len(seats) == 1:
-                self._fail(seats[0], error)
+            if len(slots) == 1:
+                self._fail(slots[0], error)
                 return []
-            log.warning("a pass of %d requests failed (%s: %s); trying halves", len(seats), type(error).__name__, error)
-            half = len(seats) // 2
-            return self._each(seats[:half], work) + self._each(seats[half:], work)
+            log.warning("a pass of %d requests failed (%s: %s); trying halves", len(slots), type(error).__name__, error)
+            half = len(slots) // 2
+            return self._each(slots[:half], work) + self._each(slots[half:], work)
 
 
-def _age(seat: Seat) -> int:
-    return seat.age
+def _age(slot: Slot) -> int:
+    return slot.age
 
 
 def _mib(nbytes: int) -> str:
     return f"{nbytes / 2**20:.1f} MiB"
 
 
-def _by_adapter(seats: Iterable[Seat]) -> list[list[Seat]]:
-    groups: dict[MountedAdapter | None, list[Seat]] = {}
-    for seat in seats:
-        groups.setdefault(seat.row.request.adapter, []).append(seat)
+def _by_adapter(slots: Iterable[Slot]) -> list[list[Slot]]:
+    groups: dict[LoadedAdapter | None, list[Slot]] = {}
+    for slot in slots:
+        groups.setdefault(slot.sequence.request.adapter, []).append(slot)
     return list(groups.values())

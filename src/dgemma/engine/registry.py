@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
-from dgemma.nn.activation import MountedAdapter, mountable
 from dgemma.nn.adapters import adaptable, adapters
+from dgemma.nn.loaded import LoadedAdapter, loadable
 
 if TYPE_CHECKING:
     from dgemma.weights.adapters import Adapter
@@ -29,20 +29,20 @@ class AdapterRegistry:
         self._fixed = bool(adapters(network))  # one is on already, and always
         self._config = network.config
         # And where it was read. Replaced, never changed: several threads read it.
-        self._known: dict[str, tuple[MountedAdapter, str]] = {}
+        self._known: dict[str, tuple[LoadedAdapter, str]] = {}
 
     def paths(self) -> dict[str, str]:
         """Where each adapter was read."""
         return {name: path for name, (_, path) in self._known.items()}
 
-    def get(self, name: str) -> MountedAdapter:
+    def get(self, name: str) -> LoadedAdapter:
         """The adapter that has the name now; raises `UnknownAdapterError`."""
         known = self._known.get(name)
         if known is None:
             raise UnknownAdapterError(f"there is no adapter {name!r}")
         return known[0]
 
-    def offers(self, adapter: MountedAdapter) -> bool:
+    def offers(self, adapter: LoadedAdapter) -> bool:
         """Whether it has its name now."""
         return self._known.get(adapter.name, (None, ""))[0] is adapter
 
@@ -57,17 +57,17 @@ class AdapterRegistry:
         # The names and shapes are those of a network of this shape: this one's modules may be changing just now.
         return read_adapter(path, empty_network(self._config))
 
-    def loaded(self, name: str, adapter: Adapter) -> MountedAdapter:
+    def loaded(self, name: str, adapter: Adapter) -> LoadedAdapter:
         """The adapter where the network is; nobody knows it yet."""
-        return mountable(name, self._places, adapter.config, adapter.factors)
+        return loadable(name, self._places, adapter.config, adapter.factors)
 
-    def put(self, adapter: MountedAdapter, path: str | Path) -> MountedAdapter | None:
+    def put(self, adapter: LoadedAdapter, path: str | Path) -> LoadedAdapter | None:
         """Let an adapter have its name; the one that had it before."""
         before = self._known.get(adapter.name)
         self._known = {**self._known, adapter.name: (adapter, str(path))}
         return before and before[0]
 
-    def take(self, name: str) -> MountedAdapter:
+    def take(self, name: str) -> LoadedAdapter:
         """Take a name away, and return what had it; raises `UnknownAdapterError`."""
         adapter = self.get(name)
         self._known = {known: what for known, what in self._known.items() if known != name}

@@ -1,6 +1,6 @@
 """Several requests at once through the network: what they read, and one denoising step of each one's canvas.
 
-Works on tensors and rows; knows nothing of queues or memory.
+Works on tensors and sequences; knows nothing of queues or memory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dgemma.cache.pages import PagedBatch
 from dgemma.diffusion.constraint import Guide, Walk
 from dgemma.diffusion.events import Denoised, TokenLogprob
 from dgemma.diffusion.logprobs import token_logprobs
-from dgemma.diffusion.row import Row
 from dgemma.diffusion.sampler import EntropyBoundSampler, Sampler, StepSettings
+from dgemma.diffusion.sequence import SequenceState
 from dgemma.engine.prefixes import Prefix
 from dgemma.engine.step import StepState, denoising_step, forced
 from dgemma.nn import CanvasStats, DiffusionTransformer
@@ -30,10 +30,10 @@ _STATS = ("argmax", "sample", "entropy", "soft")
 
 
 @dataclass(eq=False)
-class Seat:
-    """A request that runs: its row, what it has read, and what its canvas carries from step to step."""
+class Slot:
+    """A request that runs: its sequence, what it has read, and what its canvas carries from step to step."""
 
-    row: Row
+    sequence: SequenceState
     prefix: Prefix
     memory: int = 0  # bytes promised to it
     tokens: int = 0  # how many it may hold in these
@@ -50,12 +50,12 @@ class Seat:
     @property
     def unread(self) -> int:
         """Tokens that must be read before a canvas can be opened."""
-        return len(self.row.context) - self.prefix.cache.length
+        return len(self.sequence.context) - self.prefix.cache.length
 
     @property
     def reads_long(self) -> bool:
         """Whether it has to read a prompt, or again what it let go; else it is a canvas at most."""
-        return self.unread > (self.row.config.canvas_length if self.row.canvas_index else 0)
+        return self.unread > (self.sequence.config.canvas_length if self.sequence.canvas_index else 0)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Outcome:
 
     event: Denoised | None  # None when the request does not want to hear of drafts
     done: bool  # the canvas is finished
-    finite: bool = True  # if not, the step has come to nothing: the seat is as it was
+    finite: bool = True  # if not, the step has come to nothing: the slot is as it was
 
 
 class Runner:
@@ -77,14 +77,14 @@ class Runner:
         self.network, self.sampler = network, sampler or EntropyBoundSampler()
         self.passes = passes or Passes.of(network)
 
-    def read(self, work: Sequence[tuple[Seat, int]]) -> list[bool]:
+    def read(self, work: Sequence[tuple[Slot, int]]) -> list[bool]:
         """A causal pass over the next so many tokens of each context.
 
         Returns for each whether its hidden states are finite; who has others has read nothing.
         """
-        caches, counts = [seat.prefix.cache for seat, _ in work], [count for _, count in work]
+        caches, counts = [slot.prefix.cache for slot, _ in work], [count for _, count in work]
         batch = PagedBatch(caches, counts)
-        parts = [seat.row.piece(seat.prefix.cache.length, count) for seat, count in work]
+        parts = [slot.sequence.piece(slot.prefix.cache.length, count) for slot, count in work]
         ids = torch.tensor([[token for part in parts for token in part.ids]], device=self.network.device)
         starts = [0, *itertools.accumulate(counts)]
         spans = [(start + begin, start + end) for start, part in zip(starts, parts, strict=False)
@@ -102,51 +102,54 @@ class Runner:
                 batch.undo(index)
         return fine
 
-    def denoise(self, seats: Sequence[Seat]) -> list[Outcome]:
-        """One denoising step of every seat's canvas. Raises what goes wrong, and has changed no seat then."""
-        state = self._state(seats)
-        special = any(_narrows(seat) or seat.guide is not None for seat in seats)  # their choices are made on the host
-        batch = PagedBatch([seat.prefix.cache for seat in seats])
+    def denoise(self, slots: Sequence[Slot]) -> list[Outcome]:
+        """One denoising step of every slot's canvas. Raises what goes wrong, and has changed no slot then."""
+        state = self._state(slots)
+        special = any(_narrows(slot) or slot.guide is not None for slot in slots)  # their choices are made on the host
+        batch = PagedBatch([slot.prefix.cache for slot in slots])
         result = denoising_step(self.network, self.passes, self.sampler, batch, state,
-                                partial(self._predicted, seats, state) if special else None)
+                                partial(self._predicted, slots, state) if special else None)
         *columns, done, finite = [t.cpu() for t in (result.draft, result.canvas, result.entropy, result.accepted,
                                                     result.done, result.finite)]
         outcomes = []
-        for index, (seat, sound, ended) in enumerate(zip(seats, finite.tolist(), done.tolist(), strict=True)):
+        for index, (slot, sound, ended) in enumerate(zip(slots, finite.tolist(), done.tolist(), strict=True)):
             if not sound:
                 outcomes.append(Outcome(None, False, finite=False))
                 continue
-            seat.soft, seat.hidden, seat.noise = result.soft[index], result.hidden[index], None
-            outcomes.append(Outcome(seat.row.advance(*(column[index] for column in columns)), ended))
+            slot.soft, slot.hidden, slot.noise = result.soft[index], result.hidden[index], None
+            outcomes.append(Outcome(slot.sequence.advance(*(column[index] for column in columns)), ended))
         return outcomes
 
-    def _state(self, seats: Sequence[Seat]) -> StepState:
-        rows, device = [seat.row for seat in seats], self.network.device
-        for seat in seats:
-            seat.noise = seat.noise or seat.row.draw_noise()
+    def _state(self, slots: Sequence[Slot]) -> StepState:
+        sequences, device = [slot.sequence for slot in slots], self.network.device
+        for slot in slots:
+            slot.noise = slot.noise or slot.sequence.draw_noise()
         noise, random = (torch.stack(part).to(device) for part in
-                         zip(*(seat.noise for seat in seats if seat.noise), strict=True))
-        longest = max(len(row.history) for row in rows)
-        history = torch.stack([F.pad(row.history, (0, 0, longest - len(row.history), 0), value=-1) for row in rows], 1)
+                         zip(*(slot.noise for slot in slots if slot.noise), strict=True))
+        longest = max(len(sequence.history) for sequence in sequences)
+        history = torch.stack([F.pad(sequence.history, (0, 0, longest - len(sequence.history), 0), value=-1)
+                               for sequence in sequences], 1)
         pinned = None
-        if any(row.pinned is not None for row in rows):
-            pinned = torch.stack([torch.zeros_like(row.canvas, dtype=torch.bool) if row.pinned is None else row.pinned
-                                  for row in rows]).to(device)
-        temperatures = [row.request.choices.temperature for row in rows]
+        if any(sequence.pinned is not None for sequence in sequences):
+            none = torch.zeros(self.network.config.canvas_length, dtype=torch.bool)
+            pinned = torch.stack([none if sequence.pinned is None else sequence.pinned
+                                  for sequence in sequences]).to(device)
+        temperatures = [sequence.request.sampling.temperature for sequence in sequences]
         # A temperature of 0 draws nothing: any number will do.
-        settings = StepSettings.of([row.settings for row in rows], [row.step for row in rows], device,
+        settings = StepSettings.of([sequence.settings for sequence in sequences],
+                                   [sequence.step for sequence in sequences], device,
                                    [1 / (temperature or 1.0) for temperature in temperatures])
         greedy = torch.tensor([t == 0 for t in temperatures], device=device) if not all(temperatures) else None
-        return StepState(torch.stack([row.canvas for row in rows]).to(device),
-                         torch.stack([seat.soft for seat in seats if seat.soft is not None]), noise, random,
+        return StepState(torch.stack([sequence.canvas for sequence in sequences]).to(device),
+                         torch.stack([slot.soft for slot in slots if slot.soft is not None]), noise, random,
                          history.to(device), settings, pinned, greedy)
 
-    def _predicted(self, seats: Sequence[Seat], state: StepState, hidden: Tensor) -> CanvasStats:
-        """Predictions of rows of which some choose for themselves: narrowed ones are not walked through the head."""
+    def _predicted(self, slots: Sequence[Slot], state: StepState, hidden: Tensor) -> CanvasStats:
+        """Predictions where some choose for themselves: narrowed ones are not walked through the head."""
         sound = hidden.isfinite().flatten(1).all(1).tolist()
-        narrow = [index for index, seat in enumerate(seats) if sound[index] and _narrows(seat)]
-        plain = [index for index in range(len(seats)) if index not in narrow]
-        parts = [_narrowed(self.network, seats[index], hidden[index]) for index in narrow]
+        narrow = [index for index, slot in enumerate(slots) if sound[index] and _narrows(slot)]
+        plain = [index for index in range(len(slots)) if index not in narrow]
+        parts = [_narrowed(self.network, slots[index], hidden[index]) for index in narrow]
         if plain:
             sharpness = state.settings.sharpness
             parts.append(self.network.head(hidden[plain], state.settings.temperature[plain], state.noise[plain],
@@ -154,63 +157,63 @@ class Runner:
         order = torch.tensor([*narrow, *plain], device=hidden.device).argsort()
         stats = CanvasStats(*(torch.cat([getattr(part, name) for part in parts])[order] for name in _STATS))
         sound = stats.entropy.isfinite().all(1).tolist()
-        for index, seat in enumerate(seats):
-            if seat.guide is not None and sound[index]:
-                _guide(self.network, seat, hidden[index], stats, index)
+        for index, slot in enumerate(slots):
+            if slot.guide is not None and sound[index]:
+                _guide(self.network, slot, hidden[index], stats, index)
         return stats
 
 
-def logprobs_of(network: DiffusionTransformer, seat: Seat, count: int) -> list[TokenLogprob] | None:
+def logprobs_of(network: DiffusionTransformer, slot: Slot, count: int) -> list[TokenLogprob] | None:
     """The log-probabilities of a closing canvas' first ``count`` tokens, if the request asks for them."""
-    if seat.row.request.logprobs is None or seat.hidden is None:
+    if slot.sequence.request.logprobs is None or slot.hidden is None:
         return None
-    return token_logprobs(_distributions(network, seat, seat.hidden, 1.0), seat.row.draft, seat.row.request.logprobs,
-                          count)
+    return token_logprobs(_distributions(network, slot, slot.hidden, 1.0), slot.sequence.draft,
+                          slot.sequence.request.logprobs, count)
 
 
-def _narrows(seat: Seat) -> bool:
-    choices = seat.row.request.choices
-    draws = choices.temperature and seat.guide is None  # else the sample is another one
-    return bool(choices.logit_bias or (draws and (choices.top_k or choices.top_p < 1)))
+def _narrows(slot: Slot) -> bool:
+    sampling = slot.sequence.request.sampling
+    draws = sampling.temperature and slot.guide is None  # else the sample is another one
+    return bool(sampling.logit_bias or (draws and (sampling.top_k or sampling.top_p < 1)))
 
 
-def _draws_narrowed(seat: Seat) -> bool:
-    choices = seat.row.request.choices
-    return bool(choices.temperature and (choices.top_k or choices.top_p < 1))
+def _draws_narrowed(slot: Slot) -> bool:
+    sampling = slot.sequence.request.sampling
+    return bool(sampling.temperature and (sampling.top_k or sampling.top_p < 1))
 
 
-def _distributions(network: DiffusionTransformer, seat: Seat, hidden: Tensor, temperature: float) -> Distributions:
+def _distributions(network: DiffusionTransformer, slot: Slot, hidden: Tensor, temperature: float) -> Distributions:
     bias = None
-    if seat.row.request.choices.logit_bias:
-        tokens, values = zip(*seat.row.request.choices.logit_bias, strict=True)
+    if slot.sequence.request.sampling.logit_bias:
+        tokens, values = zip(*slot.sequence.request.sampling.logit_bias, strict=True)
         bias = torch.zeros(network.config.vocab_size, device=hidden.device)
         bias[list(tokens)] = torch.tensor(values, dtype=torch.float32, device=hidden.device)
     return Distributions(hidden, network.embed_tokens.weight, network.config.final_logit_softcapping, temperature, bias)
 
 
-def _narrowed(network: DiffusionTransformer, seat: Seat, hidden: Tensor) -> CanvasStats:
-    choices, noise = seat.row.request.choices, seat.noise
+def _narrowed(network: DiffusionTransformer, slot: Slot, hidden: Tensor) -> CanvasStats:
+    sampling, noise = slot.sequence.request.sampling, slot.noise
     assert noise is not None
-    return narrowed_stats(_distributions(network, seat, hidden, seat.row.temperature), network.embed_tokens.weight,
-                          network.embed_scale, noise[0][:, 0, 0].to(hidden.device), choices.top_k, choices.top_p,
-                          1 / (choices.temperature or 1.0))
+    return narrowed_stats(_distributions(network, slot, hidden, slot.sequence.temperature), network.embed_tokens.weight,
+                          network.embed_scale, noise[0][:, 0, 0].to(hidden.device), sampling.top_k, sampling.top_p,
+                          1 / (sampling.temperature or 1.0))
 
 
-def _guide(network: DiffusionTransformer, seat: Seat, hidden: Tensor, stats: CanvasStats, index: int) -> None:
-    """Put what the constraint chooses in the place of the row's argmax and sample."""
-    row, noise = seat.row, seat.noise
-    assert seat.guide is not None and noise is not None
+def _guide(network: DiffusionTransformer, slot: Slot, hidden: Tensor, stats: CanvasStats, index: int) -> None:
+    """Put what the constraint chooses in the place of the sequence's argmax and sample."""
+    sequence, noise = slot.sequence, slot.noise
+    assert slot.guide is not None and noise is not None
     # What is valid as it was predicted is the most probable canvas, and a draw as good as one among the valid ones.
-    if getattr(seat.guide, "may_be_empty", False) and not _draws_narrowed(seat) and all(
-            seat.guide.takes(tokens[index].tolist(), network.config.canvas_length, row.room)
+    if getattr(slot.guide, "may_be_empty", False) and not _draws_narrowed(slot) and all(
+            slot.guide.takes(tokens[index].tolist(), network.config.canvas_length, sequence.room)
             for tokens in (stats.argmax, stats.sample)):
         return
     # The most probable path is the same at any temperature, so the walk is at the draw's.
-    choices = row.request.choices
-    walk: Walk = _distributions(network, seat, hidden, row.temperature * (choices.temperature or 1.0))
-    if _draws_narrowed(seat):
-        walk = ((place, favoured(log_p, choices.top_k, choices.top_p)) for place, log_p in walk)
-    chosen = seat.guide.choose(walk, network.config.canvas_length, row.room, noise[0][:, 0, 0])
+    sampling = sequence.request.sampling
+    walk: Walk = _distributions(network, slot, hidden, sequence.temperature * (sampling.temperature or 1.0))
+    if _draws_narrowed(slot):
+        walk = ((place, favoured(log_p, sampling.top_k, sampling.top_p)) for place, log_p in walk)
+    chosen = slot.guide.choose(walk, network.config.canvas_length, sequence.room, noise[0][:, 0, 0])
     stats.argmax[index] = chosen.draft.to(hidden.device)
     stats.sample[index] = chosen.sample.to(hidden.device)
     one = CanvasStats(*(getattr(stats, name)[index : index + 1] for name in _STATS))

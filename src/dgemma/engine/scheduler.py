@@ -6,53 +6,53 @@ import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 
-from dgemma.diffusion.row import Row
+from dgemma.diffusion.sequence import SequenceState
 
 
 class FairQueue:
-    """Waiting rows: first come, first served within a user; a client's users take turns, and so do the clients.
+    """Waiting sequences: first come, first served within a user; a client's users take turns, and so do the clients.
 
     A client with many users has one turn as every other client has, and its users share that.
     """
 
     def __init__(self) -> None:
-        # client -> user -> rows; whose turn it is stands first, and no line is empty
-        self._clients: OrderedDict[str, OrderedDict[str, deque[Row]]] = OrderedDict()
+        # client -> user -> sequences; whose turn it is stands first, and no line is empty
+        self._clients: OrderedDict[str, OrderedDict[str, deque[SequenceState]]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(map(len, self._lines()))
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[SequenceState]:
         return itertools.chain.from_iterable(self._lines())
 
-    def _lines(self) -> Iterator[deque[Row]]:
+    def _lines(self) -> Iterator[deque[SequenceState]]:
         return itertools.chain.from_iterable(users.values() for users in self._clients.values())
 
-    def push(self, row: Row) -> None:
-        users = self._clients.setdefault(row.request.client, OrderedDict())
-        users.setdefault(row.request.user, deque()).append(row)
+    def push(self, sequence: SequenceState) -> None:
+        users = self._clients.setdefault(sequence.request.client, OrderedDict())
+        users.setdefault(sequence.request.user, deque()).append(sequence)
 
-    def peek(self) -> Row | None:
-        """The row that comes next. It stays next until it is taken, so nobody is overtaken for being large."""
+    def peek(self) -> SequenceState | None:
+        """The sequence that comes next. It stays next until it is taken, so nobody is overtaken for being large."""
         return next(self._lines())[0] if self._clients else None
 
-    def pop(self) -> Row:
-        """Take the row that comes next; its user goes to the end of the client's line, the client to that of all."""
+    def pop(self) -> SequenceState:
+        """Take what comes next; its user goes to the end of the client's line, the client to that of all."""
         client, users = self._clients.popitem(last=False)
         user, line = users.popitem(last=False)
-        row = line.popleft()
+        sequence = line.popleft()
         if line:
             users[user] = line
         if users:
             self._clients[client] = users
-        return row
+        return sequence
 
-    def remove(self, wanted: Callable[[Row], bool]) -> list[Row]:
-        """Take out all rows of a kind."""
-        gone = [row for row in self if wanted(row)]
+    def remove(self, wanted: Callable[[SequenceState], bool]) -> list[SequenceState]:
+        """Take out all sequences of a kind."""
+        gone = [sequence for sequence in self if wanted(sequence)]
         for client, users in list(self._clients.items()):
             for user, line in list(users.items()):
-                rest = deque(row for row in line if not wanted(row))
+                rest = deque(sequence for sequence in line if not wanted(sequence))
                 if rest:
                     users[user] = rest
                 else:

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 from dgemma.diffusion.events import Denoised, Event, Failed, Finished
-from dgemma.diffusion.row import Read, Request
+from dgemma.diffusion.request import Read, Request
 from dgemma.engine.engine import Counts, Engine
 from dgemma.engine.prefixes import PrefixStore
 from dgemma.engine.registry import AdapterRegistry
 from dgemma.errors import DgemmaError
 from dgemma.memory.inference import request_memory
 from dgemma.nn import DiffusionTransformer
-from dgemma.nn.activation import MountedAdapter, mounted_bytes
+from dgemma.nn.loaded import LoadedAdapter, adapter_bytes
 from dgemma.nn.packed import weight_bytes
 from dgemma.weights.load import network_shapes
 
@@ -185,7 +185,7 @@ class Service:
         not fit this model or its memory.
         """
         files = self.adapters.read(name, path)
-        self._check_room(path, mounted_bytes(files.factors))
+        self._check_room(path, adapter_bytes(files.factors))
         adapter = self.adapters.loaded(name, files)
         with self._changing:
             self._check_room(path, adapter.nbytes)  # others may have come meanwhile
@@ -329,7 +329,7 @@ class Service:
 class _Retired:
     """An adapter's last request has come."""
 
-    adapter: MountedAdapter
+    adapter: LoadedAdapter
 
 
 class _Mailbox:

@@ -17,7 +17,7 @@ from fastapi import Request as HttpRequest
 
 from dgemma.chat import Tokenizer
 from dgemma.constrain.choice import ToolsError, calls_of, read_tool_choice
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.engine.service import in_form_thread
 from dgemma.errors import ContextLengthError, DgemmaError
 from dgemma.serve.backend import Serving
@@ -26,7 +26,7 @@ from dgemma.serve.usage import request_usage, time_left
 
 if TYPE_CHECKING:
     from dgemma.model import Prompt
-    from dgemma.nn.activation import MountedAdapter
+    from dgemma.nn.loaded import LoadedAdapter
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ class Ask:
 
     prompt: Prompt
     client: Caller
-    adapter: MountedAdapter | None = None
+    adapter: LoadedAdapter | None = None
     max_tokens: int | None = None  # None: to the end of the context
     seed: int | None = None
     temperature: float | None = None

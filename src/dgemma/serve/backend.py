@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dgemma.chat import Tokenizer
 from dgemma.config import GenerationConfig, ModelConfig
-from dgemma.diffusion.row import Request, longest_prompt
+from dgemma.diffusion.request import Request, longest_prompt
 from dgemma.engine.registry import UnknownAdapterError
 from dgemma.engine.service import RequestEvents, Stats, Weights
 from dgemma.serve.errors import ApiError
@@ -21,7 +21,7 @@ from dgemma.serve.settings import Settings
 
 if TYPE_CHECKING:
     from dgemma.model import Prompt
-    from dgemma.nn.activation import MountedAdapter
+    from dgemma.nn.loaded import LoadedAdapter
 
 
 class ServedModel(Protocol):
@@ -49,7 +49,7 @@ class ServedModel(Protocol):
 class Adapters(Protocol):
     """The adapters that are offered now."""
 
-    def get(self, name: str) -> MountedAdapter:
+    def get(self, name: str) -> LoadedAdapter:
         """The adapter that has the name; raises `UnknownAdapterError`."""
         ...
 
@@ -99,7 +99,7 @@ class Serving:
         """What requests may call the model and its adapters."""
         return [*self.settings.served_names, *self.backend.adapters.paths()]
 
-    def adapter(self, name: str | None) -> MountedAdapter | None:
+    def adapter(self, name: str | None) -> LoadedAdapter | None:
         """The adapter that a name asks for, None for the model alone; raises `ApiError` (404) for unknown names."""
         if name is None or name in self.settings.served_names:
             return None

@@ -18,7 +18,7 @@ from dgemma.chat import Tokenizer
 from dgemma.chat.reply import Called, ReplyReader, Said, Thought, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.diffusion.events import CanvasCommitted, Denoised, Event, Failed, Finished, Generation, TokenLogprob
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.engine.service import RequestEvents
 from dgemma.serve.usage import request_usage
 

@@ -37,7 +37,7 @@ from dgemma.serve.settings import Settings
 
 if TYPE_CHECKING:
     from dgemma.model import Prompt
-    from dgemma.nn.activation import MountedAdapter
+    from dgemma.nn.loaded import LoadedAdapter
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Penalty = Annotated[float, Field(allow_inf_nan=False, description="Has no effect here.")]
@@ -219,7 +219,7 @@ class AnswerFields(SamplerFields):
         """
         check_fields(self, http, settings)
 
-    def ask(self, http: HttpRequest, prompt: Prompt, adapter: MountedAdapter | None) -> Ask:
+    def ask(self, http: HttpRequest, prompt: Prompt, adapter: LoadedAdapter | None) -> Ask:
         """What is asked for. Raises `ApiError`."""
         form, format_param = self.answer_form()
         max_tokens, max_tokens_param = self.length_limit()

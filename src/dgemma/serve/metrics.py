@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Event, Failed, Finished, Generation
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.engine.service import Stats
 from dgemma.serve.usage import RequestUsage, request_usage
 
@@ -28,7 +28,7 @@ _GAUGES = (
 )
 _COUNTERS = (
     ("dgemma_steps", "steps", "Denoising steps: forward passes over all open canvases."),
-    ("dgemma_canvas_steps", "rows", "Canvases denoised by these steps: several share a step."),
+    ("dgemma_canvas_steps", "denoised", "Canvases denoised by these steps: several share a step."),
     ("dgemma_canvases", "canvases", "Canvases committed."),
     ("dgemma_canvases_redrawn", "redrawn", "First canvases that came out empty, and were drawn again."),
     ("dgemma_prompt_tokens", "prompt_tokens", "Tokens of prompts."),

@@ -18,7 +18,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.engine.service import RequestEvents
 from dgemma.errors import DgemmaError
 from dgemma.serve.backend import Backend, Serving

@@ -24,7 +24,7 @@ from dgemma.serve.respond import respond
 
 if TYPE_CHECKING:
     from dgemma.model import Prompt
-    from dgemma.nn.activation import MountedAdapter
+    from dgemma.nn.loaded import LoadedAdapter
 
 # The version of Ollama whose API this is: its clients compare it with what they need.
 API_VERSION = "0.40.0"
@@ -191,7 +191,7 @@ def router(serving: Serving) -> APIRouter:
     return routes
 
 
-def named_adapter(name: str, serving: Serving) -> MountedAdapter | None:
+def named_adapter(name: str, serving: Serving) -> LoadedAdapter | None:
     """The adapter that a name asks for, which may end in ":latest"."""
     return serving.adapter(name if name in serving.settings.served_names else name.removesuffix(_LATEST))
 

@@ -12,7 +12,7 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.serve.ask import engine_request
 from dgemma.serve.backend import Serving
 from dgemma.serve.errors import RESPONSES
@@ -81,5 +81,5 @@ def _echo(body: ResponsesBody, request: Request) -> dict[str, Any]:
         "text": {**(asked["text"] or {}), "format": response_format(body.answer_form()[0])},
         "tools": asked["tools"] or [], "tool_choice": asked["tool_choice"] or "auto",
         "parallel_tool_calls": not body.one_call(),
-        "temperature": request.choices.temperature, "top_p": request.choices.top_p, "seed": request.seed,
+        "temperature": request.sampling.temperature, "top_p": request.sampling.top_p, "seed": request.seed,
         "truncation": "disabled", "previous_response_id": None, "background": False, "store": False}

@@ -15,7 +15,7 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.serve.ask import choice_seeds, engine_request, prompt_tokens
 from dgemma.serve.backend import Serving
 from dgemma.serve.bodies import Listed, RequestBody

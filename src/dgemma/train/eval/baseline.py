@@ -19,7 +19,7 @@ from dgemma import seeds
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig, ModelConfig
 from dgemma.diffusion.events import FinishReason, Generation
-from dgemma.diffusion.row import Request
+from dgemma.diffusion.request import Request
 from dgemma.errors import DgemmaError
 from dgemma.model import Model, Prompt
 from dgemma.nn import DiffusionTransformer
@@ -125,7 +125,7 @@ class CausalModel:
 
     def _draw(self, rows: list[_Row], logits: Tensor) -> list[int]:
         """Every row's next token from logits [B, V]."""
-        temperature = rows[0].request.choices.temperature
+        temperature = rows[0].request.sampling.temperature
         if not temperature:
             return logits.argmax(-1).tolist()
         probabilities = (logits / temperature).softmax(-1).cpu()

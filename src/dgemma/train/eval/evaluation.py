@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
-from dgemma.diffusion.row import Choices
+from dgemma.diffusion.request import SamplingParams
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
 from dgemma.train.data.sources import Source, fingerprint
@@ -104,7 +104,7 @@ class Evaluator:
             raise DgemmaError(f"{where}: an autoregressive model is asked without {', '.join(unknown)}")
         try:
             generation.replace(**{name: value for name, value in settings.items() if name in SAMPLER_SETTINGS})
-            Choices(**of_request)
+            SamplingParams(**of_request)
         except (TypeError, ValueError) as error:
             raise DgemmaError(f"{where}: {error}") from error
 

@@ -7,7 +7,7 @@ import torch
 
 from dgemma.diffusion.constraint import Chosen
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Failed, Finished
-from dgemma.diffusion.row import Choices
+from dgemma.diffusion.request import SamplingParams
 from support.reference import tiny_config
 
 C = tiny_config().canvas_length
@@ -24,17 +24,17 @@ def tokens_of(generation):
 
 def test_without_choices_nothing_changes(engine_of, ask, answer):
     usual = answer(engine_of(), ask(max_tokens=2 * C))
-    assert tokens_of(answer(engine_of(), ask(max_tokens=2 * C, choices=Choices()))) == tokens_of(usual)
+    assert tokens_of(answer(engine_of(), ask(max_tokens=2 * C, sampling=SamplingParams()))) == tokens_of(usual)
 
 
 def test_temperature_0_believes_the_draft(engine_of, ask):
-    for event in drafts(engine_of().run([ask(choices=Choices(temperature=0), entropy_bound=1e9)])):
+    for event in drafts(engine_of().run([ask(sampling=SamplingParams(temperature=0), entropy_bound=1e9)])):
         assert event.canvas_ids == event.token_ids
 
 
 def test_a_low_temperature_comes_close_to_it_and_a_high_one_does_not(engine_of, ask):
     def agreement(temperature):
-        events = drafts(engine_of().run([ask(choices=Choices(temperature=temperature), entropy_bound=1e9,
+        events = drafts(engine_of().run([ask(sampling=SamplingParams(temperature=temperature), entropy_bound=1e9,
                                              max_tokens=3 * C)]))
         return sum(a == b for event in events for a, b in zip(event.canvas_ids, event.token_ids, strict=True)) / (
             len(events) * C)
@@ -43,23 +43,24 @@ def test_a_low_temperature_comes_close_to_it_and_a_high_one_does_not(engine_of, 
 
 
 def test_the_schedule_does_not_follow_the_temperature(engine_of, ask):
-    usual, cold = (drafts(engine_of().run([ask(choices=Choices(temperature=t))]))[0] for t in (1.0, 0.3))
+    usual, cold = (drafts(engine_of().run([ask(sampling=SamplingParams(temperature=t))]))[0] for t in (1.0, 0.3))
     assert cold.temperature == usual.temperature
     assert cold.entropies == pytest.approx(usual.entropies, abs=1e-4)
 
 
 def test_top_k_1_is_greedy_and_only_the_kept_are_drawn(engine_of, ask):
-    for event in drafts(engine_of().run([ask(choices=Choices(top_k=1), entropy_bound=1e9)])):
+    for event in drafts(engine_of().run([ask(sampling=SamplingParams(top_k=1), entropy_bound=1e9)])):
         assert event.canvas_ids == event.token_ids
-    for event in drafts(engine_of().run([ask(choices=Choices(top_p=1e-6), entropy_bound=1e9)])):
+    for event in drafts(engine_of().run([ask(sampling=SamplingParams(top_p=1e-6), entropy_bound=1e9)])):
         assert event.canvas_ids == event.token_ids
 
 
 def test_a_bias_forbids_and_forces_tokens(engine_of, ask, answer):
     free = set(answer(engine_of(), ask(max_tokens=3 * C)).token_ids)
     banned = tuple((token, -1e4) for token in free)
-    assert not free & set(answer(engine_of(), ask(max_tokens=3 * C, choices=Choices(logit_bias=banned))).token_ids)
-    forced = answer(engine_of(), ask(choices=Choices(logit_bias=((17, 1e4),))))
+    request = ask(max_tokens=3 * C, sampling=SamplingParams(logit_bias=banned))
+    assert not free & set(answer(engine_of(), request).token_ids)
+    forced = answer(engine_of(), ask(sampling=SamplingParams(logit_bias=((17, 1e4),))))
     assert forced.token_ids == [17] * C
 
 
@@ -67,7 +68,7 @@ def test_a_bias_forbids_and_forces_tokens(engine_of, ask, answer):
                                      {"temperature": float("nan")}, {"logit_bias": ((1, float("inf")),)}], ids=str)
 def test_impossible_choices_are_refused(choices):
     with pytest.raises(ValueError, match=next(iter(choices))):
-        Choices(**choices)
+        SamplingParams(**choices)
 
 
 def test_log_probabilities_are_the_network_s(engine_of, ask, tiny_network):
@@ -165,7 +166,7 @@ def test_narrowing_holds_within_a_constraint(engine_of, ask):
             guide.choose = spy
             return guide
 
-    list(engine_of().run([ask(constraint=Listening(), choices=Choices(top_k=2), max_denoising_steps=2)]))
+    list(engine_of().run([ask(constraint=Listening(), sampling=SamplingParams(top_k=2), max_denoising_steps=2)]))
     assert len(seen) >= 2
     for log_p in seen:
         assert ((log_p > -1000).sum(1) == 2).all()
@@ -187,13 +188,13 @@ def special_requests(ask):
     """One request of every kind, each unlike the others."""
     return [
         ask(PROMPT, id=0, seed=1, max_tokens=2 * C),
-        ask(PROMPT, id=1, seed=2, max_tokens=2 * C, choices=Choices(temperature=0.4)),
-        ask([3], id=2, seed=3, max_tokens=C, choices=Choices(top_k=3)),
-        ask(range(9), id=3, seed=4, max_tokens=2 * C, choices=Choices(temperature=2.0, top_p=0.8)),
-        ask(PROMPT, id=4, seed=5, max_tokens=2 * C, choices=Choices(logit_bias=((3, 5.0), (4, -5.0)))),
+        ask(PROMPT, id=1, seed=2, max_tokens=2 * C, sampling=SamplingParams(temperature=0.4)),
+        ask([3], id=2, seed=3, max_tokens=C, sampling=SamplingParams(top_k=3)),
+        ask(range(9), id=3, seed=4, max_tokens=2 * C, sampling=SamplingParams(temperature=2.0, top_p=0.8)),
+        ask(PROMPT, id=4, seed=5, max_tokens=2 * C, sampling=SamplingParams(logit_bias=((3, 5.0), (4, -5.0)))),
         ask([8, 8], id=5, seed=6, max_tokens=3 * C, constraint=Alternating()),
         ask([8, 9], id=6, seed=7, max_tokens=C, logprobs=2, canvas=[1, None, 3], pinned=[True, False, True]),
-        ask([4], id=7, seed=8, max_tokens=C, choices=Choices(temperature=0.0)),
+        ask([4], id=7, seed=8, max_tokens=C, sampling=SamplingParams(temperature=0.0)),
     ]
 
 

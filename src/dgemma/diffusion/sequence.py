@@ -1,196 +1,28 @@
-"""One request's way through its canvases: the state of a row of the batch, and what a denoising step does to it."""
+"""One request's way through its canvases: the state of a sequence, and what a denoising step does to it."""
 
 from __future__ import annotations
 
 import functools
-import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dgemma import seeds
 from dgemma.config import GenerationConfig, ModelConfig
-from dgemma.diffusion.constraint import Constraint
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
-from dgemma.diffusion.prompt import Piece, SoftSpan, check_spans, piece_of, prompt_keys
-from dgemma.diffusion.reading import TextReader, Unread
+from dgemma.diffusion.prompt import Piece, piece_of, prompt_keys
+from dgemma.diffusion.reading import TextReader
+from dgemma.diffusion.request import Read, Request, canvas_room, unread
 from dgemma.diffusion.sampler import temperature_at
-from dgemma.errors import ContextLengthError
-from dgemma.nn.activation import MountedAdapter
 from dgemma.nn.head import vocab_tiles
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What narrows the draw of a token; the defaults change nothing.
-
-    ``temperature`` scales the one that tokens are drawn at; 0 takes the most probable token instead of drawing one.
-    What is believed, and what the next step is conditioned on, stays on the schedule (`GenerationConfig`): scaled
-    down together with it, entropies would shrink, and everything would be believed too early.
-    ``top_k`` (0: all) and ``top_p`` (1: all) keep the most probable tokens only; ``logit_bias`` adds to the logits of
-    single tokens. Each position of the canvas is narrowed by itself.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        if not (_is_number(self.temperature) and (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3)):
-            raise ValueError(f"temperature must be 0 or a number from 0.001 to 1000, got {self.temperature!r}")
-        if type(self.top_k) is not int or self.top_k < 0:
-            raise ValueError(f"top_k must be a whole number of at least 0 (0: all tokens), got {self.top_k!r}")
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p must be a number above 0 and at most 1, got {self.top_p!r}")
-        for token, bias in self.logit_bias:
-            if type(token) is not int or not (_is_number(bias) and abs(bias) <= 1e6):
-                raise ValueError(f"logit_bias must be token ids with numbers up to a million, got {token!r}: {bias!r}")
-
 
 NARROWER = 0.5  # the temperatures and the entropy bound of a canvas that is drawn again, against those of the first
 
 
-def longest_prompt(config: ModelConfig) -> int:
-    """Tokens of the longest prompt that leaves positions for a canvas."""
-    return config.max_position_embeddings - config.canvas_length
-
-
-def _canvas_room(config: ModelConfig, context: int) -> int:
-    """The tokens of all the canvases that there are positions for behind a context."""
-    return (config.max_position_embeddings - context) // config.canvas_length * config.canvas_length
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@dataclass(frozen=True)
-class Thoughts:
-    """How thoughts are told from the rest of an answer, and how many tokens they may have together.
-
-    ``budget`` counts the marks as well. A thought that would have more is cut off, and the next canvas begins with its
-    closing mark. None, or more than leaves a canvas for the answer (half the room where that is not two): that much.
-    """
-
-    opened: int  # the marks' token ids
-    closed: int
-    inside: bool = False  # the prompt left one open
-    budget: int | None = None
-
-    def limit(self, room: int, canvas: int) -> int:
-        """The tokens of an answer of at most ``room`` tokens that may be thought."""
-        most = max(room - canvas, room // 2)
-        return most if self.budget is None else min(self.budget, most)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of the engine: token ids in, token ids out.
-
-    ``spans`` are the prompt's soft tokens (pictures), in order.
-    ``canvas`` seeds the first canvas: token ids from its start, None where noise shall stand; ``pinned`` (same length)
-    marks those that must not change. ``seed`` fixes all of the request's randomness. ``logprobs`` asks for the
-    log-probability of every answer token and of so many alternatives; ``constraint`` says what the answer may be;
-    ``stop`` ends it before any of these strings; without ``drafts`` no Denoised events are made. Requests of one
-    ``client`` wait for each other, not those of another for them; within a client the same goes for its ``user``s.
-    What this request reads is read again by those of its ``tenant`` only, but for its first ``shared`` tokens.
-    ``adapter`` is put on the network for this request.
-    ``tools`` are the declarations of the tools that the answer may call (None: those that the prompt declares).
-    ``held``: the constraint makes the calls. ``thoughts`` bounds them; with ``redraw_empty`` an answer that comes out
-    empty at its first canvas is drawn again.
-    """
-
-    id: int
-    prompt_ids: list[int]
-    settings: GenerationConfig
-    seed: int
-    canvas: list[int | None] | None = None
-    pinned: list[bool] | None = None
-    choices: Choices = Choices()
-    logprobs: int | None = None
-    constraint: Constraint | None = None
-    stop: tuple[str, ...] = ()
-    drafts: bool = True
-    client: str = ""
-    user: str = ""
-    tenant: str = ""
-    shared: int = 0
-    adapter: MountedAdapter | None = None
-    tools: tuple[dict[str, Any], ...] | None = None
-    held: bool = False
-    thoughts: Thoughts | None = None
-    redraw_empty: bool = False
-    spans: tuple[SoftSpan, ...] = ()
-
-    @property
-    def reading(self) -> dict[str, Any]:
-        """What reading the answer needs to know beside the prompt, as keywords of `dgemma.chat.AnswerReader`."""
-        form = self.constraint is not None and not self.constraint.free
-        return {"tools": self.tools, "stop": self.stop, "form": form, "held": self.held}
-
-    def check(self, config: ModelConfig) -> None:
-        """Raises ValueError, saying what is wrong, unless the network can run this request."""
-        if not self.prompt_ids:
-            raise ValueError("the prompt is empty: it needs at least one token")
-        wrong = [token for token in self.prompt_ids if not 0 <= token < config.vocab_size]
-        if wrong:
-            raise ValueError(f"token id {wrong[0]} in the prompt is outside the vocabulary of {config.vocab_size}")
-        room = longest_prompt(config)
-        if len(self.prompt_ids) > room:
-            raise ContextLengthError(
-                f"the prompt has {len(self.prompt_ids)} tokens; this model takes at most {room} before a "
-                f"canvas of {config.canvas_length}", len(self.prompt_ids), room)
-        check_spans(self.spans, len(self.prompt_ids), config.hidden_size)
-        if self.canvas is not None:
-            if len(self.canvas) > config.canvas_length:
-                raise ValueError(f"canvas has {len(self.canvas)} tokens, the model's canvas {config.canvas_length}")
-            odd = [token for token in self.canvas if token is not None and type(token) is not int]
-            if odd:
-                raise ValueError(f"canvas holds token ids and None, not {odd[0]!r}")
-            wrong = [token for token in self.canvas if token is not None and not 0 <= token < config.vocab_size]
-            if wrong:
-                raise ValueError(f"token id {wrong[0]} in canvas is outside the vocabulary of {config.vocab_size}")
-        if self.logprobs is not None and (type(self.logprobs) is not int or self.logprobs < 0):
-            raise ValueError(f"logprobs must be a whole number of at least 0, got {self.logprobs!r}")
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop must be strings of at least one character, got {list(self.stop)!r}")
-        if self.constraint is not None and self.pinned is not None and any(self.pinned):
-            raise ValueError("pinned and response_format cannot be had together")
-        odd = [token for token, _ in self.choices.logit_bias if not 0 <= token < config.vocab_size]
-        if odd:
-            raise ValueError(f"token id {odd[0]} in logit_bias is outside the vocabulary of {config.vocab_size}")
-        if self.constraint is not None:
-            most = _canvas_room(config, len(self.prompt_ids))
-            try:
-                self.constraint.guide(min(self.settings.max_tokens, most))
-            except ValueError as error:  # nothing valid is so short
-                if self.settings.max_tokens < most:
-                    raise
-                message = str(error).removesuffix(": raise max_tokens")
-                raise ValueError(f"{message}, to the end of the model's context") from error
-        if self.pinned is not None:
-            if self.canvas is None or len(self.pinned) != len(self.canvas):
-                raise ValueError("pinned must have one entry for every entry of canvas")
-            loose = [i for i, (pin, token) in enumerate(zip(self.pinned, self.canvas, strict=True))
-                     if pin and token is None]
-            if loose:
-                raise ValueError(f"position {loose[0]} is pinned, but canvas says None there")
-
-
-Read = Callable[[Request], TextReader]
-
-
-def unread(request: Request) -> TextReader:
-    return Unread()
-
-
-@dataclass(eq=False)  # a row is itself: comparing tensors, or what is not set yet, would fail
-class Row:
+@dataclass(eq=False)  # a sequence is itself: comparing tensors, or what is not set yet, would fail
+class SequenceState:
     """A request while it runs. Tensors live on the CPU and have one entry per canvas position."""
 
     request: Request
@@ -368,4 +200,4 @@ class Row:
     def _room_behind(self, count: int) -> int:
         """Tokens that the answer may have behind the next ``count`` ones, if a canvas begins there."""
         left = self.request.settings.max_tokens - len(self.token_ids) - count
-        return min(left, _canvas_room(self.config, len(self.context) + count))
+        return min(left, canvas_room(self.config, len(self.context) + count))

@@ -21,25 +21,25 @@ Places = Mapping[str, tuple[nn.Module, str]]
 
 
 @dataclass(frozen=True, eq=False)  # one is itself: another of the same name has other numbers
-class MountedAdapter:
+class LoadedAdapter:
     """An adapter with a name, ready to be put on the network that it was made for."""
 
     name: str
     parts: Mapping[nn.Module, nn.Module | None]  # every adaptable module of the network and what this puts there
     nbytes: int
 
-    def put_on(self) -> None:
+    def activate(self) -> None:
         """Make the network compute with this adapter and no other."""
         for module, part in self.parts.items():
             module.adapter = part  # type: ignore[assignment]
 
-    def take_off(self) -> None:
+    def deactivate(self) -> None:
         """Make the network compute without any adapter."""
         for module in self.parts:
             module.adapter = None  # type: ignore[assignment]
 
 
-def mountable(name: str, places: Places, config: AdapterConfig, factors: Mapping[str, Factors]) -> MountedAdapter:
+def loadable(name: str, places: Places, config: AdapterConfig, factors: Mapping[str, Factors]) -> LoadedAdapter:
     """The adapter of these factors for the network of these places, which may be working meanwhile."""
     parts: dict[nn.Module, nn.Module | None] = {module: None for module, _ in places.values()}
     plain = replace(config, dora=False)  # the magnitudes are known: no lengths of rows are needed
@@ -61,10 +61,10 @@ def mountable(name: str, places: Places, config: AdapterConfig, factors: Mapping
                 parts[module] = adapter
     for part in filter(None, parts.values()):
         part.requires_grad_(False).eval()
-    return MountedAdapter(name, parts, mounted_bytes(factors))
+    return LoadedAdapter(name, parts, adapter_bytes(factors))
 
 
-def mounted_bytes(factors: Mapping[str, Factors]) -> int:
+def adapter_bytes(factors: Mapping[str, Factors]) -> int:
     """The memory of a mounted adapter: its numbers in float32, and DoRA's lengths, which the first pass works out."""
     return 4 * sum(known.a.numel() + known.b.numel() + (0 if known.magnitude is None else 2 * known.magnitude.numel())
                    for known in factors.values())

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dgemma.config import GenerationConfig
-from dgemma.diffusion.row import Request, Row
+from dgemma.diffusion.request import Request
+from dgemma.diffusion.sequence import SequenceState
 from dgemma.nn import head as head_module
 from support.reference import tiny_config
 
@@ -17,14 +18,14 @@ def request(prompt=(5, 6, 7), seed=3, canvas=None, pinned=None, **settings):
     return Request(0, list(prompt), GenerationConfig(**settings), seed, canvas, pinned)
 
 
-def row(**arguments):
-    return Row(request(**arguments), CONFIG)
+def sequence(**arguments):
+    return SequenceState(request(**arguments), CONFIG)
 
 
-def close_with(row, draft):
-    row.start_canvas()
-    row.draft = torch.tensor(draft)
-    return row.close_canvas()
+def close_with(sequence, draft):
+    sequence.start_canvas()
+    sequence.draft = torch.tensor(draft)
+    return sequence.close_canvas()
 
 
 # Checking
@@ -59,7 +60,7 @@ def test_a_prompt_must_leave_room_for_a_canvas():
 ], ids=str)
 def test_a_possible_request_is_accepted(changes):
     request(**changes).check(CONFIG)
-    started = row(**changes).start_canvas()
+    started = sequence(**changes).start_canvas()
     assert len(started.token_ids) == len(started.pinned) == C
 
 
@@ -67,20 +68,20 @@ def test_a_possible_request_is_accepted(changes):
 
 
 def test_a_canvas_opens_as_noise_of_the_request_s_seed():
-    first, again, other = (row(seed=seed).start_canvas().token_ids for seed in (3, 3, 4))
+    first, again, other = (sequence(seed=seed).start_canvas().token_ids for seed in (3, 3, 4))
     assert first == again != other
     assert all(0 <= token < CONFIG.vocab_size for token in first)
 
 
 def test_a_seeded_canvas_has_the_given_tokens_and_noise_elsewhere():
-    noise = row().start_canvas().token_ids
-    started = row(canvas=[9, None, 11], pinned=[True, False, False]).start_canvas()
+    noise = sequence().start_canvas().token_ids
+    started = sequence(canvas=[9, None, 11], pinned=[True, False, False]).start_canvas()
     assert started.token_ids == [9, noise[1], 11, *noise[3:]]
     assert started.pinned == [True] + [False] * (C - 1)
 
 
 def test_only_the_first_canvas_is_seeded():
-    it = row(canvas=[9] * C, pinned=[True] * C, max_tokens=2 * C)
+    it = sequence(canvas=[9] * C, pinned=[True] * C, max_tokens=2 * C)
     close_with(it, [9] * C)
     started = it.start_canvas()
     assert not any(started.pinned)
@@ -90,7 +91,7 @@ def test_only_the_first_canvas_is_seeded():
 
 def test_a_step_s_noise_has_two_numbers_for_every_tile(monkeypatch):
     monkeypatch.setattr(head_module, "VOCAB_TILE", 20)
-    uniform, fresh = row().draw_noise()
+    uniform, fresh = sequence().draw_noise()
     assert uniform.shape == (C, 3, 2)
     assert fresh.shape == (C,)
     assert ((uniform >= 0) & (uniform < 1)).all()
@@ -100,7 +101,7 @@ def test_a_step_s_noise_has_two_numbers_for_every_tile(monkeypatch):
 
 
 def test_a_step_reports_what_it_changed():
-    it = row(stability_threshold=2)
+    it = sequence(stability_threshold=2)
     it.start_canvas()
     ones, mixed = torch.ones(C, dtype=torch.long), torch.tensor([1, 2] * (C // 2))
     rest = (torch.zeros(C), torch.ones(C, dtype=torch.bool))
@@ -118,39 +119,39 @@ WORDS = list(range(10, 10 + C))
 
 
 def test_an_answer_ends_before_its_first_stop_token():
-    it = row(max_tokens=100, eos_token_id=(EOS, 40))
+    it = sequence(max_tokens=100, eos_token_id=(EOS, 40))
     event = close_with(it, [10, 11, 40, 12, EOS, *WORDS[5:]])
     assert event.token_ids == it.token_ids == [10, 11]
     assert (it.finish_reason, it.stop_token_id) == ("stop", 40)
 
 
 def test_a_stop_token_may_be_the_first():
-    it = row()
+    it = sequence()
     assert close_with(it, [EOS] * C).token_ids == []
     assert it.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("limit", [1, C - 1, C])
 def test_an_answer_is_cut_at_its_limit(limit):
-    it = row(max_tokens=limit)
+    it = sequence(max_tokens=limit)
     assert close_with(it, WORDS).token_ids == WORDS[:limit]
     assert (it.finish_reason, it.stop_token_id) == ("length", None)
 
 
 def test_a_stop_token_right_behind_the_limit_ends_the_answer_by_itself():
-    it = row(max_tokens=3)
+    it = sequence(max_tokens=3)
     close_with(it, [10, 11, 12, EOS, *WORDS[4:]])
     assert (it.token_ids, it.finish_reason) == ([10, 11, 12], "stop")
 
 
 def test_a_stop_token_beyond_the_limit_does_not_count():
-    it = row(max_tokens=2)
+    it = sequence(max_tokens=2)
     close_with(it, [10, 11, 12, EOS, *WORDS[4:]])
     assert (it.token_ids, it.finish_reason, it.stop_token_id) == ([10, 11], "length", None)
 
 
 def test_the_limit_counts_over_canvases():
-    it = row(max_tokens=C + 2)
+    it = sequence(max_tokens=C + 2)
     close_with(it, WORDS)
     assert it.finish_reason is None
     assert it.context == [5, 6, 7, *WORDS]
@@ -160,7 +161,7 @@ def test_the_limit_counts_over_canvases():
 
 
 def test_an_answer_ends_where_no_further_canvas_fits():
-    it = Row(request(max_tokens=100), tiny_config(max_position_embeddings=3 + 2 * C))
+    it = SequenceState(request(max_tokens=100), tiny_config(max_position_embeddings=3 + 2 * C))
     close_with(it, WORDS)
     assert it.finish_reason is None
     close_with(it, WORDS)
@@ -168,6 +169,6 @@ def test_an_answer_ends_where_no_further_canvas_fits():
 
 
 def test_without_stop_tokens_nothing_stops():
-    it = row(max_tokens=C + 1, eos_token_id=())
+    it = sequence(max_tokens=C + 1, eos_token_id=())
     close_with(it, [EOS] * C)
     assert it.finish_reason is None
