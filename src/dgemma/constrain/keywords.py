@@ -1,4 +1,4 @@
-"""What each keyword of a JSON schema that speaks of one type demands, as forms; or what its denial demands.
+"""What each keyword of a JSON schema that speaks of types demands, as forms; or what its denial demands.
 
 Every reader has the schema, its place, the keyword's value, and whether the schema holds. Knows nothing of how demands
 are put together (`shapes`), of languages but patterns.
@@ -9,18 +9,102 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 from dgemma.constrain.automaton import compile_part
 from dgemma.constrain.language import parse_regex
 from dgemma.constrain.references import Place
-from dgemma.constrain.shape import MEANT, NOT_EMPTY, OPEN, Demand, Forms, Seen, Shape, only, shortest_text, value_of
-from dgemma.constrain.values import exact
+from dgemma.constrain.shape import (
+    FREE,
+    MEANT,
+    NAMED,
+    NOT_EMPTY,
+    OPEN,
+    Demand,
+    Demands,
+    Forms,
+    Seen,
+    Shape,
+    only,
+    shortest_text,
+    value_of,
+)
+from dgemma.constrain.values import KINDS, dumps, exact, identity, kind_of
 from dgemma.errors import DgemmaError
 
 if TYPE_CHECKING:
     from dgemma.constrain.shapes import Shapes
+
+TYPES = (*KINDS, "integer")
+
+
+def read_values(shapes: Shapes, schema: Mapping, place: Place, holds: bool) -> Iterator[Forms]:
+    """type, enum, const"""
+    if "type" in schema:
+        names = [*schema["type"]] if isinstance(schema["type"], list) else [schema["type"]]
+        for name in names:
+            if name not in TYPES:
+                raise DgemmaError(f"{place.where}.type is {name!r}; there are {', '.join(TYPES)}")
+        if schema.get("nullable") is True:  # OpenAPI
+            names.append("null")
+        forms: Forms = {}
+        for kind, free in FREE.items():
+            if (kind in names) == holds:
+                forms[kind] = [replace(shape, level=NAMED if holds else OPEN) for shape in free]
+        if "integer" in names and "number" not in names:
+            forms["number"] = [Shape("number", NAMED if holds else OPEN, whole=holds)]
+        yield forms
+    for key in ("enum", "const"):
+        if key not in schema:
+            continue
+        values = schema[key] if key == "enum" else [schema[key]]
+        by_kind: dict[str, dict[Any, Any]] = {}
+        for value in values:
+            by_kind.setdefault(kind_of(value), {}).setdefault(identity(value), value)
+        if holds:
+            yield {kind: [Shape(kind, NAMED, tuple(map(dumps, found.values())))] for kind, found in by_kind.items()}
+        else:
+            yield {kind: others for kind in KINDS
+                   if (others := _other_than(shapes, kind, list(by_kind.get(kind, {}).values()), place))}
+
+
+def _other_than(shapes: Shapes, kind: str, values: list, place: Place) -> list[Shape]:
+    """The shapes of a type's values but these."""
+    if not values:
+        return FREE[kind]
+    if kind in ("boolean", "null"):
+        fixed = tuple(text for text in FREE[kind][0].fixed or () if value_of(text) not in values)
+        return [Shape(kind, fixed=fixed)] if fixed else []
+    if kind == "string":
+        return [Shape(kind, excluded=tuple(values))]
+    if kind == "number":
+        bounds = [None, *sorted(map(exact, values)), None]
+        return [Shape(kind, low=low, high=high, above=low is not None, below=high is not None)
+                for low, high in pairwise(bounds)]
+    forms: Forms = {kind: FREE[kind]}
+    for value in values:
+        forms = shapes.both(forms, {kind: list(_unlike(shapes, kind, value, place))})
+    return forms.get(kind, [])
+
+
+def _unlike(shapes: Shapes, kind: str, value: Any, place: Place) -> Iterator[Shape]:
+    """The shapes of arrays or objects other than one."""
+    def differs(inner: Any) -> Demands:
+        return (Demand(shapes.made({"const": inner}, place, place.where), False),)
+
+    if value:
+        yield Shape(kind, most=len(value) - 1)
+    if kind == "array":
+        for index, item in enumerate(value):
+            yield Shape(kind, least=index + 1, spans=((index, index + 1, differs(item)),))
+    else:
+        for name, item in value.items():
+            yield Shape(kind, named=((name, differs(item)),), required=(name,))
+            if shapes.wide:
+                yield shapes.lacking(name, place)
+    yield Shape(kind, least=len(value) + 1)
 
 
 def _bounds(shapes: Shapes, schema: Mapping, place: Place, inner: Any, holds: bool, key: str) -> Iterator[Forms]:

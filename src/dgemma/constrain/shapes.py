@@ -14,11 +14,11 @@ import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any
 
 from dgemma.constrain.automaton import ADVICE, Automaton, Effort, TooLarge, compile_part
-from dgemma.constrain.keywords import KEYWORDS
+from dgemma.constrain.keywords import KEYWORDS, read_values
 from dgemma.constrain.language import parse_regex
 from dgemma.constrain.references import Place, Places
 from dgemma.constrain.scalars import string
@@ -26,7 +26,6 @@ from dgemma.constrain.shape import (
     ASIDE,
     FREE,
     MEANT,
-    NAMED,
     OPEN,
     Demand,
     Demands,
@@ -40,10 +39,9 @@ from dgemma.constrain.shape import (
     value_of,
     whole_bounds,
 )
-from dgemma.constrain.values import KINDS, dumps, exact, identity, kind_of
+from dgemma.constrain.values import identity, kind_of
 from dgemma.errors import DgemmaError
 
-TYPES = (*KINDS, "integer")
 MAX_DEPTH = 40
 _EFFORT = 1000  # of one part of a schema
 _MOST_SHAPES = 2000  # alternatives of one type
@@ -356,7 +354,7 @@ class Shapes:
                 yield self.one(Demand(number, holds))
                 if self.places.old:
                     return
-        yield from self._values(schema, place, holds)
+        yield from read_values(self, schema, place, holds)
         for key, inner in schema.items():
             if key in KEYWORDS:
                 yield from KEYWORDS[key](self, schema, place, inner, holds)
@@ -458,70 +456,6 @@ class Shapes:
             forms = {other: ([replace(shape, level=ASIDE if shape.level == OPEN else shape.level) for shape in shapes]
                              if other != kind else done) for other, shapes in forms.items() if other != kind or done}
         return forms
-
-    def _values(self, schema: Mapping, place: Place, holds: bool) -> Iterator[Forms]:
-        """type, enum, const"""
-        if "type" in schema:
-            names = [*schema["type"]] if isinstance(schema["type"], list) else [schema["type"]]
-            for name in names:
-                if name not in TYPES:
-                    raise DgemmaError(f"{place.where}.type is {name!r}; there are {', '.join(TYPES)}")
-            if schema.get("nullable") is True:  # OpenAPI
-                names.append("null")
-            forms: Forms = {}
-            for kind, shapes in FREE.items():
-                if (kind in names) == holds:
-                    forms[kind] = [replace(shape, level=NAMED if holds else OPEN) for shape in shapes]
-            if "integer" in names and "number" not in names:
-                forms["number"] = [Shape("number", NAMED if holds else OPEN, whole=holds)]
-            yield forms
-        for key in ("enum", "const"):
-            if key not in schema:
-                continue
-            values = schema[key] if key == "enum" else [schema[key]]
-            by_kind: dict[str, dict[Any, Any]] = {}
-            for value in values:
-                by_kind.setdefault(kind_of(value), {}).setdefault(identity(value), value)
-            if holds:
-                yield {kind: [Shape(kind, NAMED, tuple(map(dumps, found.values())))] for kind, found in by_kind.items()}
-            else:
-                yield {kind: shapes for kind in KINDS
-                       if (shapes := self._other_than(kind, list(by_kind.get(kind, {}).values()), place))}
-
-    def _other_than(self, kind: str, values: list, place: Place) -> list[Shape]:
-        """The shapes of a type's values but these."""
-        if not values:
-            return FREE[kind]
-        if kind in ("boolean", "null"):
-            fixed = tuple(text for text in FREE[kind][0].fixed or () if value_of(text) not in values)
-            return [Shape(kind, fixed=fixed)] if fixed else []
-        if kind == "string":
-            return [Shape(kind, excluded=tuple(values))]
-        if kind == "number":
-            bounds = [None, *sorted(map(exact, values)), None]
-            return [Shape(kind, low=low, high=high, above=low is not None, below=high is not None)
-                    for low, high in pairwise(bounds)]
-        forms: Forms = {kind: FREE[kind]}
-        for value in values:
-            forms = self.both(forms, {kind: list(self._unlike(kind, value, place))})
-        return forms.get(kind, [])
-
-    def _unlike(self, kind: str, value: Any, place: Place) -> Iterator[Shape]:
-        """The shapes of arrays or objects other than one."""
-        def differs(inner: Any) -> Demands:
-            return (Demand(self.made({"const": inner}, place, place.where), False),)
-
-        if value:
-            yield Shape(kind, most=len(value) - 1)
-        if kind == "array":
-            for index, item in enumerate(value):
-                yield Shape(kind, least=index + 1, spans=((index, index + 1, differs(item)),))
-        else:
-            for name, item in value.items():
-                yield Shape(kind, named=((name, differs(item)),), required=(name,))
-                if self.wide:
-                    yield self.lacking(name, place)
-        yield Shape(kind, least=len(value) + 1)
 
     def lacking(self, name: str, place: Place) -> Shape:
         """Objects without a property."""

@@ -217,7 +217,13 @@ class AnswerFields(SamplerFields):
 
         Raises `ApiError` naming the first field at fault.
         """
-        check_fields(self, http, settings)
+        given = {name: getattr(self, name) for name in ("presence_penalty", "frequency_penalty")
+                 if name in self.model_fields_set} | (self.model_extra or {})
+        told = [name for name, value in given.items()
+                if value is not None and name not in HARMLESS and not _asks_nothing(name, value, http, settings)]
+        names = [name for name in told if _TELLABLE.fullmatch(name)]
+        if names:
+            http.scope["dgemma.ignored"] = ", ".join(names[:_MOST_TOLD])
 
     def ask(self, http: HttpRequest, prompt: Prompt, adapter: LoadedAdapter | None) -> Ask:
         """What is asked for. Raises `ApiError`."""
@@ -366,20 +372,6 @@ def _template_switch(given: dict[str, Any]) -> bool | None:
                            f"reasoning_effort and thinking_budget, not {shown(name)}",
                            "chat_template_kwargs", "unsupported_parameter")
     return switch
-
-
-def check_fields(body: Body, http: HttpRequest, settings: Settings) -> None:
-    """Refuse what cannot be honoured, and note what has no effect for the answer's header.
-
-    Raises `ApiError` naming the first field at fault.
-    """
-    given = {name: getattr(body, name) for name in ("presence_penalty", "frequency_penalty")
-             if name in body.model_fields_set} | (body.model_extra or {})
-    told = [name for name, value in given.items()
-            if value is not None and name not in HARMLESS and not _asks_nothing(name, value, http, settings)]
-    names = [name for name in told if _TELLABLE.fullmatch(name)]
-    if names:
-        http.scope["dgemma.ignored"] = ", ".join(names[:_MOST_TOLD])
 
 
 def _asks_nothing(name: str, value: Any, http: HttpRequest, settings: Settings) -> bool:
