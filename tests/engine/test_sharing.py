@@ -224,7 +224,7 @@ def test_memory_of_a_request_is_never_less_than_what_it_holds(engine_of, ask):
     held = 0
     while engine.busy:
         engine.step()
-        held = max([held, *(seat.prefix.cache.nbytes for seat in engine._seats)])
+        held = max([held, *(slot.prefix.cache.nbytes for slot in engine._slots)])
     assert 0 < held <= engine.memory_of(request)
 
 
