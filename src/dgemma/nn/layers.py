@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class Packable(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        return PackedWeight(found, self.packed[name]) if name in self.packed else found
+        return PackedWeight(cast(Tensor, found), self.packed[name]) if name in self.packed else found
 
 
 class Embedding(Packable, nn.Embedding):
