@@ -30,9 +30,9 @@ from dgemma.cache.pages import Paged, PagedBatch, PageFormat
 from dgemma.config import FULL, GenerationConfig
 from dgemma.diffusion.sampler import EntropyBoundSampler, StepSettings
 from dgemma.engine.engine import PIECE
-from dgemma.kernels import PackedWeight, native
-from dgemma.nn import DiffusionTransformer, head
-from dgemma.nn.head import vocab_tiles
+from dgemma.kernels import PackedWeight, mix_rows, native
+from dgemma.nn import DiffusionTransformer
+from dgemma.nn.head import canvas_stats, vocab_tiles
 
 PARTS = ("experts", "dense", "attention", "head", "soft embedding", "sampler", "rest")
 
@@ -95,7 +95,8 @@ def measure(network: DiffusionTransformer, *, context: int = 64, canvas: int | N
             with watch.attached(network):
                 hidden = network.denoise(ids, PagedBatch([cache]), soft)
                 with watch.timed("whole head"):
-                    stats = network.head(hidden, torch.tensor([0.8], device=device), noise)
+                    stats = canvas_stats(hidden, network.embed_tokens.weight, torch.tensor([0.8], device=device), noise,
+                                         config.final_logit_softcapping, network.embed_scale, mix=watch.mix)
                 with watch.timed("sampler"):
                     ids, _ = sampler.advance(stats, fresh, settings)
                     sampler.done(stats, stats.argmax.unsqueeze(0)[:0], settings)
@@ -294,6 +295,11 @@ class _Stopwatch:
         yield
         self.times[part] += self.now() - began
 
+    def mix(self, *arguments: Any) -> None:
+        """`mix_rows`, timed."""
+        with self.timed("soft embedding"):
+            mix_rows(*arguments)
+
     @contextmanager
     def attached(self, network: DiffusionTransformer) -> Iterator[None]:
         """While this lasts, everything that is run of ``network`` is timed."""
@@ -311,16 +317,8 @@ class _Stopwatch:
                 self.times[part] += self.now() - began[part]
 
             hooks += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
-        mix_rows = head.mix_rows
-
-        def timed_mix(*arguments: Any) -> None:
-            with self.timed("soft embedding"):
-                mix_rows(*arguments)
-
-        head.mix_rows = timed_mix
         try:
             yield
         finally:
-            head.mix_rows = mix_rows
             for hook in hooks:
                 hook.remove()

@@ -6,6 +6,7 @@ to the largest logit met so far: a fixed reference such as the cap would underfl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +40,13 @@ def vocab_tiles(vocab_size: int) -> int:
 
 @torch.no_grad()
 def canvas_stats(hidden: Tensor, embedding: Weight, temperature: Tensor, noise: Tensor, cap: float,
-                 embed_scale: float, sharpness: Tensor | None = None) -> CanvasStats:
+                 embed_scale: float, sharpness: Tensor | None = None,
+                 mix: Callable[[Tensor, Tensor, Tensor, Weight], None] = mix_rows) -> CanvasStats:
     """Predictions of a canvas from its hidden states, a tile of the vocabulary at a time.
 
     hidden [B, C, D]; embedding [V, D]; temperature [B]; noise [B, C, vocab_tiles(V), 2], uniform in [0, 1). The sample
-    is drawn from the probabilities to the power of ``sharpness`` [B] (None: 1), renormalised.
+    is drawn from the probabilities to the power of ``sharpness`` [B] (None: 1), renormalised. ``mix`` sums up the soft
+    embeddings, as `mix_rows` does.
 
     The sample is a Gumbel-max over tiles, each standing for its total mass, with an inverse-CDF draw inside the
     winning one: the largest of a tile's perturbed logits is itself Gumbel-distributed around the log of its mass, so
@@ -63,7 +66,7 @@ def canvas_stats(hidden: Tensor, embedding: Weight, temperature: Tensor, noise: 
         table = embedding[start : start + VOCAB_TILE]
         scores = linear(flat, table).float()
         add_tile(scores, start, cap, inverse_t, gumbel[tile], inside[tile])
-        mix_rows(soft, sums.decay, scores, table)
+        mix(soft, sums.decay, scores, table)
 
     entropy = (sums.mass.log() - sums.weighted / sums.mass).clamp(min=0)
     expected = soft.div_(sums.mass.unsqueeze(1)).mul_(embed_scale).to(hidden.dtype)
