@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dgemma.diffusion.logprobs import token_logprobs
+from dgemma.engine.runner import token_logprobs
 from dgemma.nn import canvas_stats, distributions
 from dgemma.nn import head as head_module
 from dgemma.nn.distributions import Distributions, favoured, narrowed_stats

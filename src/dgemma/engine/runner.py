@@ -17,7 +17,6 @@ from torch import Tensor
 from dgemma.cache.pages import PagedBatch
 from dgemma.diffusion.constraint import Guide, Walk
 from dgemma.diffusion.events import Denoised, TokenLogprob
-from dgemma.diffusion.logprobs import token_logprobs
 from dgemma.diffusion.sampler import EntropyBoundSampler, Sampler, StepSettings
 from dgemma.diffusion.sequence import SequenceState
 from dgemma.engine.prefixes import Prefix
@@ -169,6 +168,18 @@ def logprobs_of(network: DiffusionTransformer, slot: Slot, count: int) -> list[T
         return None
     return token_logprobs(_distributions(network, slot, slot.hidden, 1.0), slot.sequence.draft,
                           slot.sequence.request.logprobs, count)
+
+
+def token_logprobs(distributions: Distributions, token_ids: Tensor, top: int, upto: int) -> list[TokenLogprob]:
+    """The log-probability of each of the first ``upto`` of token_ids [C], and the ``top`` best tokens at its place."""
+    found: list[TokenLogprob] = []
+    for positions, log_p in distributions.first(upto):
+        ids = token_ids[positions].to(log_p.device)
+        own = log_p.gather(1, ids.unsqueeze(1)).squeeze(1)
+        best, tokens = log_p.topk(min(top, log_p.shape[1]))
+        pairs = [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), best.tolist(), strict=True)]
+        found += map(TokenLogprob, ids.tolist(), own.tolist(), pairs)
+    return found
 
 
 def _narrows(slot: Slot) -> bool:
