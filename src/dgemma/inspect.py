@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dgemma.chat import Tokenizer
 from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, LayerConfig, ModelConfig, load_generation_config, load_model_config
 from dgemma.errors import CheckpointError
 from dgemma.gguf.container import is_gguf

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from dgemma.cache import check_cache_type
-from dgemma.chat import AnswerReader, Tokenizer, normalise_messages, normalise_tools
-from dgemma.chat.reply import inside_thought
+from dgemma.chat.messages import normalise_messages, normalise_tools
+from dgemma.chat.reply import AnswerReader, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, ModelConfig, load_generation_config, load_model_config
 from dgemma.constrain.choice import ToolChoice, calls_of, read_tool_choice, shown_tools, usable_tools
 from dgemma.diffusion.events import Event, Finished, Generation
