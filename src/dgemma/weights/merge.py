@@ -17,7 +17,7 @@ from dgemma.config import load_model_config
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, make_folder, name_beside
 from dgemma.gguf.keys import gguf_name
-from dgemma.kernels.packed_grad import pieces
+from dgemma.kernels.products import pieces
 from dgemma.nn.adapters import Factors
 from dgemma.weights.adapters import read_adapter
 from dgemma.weights.files import INDEX_FILE, weight_files
