@@ -12,7 +12,6 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -23,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from dgemma.config import ModelConfig
 from dgemma.errors import CheckpointError
 from dgemma.fields import is_whole, parse_json_value, shown
-from dgemma.files import fill
+from dgemma.files import read_pieces
 from dgemma.nn import DiffusionTransformer
 from dgemma.weights.files import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
 from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, network_name
@@ -301,43 +300,27 @@ def _read(chosen: Mapping[str, StoredTensor], device: torch.device, dtype: torch
     for path in sorted({tensor.file for tensor in chosen.values()}):
         here = sorted(((name, t) for name, t in chosen.items() if t.file == path), key=lambda item: item[1].offset)
         try:
-            with safe_open(path, "pt") as mapped, path.open("rb", buffering=0) as file:
+            with safe_open(path, "pt") as mapped:
                 for name, stored in here:
-                    if device.type == "cpu" and DTYPES[stored.dtype] == dtype:
+                    source = DTYPES[stored.dtype]
+                    if device.type == "cpu" and source == dtype:
                         read[name] = mapped.get_tensor(stored.name)
                         done += stored.nbytes
                         progress(done, total)
                         continue
-                    tensor = torch.empty(stored.shape, dtype=dtype, device=device)
-                    before = done
-                    for filled in _fill(tensor.view(-1), file, stored):
-                        done = before + filled
+                    read[name] = torch.empty(stored.shape, dtype=dtype, device=device)
+                    target, first = read[name].view(-1), 0
+                    for piece in read_pieces(path, stored.offset, stored.nbytes, _PIECE, stored.name):
+                        numbers = torch.frombuffer(piece, dtype=source)
+                        target[first : first + len(numbers)].copy_(numbers)
+                        first += len(numbers)
+                        done += len(piece)
                         progress(done, total)
-                    read[name] = tensor
-        except (SafetensorError, EOFError) as error:
+        except SafetensorError as error:
             raise CheckpointError(f"{path}: corrupt safetensors file: {error}") from error
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     return read
-
-
-def _fill(target: Tensor, file: RawIOBase, stored: StoredTensor) -> Iterable[int]:
-    """Fill ``target`` [numel] from the file, converting; yields the bytes read so far after every piece.
-
-    Plain reads into one small buffer: pages of a mapped file would count as memory beside the converted copy.
-    """
-    source = DTYPES[stored.dtype]
-    buffer = bytearray(min(_PIECE, stored.nbytes))
-    file.seek(stored.offset)
-    done = 0
-    while done < stored.nbytes:
-        view = memoryview(buffer)[: min(len(buffer), stored.nbytes - done)]
-        fill(view, file, stored.name)
-        piece = torch.frombuffer(buffer, dtype=source, count=len(view) // source.itemsize)
-        first = done // source.itemsize
-        target[first : first + len(piece)].copy_(piece)
-        done += len(view)
-        yield done
 
 
 class _OnMeta(TorchFunctionMode):
