@@ -18,7 +18,7 @@ from typing import Any
 from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, LayerConfig, ModelConfig, load_generation_config, load_model_config
-from dgemma.errors import CheckpointError
+from dgemma.errors import CheckpointError, Problem
 from dgemma.gguf.container import is_gguf
 from dgemma.gguf.keys import network_name as gguf_network_name
 from dgemma.gguf.reader import GGUFTensor
@@ -26,16 +26,7 @@ from dgemma.memory import program_bytes
 from dgemma.memory.inference import MemoryNeed, memory_needs
 from dgemma.weights.finite import check_finite
 from dgemma.weights.gguf_model import match_gguf, open_gguf
-from dgemma.weights.load import (
-    DTYPES,
-    Problem,
-    Shape,
-    StoredTensor,
-    match,
-    network_shapes,
-    read_headers,
-    stored_dtype,
-)
+from dgemma.weights.load import DTYPES, Shape, StoredTensor, match, network_shapes, read_headers, stored_dtype
 from dgemma.weights.names import is_vision
 
 PARTS: tuple[str, ...] = ("embedding", "attention", "dense MLP", "experts", "router and norms",

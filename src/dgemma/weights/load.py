@@ -10,7 +10,7 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dgemma.config import ModelConfig
-from dgemma.errors import CheckpointError
+from dgemma.errors import CheckpointError, Problem, problems_of, refuse
 from dgemma.fields import is_whole, parse_json_value, shown
 from dgemma.files import read_pieces
 from dgemma.nn import DiffusionTransformer
@@ -32,7 +32,6 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
            "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
            "C64": 8}
-_LISTED = 20  # how many items of one kind of problem a message spells out
 _PIECE = 16 << 20  # bytes read at a time where data is converted or moved to a device
 _HEADER_LIMIT = 100_000_000  # safetensors' own
 
@@ -49,14 +48,6 @@ class StoredTensor:
     shape: Shape
     offset: int
     nbytes: int
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One kind of thing that is wrong with a checkpoint, and every instance of it."""
-
-    kind: str
-    items: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -176,28 +167,6 @@ def match(contents: Contents, expected: Mapping[str, Shape]) -> tuple[dict[str, 
                                "supported)" for t in chosen.values() if t.dtype not in DTYPES],
     }
     return chosen, problems_of(found)
-
-
-def problems_of(found: Mapping[str, Iterable[str]]) -> list[Problem]:
-    """The kinds of problems of which something was found."""
-    return [Problem(kind, tuple(items)) for kind, items in found.items() if items]
-
-
-def refuse(problems: Sequence[Problem], what: str) -> None:
-    """Raises CheckpointError that says ``what`` and all of the problems, if there are any."""
-    if problems:
-        raise CheckpointError(f"{what}\n{describe(problems)}")
-
-
-def describe(problems: Iterable[Problem]) -> str:
-    """The problems as indented lines, at most twenty of each kind."""
-    lines = []
-    for problem in problems:
-        lines.append(f"  {problem.kind} ({len(problem.items)}):")
-        lines.extend(f"    {item}" for item in problem.items[:_LISTED])
-        if len(problem.items) > _LISTED:
-            lines.append(f"    and {len(problem.items) - _LISTED} more")
-    return "\n".join(lines)
 
 
 def _read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:

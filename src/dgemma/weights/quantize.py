@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dgemma.config import load_generation_config, load_model_config
-from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.errors import CheckpointError, DgemmaError, refuse
 from dgemma.files import atomic_write, free_space, read_pieces
 from dgemma.formats import size_text
 from dgemma.gguf import keys
@@ -28,7 +28,7 @@ from dgemma.gguf.reader import read_gguf
 from dgemma.gguf.tokenizer import mended_types, tokenizer_metadata
 from dgemma.gguf.writer import TensorEntry, header, padding
 from dgemma.weights.gguf_model import match_gguf, open_gguf
-from dgemma.weights.load import DTYPES, match, network_shapes, read_headers, refuse
+from dgemma.weights.load import DTYPES, match, network_shapes, read_headers
 from dgemma.weights.names import is_vision
 
 _PIECE = 4 << 20  # weights converted at a time
