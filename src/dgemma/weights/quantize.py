@@ -215,20 +215,13 @@ def check_space(out: Path, size: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A tensor of the source: ``name`` is its GGUF name; ``values`` if it stands in no file but is made here."""
+class _Stored(TensorEntry):
+    """A tensor of the source, under its GGUF name; ``values`` if it stands in no file but is made here."""
 
-    name: str
-    shape: tuple[int, ...]
-    type: BlockType
     file: Path
     offset: int
     called: str  # the source's own name for it
     values: bytearray | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return TensorEntry(self.name, self.shape, self.type).nbytes
 
 
 @dataclass(frozen=True)
