@@ -23,7 +23,7 @@ import time
 import torch
 from machine import describe
 
-from dgemma.chat import Tokenizer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.constrain import constraint_of, made
 
 ITEM = {"type": "object", "required": ["id", "label"],

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dgemma.errors import DgemmaError
-from dgemma.files import atomic_write, fill, free_space, json_bytes, make_folder
+from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.files import atomic_write, free_space, json_bytes, make_folder, read_pieces
 
 
 def names(folder):
@@ -187,14 +187,14 @@ def test_json_reads_back_the_same():
     assert json.loads(json_bytes(["ä\ud800"])) == ["ä\ud800"]
 
 
-def test_bytes_that_a_file_has_not(tmp_path):
-    (tmp_path / "x").write_bytes(b"abcdef")
-    data = bytearray(4)
-    with (tmp_path / "x").open("rb", buffering=0) as file:
-        fill(memoryview(data), file, "w")
-        assert data == b"abcd"
-        with pytest.raises(EOFError, match="the data of w ends early"):
-            fill(memoryview(data), file, "w")
+def test_a_file_is_read_in_pieces(tmp_path):
+    (tmp_path / "x").write_bytes(b"abcdefg")
+    assert [bytes(piece) for piece in read_pieces(tmp_path / "x", 1, 5, 2, "w")] == [b"bc", b"de", b"f"]
+    assert list(read_pieces(tmp_path / "x", 1, 0, 2, "w")) == []
+    with pytest.raises(CheckpointError, match="x: the data of w ends early"):
+        list(read_pieces(tmp_path / "x", 4, 5, 2, "w"))
+    with pytest.raises(CheckpointError, match="y: cannot be read"):
+        list(read_pieces(tmp_path / "y", 0, 5, 2, "w"))
 
 
 def test_free_space_of_a_folder_that_is_still_to_be_made(tmp_path):

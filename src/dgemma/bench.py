@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -268,13 +269,7 @@ def describe_machine(*packages: str) -> str:
 
 def _best(action: Callable[[], object], repeats: int = 5) -> float:
     """The least time of ``action`` after a warm-up: a rate's best is the machine's, the rest is interference."""
-    action()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return min(timeit.repeat(action, number=1, repeat=repeats + 1)[1:])
 
 
 class _Stopwatch:

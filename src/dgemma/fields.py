@@ -88,7 +88,7 @@ def parse_json_value(data: bytes | str, where: str, failure: Failure = Checkpoin
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(text, object_pairs_hook=_object)
-        deep = _is_deep(value)
+        deep = is_deep(value, _NESTING)
         if not halves and not deep and _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -118,13 +118,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _is_deep(value: Any) -> bool:
-    level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(_NESTING):
+def is_deep(value: Any, levels: int) -> bool:
+    """Whether objects and lists are nested deeper than that; however deep they are, this is not."""
+    level = [value] if isinstance(value, (dict, list, tuple)) else []
+    for _ in range(levels):
         if not level:
             return False
-        level = [item for container in level for item in (container.values() if isinstance(container, dict)
-                                                          else container) if isinstance(item, (dict, list))]
+        level = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(item, (dict, list, tuple))]
     return bool(level)
 
 

@@ -11,11 +11,10 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-from dgemma.errors import DgemmaError
+from dgemma.errors import CheckpointError, DgemmaError
 
 _NAME_KEPT = 50  # characters, of up to 4 bytes: a file's name has 255 bytes at most
 
@@ -71,17 +70,26 @@ def free_space(path: Path) -> int:
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
-def fill(view: memoryview, file: RawIOBase, what: str) -> None:
-    """Fill ``view`` with the next bytes of a file that was opened without a buffer.
+def read_pieces(path: Path, start: int, nbytes: int, size: int, what: str) -> Iterator[memoryview]:
+    """``nbytes`` of a file from ``start`` on, ``size`` at a time, every piece in the memory of the one before.
 
-    Raises EOFError where it ends before: ``what`` names what the bytes are of.
+    Plain reads into one buffer: pages of a mapped file would count as memory. Raises CheckpointError when the file
+    cannot be read or ends before; ``what`` names what the bytes are of.
     """
-    filled = 0
-    while filled < len(view):
-        count = file.readinto(view[filled:])
-        if not count:
-            raise EOFError(f"the data of {what} ends early")
-        filled += count
+    buffer = memoryview(bytearray(min(size, nbytes)))
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            for done in range(0, nbytes, size):
+                piece, filled = buffer[: nbytes - done], 0
+                while filled < len(piece):
+                    count = file.readinto(piece[filled:])
+                    if not count:
+                        raise CheckpointError(f"{path}: the data of {what} ends early")
+                    filled += count
+                yield piece
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def make_folder(path: str | Path) -> Path:

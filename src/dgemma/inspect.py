@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dgemma.chat import Tokenizer
 from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, LayerConfig, ModelConfig, load_generation_config, load_model_config
-from dgemma.errors import CheckpointError
+from dgemma.errors import CheckpointError, Problem
 from dgemma.gguf.container import is_gguf
 from dgemma.gguf.keys import network_name as gguf_network_name
 from dgemma.gguf.reader import GGUFTensor
@@ -26,16 +26,7 @@ from dgemma.memory import program_bytes
 from dgemma.memory.inference import MemoryNeed, memory_needs
 from dgemma.weights.finite import check_finite
 from dgemma.weights.gguf_model import match_gguf, open_gguf
-from dgemma.weights.load import (
-    DTYPES,
-    Problem,
-    Shape,
-    StoredTensor,
-    match,
-    network_shapes,
-    read_headers,
-    stored_dtype,
-)
+from dgemma.weights.load import DTYPES, Shape, StoredTensor, match, network_shapes, read_headers, stored_dtype
 from dgemma.weights.names import is_vision
 
 PARTS: tuple[str, ...] = ("embedding", "attention", "dense MLP", "experts", "router and norms",
@@ -176,15 +167,10 @@ def _of_gguf(path: Path, contexts: Sequence[int] | None) -> tuple[CheckpointRepo
     parameters = count_parameters(shapes)
     _, problems = match_gguf(model, shapes)
     tokenizer = _tokenizer_facts(lambda: tokenizer_from_gguf(file.metadata, file.path.name), problems)
-    counts, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    for tensor in tensors:
-        key = _part(gguf_network_name(tensor.name) or ""), tensor.type_name
-        counts[key] += 1
-        sizes[key] += tensor.nbytes
-    parts = tuple(PartStoredAs(*key, counts[key], sizes[key])
-                  for key in sorted(counts, key=lambda key: (PARTS.index(key[0]), -sizes[key])))
-    stored = _stored((tensor.type_name, tensor.nbytes) for tensor in tensors)
-    packed = sum(sizes.values()) if any(entry.dtype not in DTYPES for entry in stored) else None
+    by_part = _totals((_part(gguf_network_name(t.name) or ""), t.type_name, t.nbytes) for t in tensors)
+    parts = tuple(PartStoredAs(*total) for total in sorted(by_part, key=lambda total: PARTS.index(total[0])))
+    stored = _stored((t.type_name, t.nbytes) for t in tensors)
+    packed = sum(t.nbytes for t in tensors) if any(entry.dtype not in DTYPES for entry in stored) else None
     return CheckpointReport(
         file.path, config, layer_groups(config), parameters, stored, _sizes(file.files),
         memory_needs(config, sum(parameters.values()), contexts, _program(tokenizer), packed), model.generation,
@@ -227,12 +213,16 @@ def _part(name: str) -> str:
 
 
 def _stored(found: Iterable[tuple[str, int]]) -> tuple[StoredAs, ...]:
-    """What is stored in each type, from every tensor's type and bytes; what takes most first."""
-    tensors, sizes = Counter[str](), Counter[str]()
-    for dtype, nbytes in found:
-        tensors[dtype] += 1
-        sizes[dtype] += nbytes
-    return tuple(StoredAs(dtype, tensors[dtype], size) for dtype, size in sizes.most_common())
+    return tuple(StoredAs(*total) for total in _totals(found))
+
+
+def _totals(found: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Every tensor's kind and bytes -> each kind with its number of tensors and their bytes; what takes most first."""
+    tensors, sizes = Counter[Any](), Counter[Any]()
+    for *kind, nbytes in found:
+        tensors[tuple(kind)] += 1
+        sizes[tuple(kind)] += nbytes
+    return [(*kind, tensors[kind], size) for kind, size in sizes.most_common()]
 
 
 def _tokenizer_facts(read: Callable[[], Tokenizer], problems: list[Problem]) -> TokenizerFacts | None:

@@ -14,15 +14,17 @@ import numpy as np
 import torch
 
 from dgemma.cache import check_cache_type
-from dgemma.chat import AnswerReader, Tokenizer, normalise_messages, normalise_tools
-from dgemma.chat.reply import inside_thought
+from dgemma.chat.messages import normalise_messages, normalise_tools
+from dgemma.chat.reply import AnswerReader, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, ModelConfig, load_generation_config, load_model_config
 from dgemma.constrain.choice import ToolChoice, calls_of, read_tool_choice, shown_tools, usable_tools
 from dgemma.diffusion.events import Event, Finished, Generation
 from dgemma.diffusion.request import Request, SamplingParams, Thoughts
 from dgemma.engine import Engine, PrefixStore
 from dgemma.errors import ContextLengthError, DgemmaError
+from dgemma.fields import is_whole
 from dgemma.memory.inference import request_memory
 from dgemma.nn import DiffusionTransformer
 
@@ -109,7 +111,7 @@ class Model:
             return given.tolist()
         if _is_ids(prompt):
             numbers = [_plain_number(item) for item in given]
-            if not all(_is_token(item) for item in numbers):
+            if not all(map(is_whole, numbers)):
                 raise DgemmaError("a prompt of token ids holds whole numbers only")
             return numbers
         if not isinstance(prompt, (str, list, tuple)):
@@ -161,7 +163,7 @@ class Model:
             stop = (stop,)
         elif not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):
             raise DgemmaError(f"stop must be a string or a list of strings, got {stop!r}")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+        if seed is not None and not (is_whole(seed) and 0 <= seed < 2**63):
             raise DgemmaError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
         if reasoning_budget is not None and (type(reasoning_budget) is not int or reasoning_budget < 0):
             raise DgemmaError(f"reasoning_budget must be a whole number of at least 0, got {reasoning_budget!r}")
@@ -229,15 +231,8 @@ def _is_ids(prompt: Any) -> bool:
     """Whether a prompt is token ids, or was meant to be."""
     if isinstance(prompt, (torch.Tensor, np.ndarray)):
         return True
-    return isinstance(prompt, (list, tuple, range)) and len(prompt) > 0 and _is_number(prompt[0])
-
-
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.generic, np.ndarray, torch.Tensor))
+    return isinstance(prompt, (list, tuple, range)) and len(prompt) > 0 and isinstance(
+        prompt[0], (int, float, np.generic, np.ndarray, torch.Tensor))
 
 
 def _plain_number(value: Any) -> Any:
@@ -291,7 +286,10 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     else:
         network = load_network(parts.source, parts.config, device=target, dtype=dtype, progress=progress)
         network.cache_type = cache_type
-    _adapt(network, adapter)
+    if adapter is not None:
+        from dgemma.weights.adapters import load_adapter
+
+        load_adapter(network, adapter)
     return Model(network, parts.tokenizer, parts.generation_config, str(name))
 
 
@@ -325,10 +323,3 @@ def read_parts(name: str | Path, downloads: Downloads | None = None) -> Parts:
         return Parts(tokenizer_from_gguf(gguf.file.metadata, str(source)), gguf.config, gguf.generation, source, gguf)
     config = load_model_config(source)
     return Parts(Tokenizer.from_folder(source), config, load_generation_config(source, config), source)
-
-
-def _adapt(network: DiffusionTransformer, adapter: str | Path | None) -> None:
-    if adapter is not None:
-        from dgemma.weights.adapters import load_adapter
-
-        load_adapter(network, adapter)

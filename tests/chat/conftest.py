@@ -2,7 +2,7 @@
 
 import pytest
 
-from dgemma.chat import Tokenizer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.train.data import tokenizer as bundled
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dgemma.chat import Tokenizer
-from dgemma.chat.answer import read_answer
+from dgemma.chat.reply import read_answer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.train.data import tokenizer as bundled
 
 

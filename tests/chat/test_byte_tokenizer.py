@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgemma.chat import Tokenizer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.train.data import tokenizer as bundled
 
 SPELLINGS = sorted(bundled.SPECIAL_IDS)

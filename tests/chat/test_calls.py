@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgemma.chat import Tokenizer, read_answer, read_calls
-from dgemma.chat.reply import ReplyReader
+from dgemma.chat.repair import read_calls
+from dgemma.chat.reply import ReplyReader, read_answer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.train.data import tokenizer as bundled
 
 TOKENIZER = Tokenizer(bundled.build_byte_tokenizer(), bundled.TEMPLATE_FILE.read_text(), {"bos_token": "<bos>"})

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 
-from dgemma.chat import normalise_messages, normalise_tools, read_answer
+from dgemma.chat.messages import normalise_messages, normalise_tools
+from dgemma.chat.reply import read_answer
 from dgemma.errors import DgemmaError
 
 WEATHER = {

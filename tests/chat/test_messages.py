@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from dgemma.chat import Tokenizer, normalise_messages, normalise_tools, read_answer
+from dgemma.chat.messages import normalise_messages, normalise_tools
+from dgemma.chat.reply import read_answer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.errors import DgemmaError
 from dgemma.train.data import tokenizer as bundled
 from support.gemma_files import TEMPLATE as GEMMA_LIKE

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgemma.chat import AnswerReader, Tokenizer, read_answer
-from dgemma.chat.reply import Called, ReplyReader, Said, Thought, declared_tools
+from dgemma.chat.reply import AnswerReader, Called, ReplyReader, Said, Thought, declared_tools, read_answer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.train.data import tokenizer as bundled
 from support.gemma_files import SPECIALS, tokenizer_json
 

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from dgemma.chat import Tokenizer
 from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
-from dgemma.chat.tokenizer import MARKS
+from dgemma.chat.tokenizer import MARKS, Tokenizer
 from dgemma.cli.terminal.drafts import Place, spell
 from dgemma.cli.terminal.view import CanvasView
 from dgemma.diffusion.events import CanvasStarted, Denoised

@@ -1,11 +1,12 @@
-"""Thoughts told apart from text, whole or in chunks."""
+"""Thoughts told apart from text; a thought read whole or in chunks."""
+
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgemma.chat import ThoughtParser, split_thoughts
-from dgemma.chat.thoughts import STOPS
+from dgemma.chat.thoughts import CLOSE, OPEN, STOPS, Channel, split_thoughts
 
 
 @pytest.mark.parametrize(
@@ -42,17 +43,15 @@ def test_split(raw, reasoning, text):
 
 
 
-
-def test_pieces_come_as_soon_as_they_are_sure():
-    parser = ThoughtParser()
-    assert [(p.kind, p.text) for p in parser.feed("<|channel>thought\nI s")] == [("reasoning", "I s")]
-    assert [(p.kind, p.text) for p in parser.feed("ee. \n<chan")] == [("reasoning", "ee.")]
-    assert parser.feed("nel|") == []
-    assert [(p.kind, p.text) for p in parser.feed(">Yes<")] == [("text", "Yes")]
-    assert not parser.stopped
-    assert parser.feed("turn|>more") == []
-    assert parser.stopped
-    assert parser.feed("more") == parser.finish() == []
+def test_a_thought_is_passed_on_as_soon_as_it_is_sure():
+    channel = Channel(inside=True)
+    assert channel.thought("thou") == ""
+    assert channel.thought("ght\nI s") == "I s"
+    assert channel.thought("ee. \n") == "ee."
+    assert channel.thought("More") == " \nMore"
+    channel.leave()
+    channel.enter()
+    assert channel.thought("thought\nnew") == "\n\nnew"
 
 
 BITS = [
@@ -78,17 +77,22 @@ BITS = [
     st.booleans(),
 )
 def test_chunks_do_not_matter(raw, random, inside):
-    parser, pieces, rest = ThoughtParser(inside), [], raw
-    while rest:
-        size = random.randint(1, 6)
-        pieces += parser.feed(rest[:size])
-        rest = rest[size:]
-    pieces += parser.finish()
-    assert all(piece.text for piece in pieces)
-    joined = {kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("reasoning", "text")}
-    assert (joined["reasoning"] or None, joined["text"]) == split_thoughts(raw, inside)
-    if not any(mark in raw for mark in ("<|channel>", "<channel|>", *STOPS)) and not inside:
-        assert joined["text"] == raw.lstrip("\n")
+    channel, reasoning, text = Channel(inside), "", ""
+    for part in re.split("(" + "|".join(map(re.escape, (OPEN, CLOSE, *STOPS))) + ")", raw):
+        if part in (OPEN, CLOSE):
+            channel.enter() if part == OPEN else channel.leave()
+            continue
+        if part in STOPS:
+            break
+        if not channel.open:
+            text += part
+            continue
+        while part:
+            size = random.randint(1, 6)
+            reasoning, part = reasoning + channel.thought(part[:size]), part[size:]
+    assert (reasoning or None, text.lstrip("\n")) == split_thoughts(raw, inside)
+    if not any(mark in raw for mark in (OPEN, CLOSE, *STOPS)) and not inside:
+        assert split_thoughts(raw)[1] == raw.lstrip("\n")
 
 
 def test_a_thought_that_the_prompt_left_open():

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dgemma.chat import Tokenizer, read_answer, read_calls
+from dgemma.chat.repair import read_calls
+from dgemma.chat.reply import read_answer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.chat.tools import Called
 from dgemma.train.data import tokenizer as bundled
 

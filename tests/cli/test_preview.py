@@ -8,7 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import dgemma
-from dgemma.chat import Tokenizer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.cli.main import app
 from dgemma.cli.terminal.preview import preview, summary
 from dgemma.train.data.conversations import conversation_of

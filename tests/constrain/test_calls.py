@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgemma.chat import read_answer
+from dgemma.chat.reply import read_answer
 from dgemma.constrain import constraint_of
 from dgemma.constrain.choice import CallableTool, Calls, ToolsError, calls_of, read_tool_choice, shown_tools
 from support.constrain_helpers import STOPS, denoise, random_log_probs, walk

@@ -125,7 +125,7 @@ def test_a_template_is_in_the_tokenizers_own_spelling_and_leaves_open_what_may_g
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
-    from dgemma.chat import Tokenizer
+    from dgemma.chat.tokenizer import Tokenizer
 
     known = {piece: i for i, piece in enumerate(["<eos>", *"abwxyz12", "wx", "ab"])}
     backend = Backend(models.BPE(vocab=known, merges=[("w", "x"), ("a", "b")]))

@@ -50,7 +50,7 @@ def test_round_trip(tmp_path):
     assert trace.header == TraceHeader("m", "日 \ud800?", "2026-01-02T03:04:05+00:00")
     assert trace.events == [EVENTS[0], replace(EVENTS[1], entropies=[0.1235, 0.0]), *EVENTS[2:]]
     assert trace.pieces == PIECES
-    assert trace.piece_of(5) == (b"\xe6\x97", False)
+    assert trace.pieces[5] == (b"\xe6\x97", False)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 

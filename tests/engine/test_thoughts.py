@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dgemma
-from dgemma.chat import read_answer
+from dgemma.chat.reply import read_answer
 from dgemma.config import GenerationConfig
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised
 from dgemma.diffusion.request import Request, Thoughts

@@ -255,8 +255,8 @@ def unpacked(network):
 @pytest.mark.parametrize(("narrow", "error"), [(False, 1e-6), (True, 5e-3)], ids=["float32", "bfloat16"])
 def test_the_gradient_through_a_packed_product_is_the_matrix(kernels, narrow, error, monkeypatch):
     """Exact but for the rounding of both factors to bfloat16 where the processor multiplies that faster."""
-    monkeypatch.setattr("dgemma.kernels.packed_grad.fast_bf16", lambda: narrow)
-    monkeypatch.setattr("dgemma.kernels.packed_grad.PIECE", 1000)  # several pieces, the last one short
+    monkeypatch.setattr("dgemma.kernels.products.fast_bf16", lambda: narrow)
+    monkeypatch.setattr("dgemma.kernels.products.PIECE", 1000)  # several pieces, the last one short
     generator = torch.Generator().manual_seed(0)
     weight = PackedWeight(quantize(torch.randn(37, 256, generator=generator), BLOCK_TYPES["Q6_K"]),
                           BLOCK_TYPES["Q6_K"])

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dgemma.chat import read_answer
+from dgemma.chat.reply import read_answer
 
 Q = '<|"|>'
 OPEN, CLOSE = "<|tool_call>", "<tool_call|>"

@@ -2,7 +2,7 @@
 
 import torch
 
-from dgemma.chat import Tokenizer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.train.data.tokenizer import byte_symbols
 
 STOPS = (1, 106, 50)

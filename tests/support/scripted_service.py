@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from dgemma.chat import read_answer
+from dgemma.chat.reply import read_answer
 from dgemma.diffusion.events import (
     CanvasCommitted,
     CanvasStarted,

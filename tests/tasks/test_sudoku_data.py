@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dgemma.chat import Tokenizer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.tasks import sudoku
 from dgemma.tasks.sudoku_data import HONEST_ANSWER, SudokuBatches
 from dgemma.train.data import tokenizer

@@ -13,8 +13,8 @@ from dgemma.errors import CheckpointError
 from dgemma.weights.hub import transfer
 from dgemma.weights.hub.cache import cached_path, find_local, local_models, note_wanted, remove_model, repo_folder
 from dgemma.weights.hub.locate import locate
-from dgemma.weights.hub.progress import ProgressLines
 from dgemma.weights.hub.repository import NotThereError, fetch, locate_on_hub, plan_pull
+from dgemma.weights.hub.transfer import ProgressLines
 from support.hub_server import COMMIT, HubServer, blob_of, connect, demo_repos, gguf
 
 GGUF, PLAIN = "org/diffuse-GGUF", "org/diffuse"

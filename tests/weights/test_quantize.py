@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dgemma.chat import Tokenizer
 from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import load_generation_config, load_model_config, model_config_from_dict
 from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.gguf.keys import gguf_name

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from dgemma.chat.tools import CLOSE, MAX_DEPTH, NUMBER, QUOTE, Notation, Tool, Tools, names_at
@@ -341,12 +342,7 @@ class Weigher(Repairer):
     def string(self, at: int) -> tuple[str, int]:
         start, sign = self._opening(at)
         choice = self._way[len(self._taken)] if len(self._taken) < len(self._way) else 0
-        ends = self._possible_ends(start, sign)
-        end = None
-        for _ in range(choice + 1):
-            end = next(ends, None)
-            if end is None:
-                break
+        end = next(islice(self._possible_ends(start, sign), choice, None), None)
         if end is None:
             if choice == 0:
                 raise OpenError("a string without end")

@@ -17,6 +17,7 @@ from typing import Any
 from dgemma.chat.thoughts import OPEN, split_thoughts
 from dgemma.chat.tools import MAX_DEPTH
 from dgemma.errors import DgemmaError
+from dgemma.fields import is_deep
 
 ROLES = ("system", "user", "assistant", "tool")
 _ROLE_NAMES = {"developer": "system", "model": "assistant"}
@@ -225,7 +226,7 @@ def _arguments(given: Any, where: str, strict: bool) -> dict[str, Any] | str:
     arguments = {} if arguments is None else arguments
     if not wrong and not isinstance(arguments, Mapping):
         wrong = f"arguments must be a dictionary, not {_type(arguments)}"
-    elif not wrong and _deeper(arguments, MAX_DEPTH):
+    elif not wrong and is_deep(dict(arguments), MAX_DEPTH):
         wrong = f"arguments are nested deeper than {MAX_DEPTH} levels"
     if not wrong:
         return dict(arguments)
@@ -237,17 +238,6 @@ def _arguments(given: Any, where: str, strict: bool) -> dict[str, Any] | str:
     # A template puts braces around a text: those of the object that it was to be are not said twice.
     text = text.strip().removeprefix("{").removesuffix("}").strip()
     return text or {}
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    """Whether something is nested deeper than that; however deep it is, this is not."""
-    level = [value]
-    for _ in range(levels):
-        level = [item for outer in level for item in (outer.values() if isinstance(outer, Mapping) else outer)
-                 if isinstance(item, (Mapping, list, tuple))]
-        if not level:
-            return False
-    return True
 
 
 def _as_json(value: Any) -> str:

@@ -19,8 +19,6 @@ from dgemma.chat.thoughts import Channel
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.chat.tools import Called, Tool, tools_of
 
-__all__ = ["Called", "Piece", "ReplyReader", "Said", "Thought", "declared_tools"]
-
 _MARKS = (thoughts.OPEN, thoughts.CLOSE, tools.OPEN, tools.CLOSE, tools.QUOTE)
 _DECLARED = re.compile(r"\s*declaration:\s*([^{]*[^\s{])\s*\{")
 _NAME_TOKENS = 200  # tokens in which a declaration's name is sure to stand
@@ -243,3 +241,48 @@ def inside_thought(tokenizer: Tokenizer, prompt_ids: list[int]) -> bool:
     opened, closed = tokenizer.token_to_id(thoughts.OPEN), tokenizer.token_to_id(thoughts.CLOSE)
     last = next((token for token in reversed(prompt_ids) if token in (opened, closed)), None)
     return last is not None and last == opened
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer: ``text`` is what a user reads; ``reasoning`` is None when there was none."""
+
+    text: str
+    reasoning: str | None
+    tool_calls: list[dict[str, Any]]  # {"name": str, "arguments": dict} each
+    stopped: str | None = None  # the stop string that it ended before
+
+
+class AnswerReader:
+    """Reads an answer's tokens as they are committed: `feed` each canvas, then `finish`, once."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], tools: DeclaredTools | None = None, **options: Any):
+        """The arguments are those of `ReplyReader`."""
+        self._reader = ReplyReader(tokenizer, prompt_ids, tools, **options)
+        self._pieces: list[Piece] = []
+
+    @property
+    def stop_place(self) -> int | None:
+        """How many of the tokens it took to complete the first stop string; None when none was met."""
+        return self._reader.stop_place
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        """A canvas' tokens, without the stop token."""
+        self._pieces += self._reader.feed(token_ids)
+
+    def finish(self) -> Answer:
+        """All of it, now that nothing follows."""
+        pieces = [*self._pieces, *self._reader.finish()]
+        return Answer(
+            "".join(piece.text for piece in pieces if isinstance(piece, Said)),
+            "".join(piece.text for piece in pieces if isinstance(piece, Thought)) or None,
+            [{"name": piece.name, "arguments": piece.arguments} for piece in pieces if isinstance(piece, Called)],
+            self._reader.stopped)
+
+
+def read_answer(tokenizer: Tokenizer, prompt_ids: list[int], token_ids: list[int], tools: DeclaredTools | None = None,
+                **options: Any) -> Answer:
+    """Read all of an answer's tokens (without the stop token); the arguments are those of `ReplyReader`."""
+    reader = AnswerReader(tokenizer, prompt_ids, tools, **options)
+    reader.feed(token_ids)
+    return reader.finish()

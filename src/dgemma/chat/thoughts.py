@@ -2,106 +2,50 @@
 
 Works on: a model's raw output, decoded with its special tokens. Knows nothing of: tokens, templates.
 
-Gemma 4 writes `<|channel>thought\\n…\\n<channel|>` before its answer, sometimes with nothing inside. One parser,
-fed in chunks of any size, does the streaming and the one-shot case, so both always agree.
+Gemma 4 writes `<|channel>thought\\n…\\n<channel|>` before its answer, sometimes with nothing inside.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 from dgemma.tokenizer_files import STOPS
 
 OPEN, CLOSE = "<|channel>", "<channel|>"
 HEADER = "thought\n"  # the name of the channel, on its own line
+_MARKS = re.compile(f"({'|'.join(map(re.escape, (OPEN, CLOSE, *STOPS)))})")
 
 
 def split_thoughts(raw: str, inside: bool = False) -> tuple[str | None, str]:
     """The reasoning (None if there is none) and the text of a raw output; nothing after a stop token counts.
 
-    `inside` says that the prompt itself left a thought open (some templates do).
+    `inside` says that the prompt itself left a thought open (some templates do). Text is passed on as it is, but for
+    line breaks at its very beginning. A thought that is never closed is a thought to the end; a closing mark without an
+    opening one is dropped.
     """
-    parser = ThoughtParser(inside)
-    pieces = [*parser.feed(raw), *parser.finish()]
-    reasoning = "".join(piece.text for piece in pieces if piece.kind == "reasoning")
-    text = "".join(piece.text for piece in pieces if piece.kind == "text")
-    return reasoning or None, text
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A stretch of output of one kind; never empty."""
-
-    kind: Literal["reasoning", "text"]
-    text: str
-
-
-class ThoughtParser:
-    """Splits a raw output as it arrives: `feed` each chunk, then `finish`.
-
-    The pieces of a kind, concatenated, do not depend on how the output was cut into chunks. Text is passed on
-    as it is, but for line breaks at its very beginning. A thought loses its channel's name and the
-    white space around it; several thoughts are set apart by an empty line. A thought that is never closed is a
-    thought to the end; a closing mark without an opening one is dropped.
-    """
-
-    def __init__(self, inside: bool = False, stops: Iterable[str] = STOPS) -> None:
-        """`inside`: the prompt left a thought open. `stops`: what ends the output, as spelt when decoded."""
-        self.stopped = False  # a stop token was met: nothing after it counts
-        self._marks = (OPEN, CLOSE, *stops)
-        self._any_mark = re.compile("|".join(map(re.escape, self._marks)))
-        self._unread = ""  # the tail that may be the beginning of a mark
-        self._channel = Channel(inside)
-        self._texted = False
-
-    def feed(self, chunk: str) -> list[Stretch]:
-        """The pieces that `chunk` settles; the rest waits for the next one."""
-        pieces: list[Stretch] = []
-        if self.stopped:
-            return pieces
-        unread = self._unread + chunk
-        start = 0
-        for mark in self._any_mark.finditer(unread):
-            self._pass_on(unread[start : mark.start()], pieces)
-            start = mark.end()
-            if mark.group() == OPEN:
-                self._channel.enter()
-            elif mark.group() == CLOSE:
-                self._channel.leave()
-            else:
-                self.stopped = True
-                return pieces
-        keep = len(unread) - possible_beginning(unread, self._marks, start)
-        self._pass_on(unread[start:keep], pieces)
-        self._unread = unread[keep:]
-        return pieces
-
-    def finish(self) -> list[Stretch]:
-        """What was held back, now that nothing follows."""
-        pieces: list[Stretch] = []
-        if not self.stopped:
-            self._pass_on(self._unread, pieces)
-            self._unread = ""
-        return pieces
-
-    def _pass_on(self, text: str, pieces: list[Stretch]) -> None:
-        thinking = self._channel.open
-        if thinking:
-            text = self._channel.thought(text)
-        elif not self._texted:
-            text = text.lstrip("\n")
-        if not text:
-            return
-        if not thinking:
-            self._texted = True
-        pieces.append(Stretch("reasoning" if thinking else "text", text))
+    channel = Channel(inside)
+    reasoning = text = ""
+    for part in _MARKS.split(raw):
+        if part == OPEN:
+            channel.enter()
+        elif part == CLOSE:
+            channel.leave()
+        elif part in STOPS:
+            break
+        elif channel.open:
+            reasoning += channel.thought(part)
+        else:
+            text += part
+    return reasoning or None, text.lstrip("\n")
 
 
 class Channel:
-    """The channel that a model thinks in: opened and closed by marks, perhaps several times."""
+    """The channel that a model thinks in: opened and closed by marks, perhaps several times.
+
+    A thought loses its channel's name and the white space around it; several thoughts are set apart by an empty line.
+    What comes out, put together, does not depend on how the text was cut.
+    """
 
     def __init__(self, inside: bool = False) -> None:
         """`inside`: the prompt left a thought open."""
@@ -140,9 +84,9 @@ class Channel:
         return "\n\n" + solid if parted else solid
 
 
-def possible_beginning(text: str, marks: Sequence[str], start: int = 0) -> int:
-    """How many characters at the end of `text[start:]` may be the beginning of a mark."""
-    longest = min(len(text) - start, max(map(len, marks)) - 1)
+def possible_beginning(text: str, marks: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a mark."""
+    longest = min(len(text), max(map(len, marks)) - 1)
     for length in range(longest, 0, -1):
         tail = text[len(text) - length :]
         if any(mark.startswith(tail) for mark in marks):

@@ -184,7 +184,7 @@ class Tokenizer:
         self._require_template()
         # Normalised first: that may still join text or decode JSON, and so spell a special token.
         conversation, declared = normalise_messages(messages), normalise_tools(tools)
-        typed = _Typed(self._any_special, _strings([conversation, declared]))
+        typed = _Typed(self._any_special, [conversation, declared])
         conversation, declared = templates.plain([conversation, declared], typed.hide)
         prompt = self._render(conversation, thinking, declared, add_generation_prompt)
         return [token_id for text, plain in typed.split(prompt) for token_id in self.encode(text, specials=not plain)]
@@ -226,13 +226,17 @@ class _Typed:
     go through the template like any letter, and mark afterwards what is to be encoded as plain text.
     """
 
-    def __init__(self, any_special: re.Pattern[str], strings: Iterable[str]) -> None:
+    def __init__(self, any_special: re.Pattern[str], conversation: Any) -> None:
         self._any_special = any_special
         spellings: set[str] = set()
         used: set[str] = set()
-        for string in strings:
+
+        def note(string: str) -> str:
             spellings.update(any_special.findall(string))
             used.update(char for char in string if ord(char) in _STAND_INS)
+            return string
+
+        templates.plain(conversation, note)
         free = (chr(code) for code in _STAND_INS if chr(code) not in used)
         self._stand_ins = dict(zip(sorted(spellings), free, strict=False))
         self._spellings = {char: spelling for spelling, char in self._stand_ins.items()}
@@ -293,15 +297,3 @@ def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:
 def _byte_of_symbol() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for."""
     return {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)

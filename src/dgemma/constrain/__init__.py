@@ -18,7 +18,7 @@ from dgemma.constrain.choice import CallableTool, Calls, ToolsError
 from dgemma.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from dgemma.chat import Tokenizer
+    from dgemma.chat.tokenizer import Tokenizer
     from dgemma.constrain.automaton import Automaton, Effort
     from dgemma.constrain.guide import TextConstraint
     from dgemma.constrain.language import Node

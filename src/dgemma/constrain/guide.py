@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dgemma.chat import Tokenizer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.constrain.graph import Graph
 from dgemma.constrain.paths import find_paths
 from dgemma.diffusion.constraint import Chosen, Walk

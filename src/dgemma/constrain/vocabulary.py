@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dgemma.chat import Tokenizer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.constrain.automaton import ADVICE, TooLarge
 
 MOST_CELLS = 2**25  # of the table of where token classes lead, and twice that on the way there

@@ -1,6 +1,6 @@
 """What the sampler needs of whoever reads an answer's tokens as text: where it ends, and what it says.
 
-Knows nothing of tokenizers or of the form of replies (`dgemma.chat.answer` does).
+Knows nothing of tokenizers or of the form of replies (`dgemma.chat.reply` does).
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, get_args
 
 from dgemma.diffusion.events import (
@@ -31,7 +30,7 @@ from dgemma.diffusion.events import (
     TokenLogprob,
 )
 from dgemma.errors import DgemmaError
-from dgemma.fields import parse_json, shown
+from dgemma.fields import is_whole, parse_json, shown
 from dgemma.files import atomic_write, json_bytes
 
 FORMAT = "dgemma-trace"
@@ -56,12 +55,8 @@ class Trace:
     """A trace in memory."""
 
     header: TraceHeader
-    pieces: dict[int, Piece]
+    pieces: dict[int, Piece]  # of every token that some event mentions
     events: list[Event]
-
-    def piece_of(self, token_id: int) -> Piece:
-        """The bytes of a token that some event mentions, and whether it is special."""
-        return self.pieces[token_id]
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -98,15 +93,8 @@ class TraceWriter:
     not be written, nothing is left behind and an older trace stays.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        model: str,
-        prompt: str,
-        piece_of: Callable[[int], Piece],
-        created: str | None = None,
-    ) -> None:
+    def __init__(self, path: str | Path, *, model: str, prompt: str, piece_of: Callable[[int], Piece],
+                 created: str | None = None) -> None:
         """`piece_of`: a token's bytes and whether it is special. `created`: now, unless given."""
         self.path = Path(path)
         self._piece_of = piece_of
@@ -115,13 +103,7 @@ class TraceWriter:
         self._size = 0  # bytes of whole lines
         self._failed = False
         created = created or datetime.now(UTC).isoformat(timespec="seconds")
-        self._header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": model,
-            "created": created,
-            "prompt": prompt,
-        }
+        self._header = {"format": FORMAT, "version": VERSION, "model": model, "created": created, "prompt": prompt}
 
     def __enter__(self) -> TraceWriter:
         with ExitStack() as stack:
@@ -133,19 +115,14 @@ class TraceWriter:
     def write(self, event: Event) -> None:
         """Add an event. Raises `DgemmaError` when the file cannot be written."""
         new = [i for i in dict.fromkeys(_tokens(event)) if i not in self._known]
-        record = _record_of(event)
+        record = {"event": type(event).__name__, **_fields_of(event)}
         if new:
             record["pieces"] = {str(i): _piece_record(*self._piece_of(i)) for i in new}
         self._line(record)
         self._known.update(new)
         self._events += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         keep = not self._failed and (kind is None or self._events > 0)
         try:
             with self._stack:
@@ -204,10 +181,6 @@ def _pieces_from(record: dict[str, Any]) -> dict[int, Piece]:
     return pieces
 
 
-def _record_of(event: Event) -> dict[str, Any]:
-    return {"event": type(event).__name__, **_fields_of(event)}
-
-
 def _fields_of(event: Event | Generation) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for field in fields(event):
@@ -263,10 +236,6 @@ def _checked(cls: type, record: dict[str, Any]) -> Any:
 
 def _value(name: str, kind: str, value: Any) -> Any:
     """`value`, as a field annotated `kind` holds it."""
-
-    def number(item: Any, type_: type = int) -> bool:
-        return isinstance(item, (int, type_)) and not isinstance(item, bool)
-
     if kind.endswith("| None"):
         return None if value is None else _value(name, kind.removesuffix(" | None"), value)
     if kind == "list[bool]":
@@ -279,8 +248,8 @@ def _value(name: str, kind: str, value: Any) -> Any:
     elif kind == "TokenLogprob":
         return _logprob_from(value)
     elif (
-        (kind == "int" and number(value))
-        or (kind == "float" and number(value, float))
+        (kind == "int" and is_whole(value))
+        or (kind == "float" and (is_whole(value) or isinstance(value, float)))
         or (kind == "str" and isinstance(value, str))
         or (kind.startswith("dict") and isinstance(value, dict))
         or (kind == "FinishReason" and value in get_args(FinishReason))

@@ -132,7 +132,8 @@ def _float(blocks: Tensor, kind: torch.dtype, at: int = 0) -> Tensor:
     return field.view(kind).float()
 
 
-def _half(blocks: Tensor, at: int = 0) -> Tensor:
+def half(blocks: Tensor, at: int = 0) -> Tensor:
+    """The float16 at byte ``at`` of every block, float32 [n, 1]."""
     return _float(blocks, torch.float16, at)
 
 
@@ -145,11 +146,11 @@ def _bf16(blocks: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return _half(blocks) * (spread(blocks[:, 2:], 4, 16).float() - 8)
+    return half(blocks) * (spread(blocks[:, 2:], 4, 16).float() - 8)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return _half(blocks) * spread(blocks[:, 4:], 4, 16).float() + _half(blocks, 2)
+    return half(blocks) * spread(blocks[:, 4:], 4, 16).float() + half(blocks, 2)
 
 
 def _five_bits(low: Tensor, high: Tensor) -> Tensor:
@@ -158,15 +159,15 @@ def _five_bits(low: Tensor, high: Tensor) -> Tensor:
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    return _half(blocks) * (_five_bits(blocks[:, 6:], blocks[:, 2:6]) - 16)
+    return half(blocks) * (_five_bits(blocks[:, 6:], blocks[:, 2:6]) - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    return _half(blocks) * _five_bits(blocks[:, 8:], blocks[:, 4:8]) + _half(blocks, 2)
+    return half(blocks) * _five_bits(blocks[:, 8:], blocks[:, 4:8]) + half(blocks, 2)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    return _half(blocks) * _signed(blocks[:, 2:])
+    return half(blocks) * _signed(blocks[:, 2:])
 
 
 def _signed(packed: Tensor) -> Tensor:
@@ -180,32 +181,32 @@ def _scaled(scales: Tensor, numbers: Tensor, minima: Tensor | None = None) -> Te
 
 
 def _q2_k(blocks: Tensor) -> Tensor:
-    scales = _half(blocks, 80) * (blocks[:, :16] & 15).float()
-    minima = _half(blocks, 82) * (blocks[:, :16] >> 4).float()
+    scales = half(blocks, 80) * (blocks[:, :16] & 15).float()
+    minima = half(blocks, 82) * (blocks[:, :16] >> 4).float()
     return _scaled(scales, spread(blocks[:, 16:80], 2, 32).float(), minima)
 
 
 def _q3_k(blocks: Tensor) -> Tensor:
     scales = spread(blocks[:, 96:104], 4, 8) | (spread(blocks[:, 104:108], 2, 4) << 4)
     numbers = spread(blocks[:, 32:96], 2, 32) | (spread(blocks[:, :32], 1, 32) << 2)
-    return _scaled(_half(blocks, 108) * (scales.float() - 32), numbers.float() - 4)
+    return _scaled(half(blocks, 108) * (scales.float() - 32), numbers.float() - 4)
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
     scales, minima = spread_scales(blocks[:, 4:16])
     numbers = spread(blocks[:, 16:], 4, 32).float()
-    return _scaled(_half(blocks) * scales.float(), numbers, _half(blocks, 2) * minima.float())
+    return _scaled(half(blocks) * scales.float(), numbers, half(blocks, 2) * minima.float())
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
     scales, minima = spread_scales(blocks[:, 4:16])
     numbers = (spread(blocks[:, 48:], 4, 32) | (spread(blocks[:, 16:48], 1, 32) << 4)).float()
-    return _scaled(_half(blocks) * scales.float(), numbers, _half(blocks, 2) * minima.float())
+    return _scaled(half(blocks) * scales.float(), numbers, half(blocks, 2) * minima.float())
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
     numbers = spread(blocks[:, :128], 4, 64) | (spread(blocks[:, 128:192], 2, 32) << 4)
-    return _scaled(_half(blocks, 208) * _signed(blocks[:, 192:208]), numbers.float() - 32)
+    return _scaled(half(blocks, 208) * _signed(blocks[:, 192:208]), numbers.float() - 32)
 
 
 def _table(packed: Tensor, values: tuple[int, ...], group: int) -> Tensor:
@@ -214,12 +215,12 @@ def _table(packed: Tensor, values: tuple[int, ...], group: int) -> Tensor:
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    return _half(blocks) * _table(blocks[:, 2:], IQ4_VALUES, 16)
+    return half(blocks) * _table(blocks[:, 2:], IQ4_VALUES, 16)
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
     scales = spread(blocks[:, 4:8], 4, 1) | (spread(blocks[:, 2:4], 2, 1) << 4)
-    return _scaled(_half(blocks) * (scales.float() - 32), _table(blocks[:, 8:], IQ4_VALUES, 16))
+    return _scaled(half(blocks) * (scales.float() - 32), _table(blocks[:, 8:], IQ4_VALUES, 16))
 
 
 def _ternary(packed: Tensor, digits: int) -> Tensor:
@@ -232,11 +233,11 @@ def _ternary(packed: Tensor, digits: int) -> Tensor:
 
 def _tq1_0(blocks: Tensor) -> Tensor:
     parts = (_ternary(blocks[:, :32], 5), _ternary(blocks[:, 32:48], 5), _ternary(blocks[:, 48:52], 4))
-    return _half(blocks, 52) * torch.cat(parts, dim=1)
+    return half(blocks, 52) * torch.cat(parts, dim=1)
 
 
 def _tq2_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 64) * (spread(blocks[:, :64], 2, 32).float() - 1)
+    return half(blocks, 64) * (spread(blocks[:, :64], 2, 32).float() - 1)
 
 
 def _mxfp4(blocks: Tensor) -> Tensor:
@@ -262,7 +263,7 @@ def _decoder(name: str) -> Callable[[Tensor], Tensor]:
 
 
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "F32": _f32, "F16": _half, "BF16": _bf16, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
+    "F32": _f32, "F16": half, "BF16": _bf16, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
     "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs, "TQ1_0": _tq1_0, "TQ2_0": _tq2_0, "MXFP4": _mxfp4, "NVFP4": _nvfp4,
 }  # uint8 [n, nbytes] -> float32 [n, block]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dgemma.errors import DgemmaError
+from dgemma.gguf.blocks import half
 
 GRIDS = {"IQ2_XXS": (256, 8), "IQ2_XS": (512, 8), "IQ2_S": (1024, 8), "IQ3_XXS": (256, 4), "IQ3_S": (512, 4),
          "IQ1_S": (2048, 8), "IQ1_M": (2048, 8)}  # type -> (groups, numbers in each)
@@ -69,12 +70,6 @@ def _numbers(blocks: Tensor, start: int, stop: int, kind: torch.dtype) -> Tensor
     return part.view(kind).int() & 0xFFFF if kind == torch.int16 else part.view(kind).long() & 0xFFFF_FFFF
 
 
-def _half(blocks: Tensor, at: int) -> Tensor:
-    """float32 [n, 1]"""
-    part = blocks[:, at : at + 2].clone(memory_format=torch.contiguous_format)
-    return part.view(torch.float16).float()
-
-
 def _eight_signs(seven: Tensor) -> Tensor:
     """Seven sign bits -> eight: the last makes their number even."""
     return seven | (_bits(seven, 1, 7).sum(-1, dtype=seven.dtype) & 1) << 7
@@ -96,33 +91,33 @@ def _iq2_xxs(blocks: Tensor) -> Tensor:
     words = _numbers(blocks, 2, 66, torch.int32).view(-1, 8, 2)  # four indices, then 4 · 7 signs and the scale
     signs = _eight_signs(_bits(words[..., 1], 7, 4)).flatten(1)
     return _signed("IQ2_XXS", _bits(words[..., 0], 8, 4).flatten(1), signs,
-                   _half(blocks, 0) * _quarters(words[..., 1] >> 28, 0.25))
+                   half(blocks, 0) * _quarters(words[..., 1] >> 28, 0.25))
 
 
 def _iq2_xs(blocks: Tensor) -> Tensor:
     words = _numbers(blocks, 2, 66, torch.int16)  # an index of 9 bits and 7 signs
     scales = _bits(_numbers(blocks, 66, 74, torch.uint8), 4, 2).flatten(1)
-    return _signed("IQ2_XS", words & 511, _eight_signs(words >> 9), _half(blocks, 0) * _quarters(scales, 0.25))
+    return _signed("IQ2_XS", words & 511, _eight_signs(words >> 9), half(blocks, 0) * _quarters(scales, 0.25))
 
 
 def _iq2_s(blocks: Tensor) -> Tensor:
     high = _bits(_numbers(blocks, 66, 74, torch.uint8), 2, 4).flatten(1)
     scales = _bits(_numbers(blocks, 74, 82, torch.uint8), 4, 2).flatten(1)
     return _signed("IQ2_S", _numbers(blocks, 2, 34, torch.uint8) | high << 8, _numbers(blocks, 34, 66, torch.uint8),
-                   _half(blocks, 0) * _quarters(scales, 0.25))
+                   half(blocks, 0) * _quarters(scales, 0.25))
 
 
 def _iq3_xxs(blocks: Tensor) -> Tensor:
     words = _numbers(blocks, 66, 98, torch.int32)  # 4 · 7 signs and the scale
     return _signed("IQ3_XXS", _numbers(blocks, 2, 66, torch.uint8), _eight_signs(_bits(words, 7, 4)).flatten(1),
-                   _half(blocks, 0) * _quarters(words >> 28, 0.5))
+                   half(blocks, 0) * _quarters(words >> 28, 0.5))
 
 
 def _iq3_s(blocks: Tensor) -> Tensor:
     high = _bits(_numbers(blocks, 66, 74, torch.uint8), 1, 8).flatten(1)
     scales = _bits(_numbers(blocks, 106, 110, torch.uint8), 4, 2).flatten(1)
     return _signed("IQ3_S", _numbers(blocks, 2, 66, torch.uint8) | high << 8, _numbers(blocks, 74, 106, torch.uint8),
-                   _half(blocks, 0) * (1 + 2 * scales).float())
+                   half(blocks, 0) * (1 + 2 * scales).float())
 
 
 def _shifted(name: str, indices: Tensor, down: Tensor, scales: Tensor) -> Tensor:
@@ -136,7 +131,7 @@ def _iq1_s(blocks: Tensor) -> Tensor:
     words = _numbers(blocks, 34, 50, torch.int16)  # 4 · 3 high bits of indices, a scale of 3 bits, the shift
     indices = _numbers(blocks, 2, 34, torch.uint8) | _bits(words, 3, 4).flatten(1) << 8
     return _shifted("IQ1_S", indices, (words >> 15).repeat_interleave(4, dim=1),
-                    _half(blocks, 0) * (2 * (words >> 12 & 7) + 1).float())
+                    half(blocks, 0) * (2 * (words >> 12 & 7) + 1).float())
 
 
 def _iq1_m(blocks: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from dgemma.config import (
@@ -21,7 +21,7 @@ from dgemma.config import (
     LayerConfig,
     ModelConfig,
 )
-from dgemma.errors import CheckpointError
+from dgemma.errors import CheckpointError, problems_of, refuse
 from dgemma.fields import is_number, is_whole, shown
 from dgemma.tokenizer_files import STOPS
 
@@ -351,14 +351,8 @@ class _Keys:
         return [kind(1)] * count
 
     def finish(self) -> None:
-        lines = [*_listed("missing keys", self.missing), *_listed("unusable keys", self.wrong)]
-        if lines:
-            raise CheckpointError("\n".join([f"{self._source}: this file does not describe a DiffusionGemma", *lines]))
-
-
-def _listed(kind: str, items: Iterable[str]) -> list[str]:
-    items = list(items)
-    return [f"  {kind} ({len(items)}):", *(f"    {item}" for item in items)] if items else []
+        refuse(problems_of({"missing keys": self.missing, "unusable keys": self.wrong}),
+               f"{self._source}: this file does not describe a DiffusionGemma")
 
 
 def _is_token(value: Any) -> TypeGuard[int]:

@@ -93,13 +93,10 @@ def _token_type(text: str, added: Mapping[str, Any] | None, unknown: str | None,
 
 
 def _chat_templates(found: str | dict[str, str] | None) -> dict[str, Any]:
-    if isinstance(found, str):
-        return {keys.CHAT_TEMPLATE: found}
-    named = found or {}
+    named = {"default": found} if isinstance(found, str) else found or {}
     others = [name for name in named if name != "default"]
     return {
-        **({keys.CHAT_TEMPLATE: named["default"]} if "default" in named else {}),
-        **{f"{keys.CHAT_TEMPLATE}.{name}": named[name] for name in others},
+        **{keys.CHAT_TEMPLATE if name == "default" else f"{keys.CHAT_TEMPLATE}.{name}": named[name] for name in named},
         **({"tokenizer.chat_templates": others} if others else {}),
     }
 

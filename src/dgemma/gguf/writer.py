@@ -5,6 +5,7 @@ Works on bytes; knows nothing of models. `reader` is the other direction and des
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,7 @@ class TensorEntry:
 
     @property
     def weights(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dgemma.kernels.ops import packed_experts
 from dgemma.kernels.packed import PackedWeight
-from dgemma.kernels.packed_grad import expanded, gradient_dtype, wants_gradient
-from dgemma.kernels.products import Weight, linear, on_native
+from dgemma.kernels.products import Weight, expanded, gradient_dtype, linear, on_native, wants_gradient
 
 # Up to this many experts, one matrix product over all of them beats many small ones (and torch.compile likes it).
 DENSE_EXPERTS = 16
@@ -32,8 +30,8 @@ def expert_mlp(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, expert
             return sorted_expert_mlp(x, gate_up, down, weights, experts)
     elif isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight) and not wants_gradient(
             x, weights) and on_native(gate_up) and on_native(down):
-        mixed = packed_experts(x, gate_up.data, gate_up.type.code, down.data, down.type.code, down.shape[-1], weights,
-                               experts)
+        mixed = torch.ops.dgemma.packed_experts(x, gate_up.data, gate_up.type.code, down.data, down.type.code,
+                                                down.shape[-1], weights, experts)
         return mixed.to(x.dtype)
     if wants_gradient(x, weights) and not any(isinstance(part, Tensor) and part.requires_grad
                                               for part in (gate_up, down)):

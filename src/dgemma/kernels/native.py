@@ -2,6 +2,10 @@
 
 Works on torch tensors on the CPU through a plain C interface. Knows nothing of the model. `available` says whether the
 library is there; without it the callers use plain torch.
+
+The packed products are torch operators, too (``torch.ops.dgemma.packed_linear`` and ``packed_experts``, with the
+arguments of `linear` and `expert_mlp`), and so have a schema, and shapes for torch's tracers. What does not fit is a
+ValueError on every device.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -345,3 +350,28 @@ def _loaded() -> ctypes.CDLL:
 def _check(result: int) -> None:
     if result:
         raise ValueError("the CPU kernels do not know this block type, an index is out of range, or shapes do not fit")
+
+
+def _linear_shape(x: Tensor, weight: Tensor, code: int, width: int) -> Tensor:
+    check_linear(x, weight, code, width)
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+
+
+def _experts_shape(x: Tensor, *arguments) -> Tensor:
+    check_experts(x, *arguments)
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+def _not_there(*_: object) -> NoReturn:
+    raise DgemmaError("there are no kernels for packed weights on a GPU yet: load the model there without keeping it "
+                      "packed (dgemma.load unpacks it), or run it on the CPU")
+
+
+_OPERATORS = torch.library.Library("dgemma", "DEF")
+_OPERATORS.define("packed_linear(Tensor x, Tensor weight, int code, int width) -> Tensor")
+_OPERATORS.define("packed_experts(Tensor x, Tensor gate_up, int gate_up_code, Tensor down, int down_code, int inner, "
+                  "Tensor weights, Tensor experts) -> Tensor")
+for _name, _cpu, _meta in (("packed_linear", linear, _linear_shape), ("packed_experts", expert_mlp, _experts_shape)):
+    _OPERATORS.impl(_name, _cpu, "CPU")
+    _OPERATORS.impl(_name, _meta, "Meta")
+    _OPERATORS.impl(_name, _not_there, "CUDA")

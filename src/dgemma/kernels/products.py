@@ -1,27 +1,32 @@
-"""Products with a weight that is a plain tensor or stays packed: one call for both.
+"""Products with a weight that is a plain tensor or stays packed, and the gradients through them: one call for both.
 
 Packed weights run on the C++ kernels where they were built, else on plain torch with the same arithmetic: activations
-as int8 with one scale per row and `SUPER` inputs. Knows nothing of the model.
+as int8 with one scale per row and `SUPER` inputs. A packed weight stays frozen; the way back through it, which QLoRA
+trains through, uses the exact weights, in bfloat16 where the processor multiplies that faster (sums are float32), and
+takes no notice of the activations' rounding to int8 on the way there (a straight-through estimate: the derivative of
+rounding would be zero). Knows nothing of the model.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dgemma.kernels import native
-from dgemma.kernels.ops import packed_linear
+from dgemma.kernels.attention import fast_bf16
 from dgemma.kernels.packed import PackedWeight
-from dgemma.kernels.packed_grad import differentiable, wants_gradient
 
 Weight = Tensor | PackedWeight
 
 SUPER = 256  # inputs that share an activation scale
-_PIECE = 1 << 22  # weights expanded at a time by the plain path
+PIECE = 1 << 22  # weights expanded at a time, 16 MiB
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -32,7 +37,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     if plain is not None:
         return F.linear(x.to(plain.dtype), plain).to(x.dtype)
     flat = x.reshape(-1, x.shape[-1])
-    out = differentiable(flat, weight, _packed_linear) if wants_gradient(x) else _packed_linear(flat, weight)
+    out: Tensor = _Product.apply(flat, weight) if wants_gradient(x) else _packed_linear(flat, weight)  # type: ignore
     return out.view(*x.shape[:-1], weight.shape[-2]).to(x.dtype)
 
 
@@ -95,13 +100,55 @@ def as_int8(x: Tensor) -> Tensor:
 
 def _packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     if on_native(weight):
-        return packed_linear(x, weight.data, weight.type.code, weight.shape[-1])
-    return _plain_linear(x, weight)
-
-
-def _plain_linear(x: Tensor, weight: PackedWeight) -> Tensor:
-    """The product in plain torch: exact weights, rounded activations, float32 sums."""
-    x = as_int8(x)
-    step = max(1, _PIECE // weight.shape[-1])
+        return torch.ops.dgemma.packed_linear(x, weight.data, weight.type.code, weight.shape[-1])
+    x = as_int8(x)  # exact weights, rounded activations, float32 sums
+    step = max(1, PIECE // weight.shape[-1])
     return torch.cat([x @ weight[start : start + step].dequantize().T
                       for start in range(0, weight.shape[0], step)], dim=1)
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd is recording what becomes of any of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def pieces(weight: Weight, dtype: torch.dtype = torch.float32) -> Iterator[tuple[slice, Tensor]]:
+    """A matrix [N, K] as numbers, some rows at a time: which they are, and `expanded`."""
+    step = max(1, PIECE // weight.shape[-1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, min(start + step, weight.shape[0]))
+        yield rows, expanded(weight[rows], dtype)
+
+
+def expanded(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The numbers [N, K] of a matrix; float32 or bfloat16."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    if weight.device.type == "cpu" and native.takes(weight.type):
+        return native.dequantize(weight.data, weight.type.code, weight.shape[-1], None, dtype)
+    return weight.dequantize(dtype)
+
+
+def gradient_dtype(weight: Weight, x: Tensor) -> torch.dtype:
+    """What the products on the way back are computed in."""
+    if isinstance(weight, Tensor):
+        return weight.dtype
+    return torch.bfloat16 if x.dtype == torch.bfloat16 or (x.device.type == "cpu" and fast_bf16()) else torch.float32
+
+
+class _Product(torch.autograd.Function):
+    """`_packed_linear` with x's gradient: that of the product, times the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight) -> Tensor:
+        ctx.weight, ctx.dtype, ctx.products = weight, x.dtype, gradient_dtype(weight, x)
+        return _packed_linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].to(ctx.products)
+        out = gradient.new_zeros(gradient.shape[0], ctx.weight.shape[-1], dtype=torch.float32)
+        for rows, numbers in pieces(ctx.weight, ctx.products):
+            out += gradient[:, rows] @ numbers
+        return out.to(ctx.dtype), None

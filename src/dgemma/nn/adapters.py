@@ -21,7 +21,7 @@ from dgemma import seeds
 from dgemma.errors import DgemmaError
 from dgemma.kernels import PackedWeight, Weight, linear
 from dgemma.kernels.experts import DENSE_EXPERTS, mix_experts
-from dgemma.kernels.packed_grad import pieces
+from dgemma.kernels.products import pieces
 from dgemma.nn.block import Experts, Router
 from dgemma.nn.layers import Linear
 from dgemma.nn.transformer import DiffusionTransformer

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request as HttpRequest
 
-from dgemma.chat import Tokenizer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.constrain.choice import ToolsError, calls_of, read_tool_choice
 from dgemma.diffusion.request import Request
 from dgemma.engine.service import in_form_thread

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dgemma.chat import Tokenizer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.request import Request, longest_prompt
 from dgemma.engine.registry import UnknownAdapterError

@@ -14,9 +14,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dgemma.chat import Tokenizer
 from dgemma.chat.reply import Called, ReplyReader, Said, Thought, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.diffusion.events import CanvasCommitted, Denoised, Event, Failed, Finished, Generation, TokenLogprob
 from dgemma.diffusion.request import Request
 from dgemma.engine.service import RequestEvents

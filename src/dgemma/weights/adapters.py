@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from dgemma.config import LARGEST_SIZE
-from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.errors import CheckpointError, DgemmaError, describe, problems_of
 from dgemma.fields import Fields, is_number, is_there, read_json, shown
 from dgemma.files import atomic_write, json_bytes, make_folder
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import AdapterConfig, Factors, adaptable, adapter_parameters, adapters, install
-from dgemma.weights.load import describe, problems_of
 from dgemma.weights.names import network_name, pass_names
 from dgemma.weights.save import write_safetensors
 
@@ -192,7 +191,7 @@ def _with_patterns(config: AdapterConfig, settings: Mapping[str, Any], places: I
                                       f"{shown(value)}")
     try:
         theirs = replace(config, **patterns)
-        values = [(_ours(place), theirs.rank_of(place), theirs.alpha_of(place)) for place in places]
+        values = [(network_name(place) or place, theirs.rank_of(place), theirs.alpha_of(place)) for place in places]
     except (DgemmaError, re.error, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{file}: rank_pattern or alpha_pattern: {str(error)[:300]}") from error
     if len(set(values)) > len({name for name, *_ in values}):
@@ -200,10 +199,6 @@ def _with_patterns(config: AdapterConfig, settings: Mapping[str, Any], places: I
                               "which share one adapter here")
     return replace(config, rank_pattern={re.escape(name): rank for name, rank, _ in values if rank != config.r},
                    alpha_pattern={re.escape(name): alpha for name, _, alpha in values if alpha != config.alpha})
-
-
-def _ours(place: str) -> str:
-    return network_name(place) or place
 
 
 def _read(file: Path) -> dict[str, Tensor]:

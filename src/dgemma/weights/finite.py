@@ -5,15 +5,14 @@ Works on the files' bytes, a piece at a time, whatever the tensors' size; knows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dgemma.errors import CheckpointError
-from dgemma.files import fill
+from dgemma.files import read_pieces
 from dgemma.gguf.blocks import BlockType, dequantize
 from dgemma.gguf.codebooks import missing_grid
 from dgemma.gguf.reader import GGUFTensor
@@ -52,76 +51,43 @@ def check_finite(tensors: Iterable[StoredTensor | GGUFTensor],
     progress(0, total)
     for tensor in tensors:
         if isinstance(tensor, GGUFTensor):
-            kind, count_in = tensor.type_name, _counter_of_blocks(tensor.type)
-            unit = "numbers" if tensor.type is None or tensor.type.block == 1 else "blocks"
-            size = 1 if tensor.type is None else tensor.type.nbytes
+            kind, block = tensor.type_name, tensor.type
+            dtype = _FLOATS.get(kind) if block else None
         else:
-            kind, unit = tensor.dtype, "numbers"
-            dtype = _FLOATS.get(kind)
-            size = dtype.itemsize if dtype else 1
-            count_in = None if dtype is None else _counter_of_numbers(dtype)
-        if count_in is None and kind not in _WHOLE:
-            unread[kind] = None
-        if count_in is not None:
-            found = 0
-            for data in _pieces(tensor.file, tensor.offset, tensor.nbytes, size, tensor.name):
-                found += count_in(data)
-                done += len(data)
-                progress(done, total)
-            if found:
-                broken.append(f"{tensor.name} in {tensor.file.name}: {found:,} of {tensor.nbytes // size:,} {unit}")
+            kind, block, dtype = tensor.dtype, None, _FLOATS.get(tensor.dtype)
+        if dtype is not None:
+            size, unit, count_in = dtype.itemsize, "numbers", partial(_odd_numbers, dtype)
+        elif block is not None and not missing_grid(kind):
+            size, unit, count_in = block.nbytes, "blocks", partial(_odd_blocks, block)
         else:
+            if kind not in _WHOLE:
+                unread[kind] = None
             done += tensor.nbytes
             progress(done, total)
+            continue
+        found = 0
+        for data in read_pieces(tensor.file, tensor.offset, tensor.nbytes, max(_PIECE // size, 1) * size, tensor.name):
+            found += count_in(torch.frombuffer(data, dtype=torch.uint8))
+            done += len(data)
+            progress(done, total)
+        if found:
+            broken.append(f"{tensor.name} in {tensor.file.name}: {found:,} of {tensor.nbytes // size:,} {unit}")
     progress(total, total)
     return Finiteness(tuple(broken), tuple(unread))
 
 
-def _counter_of_numbers(dtype: torch.dtype) -> Callable[[Tensor], int]:
-    """uint8 [n] -> how many of the numbers in it are not finite."""
-    def count(data: Tensor) -> int:
-        numbers = data.view(dtype)
-        finite = (numbers.float() if dtype.itemsize == 1 else numbers).isfinite()
-        return 0 if finite.all() else int((~finite).sum())
-
-    return count
+def _odd_numbers(dtype: torch.dtype, data: Tensor) -> int:
+    """How many of the numbers in uint8 [n] are not finite."""
+    numbers = data.view(dtype)
+    finite = (numbers.float() if dtype.itemsize == 1 else numbers).isfinite()
+    return 0 if finite.all() else int((~finite).sum())
 
 
-def _counter_of_blocks(kind: BlockType | None) -> Callable[[Tensor], int] | None:
-    """uint8 [n] -> how many of the blocks in it hold what is not finite; None for a type that cannot be read here."""
-    if kind is None or missing_grid(kind.name):
-        return None
-    if kind.name in _FLOATS:
-        return _counter_of_numbers(_FLOATS[kind.name])
-    scales = _SCALES.get(kind.name)
-
-    def count(data: Tensor) -> int:
-        blocks = data.view(-1, kind.nbytes)
-        if scales is None:
-            bad = ~dequantize(blocks, kind).isfinite().all(-1)
-        else:  # the high byte of a float16 has its exponent in five bits: all set where it is not finite
-            bad = torch.stack([(blocks[:, at + 1] & 0x7C) == 0x7C for at in scales]).any(0)
-        return int(bad.sum())
-
-    return count
-
-
-def _pieces(path: Path, start: int, nbytes: int, unit: int, name: str) -> Iterator[Tensor]:
-    """A tensor's bytes, uint8, in pieces of whole units.
-
-    Plain reads into one buffer: pages of a mapped file would count as memory.
-    """
-    buffer = bytearray(min(nbytes, max(_PIECE // unit, 1) * unit))
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            left = nbytes
-            while left:
-                view = memoryview(buffer)[: min(len(buffer), left)]
-                fill(view, file, name)
-                left -= len(view)
-                yield torch.frombuffer(buffer, dtype=torch.uint8, count=len(view))
-    except EOFError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+def _odd_blocks(kind: BlockType, data: Tensor) -> int:
+    """How many of the blocks in uint8 [n] hold what is not finite."""
+    blocks, scales = data.view(-1, kind.nbytes), _SCALES.get(kind.name)
+    if scales is None:
+        bad = ~dequantize(blocks, kind).isfinite().all(-1)
+    else:  # the high byte of a float16 has its exponent in five bits: all set where it is not finite
+        bad = torch.stack([(blocks[:, at + 1] & 0x7C) == 0x7C for at in scales]).any(0)
+    return int(bad.sum())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dgemma.config import FULL, GenerationConfig, ModelConfig
+from dgemma.errors import Problem, problems_of, refuse
 from dgemma.gguf.blocks import BLOCK_TYPES, BlockType, dequantize
 from dgemma.gguf.codebooks import missing_grid
 from dgemma.gguf.keys import (
@@ -29,16 +30,7 @@ from dgemma.gguf.keys import (
 from dgemma.gguf.reader import GGUFFile, GGUFTensor, map_tensors, read_gguf, read_tensor
 from dgemma.kernels.packed import PackedWeight
 from dgemma.nn import DiffusionTransformer
-from dgemma.weights.load import (
-    DTYPES,
-    Problem,
-    Shape,
-    check_dtype,
-    empty_network,
-    problems_of,
-    refuse,
-    tensor_shapes,
-)
+from dgemma.weights.load import DTYPES, Shape, check_dtype, empty_network, tensor_shapes
 
 _PIECE = 16 << 20  # bytes unpacked at a time
 _MOST_FREQS = 1 << 16

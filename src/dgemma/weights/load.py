@@ -10,9 +10,8 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -21,9 +20,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dgemma.config import ModelConfig
-from dgemma.errors import CheckpointError
+from dgemma.errors import CheckpointError, Problem, problems_of, refuse
 from dgemma.fields import is_whole, parse_json_value, shown
-from dgemma.files import fill
+from dgemma.files import read_pieces
 from dgemma.nn import DiffusionTransformer
 from dgemma.weights.files import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
 from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, network_name
@@ -33,7 +32,6 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
            "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
            "C64": 8}
-_LISTED = 20  # how many items of one kind of problem a message spells out
 _PIECE = 16 << 20  # bytes read at a time where data is converted or moved to a device
 _HEADER_LIMIT = 100_000_000  # safetensors' own
 
@@ -50,14 +48,6 @@ class StoredTensor:
     shape: Shape
     offset: int
     nbytes: int
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One kind of thing that is wrong with a checkpoint, and every instance of it."""
-
-    kind: str
-    items: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -179,28 +169,6 @@ def match(contents: Contents, expected: Mapping[str, Shape]) -> tuple[dict[str, 
     return chosen, problems_of(found)
 
 
-def problems_of(found: Mapping[str, Iterable[str]]) -> list[Problem]:
-    """The kinds of problems of which something was found."""
-    return [Problem(kind, tuple(items)) for kind, items in found.items() if items]
-
-
-def refuse(problems: Sequence[Problem], what: str) -> None:
-    """Raises CheckpointError that says ``what`` and all of the problems, if there are any."""
-    if problems:
-        raise CheckpointError(f"{what}\n{describe(problems)}")
-
-
-def describe(problems: Iterable[Problem]) -> str:
-    """The problems as indented lines, at most twenty of each kind."""
-    lines = []
-    for problem in problems:
-        lines.append(f"  {problem.kind} ({len(problem.items)}):")
-        lines.extend(f"    {item}" for item in problem.items[:_LISTED])
-        if len(problem.items) > _LISTED:
-            lines.append(f"    and {len(problem.items) - _LISTED} more")
-    return "\n".join(lines)
-
-
 def _read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors that a safetensors file's header describes, and what is wrong with the file's size if anything.
 
@@ -301,43 +269,27 @@ def _read(chosen: Mapping[str, StoredTensor], device: torch.device, dtype: torch
     for path in sorted({tensor.file for tensor in chosen.values()}):
         here = sorted(((name, t) for name, t in chosen.items() if t.file == path), key=lambda item: item[1].offset)
         try:
-            with safe_open(path, "pt") as mapped, path.open("rb", buffering=0) as file:
+            with safe_open(path, "pt") as mapped:
                 for name, stored in here:
-                    if device.type == "cpu" and DTYPES[stored.dtype] == dtype:
+                    source = DTYPES[stored.dtype]
+                    if device.type == "cpu" and source == dtype:
                         read[name] = mapped.get_tensor(stored.name)
                         done += stored.nbytes
                         progress(done, total)
                         continue
-                    tensor = torch.empty(stored.shape, dtype=dtype, device=device)
-                    before = done
-                    for filled in _fill(tensor.view(-1), file, stored):
-                        done = before + filled
+                    read[name] = torch.empty(stored.shape, dtype=dtype, device=device)
+                    target, first = read[name].view(-1), 0
+                    for piece in read_pieces(path, stored.offset, stored.nbytes, _PIECE, stored.name):
+                        numbers = torch.frombuffer(piece, dtype=source)
+                        target[first : first + len(numbers)].copy_(numbers)
+                        first += len(numbers)
+                        done += len(piece)
                         progress(done, total)
-                    read[name] = tensor
-        except (SafetensorError, EOFError) as error:
+        except SafetensorError as error:
             raise CheckpointError(f"{path}: corrupt safetensors file: {error}") from error
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     return read
-
-
-def _fill(target: Tensor, file: RawIOBase, stored: StoredTensor) -> Iterable[int]:
-    """Fill ``target`` [numel] from the file, converting; yields the bytes read so far after every piece.
-
-    Plain reads into one small buffer: pages of a mapped file would count as memory beside the converted copy.
-    """
-    source = DTYPES[stored.dtype]
-    buffer = bytearray(min(_PIECE, stored.nbytes))
-    file.seek(stored.offset)
-    done = 0
-    while done < stored.nbytes:
-        view = memoryview(buffer)[: min(len(buffer), stored.nbytes - done)]
-        fill(view, file, stored.name)
-        piece = torch.frombuffer(buffer, dtype=source, count=len(view) // source.itemsize)
-        first = done // source.itemsize
-        target[first : first + len(piece)].copy_(piece)
-        done += len(view)
-        yield done
 
 
 class _OnMeta(TorchFunctionMode):

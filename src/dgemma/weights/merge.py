@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from dgemma.config import load_model_config
-from dgemma.errors import DgemmaError
+from dgemma.errors import DgemmaError, refuse
 from dgemma.files import atomic_write, make_folder, name_beside
 from dgemma.gguf.keys import gguf_name
-from dgemma.kernels.packed_grad import pieces
+from dgemma.kernels.products import pieces
 from dgemma.nn.adapters import Factors
 from dgemma.weights.adapters import read_adapter
 from dgemma.weights.files import INDEX_FILE, weight_files
 from dgemma.weights.gguf_model import open_gguf
-from dgemma.weights.load import empty_network, match, read_headers, refuse, tensor_shapes
+from dgemma.weights.load import empty_network, match, read_headers, tensor_shapes
 from dgemma.weights.names import network_name
 from dgemma.weights.quantize import Change, Progress, Summary, check_space, convert, is_gguf_file
 

@@ -6,10 +6,10 @@ nor a whole tensor. `mixture_type` decides which tensor gets which type, by llam
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dgemma.config import load_generation_config, load_model_config
-from dgemma.errors import CheckpointError, DgemmaError
-from dgemma.files import atomic_write, fill, free_space
+from dgemma.errors import CheckpointError, DgemmaError, refuse
+from dgemma.files import atomic_write, free_space, read_pieces
 from dgemma.formats import size_text
 from dgemma.gguf import keys
 from dgemma.gguf.blocks import BLOCK_TYPES, BlockType, dequantize
@@ -28,7 +28,7 @@ from dgemma.gguf.reader import read_gguf
 from dgemma.gguf.tokenizer import mended_types, tokenizer_metadata
 from dgemma.gguf.writer import TensorEntry, header, padding
 from dgemma.weights.gguf_model import match_gguf, open_gguf
-from dgemma.weights.load import DTYPES, match, network_shapes, read_headers, refuse
+from dgemma.weights.load import DTYPES, match, network_shapes, read_headers
 from dgemma.weights.names import is_vision
 
 _PIECE = 4 << 20  # weights converted at a time
@@ -119,11 +119,16 @@ def convert(source: Path, out: Path, mixture: str = "Q4_K_M", *, name: str | Non
     head = header(metadata, entries)
     size = len(head) + sum(entry.nbytes + padding(entry.nbytes) for entry in entries)
     check_space(out, size)
-    with atomic_write(out) as beside, beside.open("wb") as file, _Pieces(opened, progress, changes) as pieces:
+    progress = progress or (lambda name, done, total: None)
+    done, total = 0, sum(tensor.nbytes for tensor in opened.tensors)
+    with atomic_write(out) as beside, beside.open("wb") as file:
         file.write(head)
         for tensor, entry in zip(opened.tensors, entries, strict=True):
-            for data in pieces.of(tensor, entry.type):
+            progress(tensor.name, done, total)
+            for nbytes, data in _pieces(tensor, entry.type, changes.get(tensor.name)):
                 file.write(data.numpy())  # type: ignore[arg-type]  (a buffer)
+                done += nbytes
+                progress(tensor.name, done, total)
             file.write(bytes(padding(entry.nbytes)))
     requantized = {tensor.type.name for tensor in opened.tensors
                    if tensor.type.name not in DTYPES and (tensor.type != chosen[tensor.name] or tensor.name in changes)}
@@ -210,20 +215,13 @@ def check_space(out: Path, size: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A tensor of the source: ``name`` is its GGUF name; ``values`` if it stands in no file but is made here."""
+class _Stored(TensorEntry):
+    """A tensor of the source, under its GGUF name; ``values`` if it stands in no file but is made here."""
 
-    name: str
-    shape: tuple[int, ...]
-    type: BlockType
     file: Path
     offset: int
     called: str  # the source's own name for it
-    values: tuple[float, ...] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return TensorEntry(self.name, self.shape, self.type).nbytes
+    values: bytearray | None = None
 
 
 @dataclass(frozen=True)
@@ -235,58 +233,20 @@ class _Opened:
     left_out: int
 
 
-class _Pieces:
-    """Reads tensors piece by piece, packed as they shall be; tells ``progress``. A context manager."""
+def _pieces(tensor: _Stored, type: BlockType, change: Change | None) -> Iterator[tuple[int, Tensor]]:
+    """The tensor's bytes as ``type``, a few rows at a time, each with the bytes of the source that it took.
 
-    def __init__(self, opened: _Opened, progress: Progress | None, changes: Mapping[str, Change]):
-        self._changes = changes
-        self._progress = progress or (lambda name, done, total: None)
-        self._total = sum(tensor.nbytes for tensor in opened.tensors)
-        self._done = 0
-        self._files: dict[Path, FileIO] = {}
-
-    def __enter__(self) -> _Pieces:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def of(self, tensor: _Stored, type: BlockType) -> Iterator[Tensor]:
-        """The tensor's bytes as ``type``, a few rows at a time; raises CheckpointError for NaN and infinite numbers."""
-        self._progress(tensor.name, self._done, self._total)
-        width = tensor.shape[-1]
-        rows = tensor.nbytes // tensor.type.row_bytes(width) if tensor.nbytes else 0
-        step = max(1, _PIECE // width)
-        for start in range(0, rows, step):
-            data = self._read(tensor, start, min(start + step, rows))
-            if change := self._changes.get(tensor.name):
-                yield _packed(change(_numbers(data, tensor).float(), start), tensor, type)
-            else:
-                yield data.view(-1) if type == tensor.type else _packed(_numbers(data, tensor), tensor, type)
-            self._done += data.nbytes
-            self._progress(tensor.name, self._done, self._total)
-
-    def _read(self, tensor: _Stored, start: int, stop: int) -> Tensor:
-        """Rows as they are stored, uint8 [rows, row bytes].
-
-        Plain reads into a buffer of their own: pages of a mapped file would count as memory, too.
-        """
-        row_bytes = tensor.type.row_bytes(tensor.shape[-1])
-        if tensor.values is not None:
-            return torch.tensor(tensor.values).view(torch.uint8).view(-1, row_bytes)[start:stop]
-        buffer = bytearray((stop - start) * row_bytes)
-        try:
-            if tensor.file not in self._files:
-                self._files[tensor.file] = tensor.file.open("rb", buffering=0)
-            file = self._files[tensor.file]
-            file.seek(tensor.offset + start * row_bytes)
-            fill(memoryview(buffer), file, tensor.called)
-        except EOFError as error:
-            raise CheckpointError(f"{tensor.file}: {error}") from error
-        except OSError as error:
-            raise CheckpointError(f"{tensor.file}: cannot be read ({error.strerror or error})") from error
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(-1, row_bytes)
+    Raises CheckpointError for NaN and infinite numbers.
+    """
+    row_bytes, step = tensor.type.row_bytes(tensor.shape[-1]), max(1, _PIECE // tensor.shape[-1])
+    pieces = [tensor.values] if tensor.values is not None else read_pieces(
+        tensor.file, tensor.offset, tensor.nbytes, step * row_bytes, tensor.called)
+    for index, piece in enumerate(pieces):
+        data = torch.frombuffer(piece, dtype=torch.uint8).view(-1, row_bytes)
+        if change is not None:
+            yield data.nbytes, _packed(change(_numbers(data, tensor).float(), index * step), tensor, type)
+        else:
+            yield data.nbytes, data.view(-1) if type == tensor.type else _packed(_numbers(data, tensor), tensor, type)
 
 
 def _numbers(data: Tensor, tensor: _Stored) -> Tensor:
@@ -335,7 +295,7 @@ def _open_folder(folder: Path) -> _Opened:
     freqs = keys.rope_freqs(config)
     if freqs:
         tensors.insert(0, _Stored(keys.ROPE_FREQS, (len(freqs),), BLOCK_TYPES["F32"], folder, 0, keys.ROPE_FREQS,
-                                  tuple(freqs)))
+                                  bytearray(struct.pack(f"<{len(freqs)}f", *freqs))))
     metadata = {
         keys.ARCHITECTURE_KEY: keys.ARCHITECTURE,
         "general.type": "model",

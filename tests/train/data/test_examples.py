@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 import dgemma
-from dgemma.chat import Tokenizer, read_answer
+from dgemma.chat.reply import read_answer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.errors import DgemmaError
 from dgemma.train.batch import collate
 from dgemma.train.data.conversations import conversation_of

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dgemma.chat import Tokenizer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.errors import DgemmaError
 from dgemma.model import load
 from dgemma.train.data.text import TextSource, read_texts

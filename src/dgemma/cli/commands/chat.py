@@ -111,7 +111,7 @@ class Conversation:
 
 def checked(conversation: Conversation, model: AnyModel) -> Conversation:
     """The conversation, if every part of it is what it should be and ``model`` takes its settings; else DgemmaError."""
-    from dgemma.chat import normalise_messages
+    from dgemma.chat.messages import normalise_messages
 
     if not isinstance(conversation.messages, list):
         raise DgemmaError(f"messages must be a list, got {conversation.messages!r:.60}")

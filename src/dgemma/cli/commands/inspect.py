@@ -120,8 +120,8 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
                            "numbers were not read: --check does.", "green"))
     if not report.problems:
         return
+    from dgemma.errors import describe
     from dgemma.inspect import NOT_FINITE
-    from dgemma.weights.load import describe
 
     loads = all(problem.kind == NOT_FINITE for problem in report.problems)
     console.print(Text(f"Problems: this checkpoint cannot be {'used' if loads else 'loaded'}", "bold red"))

@@ -38,7 +38,7 @@ def replay(
         print_text(_text_of(trace))
         return
     happened = 0.0
-    with LiveCanvas(console, trace.piece_of) as canvas:
+    with LiveCanvas(console, trace.pieces.__getitem__) as canvas:
         due = time.monotonic()
         for event in trace.events:
             seconds = getattr(event, "seconds", happened)
@@ -56,5 +56,5 @@ def _text_of(trace) -> str:
     if trace.events and isinstance(trace.events[-1], Finished):
         return trace.events[-1].generation.text
     tokens = [i for event in trace.events if isinstance(event, CanvasCommitted) for i in event.token_ids]
-    raw = b"".join(trace.piece_of(i)[0] for i in tokens).decode(errors="replace")
+    raw = b"".join(trace.pieces[i][0] for i in tokens).decode(errors="replace")
     return split_thoughts(raw)[1]

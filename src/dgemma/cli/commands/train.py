@@ -16,7 +16,7 @@ from dgemma.errors import DgemmaError
 from dgemma.machine import signals_handled
 
 if TYPE_CHECKING:
-    from dgemma.chat import Tokenizer
+    from dgemma.chat.tokenizer import Tokenizer
     from dgemma.train.data.examples import Example
 
 _PREVIEW = "Preview"

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from dgemma.cli.terminal.console import SafeConsole
-from dgemma.weights.hub.progress import ProgressLines
+from dgemma.weights.hub.transfer import ProgressLines
 
 if TYPE_CHECKING:
     from rich.console import Console

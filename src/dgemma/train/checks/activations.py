@@ -132,7 +132,7 @@ def kept_by_block(step: Step, index: int, part: Pass) -> dict[str, int]:
 
 def block_working(step: Step, index: int, part: Pass) -> int:
     """The most that the backward pass through one block holds beside what was kept: gradients on their way."""
-    from dgemma.kernels.packed_grad import PIECE
+    from dgemma.kernels.products import PIECE
 
     config, layer = step.config, step.config.layers[index]
     rows = step.batch * part.tokens

@@ -206,10 +206,10 @@ def stored_types(path: Path) -> dict[str, str]:
     Raises CheckpointError for what cannot be loaded.
     """
     from dgemma.config import load_model_config
-    from dgemma.errors import CheckpointError
+    from dgemma.errors import CheckpointError, describe
     from dgemma.gguf.container import is_gguf
     from dgemma.weights.gguf_model import is_matrix, match_gguf, open_gguf
-    from dgemma.weights.load import DTYPES, describe, match, network_shapes, read_headers, stored_dtype
+    from dgemma.weights.load import DTYPES, match, network_shapes, read_headers, stored_dtype
 
     if path.is_file() and is_gguf(path):
         model = open_gguf(path)

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dgemma.chat.answer import read_answer
 from dgemma.chat.messages import normalise_messages
-from dgemma.chat.reply import inside_thought
+from dgemma.chat.reply import inside_thought, read_answer
 from dgemma.chat.thoughts import CLOSE, HEADER, OPEN
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.errors import DgemmaError

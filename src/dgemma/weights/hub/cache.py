@@ -20,7 +20,6 @@ from dgemma.fields import read_json
 from dgemma.files import atomic_write, json_bytes
 from dgemma.gguf.keys import ARCHITECTURE, ARCHITECTURE_KEY
 from dgemma.weights.files import (
-    GGUFFiles,
     bundled_models,
     bundled_path,
     checkpoint_files,
@@ -195,55 +194,42 @@ def files_beside(model: LocalModel) -> dict[str, int]:
 
 def _models_in(folder: Path) -> list[LocalModel]:
     """The models in a repository's folder of the cache; where several snapshots have one, the one in use."""
-    repo = _repo_of(folder)
     found: dict[str, LocalModel] = {}
-    for index, path in enumerate(_snapshots(folder)):
-        wanted = _wanted(folder) if index == 0 else {}
-        known = _known(path, wanted)
-        checkpoint = tuple(checkpoint_files(known))
-        if is_checkpoint(checkpoint) and repo not in found and _is_ours(path / "config.json"):
-            found[repo] = _local(repo, SAFETENSORS, None, path, checkpoint, wanted)
-        for name, model in _ggufs(repo, path, known).items():
-            if name not in found:
-                found[name] = _local(name, GGUF, model.tag, path, model.files, wanted, whole=model.complete)
+    for snapshot in _snapshots(folder):
+        for name, files in _files_by_model(folder, snapshot).items():
+            if name not in found and (":" in name or is_checkpoint(files)):
+                found[name] = _local(name, snapshot, files)
     return [found[name] for name in sorted(found, key=str.lower)]
-
-
-def _ggufs(repo: str, snapshot: Path, known: Iterable[str]) -> dict[str, GGUFFiles]:
-    """The GGUF models of ours in a snapshot, by the names that they have here."""
-    models = [model for model in gguf_models(known) if _is_our_gguf(snapshot / model.files[0])]
-    return {f"{repo}:{tag_of(model, models)}": model for model in models}
 
 
 def _files_by_model(folder: Path, snapshot: Path) -> dict[str, list[str]]:
     """The files of each model in a snapshot. Of a checkpoint also those that are there without its weights."""
-    repo = _repo_of(folder)
-    known = _known(snapshot, _wanted(folder) if snapshot in _snapshots(folder)[:1] else {})
-    found = {name: list(model.files) for name, model in _ggufs(repo, snapshot, known).items()}
+    repo = folder.name.removeprefix("models--").replace("--", "/", 1)
+    known = sorted({*_files(snapshot), *_wanted_in(snapshot)})
+    models = [model for model in gguf_models(known) if _is_our_gguf(snapshot / model.files[0])]
+    found = {f"{repo}:{tag_of(model, models)}": list(model.files) for model in models}
     checkpoint = checkpoint_files(known)
     if _is_ours(snapshot / "config.json") and ((snapshot / "config.json").is_file() or is_checkpoint(checkpoint)):
         found[repo] = checkpoint
     return found
 
 
-def _known(snapshot: Path, wanted: Wanted) -> list[str]:
-    return sorted({*_files(snapshot), *wanted})
-
-
-def _repo_of(folder: Path) -> str:
-    return folder.name.removeprefix("models--").replace("--", "/", 1)
+def _wanted_in(snapshot: Path) -> Wanted:
+    """What unfinished pulls want for a snapshot: for the one in use only."""
+    folder = snapshot.parent.parent
+    return _wanted(folder) if snapshot in _snapshots(folder)[:1] else {}
 
 
 def _folder_of(model: LocalModel) -> Path:
     return repo_folder(model.name.split(":")[0])
 
 
-def _local(name: str, kind: str, quantisation: str | None, snapshot: Path, files: tuple[str, ...], wanted: Wanted,
-           whole: bool = True) -> LocalModel:
-    """The model made of these files; ``whole``: no others belong to it."""
-    folder = snapshot.parent.parent
+def _local(name: str, snapshot: Path, files: list[str]) -> LocalModel:
+    """The model made of these files."""
+    folder, wanted = snapshot.parent.parent, _wanted_in(snapshot)
+    gguf = None if is_checkpoint(files) else gguf_models(files)[0]
+    complete = whole = gguf is None or gguf.complete  # whole: no other files belong to it
     size = full = 0
-    complete = whole
     for file in files:
         here = size_of(snapshot / file)
         size, full = size + here, full + here
@@ -252,13 +238,10 @@ def _local(name: str, kind: str, quantisation: str | None, snapshot: Path, files
             blob, expected = wanted[file]
             here = max(size_of(folder / "blobs" / blob), size_of(partial_of(folder, blob)))
             size, full = size + min(here, expected), full + expected
-    if kind == SAFETENSORS:
-        path = snapshot
-        if complete and not _has_weights(snapshot):  # another program was interrupted
-            complete = whole = False
-    else:
-        path = snapshot / files[0]
-    return LocalModel(name, kind, quantisation, size, full if whole else None, complete, path, files)
+    if gguf is None and complete and not _has_weights(snapshot):  # another program was interrupted
+        complete = whole = False
+    return LocalModel(name, GGUF if gguf else SAFETENSORS, gguf and gguf.tag, size, full if whole else None, complete,
+                      snapshot / files[0] if gguf else snapshot, tuple(files))
 
 
 def _snapshots(folder: Path) -> list[Path]:

@@ -90,8 +90,8 @@ def _complete(model: GGUFFiles, folder: Path) -> Path:
 
 
 def _on_hub(repo: str, tag: str | None, downloads: Downloads | None) -> Path:
-    from dgemma.weights.hub.progress import ProgressLines
     from dgemma.weights.hub.repository import NotThereError, locate_on_hub
+    from dgemma.weights.hub.transfer import ProgressLines
 
     try:
         return locate_on_hub(repo, tag, downloads or ProgressLines)

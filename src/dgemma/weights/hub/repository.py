@@ -232,7 +232,9 @@ def fetch(pull: Pull, listener: Listener) -> Path:
                 f"{pull.repo}: the disk is full: {size_text(pull.to_fetch)} are still to come into {cache_folder()}; "
                 f"make space there ({_how_to_make_space()}), then the same command goes on where it stopped"
             ) from error
-        if _is_from_http(error):
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if isinstance(error, HfHubHTTPError) or is_network_trouble(error):
             raise _explained(pull.repo, error) from error
         where = f"{error.filename}: " if error.filename else ""
         raise CheckpointError(f"{where}{pull.repo} cannot be stored in the local cache "
@@ -314,9 +316,3 @@ def _write_reference(folder: Path, commit: str) -> None:
     if not reference.is_file() or reference.read_text() != commit:
         reference.parent.mkdir(exist_ok=True)
         reference.write_text(commit)
-
-
-def _is_from_http(error: OSError) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return isinstance(error, HfHubHTTPError) or is_network_trouble(error)
