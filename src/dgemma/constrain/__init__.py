@@ -170,11 +170,11 @@ def _compiled(form: Mapping[str, Any], calls: Calls | None,
 def _language(form: Mapping[str, Any], longest: int | None, effort: Effort) -> tuple[Node, dict[str, Node]]:
     """The language that a response format describes, and the rules that it calls."""
     from dgemma.constrain.language import Alt, literal, parse_regex
-    from dgemma.constrain.schema import json_object, schema_language
+    from dgemma.constrain.schema import schema_language
 
     kind = form["type"]
     if kind == "json_object":
-        return json_object()
+        return schema_language({"type": "object"}, longest, effort)
     if kind == "json_schema":
         inner = form.get("json_schema", form)
         if not isinstance(inner, Mapping) or "schema" not in inner:

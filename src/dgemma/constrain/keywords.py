@@ -280,7 +280,7 @@ def _keys(shapes: Shapes, schema: Mapping, place: Place, inner: Any, holds: bool
         name = value_of(shape.fixed[0]) if shape.fixed else None
         if name is None:
             text = shortest_text(compile_part(shapes.text(replace(shape, forms=())), shapes.effort))
-            name = None if text is None else json.loads(text)
+            name = None if text is None else json.loads(f'"{text}"')
         if name is not None:
             yield {"object": [Shape("object", MEANT, required=(name,))]}
 

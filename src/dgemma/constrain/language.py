@@ -57,14 +57,6 @@ class Repeat:
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Parts in this order, none of them empty text, with a comma between those that are there; and whether one must."""
-
-    parts: tuple[tuple[Node, bool], ...]
-    comma: Node
-
-
-@dataclass(frozen=True)
 class Both:
     """What is in ``left`` and in ``right`` (with ``negated``: and not in it); neither may hold a Call."""
 
@@ -107,7 +99,7 @@ class Watched:
     part: Node
 
 
-Node = Literal | Chars | Seq | Alt | Repeat | Joined | Both | Call | Net | Look | Watched
+Node = Literal | Chars | Seq | Alt | Repeat | Both | Call | Net | Look | Watched
 EMPTY = Seq(())
 
 

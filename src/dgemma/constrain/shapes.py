@@ -21,7 +21,7 @@ from dgemma.constrain.automaton import ADVICE, Automaton, Effort, TooLarge, comp
 from dgemma.constrain.keywords import KEYWORDS, read_values
 from dgemma.constrain.language import parse_regex
 from dgemma.constrain.references import Place, Places
-from dgemma.constrain.scalars import string
+from dgemma.constrain.scalars import JSON, Notation, string
 from dgemma.constrain.shape import (
     ASIDE,
     FREE,
@@ -283,12 +283,13 @@ class Shapes:
             self._strings[plain] = bool(automaton.accepts.any())
         return self._strings[plain]
 
-    def text(self, shape: Shape, longest: int | None = None) -> Any:
-        """A string's shape as a language."""
+    def text(self, shape: Shape, longest: int | None = None, notation: Notation = JSON) -> Any:
+        """The language of the texts of a string's shape."""
         most = shape.most
         if most is not None and longest is not None:
             most = min(most, max(shape.least, longest))
-        return string(shape.least, most, shape.patterns, shape.forms, shape.excluded, longest, self.wide)
+        return string(shape.least, most, shape.patterns, shape.forms, shape.excluded, longest, self.wide,
+                      notation)
 
     # Schemas
 

@@ -11,12 +11,12 @@ from decimal import Decimal
 from typing import Any
 
 KINDS = ("object", "array", "string", "number", "boolean", "null")
-COLON = ": "
+COMMA, COLON = ", ", ": "
 
 
 def dumps(value: Any) -> str:
     """A value in the one way in which it is written here."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(", ", COLON))
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(COMMA, COLON))
 
 
 def kind_of(value: Any) -> str:
@@ -45,8 +45,3 @@ def identity(value: Any) -> Any:
 def exact(value: float) -> Decimal:
     """A number as it is written, not as a double holds it."""
     return Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two values are one to JSON Schema."""
-    return identity(one) == identity(other)
