@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from dgemma.constrain.ecma import Ranges
-from dgemma.constrain.regex import Around, At, Branch, Dot, Group, Item, Items, Set, Times, Unsupported, parse
+from dgemma.constrain.regex import Around, At, Branch, Group, Item, Items, Set, Times, parse
 from dgemma.errors import DgemmaError
 
 SURROGATES = (0xD800, 0xDFFF)  # no text holds these
@@ -211,9 +211,6 @@ class _Reader:
         match item:
             case Set():
                 return self.set(self.members(item))
-            case Dot():
-                breaks = () if self.flags & re.DOTALL else _BREAK
-                return self.set(complement(breaks if self.wide else [*_BREAK, (13, 13), (0x2028, 0x2029)]))
             case Branch(branches):
                 return Alt(tuple(self.sequence(branch, first, last) for branch in branches))
             case Group(inner, added, removed):
@@ -229,8 +226,6 @@ class _Reader:
                 return self.assertion(inner, negated, behind)
             case At(where):
                 return self.anchor(where)
-            case Unsupported(what):
-                raise DgemmaError(f"the regular expression {self.pattern!r} uses {what}: this is not supported")
 
     def assertion(self, items: Items, negated: bool, behind: bool) -> Node:
         """(?=…), (?!…), (?<=…), (?<!…)"""
@@ -274,9 +269,18 @@ class _Reader:
     def members(self, given: Set) -> Ranges:
         """The characters of a set."""
         wide = self.wide != given.negated
-        ranges = [*given.ranges, *(pair for name in given.classes for pair in _class(name, wide))]
+        ranges = [*given.ranges, *(pair for name in given.classes for pair in self.named(name, wide))]
         folded = self.folded(ranges, wide)
         return complement(folded) if given.negated else folded
+
+    def named(self, name: str, wide: bool) -> Ranges:
+        r"""The characters of ., \d, \S and so on; ``wide``: all that anybody counts, else those that everybody does."""
+        if name == ".":
+            breaks = () if self.flags & re.DOTALL else _BREAK
+            return complement(breaks if wide else [*_BREAK, (13, 13), (0x2028, 0x2029)])
+        if name.islower():
+            return _unicode(name) if wide else _ASCII[name]
+        return complement(_ASCII[name.lower()] if wide else _unicode(name.lower()))
 
     def folded(self, ranges: Iterable[tuple[int, int]], wide: bool) -> Ranges:
         """Where case does not matter: these and the same letters in the other case."""
@@ -309,13 +313,6 @@ def _cases(code: int) -> Iterable[str]:
     forms = (text.lower(), text.upper(), text.title(), text.casefold(), text.swapcase(), text.lower().upper(),
              text.upper().lower(), special.get(text.lower(), text))
     return [form for form in forms if len(form) == 1]
-
-
-def _class(name: str, wide: bool) -> Ranges:
-    r"""The characters of \d, \S and so on; ``wide``: all that anybody counts, else those that everybody does."""
-    if name.islower():
-        return _unicode(name) if wide else _ASCII[name]
-    return complement(_ASCII[name.lower()] if wide else _unicode(name.lower()))
 
 
 _ASCII: dict[str, Ranges] = {"d": ((48, 57),), "s": ((9, 13), (32, 32)), "w": ((48, 57), (65, 90), (95, 95), (97, 122))}
