@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from dgemma.constrain.ecma import Ranges
 from dgemma.constrain.language import (
     Alt,
     Both,
@@ -23,7 +24,6 @@ from dgemma.constrain.language import (
     Look,
     Net,
     Node,
-    Ranges,
     Repeat,
     Seq,
     Watched,

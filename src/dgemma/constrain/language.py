@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from dgemma.constrain.ecma import Ranges
+from dgemma.constrain.ecma import LAST, SURROGATES, Ranges, complement, union
 from dgemma.constrain.regex import Around, At, Branch, Group, Item, Items, Set, Times, parse
 from dgemma.errors import DgemmaError
-
-SURROGATES = (0xD800, 0xDFFF)  # no text holds these
-LAST = sys.maxunicode
 
 
 @dataclass(frozen=True)
@@ -117,27 +113,6 @@ def seq(*parts: Node) -> Node:
 
 def optional(part: Node) -> Node:
     return Repeat(part, 0, 1)
-
-
-def union(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Ranges in any order, made ascending and apart."""
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted(ranges):
-        if merged and low <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
-        else:
-            merged.append((low, high))
-    return tuple(merged)
-
-
-def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Every character that is in none of the ranges."""
-    gaps, start = [], 0
-    for low, high in union([*ranges, SURROGATES]):
-        if low > start:
-            gaps.append((start, low - 1))
-        start = high + 1
-    return (*gaps, (start, LAST)) if start <= LAST else tuple(gaps)
 
 
 ANY_CHAR = complement(())

@@ -14,6 +14,7 @@ from fractions import Fraction
 from math import gcd, lcm
 from typing import Any
 
+from dgemma.constrain.ecma import Ranges, complement
 from dgemma.constrain.language import (
     ANY_CHAR,
     EMPTY,
@@ -23,9 +24,7 @@ from dgemma.constrain.language import (
     Literal,
     Net,
     Node,
-    Ranges,
     Repeat,
-    complement,
     literal,
     optional,
     parse_regex,

@@ -29,22 +29,22 @@ log = logging.getLogger("dgemma.serve")
 
 OLLAMA = "/api/"  # what the paths of Ollama's API begin with
 
-# type and code by status; Anthropic's name of the same.
+# type and code by status, and what the documentation says of it.
 _KINDS = {
-    400: ("invalid_request_error", "invalid_value", "invalid_request_error"),
-    401: ("authentication_error", "invalid_api_key", "authentication_error"),
-    403: ("permission_error", "origin_not_allowed", "permission_error"),
-    404: ("not_found_error", "not_found", "not_found_error"),
-    405: ("invalid_request_error", "method_not_allowed", "invalid_request_error"),
-    408: ("timeout_error", "request_timeout", "timeout_error"),
-    413: ("invalid_request_error", "request_too_large", "request_too_large"),
-    429: ("rate_limit_error", "rate_limit_exceeded", "rate_limit_error"),
-    500: ("server_error", "internal_error", "api_error"),
-    503: ("server_error", "unavailable", "overloaded_error"),
-    504: ("timeout_error", "timeout", "timeout_error"),
+    400: ("invalid_request_error", "invalid_value", "The request cannot be honoured; `param` names the field."),
+    401: ("authentication_error", "invalid_api_key", "The API key is missing or wrong."),
+    403: ("permission_error", "origin_not_allowed",
+          "This server does not allow it: web pages of another origin, or adapters to be loaded."),
+    404: ("not_found_error", "not_found", "There is no such model."),
+    405: ("invalid_request_error", "method_not_allowed", "The method is not for this path."),
+    408: ("timeout_error", "request_timeout", "The request took too long to arrive."),
+    413: ("invalid_request_error", "request_too_large", "The request is too large."),
+    429: ("rate_limit_error", "rate_limit_exceeded", "Too many requests: try again after `Retry-After` seconds."),
+    500: ("server_error", "internal_error", "The engine failed."),
+    503: ("server_error", "unavailable", "The server is stopping: try again after `Retry-After` seconds."),
+    504: ("timeout_error", "timeout", "The answer took longer than a request may."),
 }
-
-
+_ANTHROPIC_TYPES = {413: "request_too_large", 500: "api_error", 503: "overloaded_error"}  # where they are others
 _LONGEST = 1000  # characters of a message, and of a field's name: both may repeat what the client sent
 
 
@@ -62,8 +62,8 @@ class ApiError(Exception):
         super().__init__(message)
         param = param and param[:_LONGEST]
         self.status, self.message, self.param, self.headers = status, message, param, dict(headers or {})
-        self.type, usual, self.anthropic_type = _KINDS[status]
-        self.code = code or usual
+        self.type, usual, _ = _KINDS[status]
+        self.code, self.anthropic_type = code or usual, _ANTHROPIC_TYPES.get(status, self.type)
 
 
 class ErrorDetail(BaseModel):
@@ -81,24 +81,9 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-_DESCRIPTIONS = {
-    400: "The request cannot be honoured; `param` names the field.",
-    401: "The API key is missing or wrong.",
-    403: "This server does not allow it: web pages of another origin, or adapters to be loaded.",
-    404: "There is no such model.",
-    405: "The method is not for this path.",
-    408: "The request took too long to arrive.",
-    413: "The request is too large.",
-    429: "Too many requests: try again after `Retry-After` seconds.",
-    500: "The engine failed.",
-    503: "The server is stopping: try again after `Retry-After` seconds.",
-    504: "The answer took longer than a request may.",
-}
-
-
 def error_docs(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """What the documentation says of every error, whose body has this form."""
-    return {status: {"model": model, "description": text} for status, text in _DESCRIPTIONS.items()}
+    return {status: {"model": model, "description": text} for status, (_, _, text) in _KINDS.items()}
 
 
 RESPONSES = error_docs(ErrorBody)

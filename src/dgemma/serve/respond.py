@@ -6,6 +6,7 @@ Works on: requests, and a format's rendering of their answers. Knows nothing of:
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import time
@@ -39,6 +40,7 @@ class Rendering(ABC):
     media_type: ClassVar[str] = "text/event-stream"
     ping: ClassVar[bytes | None] = b": ping\n\n"  # sent when nothing else has been for some time
     ending: ClassVar[bytes] = b""  # what a complete stream ends with
+    made: Made
 
     def start(self) -> Iterable[Made]:
         """What a stream begins with."""
@@ -56,9 +58,14 @@ class Rendering(ABC):
         """What a stream ends with when an answer broke off; raises the error where the format has no word for it."""
         raise error
 
-    @abstractmethod
     def whole(self, answers: Sequence[Sequence[Delta]]) -> Made:
-        """The body of a response that does not stream, from all pieces of every answer."""
+        """The body of a response that does not stream, from all pieces of every answer.
+
+        Of a single answer: what ``made`` has become when all of its pieces were fed.
+        """
+        for delta in answers[0]:
+            collections.deque(self.feed(0, delta), maxlen=0)
+        return self.made
 
     def encode(self, made: Made) -> bytes:
         """The bytes on the wire: an event, which is named if it has a type."""

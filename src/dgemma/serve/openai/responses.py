@@ -16,6 +16,7 @@ from dgemma.diffusion.request import Request
 from dgemma.serve.ask import engine_request
 from dgemma.serve.backend import Serving
 from dgemma.serve.errors import RESPONSES
+from dgemma.serve.forms import answer_form
 from dgemma.serve.openai.responses_body import ResponsesBody, response_format
 from dgemma.serve.openai.responses_stream import ResponseRendering
 from dgemma.serve.respond import answer_docs, respond
@@ -78,7 +79,7 @@ def _echo(body: ResponsesBody, request: Request) -> dict[str, Any]:
     said["max_output_tokens"] = body.length_limit()[0]
     return {
         **said, "metadata": body.metadata or {},
-        "text": {**(asked["text"] or {}), "format": response_format(body.answer_form()[0])},
+        "text": {**(asked["text"] or {}), "format": response_format(answer_form(body)[0])},
         "tools": asked["tools"] or [], "tool_choice": asked["tool_choice"] or "auto",
         "parallel_tool_calls": not body.one_call(),
         "temperature": request.sampling.temperature, "top_p": request.sampling.top_p, "seed": request.seed,
