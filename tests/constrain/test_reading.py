@@ -8,7 +8,7 @@ import pytest
 
 from dgemma.constrain.automaton import FAR, compile_language
 from dgemma.constrain.language import parse_regex
-from dgemma.constrain.reading import TableReader, forced_text, read_text
+from dgemma.constrain.reading import TableReader
 from dgemma.constrain.schema import schema_language
 from dgemma.constrain.stacks import DEEPEST, StackReader
 from dgemma.constrain.vocabulary import Vocabulary
@@ -50,7 +50,7 @@ def moves_by_token(reader, state):
 
 
 def moves_by_bytes(reader, state, words):
-    reached = {int(token): read_text(reader, state, words.bytes_of(token)) for token in words.ids}
+    reached = {int(token): reader.read(state, words.bytes_of(token)) for token in words.ids}
     return {token: target for token, target in reached.items() if target is not None}
 
 
@@ -115,9 +115,9 @@ def test_text_that_must_follow_is_known():
               "properties": {"name": {"type": "string"}, "é": {"const": [1, 2]}}}
     language, _ = schema_language(schema)
     reader = TableReader(compile_language(language), words, ())
-    assert forced_text(reader, 0) == b'{"name": "'
-    state = read_text(reader, 0, b'{"name": "x"')
-    assert forced_text(reader, state).decode() == ', "é": [1, 2]}'
+    assert reader.forced(0) == b'{"name": "'
+    state = reader.read(0, b'{"name": "x"')
+    assert reader.forced(state).decode() == ', "é": [1, 2]}'
 
 
 def test_what_the_vocabulary_cannot_spell_has_no_end():
@@ -146,6 +146,6 @@ def test_any_json_object_can_be_read():
     reader = stack_reader(*schema_language({"type": "object"}), words)
     value = {"a": [1, -2.5e3, True, None, {"é\n\"\\": []}], "": {"b": {"c": "日本"}}, "x": 1e-7, "y": [[], [[0]]]}
     text = json.dumps(value, ensure_ascii=False).encode()
-    assert reader.accepts(read_text(reader, 0, text))
-    assert read_text(reader, 0, text[:-1] + b"]") is None
-    assert read_text(reader, 0, b"[") is None
+    assert reader.accepts(reader.read(0, text))
+    assert reader.read(0, text[:-1] + b"]") is None
+    assert reader.read(0, b"[") is None

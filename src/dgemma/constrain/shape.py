@@ -101,6 +101,15 @@ FREE: Forms = {"object": [Shape("object")], "array": [Shape("array")], "string":
 
 
 NOT_EMPTY = Shape("object", MEANT, least=1)
+
+
+def having(key: str | int, demands: Demands, level: int = MEANT) -> Shape:
+    """Objects that have this property, or arrays this item, satisfying demands."""
+    if isinstance(key, str):
+        return Shape("object", level, named=((key, demands),), required=(key,))
+    return Shape("array", level, least=key + 1, spans=((key, key + 1, demands),))
+
+
 def only(kind: str, shapes: Sequence[Shape], holds: bool = True) -> Forms:
     """A keyword for one type: it leaves all others alone; where it does not hold, the value is of that type."""
     forms: Forms = {kind: list(shapes)}

@@ -34,6 +34,7 @@ from dgemma.constrain.shape import (
     Inside,
     Seen,
     Shape,
+    having,
     in_range,
     union,
     value_of,
@@ -319,11 +320,8 @@ class Shapes:
             return union(parts) if holds else functools.reduce(self.both, parts, FREE)
         if isinstance(schema, Inside):
             assert holds, "only what is wanted is made"
-            if isinstance(schema.key, str):
-                return {"object": [Shape("object", MEANT, named=((schema.key, schema.demands),),
-                                         required=(schema.key,))]}
-            span = (schema.key, schema.key + 1, schema.demands)
-            return {"array": [Shape("array", MEANT, least=schema.key + 1, spans=(span,))]}
+            shape = having(schema.key, schema.demands)
+            return {shape.kind: [shape]}
         if isinstance(schema, bool):
             return FREE if schema is holds else {}
         if not isinstance(schema, Mapping):

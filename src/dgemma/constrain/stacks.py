@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dgemma.constrain.automaton import FAR, Automaton, nearest
-from dgemma.constrain.reading import TokenClasses, by_target, single_byte
+from dgemma.constrain.reading import Reader, TokenClasses, by_target, single_byte
 from dgemma.constrain.vocabulary import Vocabulary, make_trie, merge_tokens
 from dgemma.errors import DgemmaError
 
@@ -138,7 +138,7 @@ class _Stack:
     rank: int  # a number that depends on nothing but what the stack holds
 
 
-class StackReader:
+class StackReader(Reader):
     """States are numbered as they are met.
 
     Distances are counted in single bytes: a text may need fewer tokens, and none needs more.
@@ -278,6 +278,3 @@ class StackReader:
 
     def rank(self, state: int) -> int:
         return hash(frozenset(self._stacks[number].rank for number in self._states[state]))
-
-    def accepts(self, state: int) -> bool:
-        return self.distance(state) == 0

@@ -323,7 +323,7 @@ _NOT_MADE = re.compile(r"/(embeddings?|embed|rerank|score|classify|pooling|moder
 
 def _no_such_path(request: Request, error: HTTPException) -> Exception:
     """The error for a path, or a method, that is not there: it says what is."""
-    there = _paths(request)
+    there = list(request.app.openapi()["paths"])
     path = re.sub(r"/{2,}", "/", request.url.path)
     if error.status_code == 405:
         allowed = Headers(error.headers).get("allow", "").replace(",", " ").split()
@@ -343,12 +343,6 @@ def _no_such_path(request: Request, error: HTTPException) -> Exception:
     elif close := difflib.get_close_matches(path, there, n=1, cutoff=0.75):
         hint = f"did you mean {close[0]}? {hint[0].upper()}{hint[1:]}"
     return ApiError(404, f"there is no {request.method} {path[:100]} here: {hint}")
-
-
-def _paths(request: Request) -> dict[str, set[str]]:
-    """The paths of the application and their methods, as its document has them."""
-    document = request.app.openapi()
-    return {path: {method.upper() for method in methods} for path, methods in document["paths"].items()}
 
 
 def _place(mistake: Mapping[str, Any], body: Any) -> list[str | int]:

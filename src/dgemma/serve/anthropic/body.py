@@ -141,8 +141,9 @@ class MessagesBody(ConversationFields):
                            "thread", details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
         self.one_answer()
         if self.messages[-1].role == "assistant":
-            raise _refusal(f"messages[{len(self.messages) - 1}].role",
-                           "the last message must be the user's: the beginning of an answer cannot be given")
+            field = f"messages[{len(self.messages) - 1}].role"
+            raise ApiError(400, f"{field}: the last message must be the user's: the beginning of an answer cannot be "
+                           "given", field)
 
     def named_user(self) -> str | None:
         return (self.metadata and self.metadata.user_id) or super().named_user()
@@ -189,10 +190,6 @@ class CountBody(MessagesBody):
     tools: Listed[CustomTool | dict[str, Any]] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-def _refusal(field: str, why: str) -> ApiError:
-    return ApiError(400, f"{field}: {why}", field)  # Anthropic's errors name the field in the message only
-
-
 def _texts(content: str | list[TextBlock] | None) -> list[str]:
     return [content] if isinstance(content, str) else [block.text for block in content or ()]
 
@@ -223,6 +220,6 @@ def _read(block: ReadBlock, where: str) -> str:
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         text = "\n".join(part for part in texts if isinstance(part, str))
     else:
-        raise _refusal(where, "a document must be plain text: {'type': 'text', 'media_type': 'text/plain', 'data': …}; "
-                       "files and addresses are not fetched here")
+        raise ApiError(400, f"{where}: a document must be plain text: {{'type': 'text', 'media_type': 'text/plain', "
+                       "'data': …}; files and addresses are not fetched here", where)
     return titled("\n".join(filter(None, [block.title, block.context])), text)
