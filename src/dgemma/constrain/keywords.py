@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dgemma.constrain.automaton import compile_part
 from dgemma.constrain.language import parse_regex
 from dgemma.constrain.references import Place
+from dgemma.constrain.scalars import KINDS, dumps, exact, identity, kind_of
 from dgemma.constrain.shape import (
     FREE,
     MEANT,
@@ -32,7 +33,6 @@ from dgemma.constrain.shape import (
     shortest_text,
     value_of,
 )
-from dgemma.constrain.values import KINDS, dumps, exact, identity, kind_of
 from dgemma.errors import DgemmaError
 
 if TYPE_CHECKING:

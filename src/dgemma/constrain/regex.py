@@ -73,11 +73,11 @@ _FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE
 _MOST = 2**32 - 1  # a count that is as good as none
 _CONTROLS = {"a": 7, "b": 8, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11}
 _CODE = re.compile(r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|u\{([0-9a-fA-F]+)\}")
+_CONTROL = re.compile(r"c([a-zA-Z])")
 _NAMED = re.compile(r"N\{([^{}]*)\}")
 _PROPERTY = re.compile(r"[pP](?:\{\^?([^{}]*)\}|([LMNPSZC]))")
 _OCTAL = re.compile(r"[0-7]{1,3}")
-_BYTE = re.compile(r"[0-7]{3}")
-_REFERENCE = re.compile(r"[0-9]{1,2}")
+_REFERENCE = re.compile(r"(?![0-7]{3})[1-9][0-9]?")
 _ASIDE = re.compile(r"[ \t\n\r\v\f]|#[^\n]*\n?")  # what means nothing in a verbose pattern
 _COUNT = re.compile(r"\{([0-9]*)(?:(,)([0-9]*))?\}")
 _SWITCHES = re.compile(r"\(\?([a-zA-Z]*)(?:-([a-zA-Z]*))?([:)])")
@@ -265,9 +265,7 @@ class _Parser:
         if following in tuple("AZbB"):
             self.place += 1
             return At(following)
-        if following in tuple("123456789") and not _BYTE.match(self.pattern, self.place):
-            found = self.match(_REFERENCE)
-            assert found is not None, "it begins so"
+        if found := self.match(_REFERENCE):
             if int(found[0]) > self.groups:
                 raise ValueError(f"invalid group reference {found[0]}")
             return self.beyond("a back reference")
@@ -286,25 +284,23 @@ class _Parser:
             name, absent = found[1] if found[1] is not None else found[2], found[0][0] == "P"
             return Set(property_of(name, absent != found[0][1:].startswith("{^"), wide))
         if found := self.match(_CODE):
-            code = int(next(filter(None, found.groups())), 16)
-            if code > LAST:
+            if (code := int(next(filter(None, found.groups())), 16)) > LAST:
                 raise ValueError(f"there is no character {code:#x}")
             return _one(code)
         if found := self.match(_OCTAL):
-            if int(found[0], 8) > 0o377:
+            if (code := int(found[0], 8)) > 0o377:
                 raise ValueError(f"octal escape value \\{found[0]} outside of range 0-0o377")
-            return _one(int(found[0], 8))
+            return _one(code)
         if found := self.match(_NAMED):
             try:
                 return _one(ord(unicodedata.lookup(found[1])))
             except (KeyError, TypeError) as error:
                 raise ValueError(f"there is no character called {found[1]!r}") from error
+        if found := self.match(_CONTROL):
+            return _one(ord(found[1]) % 32)
         if not following:
             raise ValueError("bad escape (end of pattern)")
         self.place += 1
-        if following == "c" and (letter := self.pattern[self.place : self.place + 1]).isascii() and letter.isalpha():
-            self.place += 1
-            return _one(ord(letter) % 32)
         if following in _CONTROLS:
             return _one(_CONTROLS[following])
         if following.isascii() and following.isalnum():

@@ -1,11 +1,12 @@
-"""Strings and numbers as languages (lengths, patterns, formats, ranges), and how values are written around them.
+"""JSON values: types, equality as JSON Schema means it, how they are written; strings and numbers as languages.
 
-Knows nothing of objects and arrays, nor of automata and tokens.
+Knows nothing of schemas, automata and tokens.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ from dgemma.constrain.language import (
     parse_regex,
     seq,
 )
-from dgemma.constrain.values import COLON, COMMA, dumps
 
+KINDS = ("object", "array", "string", "number", "boolean", "null")
+COMMA, COLON = ", ", ": "
 # Longer numbers would not survive being read as 64-bit integers and doubles.
 INTEGER_DIGITS, FRACTION_DIGITS = 18, 15
 WHOLE_DIGITS = 15  # before a number's decimal point
@@ -41,6 +43,39 @@ INT32 = (-(2**31), 2**31 - 1)
 DIGIT = Chars(((48, 57),))
 _ESCAPED = {8: b"b", 9: b"t", 10: b"n", 12: b"f", 13: b"r", 34: b'"', 92: b"\\"}
 _UNQUOTED = complement([(0, 31), (34, 34), (92, 92), (127, 127)])  # what stands in a JSON string as it is
+
+
+def dumps(value: Any) -> str:
+    """A value in the one way in which it is written here."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(COMMA, COLON))
+
+
+def kind_of(value: Any) -> str:
+    """The JSON type of a value, integers being numbers; TypeError for what is none."""
+    if value is None:
+        return "null"
+    for kind, types in (("boolean", bool), ("number", (int, float)), ("string", str), ("array", list),
+                        ("object", Mapping)):
+        if isinstance(value, types):
+            return kind
+    raise TypeError(f"{value!r} is no JSON value")
+
+
+def identity(value: Any) -> Any:
+    """Something hashable that is equal for two values exactly when JSON says so: 1 is 1.0 and is not true."""
+    kind = kind_of(value)
+    if kind == "number":
+        return kind, exact(value)
+    if kind == "array":
+        return kind, tuple(identity(item) for item in value)
+    if kind == "object":
+        return kind, frozenset((name, identity(item)) for name, item in value.items())
+    return kind, value
+
+
+def exact(value: float) -> Decimal:
+    """A number as it is written, not as a double holds it."""
+    return Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
 
 
 def json_chars(ranges: Ranges) -> Node:

@@ -34,9 +34,11 @@ from dgemma.constrain.scalars import (
     FORMATS,
     INT32,
     JSON,
+    KINDS,
     Notation,
     finite,
     fraction,
+    identity,
     integer,
     multiples,
     number,
@@ -44,7 +46,6 @@ from dgemma.constrain.scalars import (
 )
 from dgemma.constrain.shape import OPEN, Demand, Demands, Either, Inside, Seen, Shape, value_of, whole_bounds
 from dgemma.constrain.shapes import MAX_DEPTH, Shapes
-from dgemma.constrain.values import KINDS, identity
 from dgemma.errors import DgemmaError
 
 ANY = "any value"  # the rule of everything

@@ -15,7 +15,7 @@ from math import ceil, floor
 from typing import Any, NamedTuple
 
 from dgemma.constrain.automaton import Automaton
-from dgemma.constrain.values import exact
+from dgemma.constrain.scalars import exact
 
 # How surely a type of value is what the schema's author had in mind.
 ASIDE, OPEN, MEANT, NAMED = -1, 0, 1, 2  # keywords only for other types; none at all; some for this type; "type"

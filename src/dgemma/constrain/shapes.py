@@ -21,7 +21,7 @@ from dgemma.constrain.automaton import ADVICE, Automaton, Effort, TooLarge, comp
 from dgemma.constrain.keywords import KEYWORDS, read_values
 from dgemma.constrain.language import parse_regex
 from dgemma.constrain.references import Place, Places
-from dgemma.constrain.scalars import JSON, Notation, string
+from dgemma.constrain.scalars import JSON, Notation, identity, kind_of, string
 from dgemma.constrain.shape import (
     ASIDE,
     FREE,
@@ -40,7 +40,6 @@ from dgemma.constrain.shape import (
     value_of,
     whole_bounds,
 )
-from dgemma.constrain.values import identity, kind_of
 from dgemma.errors import DgemmaError
 
 MAX_DEPTH = 40
