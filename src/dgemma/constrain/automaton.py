@@ -429,8 +429,8 @@ def _product(node: Both, effort: Effort) -> Automaton:
         raise DgemmaError("a recursive part cannot be intersected with another")
     pairs = np.stack([left.byte_class, right.byte_class])
     columns, byte_class = np.unique(pairs, axis=1, return_inverse=True)
-    found = Numbers((0, 0), MAX_STATES, "the constraint is too large: a pattern beside a length or a format needs more "
-                    f"than {MAX_STATES} states")
+    found = Numbers[tuple[int, int]]((0, 0), MAX_STATES, "the constraint is too large: a pattern beside a length or a "
+                                                         f"format needs more than {MAX_STATES} states")
     rows = []
     for one, other in found:
         row = []

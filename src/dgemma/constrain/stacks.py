@@ -6,6 +6,7 @@ nothing of probabilities, stop tokens, canvases.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -186,8 +187,7 @@ class StackReader(Reader):
         self._state(set() if first is None else {first})
 
     def fresh(self) -> StackReader:
-        other = object.__new__(StackReader)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other._forget()
         return other
 
