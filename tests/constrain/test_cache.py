@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dgemma.constrain import constraint_of, made
-from dgemma.constrain.cache import ByteCache
+from dgemma.constrain import ByteCache, constraint_of, made
 from support.constrain_helpers import STOPS, denoise, random_log_probs, walk
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from dgemma.constrain.automaton import FAR, compile_language
 from dgemma.constrain.language import parse_regex
-from dgemma.constrain.reading import TableReader, forced_text, read_text
-from dgemma.constrain.schema import json_object, schema_language
+from dgemma.constrain.reading import TableReader
+from dgemma.constrain.schema import schema_language
 from dgemma.constrain.stacks import DEEPEST, StackReader
 from dgemma.constrain.vocabulary import Vocabulary
 from dgemma.errors import DgemmaError
@@ -50,7 +50,7 @@ def moves_by_token(reader, state):
 
 
 def moves_by_bytes(reader, state, words):
-    reached = {int(token): read_text(reader, state, words.bytes_of(token)) for token in words.ids}
+    reached = {int(token): reader.read(state, words.bytes_of(token)) for token in words.ids}
     return {token: target for token, target in reached.items() if target is not None}
 
 
@@ -65,7 +65,7 @@ def test_a_table_reads_every_token_as_its_bytes(pattern):
 @pytest.mark.parametrize("schema", [TREE, FORK, None], ids=["tree", "fork", "json_object"])
 def test_stacks_read_every_token_as_its_bytes(schema):
     words = vocabulary(1)
-    language, rules = schema_language(schema) if schema else json_object()
+    language, rules = schema_language(schema) if schema else schema_language({"type": "object"})
     reader = stack_reader(language, rules, words)
     rng, state, seen = random.Random(0), 0, set()
     for _ in range(60):
@@ -78,7 +78,8 @@ def test_stacks_read_every_token_as_its_bytes(schema):
 
 @pytest.mark.parametrize("make", [
     lambda words: table_reader('(abc|"[^"]{3,8}")(, (11|222))*', words),
-    lambda words: stack_reader(*json_object(), words), lambda words: stack_reader(*schema_language(TREE), words),
+    lambda words: stack_reader(*schema_language({"type": "object"}), words),
+    lambda words: stack_reader(*schema_language(TREE), words),
 ], ids=["table", "json_object", "tree"])
 def test_there_is_always_a_token_that_is_nearer_to_the_end(make):
     words = vocabulary(2)
@@ -114,15 +115,15 @@ def test_text_that_must_follow_is_known():
               "properties": {"name": {"type": "string"}, "é": {"const": [1, 2]}}}
     language, _ = schema_language(schema)
     reader = TableReader(compile_language(language), words, ())
-    assert forced_text(reader, 0) == b'{"name": "'
-    state = read_text(reader, 0, b'{"name": "x"')
-    assert forced_text(reader, state).decode() == ', "é": [1, 2]}'
+    assert reader.forced(0) == b'{"name": "'
+    state = reader.read(0, b'{"name": "x"')
+    assert reader.forced(state).decode() == ', "é": [1, 2]}'
 
 
 def test_what_the_vocabulary_cannot_spell_has_no_end():
     words = Vocabulary({1: b"a", 2: b"b"})
     assert table_reader("abc", words).distance(0) == FAR
-    assert stack_reader(*json_object(), words).distance(0) == FAR
+    assert stack_reader(*schema_language({"type": "object"}), words).distance(0) == FAR
 
 
 @pytest.mark.parametrize("schema", [
@@ -142,9 +143,9 @@ def test_a_recursive_value_that_cannot_end_is_found_out():
 
 def test_any_json_object_can_be_read():
     words = vocabulary()
-    reader = stack_reader(*json_object(), words)
+    reader = stack_reader(*schema_language({"type": "object"}), words)
     value = {"a": [1, -2.5e3, True, None, {"é\n\"\\": []}], "": {"b": {"c": "日本"}}, "x": 1e-7, "y": [[], [[0]]]}
     text = json.dumps(value, ensure_ascii=False).encode()
-    assert reader.accepts(read_text(reader, 0, text))
-    assert read_text(reader, 0, text[:-1] + b"]") is None
-    assert read_text(reader, 0, b"[") is None
+    assert reader.accepts(reader.read(0, text))
+    assert reader.read(0, text[:-1] + b"]") is None
+    assert reader.read(0, b"[") is None

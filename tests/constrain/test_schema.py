@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 
 from dgemma.constrain.automaton import TooLarge, compile_language
-from dgemma.constrain.scalars import FORMATS, integer, number
-from dgemma.constrain.schema import dumps, schema_language
+from dgemma.constrain.scalars import FORMATS, dumps, integer, number
+from dgemma.constrain.schema import schema_language
 from dgemma.errors import DgemmaError
 from support.schema_texts import empty, reader_of
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dgemma.constrain.schema import dumps
+from dgemma.constrain.scalars import dumps
 from support.schema_texts import accepts, empty, invalid_text, reader_of
 
 INT, TEXT, NULL = {"type": "integer"}, {"type": "string"}, {"type": "null"}

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dgemma.constrain.schema import dumps
+from dgemma.constrain.scalars import dumps
 from dgemma.errors import DgemmaError
 from support.random_schemas import VALUES, random_schema
 from support.schema_texts import DRAFTS, accepts, empty, reader_of, some_texts

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from dgemma.serve.streams import ClientGoneError, Merged, while_connected
+from dgemma.serve.respond import ClientGoneError, Merged, while_connected
 
 
 class Source:

@@ -3,17 +3,18 @@
 A form becomes a language of texts (`schema`, `language`), the language an automaton over bytes (`automaton`), which
 reads the vocabulary's tokens (`vocabulary`, `reading`); with stop tokens and thoughts that makes a graph (`graph`), and
 every denoising step takes from it the most probable path and a drawn one (`paths`, `guide`). What was made lately is
-kept, by its bytes (`cache`). Knows nothing of the network. Nothing heavy is imported until a constraint is asked for.
+kept, by its bytes. Knows nothing of the network. Nothing heavy is imported until a constraint is asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from dgemma.constrain.cache import ByteCache
 from dgemma.constrain.choice import CallableTool, Calls, ToolsError
 from dgemma.errors import DgemmaError
 
@@ -29,6 +30,67 @@ MAX_LENGTH = 2**18  # characters of a response format: it is kept as long as wha
 MAX_BYTES = 2**28  # of the constraints that are kept, with all that they have remembered while they were used
 LENGTHS = (None, 400, 120, 40)  # of strings that a schema limits, tried one after the other until they are few enough
 TYPES = ("text", "json_object", "json_schema", "regex", "choice")
+
+
+class Sized(Protocol):
+    """Something that knows its memory, which may grow while it is used."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+V = TypeVar("V", bound=Sized)
+
+
+class ByteCache(Generic[V]):
+    """Values by key, at most ``limit`` bytes of them; those that were asked for longest ago go first.
+
+    A value that alone is larger is not kept. Values are measured anew whenever the cache is used. For any thread.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._values: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all that is kept, as it is now."""
+        with self._lock:
+            return self._total()
+
+    def get(self, key: Hashable) -> V | None:
+        """The value of a key, which counts as used just now; None when it is not kept."""
+        with self._lock:
+            found = self._values.get(key)
+            if found is None:
+                return None
+            self._values.move_to_end(key)
+            self._trim()
+            return found[0]
+
+    def put(self, key: Hashable, value: V, beside: int = 0) -> None:
+        """Keep a value; ``beside``: bytes that its key takes."""
+        with self._lock:
+            self._values.pop(key, None)
+            self._values[key] = value, beside
+            self._trim()
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
+    def _total(self) -> int:
+        return sum(value.nbytes + beside for value, beside in self._values.values())
+
+    def _trim(self) -> None:
+        total = self._total()
+        while total > self.limit and self._values:
+            _, (value, beside) = self._values.popitem(last=False)
+            total -= value.nbytes + beside
 
 
 made: ByteCache[TextConstraint] = ByteCache(MAX_BYTES)
@@ -170,11 +232,11 @@ def _compiled(form: Mapping[str, Any], calls: Calls | None,
 def _language(form: Mapping[str, Any], longest: int | None, effort: Effort) -> tuple[Node, dict[str, Node]]:
     """The language that a response format describes, and the rules that it calls."""
     from dgemma.constrain.language import Alt, literal, parse_regex
-    from dgemma.constrain.schema import json_object, schema_language
+    from dgemma.constrain.schema import schema_language
 
     kind = form["type"]
     if kind == "json_object":
-        return json_object()
+        return schema_language({"type": "object"}, longest, effort)
     if kind == "json_schema":
         inner = form.get("json_schema", form)
         if not isinstance(inner, Mapping) or "schema" not in inner:

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Generic, TypeVar
 
 import numpy as np
 
+from dgemma.constrain.ecma import Ranges
 from dgemma.constrain.language import (
     Alt,
     Both,
     Call,
     Chars,
-    Joined,
     Literal,
     Look,
     Net,
     Node,
-    Ranges,
     Repeat,
     Seq,
     Watched,
@@ -37,6 +37,9 @@ ADVICE = "use fewer or smaller repetitions, lengths and alternatives"
 FAR = 2**30  # more steps than anything takes: no way at all
 
 
+T = TypeVar("T")
+
+
 class TooLarge(DgemmaError):  # noqa: N818  (what is wrong is its size)
     """A constraint would take too much time or memory to make."""
 
@@ -46,6 +49,7 @@ class Effort:
 
     def __init__(self, steps: int = MAX_EFFORT, states: int = 2 * MAX_STATES):
         self.left, self.states = steps, states
+        self.parts: dict[int, tuple[Node, Automaton]] = {}  # what was made, by the node's identity
 
     def spend(self, steps: int) -> None:
         """Raises DgemmaError when there is not so much left."""
@@ -72,6 +76,27 @@ class Automaton:
 
     def next_byte(self, state: int, byte: int) -> int:
         return int(self.table[state, self.byte_class[byte]])
+
+
+class Numbers(Generic[T]):
+    """Things by the number in which they were met, which grow while they are walked; at most ``most`` of them."""
+
+    def __init__(self, first: T, most: int, complaint: str):
+        self.most, self.complaint = most, complaint
+        self._numbers = {first: 0}
+        self._things = [first]
+
+    def __getitem__(self, thing: T) -> int:
+        """The number of a thing, which is met now if it was not yet; raises TooLarge."""
+        if thing not in self._numbers:
+            if len(self._things) >= self.most:
+                raise TooLarge(self.complaint)
+            self._numbers[thing] = len(self._things)
+            self._things.append(thing)
+        return self._numbers[thing]
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._things)
 
 
 def nearest(table: np.ndarray, ends: np.ndarray, detours: Iterable[tuple[int, int, int]] = ()) -> np.ndarray:
@@ -110,9 +135,19 @@ def compile_language(language: Node, effort: Effort | None = None) -> Automaton:
 
 def compile_part(language: Node, effort: Effort) -> Automaton:
     """The minimal automaton of a part of a language, which does not count among the states of its definitions."""
-    nfa = Nfa(effort)
-    start = nfa.state()
-    return nfa.automaton(start, nfa.add(language, start))
+    if id(language) not in effort.parts:
+        if isinstance(language, Both):
+            made = _product(language, effort)
+        elif isinstance(language, Watched):
+            from dgemma.constrain.looking import compile_watched
+
+            made = compile_watched(language, effort)
+        else:
+            nfa = Nfa(effort)
+            start = nfa.state()
+            made = nfa.automaton(start, nfa.add(language, start))
+        effort.parts[id(language)] = language, made
+    return effort.parts[id(language)][1]
 
 
 def utf8_sequences(ranges: Ranges) -> list[list[tuple[int, int]]]:
@@ -154,7 +189,6 @@ class Nfa:
         self.empty: list[list[int]] = []
         self.calls: list[list[tuple[str, int]]] = []
         # By the node's identity, since repetitions add it again and again.
-        self._products: dict[int, Automaton] = {}
         self._sequences: dict[int, list[list[tuple[int, int]]]] = {}
 
     def state(self) -> int:
@@ -204,34 +238,11 @@ class Nfa:
             end = self.state()
             self.calls[start].append((node.rule, end))
             return end
-        if isinstance(node, Joined):
-            return self._join(node, start)
         if isinstance(node, Net):
             return self._net(node, start)
         if isinstance(node, Look):
             raise DgemmaError("a look-around stands outside of any text")
-        if id(node) not in self._products:
-            self._products[id(node)] = _product(node, self.effort) if isinstance(node, Both) else _watched(
-                node, self.effort)
-        return self.embed(self._products[id(node)], start)
-
-    def _join(self, node: Joined, start: int) -> int:
-        bare, behind = start, None  # where nothing stands yet, and where something does
-        for part, needed in node.parts:
-            begin, end = self.state(), self.state()
-            if bare is not None:
-                self.empty[bare].append(begin)
-            if behind is not None:
-                self.empty[self.add(node.comma, behind)].append(begin)
-                if not needed:
-                    self.empty[behind].append(end)
-            self.empty[self.add(part, begin)].append(end)
-            bare, behind = None if needed else bare, end
-        end = self.state()
-        for one in (bare, behind):
-            if one is not None:
-                self.empty[one].append(end)
-        return end
+        return self.embed(compile_part(node, self.effort), start)
 
     def _net(self, node: Net, start: int) -> int:
         states = defaultdict(self.state)
@@ -269,8 +280,8 @@ class Nfa:
         """The minimal deterministic one of what leads from a state to another."""
         return minimal(*_subsets(self, start, end), self.effort)
 
-    def embed(self, automaton: Automaton, start: int, rules: Mapping[str, str] | None = None) -> int:
-        """Add an automaton as `add` does a language; ``rules``: what the rules that it calls are named here."""
+    def embed(self, automaton: Automaton, start: int) -> int:
+        """Add an automaton as `add` does a language."""
         states = [self.state() for _ in automaton.accepts]
         end = self.state()
         self.empty[start].append(states[0])
@@ -279,23 +290,23 @@ class Nfa:
             cuts = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), 256]
             self.edges[states[source]] += [(low, past - 1, states[row[low]]) for low, past in pairwise(cuts)
                                            if row[low] >= 0]
-            self.calls[states[source]] += [((rules or {}).get(rule, rule), states[back])
-                                           for rule, back in automaton.calls[source]]
+            self.calls[states[source]] += [(rule, states[back]) for rule, back in automaton.calls[source]]
         for state in np.flatnonzero(automaton.accepts):
             self.empty[states[state]].append(end)
         return end
 
 
+def byte_classes(nfa: Nfa, cuts: Iterable[int] = ()) -> tuple[list[int], list[int]]:
+    """Where bytes begin that all edges, and what is cut at ``cuts``, treat alike; and the class of every byte."""
+    bounds = {0, *cuts, *(bound for out in nfa.edges for low, high, _ in out for bound in (low, high + 1))}
+    starts = sorted(bounds - {256})
+    return starts, (np.searchsorted(starts, np.arange(256), side="right") - 1).tolist()
+
+
 def _subsets(nfa: Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list]]:
     """Deterministic: (table [S, K] with -1 for none, byte_class, accepts, calls)."""
-    bounds = {0, 256}
-    for edges in nfa.edges:
-        for low, high, _ in edges:
-            bounds.update((low, high + 1))
-    starts = sorted(bounds)[:-1]
-    class_at = {low: index for index, low in enumerate([*starts, 256])}
-    byte_class = np.searchsorted(starts, np.arange(256), side="right") - 1
-    edges = [[(class_at[low], class_at[high + 1], target) for low, high, target in out] for out in nfa.edges]
+    starts, byte_class = byte_classes(nfa)
+    edges = [[(byte_class[low], byte_class[high] + 1, target) for low, high, target in out] for out in nfa.edges]
     # Which states matter: those that read something, call something or are the end.
     matters = [bool(nfa.edges[state] or nfa.calls[state]) or state == end for state in range(len(nfa.edges))]
     closures: dict[int, frozenset[int]] = {}
@@ -312,19 +323,10 @@ def _subsets(nfa: Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np
             closures[state] = frozenset(one for one in seen if matters[one])
         return closures[state]
 
-    numbers = {closure(start): 0}
-    queue = [closure(start)]
-
-    def number(subset: frozenset[int]) -> int:
-        if subset not in numbers:
-            if len(numbers) >= MAX_STATES:
-                raise TooLarge(f"the constraint needs an automaton of more than {MAX_STATES} states: {ADVICE}")
-            numbers[subset] = len(numbers)
-            queue.append(subset)
-        return numbers[subset]
-
+    subsets = Numbers(closure(start), MAX_STATES,
+                      f"the constraint needs an automaton of more than {MAX_STATES} states: {ADVICE}")
     rows, calls = [], []
-    for subset in queue:  # grows while it is walked
+    for subset in subsets:
         nfa.effort.spend(2 * len(starts) + len(subset))
         moves: dict[int, set[int]] = defaultdict(set)
         called: dict[str, set[int]] = defaultdict(set)
@@ -338,11 +340,11 @@ def _subsets(nfa: Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np
                 called[rule] |= closure(target)
         row = np.full(len(starts), -1, np.int32)
         for column, reached in moves.items():
-            row[column] = number(frozenset(reached))
+            row[column] = subsets[frozenset(reached)]
         rows.append(row)
-        calls.append([(rule, number(frozenset(reached))) for rule, reached in sorted(called.items())])
-    accepts = np.array([end in subset for subset in queue])
-    return np.stack(rows), byte_class, accepts, calls
+        calls.append([(rule, subsets[frozenset(reached)]) for rule, reached in sorted(called.items())])
+    accepts = np.array([end in subset for subset in subsets])
+    return np.stack(rows), np.array(byte_class), accepts, calls
 
 
 def minimal(table: np.ndarray, byte_class: np.ndarray, accepts: np.ndarray, calls: list[list],
@@ -420,12 +422,6 @@ def _same_future(table: np.ndarray, part: np.ndarray) -> np.ndarray:
     return part
 
 
-def _watched(node: Watched, effort: Effort) -> Automaton:
-    from dgemma.constrain.looking import compile_watched
-
-    return compile_watched(node, effort)
-
-
 def _product(node: Both, effort: Effort) -> Automaton:
     """Both languages at once."""
     left, right = compile_part(node.left, effort), compile_part(node.right, effort)
@@ -433,23 +429,17 @@ def _product(node: Both, effort: Effort) -> Automaton:
         raise DgemmaError("a recursive part cannot be intersected with another")
     pairs = np.stack([left.byte_class, right.byte_class])
     columns, byte_class = np.unique(pairs, axis=1, return_inverse=True)
-    numbers, queue, rows = {(0, 0): 0}, [(0, 0)], []
-    for one, other in queue:
+    found = Numbers[tuple[int, int]]((0, 0), MAX_STATES, "the constraint is too large: a pattern beside a length or a "
+                                                         f"format needs more than {MAX_STATES} states")
+    rows = []
+    for one, other in found:
         row = []
         effort.spend(15 * columns.shape[1])
         for column in columns.T:
             target = (int(left.table[one, column[0]]), int(right.table[other, column[1]]) if other >= 0 else -1)
-            if target[0] < 0 or (target[1] < 0 and not node.negated):
-                row.append(-1)
-                continue
-            if target not in numbers:
-                if len(numbers) >= MAX_STATES:
-                    raise TooLarge("the constraint is too large: a pattern beside a length or a format needs more "
-                                      f"than {MAX_STATES} states")
-                numbers[target] = len(numbers)
-                queue.append(target)
-            row.append(numbers[target])
+            lost = target[0] < 0 or (target[1] < 0 and not node.negated)
+            row.append(-1 if lost else found[target])
         rows.append(row)
     accepts = np.array([left.accepts[one] and ((other >= 0 and right.accepts[other]) != node.negated)
-                        for one, other in queue])
-    return minimal(np.array(rows, np.int32), byte_class.reshape(-1), accepts, [[] for _ in queue], effort)
+                        for one, other in found])
+    return minimal(np.array(rows, np.int32), byte_class.reshape(-1), accepts, [[] for _ in rows], effort)

@@ -1,4 +1,4 @@
-r"""The characters of Unicode's properties, which ECMA 262 names in regular expressions: `\p{…}`.
+r"""Sets of characters, and those of Unicode's properties, which ECMA 262 names in regular expressions: `\p{…}`.
 
 Knows nothing of patterns, languages, schemas.
 """
@@ -14,6 +14,7 @@ from dgemma.errors import DgemmaError
 
 Ranges = tuple[tuple[int, int], ...]
 LAST = sys.maxunicode
+SURROGATES = (0xD800, 0xDFFF)  # no text holds these
 _CATEGORIES = {
     "Letter": "L", "Cased_Letter": "LC", "Uppercase_Letter": "Lu", "Lowercase_Letter": "Ll", "Titlecase_Letter": "Lt",
     "Modifier_Letter": "Lm", "Other_Letter": "Lo", "Mark": "M", "Combining_Mark": "M", "Nonspacing_Mark": "Mn",
@@ -54,22 +55,34 @@ _BY_CATEGORY = {"Alphabetic": (("L", "Nl"), ("L", "Nl", "M", "So")), "Alpha": ((
                 "XID_Continue": (("L", "Mn", "Mc", "Nd", "Pc"), ("L", "N", "M", "P", "S"))}
 
 
+def union(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Ranges in any order, made ascending and apart."""
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if merged and low <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
+        else:
+            merged.append((low, high))
+    return tuple(merged)
+
+
+def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Every character that is in none of the ranges."""
+    gaps, start = [], 0
+    for low, high in union([*ranges, SURROGATES]):
+        if low > start:
+            gaps.append((start, low - 1))
+        start = high + 1
+    return (*gaps, (start, LAST)) if start <= LAST else tuple(gaps)
+
+
 def property_of(name: str, absent: bool, wide: bool) -> Ranges:
     """The characters that have a property, or that do not; ``wide``: all that may be meant, else those surely meant.
 
     Raises DgemmaError for one that is not known.
     """
     ranges = characters(name, wide != absent)
-    return _without(ranges) if absent else ranges
-
-
-def _without(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    gaps, start = [], 0
-    for low, high in sorted(ranges):
-        if low > start:
-            gaps.append((start, low - 1))
-        start = max(start, high + 1)
-    return (*gaps, (start, LAST)) if start <= LAST else tuple(gaps)
+    return complement(ranges) if absent else ranges
 
 
 @functools.lru_cache(maxsize=64)

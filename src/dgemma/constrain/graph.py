@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dgemma.constrain.reading import Reader, TokenClasses, forced_text, read_text
+from dgemma.constrain.reading import Reader, TokenClasses
 from dgemma.constrain.vocabulary import Vocabulary
 
 DONE, THOUGHT, OPENING, TEXT = range(4)  # the text's states are numbered from TEXT on
@@ -134,12 +134,12 @@ class Graph:
             return None
         if state == THOUGHT:
             return None if token in self.special.marks else THOUGHT
-        reached = read_text(self.reader, self._text(state), text)
+        reached = self.reader.read(self._text(state), text)
         return None if reached is None else TEXT + reached
 
     def forced(self, state: int) -> bytes:
         """The bytes that the text goes on with in any case."""
-        return forced_text(self.reader, state - TEXT) if state >= TEXT else b""
+        return self.reader.forced(state - TEXT) if state >= TEXT else b""
 
     def plan(self, states: np.ndarray) -> Plan:
         """One step from these states."""

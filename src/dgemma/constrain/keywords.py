@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dgemma.constrain.automaton import compile_part
 from dgemma.constrain.language import parse_regex
 from dgemma.constrain.references import Place
+from dgemma.constrain.scalars import KINDS, dumps, exact, identity, kind_of
 from dgemma.constrain.shape import (
     FREE,
     MEANT,
@@ -27,11 +28,11 @@ from dgemma.constrain.shape import (
     Forms,
     Seen,
     Shape,
+    having,
     only,
     shortest_text,
     value_of,
 )
-from dgemma.constrain.values import KINDS, dumps, exact, identity, kind_of
 from dgemma.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -98,10 +99,10 @@ def _unlike(shapes: Shapes, kind: str, value: Any, place: Place) -> Iterator[Sha
         yield Shape(kind, most=len(value) - 1)
     if kind == "array":
         for index, item in enumerate(value):
-            yield Shape(kind, least=index + 1, spans=((index, index + 1, differs(item)),))
+            yield having(index, differs(item), OPEN)
     else:
         for name, item in value.items():
-            yield Shape(kind, named=((name, differs(item)),), required=(name,))
+            yield having(name, differs(item), OPEN)
             if shapes.wide:
                 yield shapes.lacking(name, place)
     yield Shape(kind, least=len(value) + 1)
@@ -166,11 +167,11 @@ def _items(shapes: Shapes, schema: Mapping, place: Place, inner: Any, holds: boo
     if key == "prefixItems" or isinstance(inner, list):
         for index, item in enumerate(inner):
             demand = shapes.part(place, item, f"{key}[{index}]", holds)
-            span = ((index, index + 1, (demand,)),)
             if holds:
-                yield only("array", [Shape("array", MEANT, spans=span, seen=Seen(items=index + 1))])
+                span = (index, index + 1, (demand,))
+                yield only("array", [Shape("array", MEANT, spans=(span,), seen=Seen(items=index + 1))])
             elif (key == "items") == shapes.places.old or shapes.wide:
-                yield {"array": [Shape("array", MEANT, least=index + 1, spans=span)]}
+                yield {"array": [having(index, (demand,))]}
         return
     if key == "additionalItems":
         if not isinstance(schema.get("items"), list):
@@ -188,8 +189,7 @@ def _items(shapes: Shapes, schema: Mapping, place: Place, inner: Any, holds: boo
     elif start == 0:
         yield {"array": [Shape("array", MEANT, contains=((demands, 1, None),))]}
     else:
-        yield {"array": [Shape("array", MEANT, least=index + 1, spans=((index, index + 1, demands),))
-                         for index in (start, start + 1)]}
+        yield {"array": [having(index, demands) for index in (start, start + 1)]}
 
 
 def _contains(shapes: Shapes, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
@@ -228,7 +228,7 @@ def _properties(shapes: Shapes, schema: Mapping, place: Place, inner: Any, holds
     if holds:
         yield only("object", [Shape("object", MEANT, named=tuple(named), seen=Seen(names=frozenset(inner)))])
     else:
-        yield {"object": [Shape("object", MEANT, named=(one,), required=(one[0],)) for one in named]}
+        yield {"object": [having(name, demands) for name, demands in named]}
 
 
 def _pattern_properties(shapes: Shapes, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
@@ -243,7 +243,7 @@ def _pattern_properties(shapes: Shapes, schema: Mapping, place: Place, inner: An
         else:
             name = shortest_text(shapes.finder.automaton(pattern, False))
             if name is not None:
-                yield {"object": [Shape("object", MEANT, named=((name, demands),), required=(name,))]}
+                yield {"object": [having(name, demands)]}
 
 
 def _additional(shapes: Shapes, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
@@ -256,16 +256,10 @@ def _additional(shapes: Shapes, schema: Mapping, place: Place, inner: Any, holds
     elif shapes.wide:
         yield {"object": [NOT_EMPTY]}
     else:
-        yield {"object": [Shape("object", MEANT, named=((name, demands),), required=(name,))
-                          for name in _new_names(shapes, names, patterns)]}
-
-
-def _new_names(shapes: Shapes, names: frozenset[str], patterns: tuple[str, ...]) -> list[str]:
-    """A name that is none of these and matches no pattern, if one is found at once."""
-    for name in ("other", "extra", "more", "x", "y", "Other", "0", "_", "-", "42", "ABC", "/"):
-        if name not in names and not any(shapes.finder.finds(pattern, name, wide=True) for pattern in patterns):
-            return [name]
-    return []
+        new = next((name for name in ("other", "extra", "more", "x", "y", "Other", "0", "_", "-", "42", "ABC", "/")
+                    if name not in names and not any(shapes.finder.finds(pattern, name, wide=True)
+                                                     for pattern in patterns)), None)
+        yield {"object": [] if new is None else [having(new, demands)]}  # if one is found at once
 
 
 def _keys(shapes: Shapes, schema: Mapping, place: Place, inner: Any, holds: bool) -> Iterator[Forms]:
@@ -280,7 +274,7 @@ def _keys(shapes: Shapes, schema: Mapping, place: Place, inner: Any, holds: bool
         name = value_of(shape.fixed[0]) if shape.fixed else None
         if name is None:
             text = shortest_text(compile_part(shapes.text(replace(shape, forms=())), shapes.effort))
-            name = None if text is None else json.loads(text)
+            name = None if text is None else json.loads(f'"{text}"')
         if name is not None:
             yield {"object": [Shape("object", MEANT, required=(name,))]}
 

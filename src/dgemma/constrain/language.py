@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from dgemma.constrain.ecma import Ranges
-from dgemma.constrain.regex import Around, At, Branch, Dot, Group, Item, Items, Set, Times, Unsupported, parse
+from dgemma.constrain.ecma import LAST, SURROGATES, Ranges, complement, union
+from dgemma.constrain.regex import Around, At, Branch, Group, Item, Items, Set, Times, parse
 from dgemma.errors import DgemmaError
-
-SURROGATES = (0xD800, 0xDFFF)  # no text holds these
-LAST = sys.maxunicode
 
 
 @dataclass(frozen=True)
@@ -54,14 +50,6 @@ class Repeat:
     part: Node
     least: int
     most: int | None
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Parts in this order, none of them empty text, with a comma between those that are there; and whether one must."""
-
-    parts: tuple[tuple[Node, bool], ...]
-    comma: Node
 
 
 @dataclass(frozen=True)
@@ -107,7 +95,7 @@ class Watched:
     part: Node
 
 
-Node = Literal | Chars | Seq | Alt | Repeat | Joined | Both | Call | Net | Look | Watched
+Node = Literal | Chars | Seq | Alt | Repeat | Both | Call | Net | Look | Watched
 EMPTY = Seq(())
 
 
@@ -125,27 +113,6 @@ def seq(*parts: Node) -> Node:
 
 def optional(part: Node) -> Node:
     return Repeat(part, 0, 1)
-
-
-def union(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Ranges in any order, made ascending and apart."""
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted(ranges):
-        if merged and low <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
-        else:
-            merged.append((low, high))
-    return tuple(merged)
-
-
-def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Every character that is in none of the ranges."""
-    gaps, start = [], 0
-    for low, high in union([*ranges, SURROGATES]):
-        if low > start:
-            gaps.append((start, low - 1))
-        start = high + 1
-    return (*gaps, (start, LAST)) if start <= LAST else tuple(gaps)
 
 
 ANY_CHAR = complement(())
@@ -219,9 +186,6 @@ class _Reader:
         match item:
             case Set():
                 return self.set(self.members(item))
-            case Dot():
-                breaks = () if self.flags & re.DOTALL else _BREAK
-                return self.set(complement(breaks if self.wide else [*_BREAK, (13, 13), (0x2028, 0x2029)]))
             case Branch(branches):
                 return Alt(tuple(self.sequence(branch, first, last) for branch in branches))
             case Group(inner, added, removed):
@@ -237,8 +201,6 @@ class _Reader:
                 return self.assertion(inner, negated, behind)
             case At(where):
                 return self.anchor(where)
-            case Unsupported(what):
-                raise DgemmaError(f"the regular expression {self.pattern!r} uses {what}: this is not supported")
 
     def assertion(self, items: Items, negated: bool, behind: bool) -> Node:
         """(?=…), (?!…), (?<=…), (?<!…)"""
@@ -282,9 +244,18 @@ class _Reader:
     def members(self, given: Set) -> Ranges:
         """The characters of a set."""
         wide = self.wide != given.negated
-        ranges = [*given.ranges, *(pair for name in given.classes for pair in _class(name, wide))]
+        ranges = [*given.ranges, *(pair for name in given.classes for pair in self.named(name, wide))]
         folded = self.folded(ranges, wide)
         return complement(folded) if given.negated else folded
+
+    def named(self, name: str, wide: bool) -> Ranges:
+        r"""The characters of ., \d, \S and so on; ``wide``: all that anybody counts, else those that everybody does."""
+        if name == ".":
+            breaks = () if self.flags & re.DOTALL else _BREAK
+            return complement(breaks if wide else [*_BREAK, (13, 13), (0x2028, 0x2029)])
+        if name.islower():
+            return _unicode(name) if wide else _ASCII[name]
+        return complement(_ASCII[name.lower()] if wide else _unicode(name.lower()))
 
     def folded(self, ranges: Iterable[tuple[int, int]], wide: bool) -> Ranges:
         """Where case does not matter: these and the same letters in the other case."""
@@ -317,13 +288,6 @@ def _cases(code: int) -> Iterable[str]:
     forms = (text.lower(), text.upper(), text.title(), text.casefold(), text.swapcase(), text.lower().upper(),
              text.upper().lower(), special.get(text.lower(), text))
     return [form for form in forms if len(form) == 1]
-
-
-def _class(name: str, wide: bool) -> Ranges:
-    r"""The characters of \d, \S and so on; ``wide``: all that anybody counts, else those that everybody does."""
-    if name.islower():
-        return _unicode(name) if wide else _ASCII[name]
-    return complement(_ASCII[name.lower()] if wide else _unicode(name.lower()))
 
 
 _ASCII: dict[str, Ranges] = {"d": ((48, 57),), "s": ((9, 13), (32, 32)), "w": ((48, 57), (65, 90), (95, 95), (97, 122))}

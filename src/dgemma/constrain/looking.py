@@ -11,7 +11,18 @@ from collections import defaultdict
 
 import numpy as np
 
-from dgemma.constrain.automaton import ADVICE, MAX_STATES, Automaton, Effort, Nfa, TooLarge, compile_part, minimal
+from dgemma.constrain.automaton import (
+    ADVICE,
+    MAX_STATES,
+    Automaton,
+    Effort,
+    Nfa,
+    Numbers,
+    TooLarge,
+    byte_classes,
+    compile_part,
+    minimal,
+)
 from dgemma.constrain.language import ANY_CHAR, Chars, Look, Node, Repeat, Watched
 
 _Obligation = tuple[int, int]  # what is looked for, and how far it was read
@@ -46,18 +57,12 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
     start = nfa.state()
     end = nfa.add(node.part, start)
     sought = nfa.sought
-    bounds = {0, 256}
-    for out in nfa.edges:
-        bounds.update(bound for low, high, _ in out for bound in (low, high + 1))
-    for _, automaton in sought:
-        bounds.update((np.flatnonzero(np.diff(automaton.byte_class)) + 1).tolist())
-    starts = sorted(bounds)[:-1]
-    byte_class = np.searchsorted(starts, np.arange(256), side="right") - 1
-    class_at = {low: index for index, low in enumerate([*starts, 256])}
+    starts, byte_class = byte_classes(nfa, [cut for _, automaton in sought for cut in (
+        np.flatnonzero(np.diff(automaton.byte_class)) + 1).tolist()])
     edges: list[dict[int, list[int]]] = [{} for _ in nfa.edges]  # per state: byte class -> targets
     for state, out in enumerate(nfa.edges):
         for low, high, target in out:
-            for column in range(class_at[low], class_at[high + 1]):
+            for column in range(byte_class[low], byte_class[high] + 1):
                 edges[state].setdefault(column, []).append(target)
     # What has come true, whatever follows, is no longer an obligation.
     settled = [_always(automaton, effort) for _, automaton in sought]
@@ -129,9 +134,10 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
                      for number, at in zip(behind, seen, strict=True))
 
     first_seen = tuple(0 for _ in behind)
-    first = (closure(frozenset({(start, frozenset())}), first_seen), first_seen)
-    numbers, queue, rows, accepts = {first: 0}, [first], [], []
-    for threads, seen in queue:  # grows while it is walked
+    states = Numbers((closure(frozenset({(start, frozenset())}), first_seen), first_seen), MAX_STATES,
+                     f"the constraint's look-around needs more than {MAX_STATES} states: {ADVICE}")
+    rows, accepts = [], []
+    for threads, seen in states:
         row = [-1] * len(starts)
         moves: dict[int, set[_Thread]] = defaultdict(set)
         for state, owed in threads:
@@ -142,20 +148,12 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
         effort.spend(3 * len(moves))
         for column in sorted(moves):
             following = look_back(seen, column)
-            reached = closure(frozenset(moves[column]), following)
-            if not reached:
-                continue
-            key = (reached, following)
-            if key not in numbers:
-                if len(numbers) >= MAX_STATES:
-                    raise TooLarge(f"the constraint's look-around needs more than {MAX_STATES} states: {ADVICE}")
-                numbers[key] = len(numbers)
-                queue.append(key)
-            row[column] = numbers[key]
+            if reached := closure(frozenset(moves[column]), following):
+                row[column] = states[reached, following]
         rows.append(row)
         accepts.append(any(state == end and all(bool(sought[number][1].accepts[at]) != sought[number][0].negated
                                                 for number, at in owed) for state, owed in threads))
-    return minimal(np.array(rows, np.int32), byte_class, np.array(accepts), [[] for _ in rows], effort)
+    return minimal(np.array(rows, np.int32), np.array(byte_class), np.array(accepts), [[] for _ in rows], effort)
 
 
 def _always(automaton: Automaton, effort: Effort) -> frozenset[int]:

@@ -8,7 +8,7 @@ nothing of text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,9 +88,6 @@ def find_paths(graph: Graph, start: int, walk: Walk, first: int, canvas: int, ro
     if len(layers) != canvas - first:
         raise ValueError(f"the walk ended after {first + len(layers)} of {canvas} positions")
 
-    def most(_: int, logs: np.ndarray) -> int:
-        return int(logs.argmax())
-
     def by_chance(position: int, logs: np.ndarray) -> int:
         if len(logs) == 1:
             return 0
@@ -99,27 +96,27 @@ def find_paths(graph: Graph, start: int, walk: Walk, first: int, canvas: int, ro
 
     last = np.exp(mass - mass.max()).cumsum()
     end = int(np.searchsorted(last, inside[0, canvas] * last[-1], side="right").clip(0, len(last) - 1))
-    return Paths(_trace(layers, int(best.argmax()), most, lambda layer: (layer.best, layer.scores.best),
-                        lambda scores: scores.best_token),
-                 _trace(layers, end, by_chance, lambda layer: (layer.mass, layer.scores.mass),
-                        lambda scores: scores.drawn), fixed)
+    likely = [(layer, layer.best, layer.scores.best, layer.scores.best_token) for layer in layers]
+    by_mass = [(layer, layer.mass, layer.scores.mass, layer.scores.drawn) for layer in layers]
+    return Paths(_trace(likely, int(best.argmax()), lambda _, logs: int(logs.argmax())),
+                 _trace(by_mass, end, by_chance), fixed)
 
 
-def _trace(layers: list[_Layer], state: int, pick: Callable[[int, np.ndarray], int],
-           weights: Callable[[_Layer], tuple[np.ndarray, np.ndarray]],
-           tokens: Callable[[Scores], np.ndarray]) -> list[int]:
-    """From a state (its place) after the last layer back to the start, the edges chosen by ``pick``."""
+def _trace(ways: Sequence[tuple[_Layer, np.ndarray, np.ndarray, np.ndarray]], state: int,
+           pick: Callable[[int, np.ndarray], int]) -> list[int]:
+    """From a state (its place) after the last layer back to the start, the edges chosen by ``pick``.
+
+    ``ways``: layers, each with the logarithms of its states and of its labels, and the labels' tokens.
+    """
     path = []
-    for position in range(len(layers) - 1, -1, -1):
-        layer = layers[position]
+    for position, (layer, of_states, of_labels, tokens) in reversed([*enumerate(ways)]):
         plan, target = layer.plan, layer.kept[state]
         ends = plan.starts[target + 1] if target + 1 < len(plan.starts) else len(plan.src)
         edges = slice(plan.starts[target], ends)
-        of_states, of_labels = weights(layer)
         src, label = plan.src[edges], plan.label[edges]
         edge = pick(position, of_states[src] + of_labels[label])
         state = int(src[edge])
-        path.append(int(tokens(layer.scores)[label[edge]]))
+        path.append(int(tokens[label[edge]]))
     return path[::-1]
 
 

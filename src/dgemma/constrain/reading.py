@@ -6,9 +6,9 @@ probabilities, stop tokens, canvases.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -41,65 +41,60 @@ class TokenClasses:
         return np.diff(self.starts, append=len(self.tokens))
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """What the search for a path asks; states are numbers, 0 is the first."""
 
     classes: TokenClasses
     exact: bool  # all states are few enough to be followed at once
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of what it was made with; readers made by `fresh` share it."""
-        ...
+    nbytes: int  # memory of what it was made with; readers made by `fresh` share it
 
     @property
     def grown(self) -> int:
         """Memory of the states that it has met."""
-        ...
+        return 0
 
+    @abstractmethod
     def moves(self, state: int) -> list[tuple[int, np.ndarray]]:
         """The next states and, for each, the token classes that lead there (ascending)."""
-        ...
 
+    @abstractmethod
     def distance(self, state: int) -> int:
         """Tokens to the end at most (`FAR`: there is no way); above 0 there is a move to a state that is one nearer."""
-        ...
+
+    @abstractmethod
+    def step(self, state: int, byte: int) -> int:
+        """The state after a byte; -1: nowhere."""
+
+    @abstractmethod
+    def only_byte(self, state: int) -> int | None:
+        """The one byte that can follow, if it is one."""
 
     def rank(self, state: int) -> int:
         """A number that orders states; it does not depend on which states were met before."""
-        ...
+        return state
 
-    def accepts(self, state: int) -> bool: ...
-
-    def step(self, state: int, byte: int) -> int:
-        """The state after a byte; -1: nowhere."""
-        ...
-
-    def only_byte(self, state: int) -> int | None:
-        """The one byte that can follow, if it is one."""
-        ...
+    def accepts(self, state: int) -> bool:
+        return self.distance(state) == 0
 
     def fresh(self) -> Reader:
         """One like this that has met no states yet; itself, if it does not remember any."""
-        ...
+        return self
 
+    def read(self, state: int, text: bytes) -> int | None:
+        """The state after these bytes; None: nowhere."""
+        for byte in text:
+            state = self.step(state, byte)
+            if state < 0:
+                return None
+        return state
 
-def read_text(reader: Reader, state: int, text: bytes) -> int | None:
-    """The state after these bytes; None: nowhere."""
-    for byte in text:
-        state = reader.step(state, byte)
-        if state < 0:
-            return None
-    return state
-
-
-def forced_text(reader: Reader, state: int) -> bytes:
-    """The bytes that every text goes on with from here."""
-    text = bytearray()
-    while len(text) < MOST_FORCED and not reader.accepts(state) and (byte := reader.only_byte(state)) is not None:
-        text.append(byte)
-        state = reader.step(state, byte)
-    return bytes(text)
+    def forced(self, state: int) -> bytes:
+        """The bytes that every text goes on with from here."""
+        text = bytearray()
+        while len(text) < MOST_FORCED and not self.accepts(state) and (byte := self.only_byte(state)) is not None:
+            text.append(byte)
+            state = self.step(state, byte)
+        return bytes(text)
 
 
 def single_byte(row: np.ndarray, byte_class: np.ndarray) -> int | None:
@@ -119,10 +114,8 @@ def by_target(row: np.ndarray) -> list[tuple[int, np.ndarray]]:
     return list(zip(targets.tolist(), np.split(classes, starts[1:]), strict=True))
 
 
-class TableReader:
+class TableReader(Reader):
     """All states' moves in one table; distances are exact. ``without``: tokens that are never text."""
-
-    grown = 0
 
     def __init__(self, automaton: Automaton, vocabulary: Vocabulary, without: Collection[int]):
         self.automaton = automaton
@@ -145,17 +138,8 @@ class TableReader:
     def distance(self, state: int) -> int:
         return int(self._distance[state])
 
-    def rank(self, state: int) -> int:
-        return state
-
-    def accepts(self, state: int) -> bool:
-        return bool(self.automaton.accepts[state])
-
     def step(self, state: int, byte: int) -> int:
         return self.automaton.next_byte(state, byte)
 
     def only_byte(self, state: int) -> int | None:
         return single_byte(self.automaton.table[state], self.automaton.byte_class)
-
-    def fresh(self) -> TableReader:
-        return self

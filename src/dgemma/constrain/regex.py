@@ -12,20 +12,16 @@ import unicodedata
 from dataclasses import dataclass
 
 from dgemma.constrain.ecma import LAST, Ranges, property_of
+from dgemma.errors import DgemmaError
 
 
 @dataclass(frozen=True)
 class Set:
-    """One character: of these ranges, or of a class of letters such as "d" or "S"; ``negated``: none of them."""
+    """One character: of these ranges, or of a class such as "d", "S" or "." itself; ``negated``: none of them."""
 
     ranges: Ranges
     classes: tuple[str, ...] = ()
     negated: bool = False
-
-
-@dataclass(frozen=True)
-class Dot:
-    """Any character but those that break a line."""
 
 
 @dataclass(frozen=True)
@@ -70,25 +66,18 @@ class Around:
     behind: bool
 
 
-@dataclass(frozen=True)
-class Unsupported:
-    """What is well formed, and known to no automaton."""
-
-    what: str
-
-
-Item = Set | Dot | At | Branch | Group | Times | Around | Unsupported
+Item = Set | At | Branch | Group | Times | Around
 Items = tuple[Item, ...]
 
 _FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE, "a": re.ASCII, "u": re.UNICODE}
 _MOST = 2**32 - 1  # a count that is as good as none
 _CONTROLS = {"a": 7, "b": 8, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11}
 _CODE = re.compile(r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|u\{([0-9a-fA-F]+)\}")
+_CONTROL = re.compile(r"c([a-zA-Z])")
 _NAMED = re.compile(r"N\{([^{}]*)\}")
 _PROPERTY = re.compile(r"[pP](?:\{\^?([^{}]*)\}|([LMNPSZC]))")
 _OCTAL = re.compile(r"[0-7]{1,3}")
-_BYTE = re.compile(r"[0-7]{3}")
-_REFERENCE = re.compile(r"[0-9]{1,2}")
+_REFERENCE = re.compile(r"(?![0-7]{3})[1-9][0-9]?")
 _ASIDE = re.compile(r"[ \t\n\r\v\f]|#[^\n]*\n?")  # what means nothing in a verbose pattern
 _COUNT = re.compile(r"\{([0-9]*)(?:(,)([0-9]*))?\}")
 _SWITCHES = re.compile(r"\(\?([a-zA-Z]*)(?:-([a-zA-Z]*))?([:)])")
@@ -99,7 +88,7 @@ def parse(pattern: str, wide: bool = False) -> tuple[Items, int]:
     """The items of a pattern, and the flags (those of `re`) that hold for all of it.
 
     ``wide``: a property of characters has all that may be meant, not only those surely meant. Raises ValueError for
-    what is not well formed, DgemmaError for a property that is not known.
+    what is not well formed, DgemmaError for a property that is not known and for what no automaton knows.
     """
     parser = _Parser(pattern, wide)
     try:
@@ -108,6 +97,8 @@ def parse(pattern: str, wide: bool = False) -> tuple[Items, int]:
             raise ValueError("unbalanced parenthesis")
     except ValueError as error:
         raise ValueError(f"{error} at position {parser.place}") from error
+    if parser.unsupported is not None:
+        raise DgemmaError(f"the regular expression {pattern!r} uses {parser.unsupported}: this is not supported")
     return items, parser.flags
 
 
@@ -120,6 +111,7 @@ class _Parser:
         self.flags = 0  # of the whole pattern
         self.verbose = False
         self.groups = 0
+        self.unsupported: str | None = None  # what is well formed and known to no automaton, the first of it
 
     def take(self, text: str) -> bool:
         """Whether this text comes next, which is read then."""
@@ -133,6 +125,11 @@ class _Parser:
         if found:
             self.place = found.end()
         return found
+
+    def beyond(self, what: str) -> Item:
+        """What stands for something that is not supported."""
+        self.unsupported = self.unsupported or what
+        return Branch(())
 
     def alternatives(self) -> Items:
         branches = [self.sequence(beginning=self.place == 0)]
@@ -166,7 +163,7 @@ class _Parser:
             return self.members()
         if character in "^$":
             return At(character)
-        return Dot() if character == "." else _one(ord(character))
+        return Set((), (".",)) if character == "." else _one(ord(character))
 
     def counts(self) -> tuple[int, int | None] | None:
         """How often what stands before is repeated; None where a brace is only a brace."""
@@ -191,7 +188,7 @@ class _Parser:
         if isinstance(item, Times):
             raise ValueError("multiple repeat")
         if self.take("+"):
-            return Unsupported("possessive repeat")
+            return self.beyond("possessive repeat")
         self.take("?")  # how eagerly it is repeated makes no difference to which texts match
         return Times((item,), least, most)
 
@@ -207,14 +204,13 @@ class _Parser:
                 return Branch(()) if negated and not items else Around(items, negated, behind)
         if self.take("(?>"):
             self.inner()
-            return Unsupported("atomic group")
-        if self.take("(?P="):
-            self.skip_to(")", "a group's name has no end")
-            return Unsupported("a back reference")
-        if self.take("(?("):
-            self.skip_to(")", "a group's name has no end")
-            self.inner()
-            return Unsupported("a back reference")
+            return self.beyond("atomic group")
+        for sign in ("(?P=", "(?("):
+            if self.take(sign):
+                self.skip_to(")", "a group's name has no end")
+                if sign == "(?(":
+                    self.inner()
+                return self.beyond("a back reference")
         if found := self.match(_NAME):
             if found[0].startswith("(?P") and not found[1].isidentifier():
                 raise ValueError(f"bad character in group name {found[1]!r}")
@@ -269,12 +265,10 @@ class _Parser:
         if following in tuple("AZbB"):
             self.place += 1
             return At(following)
-        if following in tuple("123456789") and not _BYTE.match(self.pattern, self.place):
-            found = self.match(_REFERENCE)
-            assert found is not None, "it begins so"
+        if found := self.match(_REFERENCE):
             if int(found[0]) > self.groups:
                 raise ValueError(f"invalid group reference {found[0]}")
-            return Unsupported("a back reference")
+            return self.beyond("a back reference")
         found = self.escaped(self.wide)
         if isinstance(found, Set) and not found.ranges and not found.classes:
             return Branch(())
@@ -290,25 +284,23 @@ class _Parser:
             name, absent = found[1] if found[1] is not None else found[2], found[0][0] == "P"
             return Set(property_of(name, absent != found[0][1:].startswith("{^"), wide))
         if found := self.match(_CODE):
-            code = int(next(filter(None, found.groups())), 16)
-            if code > LAST:
+            if (code := int(next(filter(None, found.groups())), 16)) > LAST:
                 raise ValueError(f"there is no character {code:#x}")
             return _one(code)
         if found := self.match(_OCTAL):
-            if int(found[0], 8) > 0o377:
+            if (code := int(found[0], 8)) > 0o377:
                 raise ValueError(f"octal escape value \\{found[0]} outside of range 0-0o377")
-            return _one(int(found[0], 8))
+            return _one(code)
         if found := self.match(_NAMED):
             try:
                 return _one(ord(unicodedata.lookup(found[1])))
             except (KeyError, TypeError) as error:
                 raise ValueError(f"there is no character called {found[1]!r}") from error
+        if found := self.match(_CONTROL):
+            return _one(ord(found[1]) % 32)
         if not following:
             raise ValueError("bad escape (end of pattern)")
         self.place += 1
-        if following == "c" and (letter := self.pattern[self.place : self.place + 1]).isascii() and letter.isalpha():
-            self.place += 1
-            return _one(ord(letter) % 32)
         if following in _CONTROLS:
             return _one(_CONTROLS[following])
         if following.isascii() and following.isalnum():

@@ -1,17 +1,21 @@
-"""JSON's strings and numbers as languages: lengths, patterns, formats, ranges.
+"""JSON values: types, equality as JSON Schema means it, how they are written; strings and numbers as languages.
 
-Knows nothing of objects and arrays, nor of automata and tokens.
+Knows nothing of schemas, automata and tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from math import gcd, lcm
 from typing import Any
 
+from dgemma.constrain.ecma import Ranges, complement
 from dgemma.constrain.language import (
     ANY_CHAR,
     EMPTY,
@@ -21,26 +25,57 @@ from dgemma.constrain.language import (
     Literal,
     Net,
     Node,
-    Ranges,
     Repeat,
-    complement,
     literal,
     optional,
     parse_regex,
     seq,
 )
-from dgemma.constrain.values import dumps
 
+KINDS = ("object", "array", "string", "number", "boolean", "null")
+COMMA, COLON = ", ", ": "
 # Longer numbers would not survive being read as 64-bit integers and doubles.
 INTEGER_DIGITS, FRACTION_DIGITS = 18, 15
 WHOLE_DIGITS = 15  # before a number's decimal point
 _PRECISE = Context(prec=60)
 INT32 = (-(2**31), 2**31 - 1)
 
-QUOTE = Literal(b'"')
 DIGIT = Chars(((48, 57),))
 _ESCAPED = {8: b"b", 9: b"t", 10: b"n", 12: b"f", 13: b"r", 34: b'"', 92: b"\\"}
 _UNQUOTED = complement([(0, 31), (34, 34), (92, 92), (127, 127)])  # what stands in a JSON string as it is
+
+
+def dumps(value: Any) -> str:
+    """A value in the one way in which it is written here."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(COMMA, COLON))
+
+
+def kind_of(value: Any) -> str:
+    """The JSON type of a value, integers being numbers; TypeError for what is none."""
+    if value is None:
+        return "null"
+    for kind, types in (("boolean", bool), ("number", (int, float)), ("string", str), ("array", list),
+                        ("object", Mapping)):
+        if isinstance(value, types):
+            return kind
+    raise TypeError(f"{value!r} is no JSON value")
+
+
+def identity(value: Any) -> Any:
+    """Something hashable that is equal for two values exactly when JSON says so: 1 is 1.0 and is not true."""
+    kind = kind_of(value)
+    if kind == "number":
+        return kind, exact(value)
+    if kind == "array":
+        return kind, tuple(identity(item) for item in value)
+    if kind == "object":
+        return kind, frozenset((name, identity(item)) for name, item in value.items())
+    return kind, value
+
+
+def exact(value: float) -> Decimal:
+    """A number as it is written, not as a double holds it."""
+    return Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
 
 
 def json_chars(ranges: Ranges) -> Node:
@@ -53,31 +88,81 @@ def json_chars(ranges: Ranges) -> Node:
     return parts[0] if len(parts) == 1 else Alt(tuple(parts))
 
 
-STRING = seq(QUOTE, Repeat(json_chars(ANY_CHAR), 0, None), QUOTE)
+def text_chars(ranges: Ranges) -> Node:
+    """The same characters as they are, where nothing is escaped."""
+    letters = [(code, code) for code in _ESCAPED]
+    return Chars(complement([*complement(ranges), *complement([*_UNQUOTED, *letters])]))
+
+
+@dataclass(frozen=True)
+class Notation:
+    """How values are written. Numbers and words are as in JSON, without white space but that of the two separators."""
+
+    comma: Literal
+    colon: Literal
+    quote: Literal
+    chars: Callable[[Ranges], Node]  # one character of a string
+    escape: Callable[[str], str]  # the text of a string
+    bare: str | None = None  # the pattern of names that stand without quotes
+
+    def string(self, text: Node) -> Node:
+        """The string of a text."""
+        return seq(self.quote, text, self.quote)
+
+    def key(self, text: Node) -> Node:
+        """The name of a property."""
+        if self.bare is None:
+            return self.string(text)
+        return Alt((Both(text, self._names), self.string(Both(text, self._names, negated=True))))
+
+    @functools.cached_property
+    def _names(self) -> Node:
+        """Those that stand without quotes."""
+        assert self.bare is not None, "there are some"
+        return parse_regex(self.bare, self.chars)
+
+    def write(self, value: Any) -> bytes:
+        """A value as it is written; raises DgemmaError for a lone surrogate."""
+        if isinstance(value, str):
+            return self.quote.data + literal(self.escape(value)).data + self.quote.data
+        if isinstance(value, list):
+            return b"[" + self.comma.data.join(map(self.write, value)) + b"]"
+        if isinstance(value, Mapping):
+            pairs = (self._name(name) + self.colon.data + self.write(item) for name, item in value.items())
+            return b"{" + self.comma.data.join(pairs) + b"}"
+        return dumps(value).encode()
+
+    def _name(self, name: str) -> bytes:
+        bare = self.bare is not None and re.fullmatch(self.bare, name)
+        return literal(name).data if bare else self.write(name)
+
+
+JSON = Notation(literal(COMMA), literal(COLON), Literal(b'"'), json_chars, lambda text: dumps(text)[1:-1])
 
 
 def string(least: int = 0, most: int | None = None, patterns: Sequence[tuple[str, bool]] = (),
            forms: Sequence[str] = (), excluded: Sequence[str] = (), longest: int | None = None,
-           wide: bool = False) -> Node:
-    """A JSON string of ``least`` to ``most`` characters; each pattern, if it says so, matches somewhere, or nowhere.
+           wide: bool = False, notation: Notation = JSON) -> Node:
+    """A string's text of ``least`` to ``most`` characters; each pattern, if it says so, matches somewhere, or nowhere.
 
     ``forms``: formats that it has; ``excluded``: what it is not; ``longest``: as in `parse_regex`; ``wide``: all that a
     pattern may, or may not, match, else only what it surely does.
     """
     if most is not None and most < least:
         return Alt(())
-    parts = [parse_regex(pattern, json_chars, search=True, wide=wide, longest=longest)
+    chars = notation.chars
+    parts = [parse_regex(pattern, chars, search=True, wide=wide, longest=longest)
              for pattern, matches in patterns if matches]
-    parts += [parse_regex(FORMATS[form], json_chars) for form in forms if form in FORMATS]
+    parts += [parse_regex(FORMATS[form], chars) for form in forms if form in FORMATS]
     if least or most is not None or not parts:
-        parts.append(Repeat(json_chars(ANY_CHAR), least, most))
+        parts.append(Repeat(chars(ANY_CHAR), least, most))
     node = functools.reduce(Both, parts)
     for pattern, matches in patterns:
         if not matches:
-            node = Both(node, parse_regex(pattern, json_chars, search=True, wide=not wide), negated=True)
+            node = Both(node, parse_regex(pattern, chars, search=True, wide=not wide), negated=True)
     if excluded:
-        node = Both(node, finite(dumps(text)[1:-1] for text in excluded), negated=True)
-    return seq(QUOTE, node, QUOTE)
+        node = Both(node, finite(literal(notation.escape(text)).data for text in excluded), negated=True)
+    return node
 
 
 def _bytes(data: list[int]) -> Node:
@@ -85,12 +170,12 @@ def _bytes(data: list[int]) -> Node:
     return Literal(bytes(data)) if len(data) == 1 else Alt(tuple(Literal(bytes([byte])) for byte in sorted(data)))
 
 
-def finite(texts: Iterable[str]) -> Node:
+def finite(texts: Iterable[bytes]) -> Node:
     """One of these texts; those with a common beginning or end share it."""
     root: dict[int, Any] = {}
     for text in texts:
         node = root
-        for byte in literal(text).data:
+        for byte in text:
             node = node.setdefault(byte, {})
         node[-1] = None
     if not root:
@@ -238,7 +323,7 @@ def multiples(of: Sequence[float], not_of: Sequence[float], whole: bool, low: De
         if len(digits) <= FRACTION_DIGITS and all((value / number_).is_integer() for number_ in of) and not any(
                 (value / number_).is_integer() or (index * step / ratio).denominator == 1
                 for number_, ratio in zip(not_of, others, strict=True)):
-            texts.append(text)
+            texts.append(text.encode())
     return finite(texts)
 
 

@@ -3,7 +3,8 @@
 Not every text that it accepts: the language has one way to write a value. Properties come in the schema's order, ", "
 and ": " separate, and there is no other white space; what a schema does not mention is left out, and where an author
 names keywords of one type only, values are of that type. What a schema means `shapes` works out. A keyword that
-restricts and cannot be kept is an error, never ignored. Knows nothing of automata, tokens.
+restricts and cannot be kept is an error, never ignored. Values may be written in another `Notation` than JSON's.
+Knows nothing of automata, tokens.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from decimal import Decimal
 from itertools import combinations, pairwise, product
 from typing import Any
 
-from dgemma.constrain.automaton import Effort, TooLarge, compile_part
+from dgemma.constrain.automaton import Effort, Numbers, TooLarge, compile_part
 from dgemma.constrain.language import (
     EMPTY,
     Alt,
     Both,
     Call,
-    Joined,
     Net,
     Node,
     Repeat,
@@ -33,28 +33,27 @@ from dgemma.constrain.references import Places
 from dgemma.constrain.scalars import (
     FORMATS,
     INT32,
-    QUOTE,
-    STRING,
+    JSON,
+    KINDS,
+    Notation,
     finite,
     fraction,
+    identity,
     integer,
-    json_chars,
     multiples,
     number,
+    string,
 )
 from dgemma.constrain.shape import OPEN, Demand, Demands, Either, Inside, Seen, Shape, value_of, whole_bounds
 from dgemma.constrain.shapes import MAX_DEPTH, Shapes
-from dgemma.constrain.values import COLON, KINDS, dumps, identity
 from dgemma.errors import DgemmaError
 
-__all__ = ["COLON", "dumps", "json_object", "schema_language"]
-
 ANY = "any value"  # the rule of everything
-COMMA = literal(", ")
 _EFFORT = 1000  # of one part of a schema
 _LISTED = 64  # values of a type that are told apart one by one
 _SUBSETS = 6  # different values of which every order is kept
 _CELLS = 3000  # copies of what is in an object or array, where its parts are counted
+_TOO_MANY = "the schema counts what is in an object or array in too many ways at once"
 _LETTERS = [f"[{chr(code)}{chr(code - 32)}]" for code in range(97, 123)]
 # How a text begins: no two hold for one.
 _FIRST = ["^$", "^[^a-zA-Z0-9]", *(f"^{digit}" for digit in range(10)), *(f"^{letter}" for letter in _LETTERS)]
@@ -64,86 +63,33 @@ _SAYS_NOTHING = frozenset({"$schema", "$id", "$anchor", "$dynamicAnchor", "$comm
                            "description", "default", "examples", "deprecated", "readOnly", "writeOnly"})
 
 
-def json_object() -> tuple[Node, dict[str, Node]]:
-    """Any JSON object, and the rules it calls."""
-    return _map(STRING, Call(ANY)), {ANY: _any_value()}
-
-
 def schema_language(schema: Any, longest: int | None = None,
-                    effort: Effort | None = None) -> tuple[Node, dict[str, Node]]:
+                    effort: Effort | None = None, notation: Notation = JSON) -> tuple[Node, dict[str, Node]]:
     """The language of a schema and the rules that it calls; raises DgemmaError naming what is not supported.
 
     With ``longest``, strings whose length has a limit are no longer than that, unless they must be: an automaton counts
     with its states.
     """
-    compiler = _Compiler(schema, longest, effort or Effort())
+    compiler = _Compiler(schema, longest, effort or Effort(), notation)
     return compiler.node((Demand(0),), "the schema"), compiler.rules
 
 
-def _map(key: Node, value: Node, least: int = 0, most: int | None = None) -> Node:
-    """An object of any keys."""
-    return seq(literal("{"), _list([], seq(key, literal(COLON), value), least, most), literal("}"))
-
-
-def _list(first: Sequence[Node], item: Node | None, least: int, most: int | None) -> Node:
-    """``least`` to ``most`` items with commas: the ``first`` ones, then ``item`` again and again (None: no more)."""
-    if item is None:
-        most = len(first) if most is None else min(most, len(first))
-    if most is not None and most < least:
-        return Alt(())
-    first = first if most is None else first[:most]
-    tail: Node = EMPTY
-    if item is not None and (most is None or most > len(first)):
-        more = seq(*([COMMA] if first else []), item)
-        rest_least, rest_most = max(0, least - len(first)), None if most is None else most - len(first)
-        if first:
-            tail = Repeat(more, rest_least, rest_most)
-        else:
-            again = Repeat(seq(COMMA, item), max(0, rest_least - 1), None if rest_most is None else rest_most - 1)
-            tail = seq(more, again) if rest_least else optional(seq(more, again))
-    for index in range(len(first) - 1, -1, -1):
-        tail = seq(*([COMMA] if index else []), first[index], tail)
-        tail = tail if index < least else optional(tail)
-    return tail
-
-
-def _any_value() -> Node:
-    value = Call(ANY)
-    return Alt((_map(STRING, value), seq(literal("["), _list([], value, 0, None), literal("]")), STRING, number(),
-                literal("true"), literal("false"), literal("null")))
-
-
-class _Walk:
-    """States of a Net by what they stand for."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[Any, int] = {}
-        self.ways: list[tuple[int, Node, int]] = []
-        self.todo: list[Any] = []
-
-    def __getitem__(self, state: Any) -> int:
-        if state not in self.numbers:
-            self.numbers[state] = len(self.numbers)
-            self.todo.append(state)
-        return self.numbers[state]
-
-    def explore(self, start: Any, ways: Callable[[Any], Iterator[tuple[Node, Any]]],
-                over: Callable[[Any], bool]) -> Node:
-        """The Net of all states that ``ways`` lead to."""
-        _ = self[start]
-        for state in self.todo:  # grows while it is walked
-            for part, target in ways(state):
-                self.ways.append((self[state], part, self[target]))
-                if len(self.ways) > 4 * _CELLS:
-                    raise TooLarge("the schema counts what is in an object or array in too many ways at once")
-        return Net(tuple(self.ways), frozenset(number for state, number in self.numbers.items() if over(state)))
+def _net(start: Any, ways: Callable[[Any], Iterator[tuple[Node, Any]]], over: Callable[[Any], bool]) -> Node:
+    """The Net of all states that ``ways`` lead to, whatever they stand for."""
+    states = Numbers(start, 4 * _CELLS, _TOO_MANY)
+    found: list[tuple[int, Node, int]] = []
+    for state in states:
+        found += [(states[state], part, states[target]) for part, target in ways(state)]
+        if len(found) > 4 * _CELLS:
+            raise TooLarge(_TOO_MANY)
+    return Net(tuple(found), frozenset(states[state] for state in states if over(state)))
 
 
 class _Compiler:
     """One schema's way to a language; demands that are met again inside themselves become a call of a rule."""
 
-    def __init__(self, root: Any, longest: int | None, effort: Effort):
-        self.longest, self.effort = longest, effort
+    def __init__(self, root: Any, longest: int | None, effort: Effort, notation: Notation):
+        self.longest, self.effort, self.notation = longest, effort, notation
         self.places = Places(root)
         self.shapes = Shapes(self.places, effort)
         self.rules: dict[str, Node] = {}
@@ -158,7 +104,7 @@ class _Compiler:
         demands = tuple(demand for demand in demands
                         if not (demand.holds and self.places[demand.place].schema is True))
         if not demands:
-            self.rules.setdefault(ANY, _any_value())
+            self.rules.setdefault(ANY, self._any_value())
             return Call(ANY)
         if demands in self._known:
             return self._known[demands]
@@ -185,6 +131,35 @@ class _Compiler:
             node = Call(name)
         self._known[demands] = node
         return node
+
+    def _any_value(self) -> Node:
+        value, text = Call(ANY), string(notation=self.notation)
+        pair = self._property(text, value)
+        return Alt((seq(literal("{"), self._list([], pair, 0, None), literal("}")),
+                    seq(literal("["), self._list([], value, 0, None), literal("]")),
+                    self.notation.string(text), number(), literal("true"), literal("false"), literal("null")))
+
+    def _list(self, first: Sequence[Node], item: Node | None, least: int, most: int | None) -> Node:
+        """``least`` to ``most`` items with commas: the ``first`` ones, then ``item`` again and again; None: no more."""
+        comma = self.notation.comma
+        if item is None:
+            most = len(first) if most is None else min(most, len(first))
+        if most is not None and most < least:
+            return Alt(())
+        first = first if most is None else first[:most]
+        tail: Node = EMPTY
+        if item is not None and (most is None or most > len(first)):
+            more = seq(*([comma] if first else []), item)
+            rest_least, rest_most = max(0, least - len(first)), None if most is None else most - len(first)
+            if first:
+                tail = Repeat(more, rest_least, rest_most)
+            else:
+                again = Repeat(seq(comma, item), max(0, rest_least - 1), None if rest_most is None else rest_most - 1)
+                tail = seq(more, again) if rest_least else optional(seq(more, again))
+        for index in range(len(first) - 1, -1, -1):
+            tail = seq(*([comma] if index else []), first[index], tail)
+            tail = tail if index < least else optional(tail)
+        return tail
 
     def _parts(self, demands: Demands, where: str) -> Node:
         """Schemas that do nothing but refer to others or list them keep that form; all others are taken apart."""
@@ -213,7 +188,7 @@ class _Compiler:
 
     def _shape(self, shape: Shape, where: str) -> Node:
         if shape.fixed is not None:
-            return finite(shape.fixed)
+            return finite(self.notation.write(value_of(text)) for text in shape.fixed)
         if shape.kind in ("object", "array"):
             return (self._object if shape.kind == "object" else self._array)(shape, where)
         plain = replace(shape, level=OPEN, seen=Seen())
@@ -222,16 +197,20 @@ class _Compiler:
         return self._plain[plain]
 
     def _string(self, shape: Shape, where: str) -> Node:
+        return self.notation.string(self._text(shape, where))
+
+    def _text(self, shape: Shape, where: str) -> Node:
+        """What stands in a string."""
         try:
             forms = tuple(form for form in shape.forms if form in FORMATS)
             if forms and (shape.patterns or shape.least or shape.most is not None or len(forms) > 1):
                 # A format is an annotation: where what else is said leaves none of the texts we write it as, it goes.
                 try:
-                    automaton = compile_part(self.shapes.text(shape, self.longest), self.effort)
+                    automaton = compile_part(self.shapes.text(shape, self.longest, self.notation), self.effort)
                     forms = forms if automaton.accepts.any() else ()
                 except TooLarge:
                     forms = ()
-            return self.shapes.text(replace(shape, forms=forms), self.longest)
+            return self.shapes.text(replace(shape, forms=forms), self.longest, self.notation)
         except TooLarge:
             raise
         except DgemmaError as error:
@@ -275,12 +254,9 @@ class _Compiler:
             return self._unique(shape, first, tail, where)
         if shape.contains:
             return self._counted_items(shape, first, tail, where, None)
-        nodes = [self._item(demands, index, where) for index, demands in enumerate(first)]
+        nodes = [self.node(demands, f"{where}[{index}]") for index, demands in enumerate(first)]
         more = self.node(tail, f"{where}.items") if most is None or most > length else None
-        return seq(literal("["), _list(nodes, more, least, most), literal("]"))
-
-    def _item(self, demands: Demands, index: int, where: str) -> Node:
-        return self.node(demands, f"{where}[{index}]")
+        return seq(literal("["), self._list(nodes, more, least, most), literal("]"))
 
     def _counted_items(self, shape: Shape, first: list[Demands], tail: Demands, where: str,
                        classes: Sequence[Demands] | None, any_order: bool = False) -> Node:
@@ -324,14 +300,14 @@ class _Compiler:
                 for wanted, reached in counts(so_far, extra):
                     if not self.shapes.impossible(wanted):
                         node = self.node(wanted, f"{where}.items")
-                        yield seq(COMMA, node) if place else node, (min(place + 1, bound), reached, after)
+                        yield seq(self.notation.comma, node) if place else node, (min(place + 1, bound), reached, after)
 
         def over(state: tuple[int, tuple[int, ...], int]) -> bool:
             place, so_far, _ = state
             return place >= shape.least and all(count >= least for count, (_, least, _) in
                                                 zip(so_far, counters, strict=True))
 
-        net = _Walk().explore((0, (0,) * len(counters), 0), ways, over)
+        net = _net((0, (0,) * len(counters), 0), ways, over)
         return seq(literal("["), net, literal("]"))
 
     def _unique(self, shape: Shape, first: list[Demands], tail: Demands, where: str) -> Node:
@@ -342,7 +318,7 @@ class _Compiler:
         if not first:
             values = self._listed(tail)
             if values is not None:
-                classes = [self._only(value, where) for value in values]
+                classes = [self._demand({"const": value}, where) for value in values]
                 return self._counted_items(shape, first, tail, where, classes, len(values) <= _SUBSETS)
             return self._counted_items(shape, first, tail, where, self._classes(tail, where, 2))
         size = len(first) if shape.least <= len(first) else shape.least
@@ -356,21 +332,18 @@ class _Compiler:
         if count <= 1000:
             found = []
             for length in range(shape.least, min(size, size if shape.most is None else shape.most) + 1):
-                found += [dumps(list(values)) for values in product(*(one or [] for one in listed[:length]))
+                found += [self.notation.write(list(values))
+                          for values in product(*(one or [] for one in listed[:length]))
                           if self.shapes.has(replace(shape, level=OPEN), list(values))]
             return finite(found)
         # Each place takes its own share of the classes.
-        classes = self._classes((Demand(self.shapes.made(Either(tuple(each)), self.places[0], where)),), where, 2)
+        classes = self._classes(self._demand(Either(tuple(each)), where), where, 2)
         shared = []
         for index, demands in enumerate(each):
             ways = tuple(merged for one in classes[index % len(classes)::size]
                          if not self.shapes.impossible(merged := (*demands, *one)))
-            made = Demand(self.shapes.made(Either(ways), self.places[0], where))
-            shared.append((index, index + 1, (made,)))
+            shared.append((index, index + 1, self._demand(Either(ways), where)))
         return self._array(replace(shape, unique=False, spans=tuple(shared), most=min(size, shape.most or size)), where)
-
-    def _only(self, value: Any, where: str) -> Demands:
-        return self._demand({"const": value}, where)
 
     def _demand(self, schema: Any, where: str) -> Demands:
         return (Demand(self.shapes.made(schema, self.places[0], where)),)
@@ -460,7 +433,7 @@ class _Compiler:
                     return Alt(())
                 continue
             declared[name] = demands
-        parts = [(seq(literal(dumps(name) + COLON), self.node(demands, f"{where}.{name}")), name in shape.required)
+        parts = [(self._property(self._literal(name), self.node(demands, f"{where}.{name}")), name in shape.required)
                  for name, demands in declared.items()]
         least, most = shape.least, shape.most
         missing = max(0, least - len(declared))
@@ -472,20 +445,42 @@ class _Compiler:
         if missing > 1 and values:
             parts += self._distinct(values)
             values, missing = [], 0
-        pairs = [seq(key, literal(COLON), value) for key, value in values]
+        pairs = [self._property(key, value) for key, value in values]
         extra = pairs[0] if len(pairs) == 1 else Alt(tuple(pairs)) if pairs else None
         if least > len(parts) + (extra is not None):
             return Alt(())
         if not parts:
-            return seq(literal("{"), _list([], extra, least, most), literal("}"))
+            return seq(literal("{"), self._list([], extra, least, most), literal("}"))
         needed = sum(need for _, need in parts)
         if most is not None and needed > most:
             return Alt(())
         if least > needed or (most is not None and (extra is not None or most < len(parts))):
             return seq(literal("{"), self._counted_properties(parts, extra, least, most), literal("}"))
         if extra is not None:
-            parts.append((seq(extra, Repeat(seq(COMMA, extra), 0, None)), False))
-        return seq(literal("{"), Joined(tuple(parts), COMMA), literal("}"))
+            parts.append((seq(extra, Repeat(seq(self.notation.comma, extra), 0, None)), False))
+        return seq(literal("{"), self._joined(parts), literal("}"))
+
+    def _property(self, name: Node, value: Node) -> Node:
+        return seq(self.notation.key(name), self.notation.colon, value)
+
+    def _literal(self, text: str) -> Node:
+        """Exactly this text, as it stands in a string."""
+        return literal(self.notation.escape(text))
+
+    def _joined(self, parts: Sequence[tuple[Node, bool]]) -> Node:
+        """Parts in this order with a comma between those that are there; and whether one must."""
+        ways: list[tuple[int, Node, int]] = []
+        bare, behind = [0], []  # where nothing stands yet, and where something does
+        for index, (part, needed) in enumerate(parts):
+            begin, end = 2 * index + 1, 2 * index + 2
+            ways += [(begin, part, end), *((state, EMPTY, begin) for state in bare),
+                     *((state, self.notation.comma, begin) for state in behind)]
+            if needed:
+                bare = []
+            else:
+                ways += [(state, EMPTY, end) for state in behind]
+            behind = [end]
+        return Net(tuple(ways), frozenset(bare + behind))
 
     def _counted_properties(self, parts: Sequence[tuple[Node, bool]], extra: Node | None, least: int,
                             most: int | None) -> Node:
@@ -500,7 +495,7 @@ class _Compiler:
                 if all(not need for _, need in parts[index:]) and index < len(parts):
                     yield EMPTY, (len(parts), count, more)
                 return
-            comma = [COMMA] if count + more else []
+            comma = [self.notation.comma] if count + more else []
             if index < len(parts):
                 part, need = parts[index]
                 yield seq(*comma, part), (index + 1, count + 1 if most is not None else min(count + 1, max(bound, 1)),
@@ -514,18 +509,18 @@ class _Compiler:
             index, count, more = state
             return index == len(parts) and count + min(more, 1) >= least
 
-        return _Walk().explore((0, 0, 0), ways, over)
+        return _net((0, 0, 0), ways, over)
 
     def _distinct(self, values: Sequence[tuple[Node, Node]]) -> list[tuple[Node, bool]]:
         """Properties of which no two have the same name: their first letters ascend."""
         parts: list[tuple[Node, bool]] = []
         for beginning in _FIRST:
-            begins = seq(QUOTE, parse_regex(beginning, json_chars, search=True), QUOTE)
+            begins = parse_regex(beginning, self.notation.chars, search=True)
             pairs = []
             for key, value in values:
                 narrow = Both(key, begins)
                 if compile_part(narrow, self.effort).accepts.any():
-                    pairs.append(seq(narrow, literal(COLON), value))
+                    pairs.append(self._property(narrow, value))
             if pairs:
                 parts.append((Alt(tuple(pairs)), False))
         return parts
@@ -536,10 +531,10 @@ class _Compiler:
 
         ``free``: those that none does are among them.
         """
-        base = STRING if keys is None else Alt(tuple(self._shape(one, f"{where}.propertyNames") for one in keys
-                                                     if one.fixed is None))
+        base = string(notation=self.notation) if keys is None else Alt(tuple(
+            self._text(one, f"{where}.propertyNames") for one in keys if one.fixed is None))
         if names:
-            base = Both(base, Alt(tuple(literal(dumps(name)) for name in names)), negated=True)
+            base = Both(base, Alt(tuple(map(self._literal, names))), negated=True)
         patterns = list(dict.fromkeys([*(pattern for pattern, _ in shape.matching),
                                        *(pattern for _, some, _ in shape.extras for pattern in some)]))
         found: list[tuple[Node, Demands]] = []
@@ -549,7 +544,7 @@ class _Compiler:
                 return
             if left:
                 for sure in (True, False):
-                    named = seq(QUOTE, parse_regex(left[0], json_chars, search=True, wide=not sure), QUOTE)
+                    named = parse_regex(left[0], self.notation.chars, search=True, wide=not sure)
                     divide(Both(key, named, negated=not sure), left[1:], (*matching, left[0]) if sure else matching)
                 return
             demands = [demand for pattern, more in shape.matching if pattern in matching for demand in more]

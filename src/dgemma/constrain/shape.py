@@ -15,7 +15,7 @@ from math import ceil, floor
 from typing import Any, NamedTuple
 
 from dgemma.constrain.automaton import Automaton
-from dgemma.constrain.values import exact
+from dgemma.constrain.scalars import exact
 
 # How surely a type of value is what the schema's author had in mind.
 ASIDE, OPEN, MEANT, NAMED = -1, 0, 1, 2  # keywords only for other types; none at all; some for this type; "type"
@@ -101,6 +101,15 @@ FREE: Forms = {"object": [Shape("object")], "array": [Shape("array")], "string":
 
 
 NOT_EMPTY = Shape("object", MEANT, least=1)
+
+
+def having(key: str | int, demands: Demands, level: int = MEANT) -> Shape:
+    """Objects that have this property, or arrays this item, satisfying demands."""
+    if isinstance(key, str):
+        return Shape("object", level, named=((key, demands),), required=(key,))
+    return Shape("array", level, least=key + 1, spans=((key, key + 1, demands),))
+
+
 def only(kind: str, shapes: Sequence[Shape], holds: bool = True) -> Forms:
     """A keyword for one type: it leaves all others alone; where it does not hold, the value is of that type."""
     forms: Forms = {kind: list(shapes)}

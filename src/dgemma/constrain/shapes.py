@@ -21,7 +21,7 @@ from dgemma.constrain.automaton import ADVICE, Automaton, Effort, TooLarge, comp
 from dgemma.constrain.keywords import KEYWORDS, read_values
 from dgemma.constrain.language import parse_regex
 from dgemma.constrain.references import Place, Places
-from dgemma.constrain.scalars import string
+from dgemma.constrain.scalars import JSON, Notation, identity, kind_of, string
 from dgemma.constrain.shape import (
     ASIDE,
     FREE,
@@ -34,18 +34,20 @@ from dgemma.constrain.shape import (
     Inside,
     Seen,
     Shape,
+    having,
     in_range,
     union,
     value_of,
     whole_bounds,
 )
-from dgemma.constrain.values import identity, kind_of
 from dgemma.errors import DgemmaError
 
 MAX_DEPTH = 40
 _EFFORT = 1000  # of one part of a schema
 _MOST_SHAPES = 2000  # alternatives of one type
 _MOST_LEFT = 64  # alternatives that are kept where not all need to be
+_LISTED = ("patterns", "forms", "excluded", "of", "not_of", "spans", "contains", "matching", "extras", "keys",
+           "required")  # what shapes say that both hold for what is in both
 _DEEP = 6  # levels on which a contradiction is looked for
 
 _LISTS = ("enum", "required", "allOf", "anyOf", "oneOf", "prefixItems")
@@ -159,16 +161,12 @@ class Shapes:
         least = max(one.least, other.least)
         if (most is not None and most < least) or (low is not None and high is not None and low > high):
             return None
-        names = list(dict.fromkeys(name for side in (one, other) for name, _ in side.named))
         mine, its = dict(one.named), dict(other.named)
-        return Shape(
-            one.kind, level, None, least, most, _joined(one.patterns, other.patterns), _joined(one.forms, other.forms),
-            _joined(one.excluded, other.excluded), other.whole if one.whole is None else one.whole, low, high, above,
-            not open_, _joined(one.of, other.of), _joined(one.not_of, other.not_of), _joined(one.spans, other.spans),
-            _joined(one.contains, other.contains), one.unique or other.unique,
-            tuple((name, _joined(mine.get(name, ()), its.get(name, ()))) for name in names),
-            _joined(one.matching, other.matching), _joined(one.extras, other.extras), _joined(one.keys, other.keys),
-            _joined(one.required, other.required), one.loose or other.loose, seen)
+        named = tuple((name, _joined(mine.get(name, ()), its.get(name, ()))) for name in {**mine, **its})
+        return Shape(one.kind, level, least=least, most=most, whole=other.whole if one.whole is None else one.whole,
+                     low=low, high=high, above=above, below=not open_, unique=one.unique or other.unique, named=named,
+                     loose=one.loose or other.loose, seen=seen,
+                     **{name: _joined(getattr(one, name), getattr(other, name)) for name in _LISTED})
 
     # What an object or array demands of what is in it.
 
@@ -283,12 +281,13 @@ class Shapes:
             self._strings[plain] = bool(automaton.accepts.any())
         return self._strings[plain]
 
-    def text(self, shape: Shape, longest: int | None = None) -> Any:
-        """A string's shape as a language."""
+    def text(self, shape: Shape, longest: int | None = None, notation: Notation = JSON) -> Any:
+        """The language of the texts of a string's shape."""
         most = shape.most
         if most is not None and longest is not None:
             most = min(most, max(shape.least, longest))
-        return string(shape.least, most, shape.patterns, shape.forms, shape.excluded, longest, self.wide)
+        return string(shape.least, most, shape.patterns, shape.forms, shape.excluded, longest, self.wide,
+                      notation)
 
     # Schemas
 
@@ -320,11 +319,8 @@ class Shapes:
             return union(parts) if holds else functools.reduce(self.both, parts, FREE)
         if isinstance(schema, Inside):
             assert holds, "only what is wanted is made"
-            if isinstance(schema.key, str):
-                return {"object": [Shape("object", MEANT, named=((schema.key, schema.demands),),
-                                         required=(schema.key,))]}
-            span = (schema.key, schema.key + 1, schema.demands)
-            return {"array": [Shape("array", MEANT, least=schema.key + 1, spans=(span,))]}
+            shape = having(schema.key, schema.demands)
+            return {shape.kind: [shape]}
         if isinstance(schema, bool):
             return FREE if schema is holds else {}
         if not isinstance(schema, Mapping):

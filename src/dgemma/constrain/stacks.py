@@ -6,13 +6,14 @@ nothing of probabilities, stop tokens, canvases.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from dgemma.constrain.automaton import FAR, Automaton, nearest
-from dgemma.constrain.reading import TokenClasses, by_target, single_byte
+from dgemma.constrain.reading import Reader, TokenClasses, by_target, single_byte
 from dgemma.constrain.vocabulary import Vocabulary, make_trie, merge_tokens
 from dgemma.errors import DgemmaError
 
@@ -138,7 +139,7 @@ class _Stack:
     rank: int  # a number that depends on nothing but what the stack holds
 
 
-class StackReader:
+class StackReader(Reader):
     """States are numbered as they are met.
 
     Distances are counted in single bytes: a text may need fewer tokens, and none needs more.
@@ -186,8 +187,7 @@ class StackReader:
         self._state(set() if first is None else {first})
 
     def fresh(self) -> StackReader:
-        other = object.__new__(StackReader)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other._forget()
         return other
 
@@ -278,6 +278,3 @@ class StackReader:
 
     def rank(self, state: int) -> int:
         return hash(frozenset(self._stacks[number].rank for number in self._states[state]))
-
-    def accepts(self, state: int) -> bool:
-        return self.distance(state) == 0

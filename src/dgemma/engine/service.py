@@ -129,7 +129,7 @@ class Service:
         self.adapters = AdapterRegistry(network)
         self._adapter_requests: Counter[str] = Counter()
         self._changing = threading.Lock()  # what an adapter's name means; its requests reach the inbox before its end
-        self._inbox: queue.SimpleQueue[Request | _Retired | int | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | LoadedAdapter | int | None] = queue.SimpleQueue()
         self._mail = _Mail(max_num_seqs + max_queue)
         self._ids = itertools.count(1)
         self._thread = threading.Thread(target=self._work, daemon=True, name="dgemma-engine")
@@ -192,7 +192,7 @@ class Service:
             self.engine.adopt(adapter)
             before = self.adapters.put(adapter, path)
             if before is not None:
-                self._inbox.put(_Retired(before))
+                self._inbox.put(before)
         return before is not None
 
     def _check_room(self, path: str | Path, nbytes: int) -> None:
@@ -204,7 +204,7 @@ class Service:
     def unload_adapter(self, name: str) -> None:
         """Offer an adapter no more; requests that came before still finish. Raises `UnknownAdapterError`."""
         with self._changing:
-            self._inbox.put(_Retired(self.adapters.take(name)))
+            self._inbox.put(self.adapters.take(name))
 
     async def admit(self, request: Request) -> RequestEvents:
         """Take a request, whose turn will come, and return its events; its id is replaced.
@@ -228,7 +228,7 @@ class Service:
                 self._count_request(adapter.name)
                 if not self.adapters.offers(adapter):  # not any more, since the request came
                     self.engine.adopt(adapter)
-                    self._inbox.put(_Retired(adapter))
+                    self._inbox.put(adapter)
         return mailbox
 
     def _give_up(self, request: int) -> None:
@@ -293,8 +293,8 @@ class Service:
                 self._last = True
             elif isinstance(item, Request):
                 self._submit(item)
-            elif isinstance(item, _Retired):
-                self.engine.retire(item.adapter)
+            elif isinstance(item, LoadedAdapter):  # its last request has come
+                self.engine.retire(item)
             else:
                 self.engine.cancel(item)
 
@@ -323,13 +323,6 @@ class Service:
                 for _, event in letters:
                     self._mail.pop(event.request)
                     self.engine.cancel(event.request)
-
-
-@dataclass(frozen=True)
-class _Retired:
-    """An adapter's last request has come."""
-
-    adapter: LoadedAdapter
 
 
 class _Mailbox:

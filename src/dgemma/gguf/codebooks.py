@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 
 from dgemma.errors import DgemmaError
-from dgemma.gguf.blocks import half
 
 GRIDS = {"IQ2_XXS": (256, 8), "IQ2_XS": (512, 8), "IQ2_S": (1024, 8), "IQ3_XXS": (256, 4), "IQ3_S": (512, 4),
          "IQ1_S": (2048, 8), "IQ1_M": (2048, 8)}  # type -> (groups, numbers in each)
 
 _DELTA = 0.125  # what IQ1 shifts its numbers by, up or down
+
+
+def half(blocks: Tensor, at: int = 0) -> Tensor:
+    """The float16 at byte ``at`` of every block, float32 [n, 1]."""
+    return _float(blocks, torch.float16, at)
 
 
 def missing_grid(name: str) -> str:

@@ -28,7 +28,6 @@ from dgemma.serve.errors import JsonResponse
 from dgemma.serve.fields import IGNORED_HEADER
 from dgemma.serve.metrics import Metrics
 from dgemma.serve.ollama import routes as ollama
-from dgemma.serve.openai import responses
 from dgemma.serve.openai import routes as openai
 from dgemma.serve.settings import Settings
 
@@ -70,7 +69,7 @@ def create_app(model: ServedModel, backend: Backend, settings: Settings) -> Fast
         """Counts and latencies, for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    for module in (openai, responses, messages, ollama, adapters):
+    for module in (openai, messages, ollama, adapters):
         app.include_router(module.router(serving), dependencies=keyed)
 
     # The last one added is the outermost.

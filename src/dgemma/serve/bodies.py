@@ -1,4 +1,4 @@
-"""What the formats' request bodies have in common: types of fields, the size of a body, and parts that are files.
+"""What the formats' request bodies have in common: types of fields, the size of a body, files, turns put together.
 
 Which fields there are is `fields`' to say. Knows nothing of: HTTP, the engine.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -103,6 +104,23 @@ def text_only(kind: str, where: str) -> ApiError:
     return ApiError(400, f"{where}: this server reads text only: {kind} parts are not supported yet", where)
 
 
+def refuse_media(parts: Any, where: str, within: bool = False) -> None:
+    """Raises `ApiError` for a part of a message that is a picture or the like; ``within``: of a tool's result, too."""
+    for place, part in enumerate(parts if isinstance(parts, list) else ()):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind in MEDIA:
+            raise text_only(kind, f"{where}[{place}]")
+        if within and kind == "tool_result":
+            refuse_media(part.get("content"), f"{where}[{place}].content")
+
+
+def named_file(name: Any, data: Any, where: str) -> str:
+    """A file of text as a prompt shows it: a data URL, or nothing that is here. Raises `ApiError`."""
+    if not isinstance(data, str):
+        raise ApiError(400, f"{where}: files are not stored here: send the text itself, or file_data", where)
+    return titled(name if isinstance(name, str) else None, file_text(data, None, where))
+
+
 def file_text(data: str, media_type: str | None, where: str) -> str:
     """The text of a file that came as base64, or as a data URL of it. Raises `ApiError` for what is no text."""
     if data.startswith("data:"):
@@ -120,3 +138,34 @@ def file_text(data: str, media_type: str | None, where: str) -> str:
 def titled(title: str | None, text: str) -> str:
     """A document as a prompt shows it."""
     return f"{title}\n\n{text}" if title else text
+
+
+class Turns:
+    """A conversation while it is put together out of a format's smaller pieces.
+
+    ``messages`` are as `dgemma.chat` reads them. What one role adds in a row is one message.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+
+    def say(self, role: str, texts: Iterable[str] = ()) -> dict[str, Any]:
+        """Adds text to the last message if it is this role's, to a new one if not; returns the message."""
+        if not self.messages or self.messages[-1]["role"] != role:
+            self.messages.append({"role": role, "content": []})
+        self.messages[-1]["content"] += [{"type": "text", "text": text} for text in texts]
+        return self.messages[-1]
+
+    def think(self, text: str) -> None:
+        """Adds a thought to the assistant's present message."""
+        message = self.say("assistant")
+        message["reasoning"] = "\n\n".join(filter(None, [message.get("reasoning"), text]))
+
+    def call(self, call_id: str, name: str, arguments: Any) -> None:
+        """Adds a tool call to the assistant's present message; the arguments may be broken."""
+        calls = self.say("assistant").setdefault("tool_calls", [])
+        calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
+
+    def answer(self, call_id: str, content: str | dict[str, str]) -> None:
+        """Adds a tool's answer; its call may have been trimmed from the conversation."""
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})

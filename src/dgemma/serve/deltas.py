@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dgemma.chat.reply import Called, ReplyReader, Said, Thought, inside_thought
+from dgemma.chat.reply import Called, ReplyReader, Thought, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.diffusion.events import CanvasCommitted, Denoised, Event, Failed, Finished, Generation, TokenLogprob
@@ -175,7 +175,9 @@ async def deltas(events: RequestEvents, request: Request, tokenizer: Tokenizer, 
             elif isinstance(piece, Thought):
                 yield Reasoning(piece.text)
             else:
-                yield Text(piece.text, _logprobs_of(piece, logprobs, request, tokenizer))
+                entries = None if request.logprobs is None else [
+                    logprob_entry(tokenizer, entry) for entry in logprobs[piece.tokens[0]:piece.tokens[1]]]
+                yield Text(piece.text, entries)
         if isinstance(event, Finished):
             yield _done(event.generation, request, tokenizer, reader.stopped, calls > 0)
 
@@ -195,13 +197,9 @@ def draft_of(event: Denoised, request: Request, tokenizer: Tokenizer) -> Draft:
     ids = event.token_ids
     end = next((i for i, token in enumerate(ids) if token in request.settings.eos_token_id), len(ids))
     return Draft(event.canvas, event.step, request.settings.max_denoising_steps, ids,
-                 [token_text(tokenizer, token) for token in ids], [round(value, 4) for value in event.entropies],
+                 [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids],  # U+FFFD: a part of one
+                 [round(value, 4) for value in event.entropies],
                  event.accepted, tokenizer.decode(ids[:end], skip_special_tokens=True))
-
-
-def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """One token as text; U+FFFD where it holds a part of a character."""
-    return tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
 
 def logprob_entry(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, Any]:
@@ -213,13 +211,6 @@ def logprob_entry(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, Any]:
 def _logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     spelt = tokenizer.token_bytes(token_id)
     return {"token": spelt.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(spelt)}
-
-
-def _logprobs_of(piece: Said, logprobs: list[TokenLogprob], request: Request,
-                 tokenizer: Tokenizer) -> list[dict[str, Any]] | None:
-    if request.logprobs is None:
-        return None
-    return [logprob_entry(tokenizer, entry) for entry in logprobs[piece.tokens[0]:piece.tokens[1]]]
 
 
 def _done(generation: Generation, request: Request, tokenizer: Tokenizer, stopped: str | None, called: bool) -> Done:

@@ -29,22 +29,22 @@ log = logging.getLogger("dgemma.serve")
 
 OLLAMA = "/api/"  # what the paths of Ollama's API begin with
 
-# type and code by status; Anthropic's name of the same.
+# type and code by status, and what the documentation says of it.
 _KINDS = {
-    400: ("invalid_request_error", "invalid_value", "invalid_request_error"),
-    401: ("authentication_error", "invalid_api_key", "authentication_error"),
-    403: ("permission_error", "origin_not_allowed", "permission_error"),
-    404: ("not_found_error", "not_found", "not_found_error"),
-    405: ("invalid_request_error", "method_not_allowed", "invalid_request_error"),
-    408: ("timeout_error", "request_timeout", "timeout_error"),
-    413: ("invalid_request_error", "request_too_large", "request_too_large"),
-    429: ("rate_limit_error", "rate_limit_exceeded", "rate_limit_error"),
-    500: ("server_error", "internal_error", "api_error"),
-    503: ("server_error", "unavailable", "overloaded_error"),
-    504: ("timeout_error", "timeout", "timeout_error"),
+    400: ("invalid_request_error", "invalid_value", "The request cannot be honoured; `param` names the field."),
+    401: ("authentication_error", "invalid_api_key", "The API key is missing or wrong."),
+    403: ("permission_error", "origin_not_allowed",
+          "This server does not allow it: web pages of another origin, or adapters to be loaded."),
+    404: ("not_found_error", "not_found", "There is no such model."),
+    405: ("invalid_request_error", "method_not_allowed", "The method is not for this path."),
+    408: ("timeout_error", "request_timeout", "The request took too long to arrive."),
+    413: ("invalid_request_error", "request_too_large", "The request is too large."),
+    429: ("rate_limit_error", "rate_limit_exceeded", "Too many requests: try again after `Retry-After` seconds."),
+    500: ("server_error", "internal_error", "The engine failed."),
+    503: ("server_error", "unavailable", "The server is stopping: try again after `Retry-After` seconds."),
+    504: ("timeout_error", "timeout", "The answer took longer than a request may."),
 }
-
-
+_ANTHROPIC_TYPES = {413: "request_too_large", 500: "api_error", 503: "overloaded_error"}  # where they are others
 _LONGEST = 1000  # characters of a message, and of a field's name: both may repeat what the client sent
 
 
@@ -62,8 +62,8 @@ class ApiError(Exception):
         super().__init__(message)
         param = param and param[:_LONGEST]
         self.status, self.message, self.param, self.headers = status, message, param, dict(headers or {})
-        self.type, usual, self.anthropic_type = _KINDS[status]
-        self.code = code or usual
+        self.type, usual, _ = _KINDS[status]
+        self.code, self.anthropic_type = code or usual, _ANTHROPIC_TYPES.get(status, self.type)
 
 
 class ErrorDetail(BaseModel):
@@ -81,24 +81,9 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-_DESCRIPTIONS = {
-    400: "The request cannot be honoured; `param` names the field.",
-    401: "The API key is missing or wrong.",
-    403: "This server does not allow it: web pages of another origin, or adapters to be loaded.",
-    404: "There is no such model.",
-    405: "The method is not for this path.",
-    408: "The request took too long to arrive.",
-    413: "The request is too large.",
-    429: "Too many requests: try again after `Retry-After` seconds.",
-    500: "The engine failed.",
-    503: "The server is stopping: try again after `Retry-After` seconds.",
-    504: "The answer took longer than a request may.",
-}
-
-
 def error_docs(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """What the documentation says of every error, whose body has this form."""
-    return {status: {"model": model, "description": text} for status, text in _DESCRIPTIONS.items()}
+    return {status: {"model": model, "description": text} for status, (_, _, text) in _KINDS.items()}
 
 
 RESPONSES = error_docs(ErrorBody)
@@ -338,7 +323,7 @@ _NOT_MADE = re.compile(r"/(embeddings?|embed|rerank|score|classify|pooling|moder
 
 def _no_such_path(request: Request, error: HTTPException) -> Exception:
     """The error for a path, or a method, that is not there: it says what is."""
-    there = _paths(request)
+    there = list(request.app.openapi()["paths"])
     path = re.sub(r"/{2,}", "/", request.url.path)
     if error.status_code == 405:
         allowed = Headers(error.headers).get("allow", "").replace(",", " ").split()
@@ -358,12 +343,6 @@ def _no_such_path(request: Request, error: HTTPException) -> Exception:
     elif close := difflib.get_close_matches(path, there, n=1, cutoff=0.75):
         hint = f"did you mean {close[0]}? {hint[0].upper()}{hint[1:]}"
     return ApiError(404, f"there is no {request.method} {path[:100]} here: {hint}")
-
-
-def _paths(request: Request) -> dict[str, set[str]]:
-    """The paths of the application and their methods, as its document has them."""
-    document = request.app.openapi()
-    return {path: {method.upper() for method in methods} for path, methods in document["paths"].items()}
 
 
 def _place(mistake: Mapping[str, Any], body: Any) -> list[str | int]:

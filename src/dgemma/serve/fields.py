@@ -11,11 +11,13 @@ Works on: JSON bodies. Knows nothing of: the engine.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fastapi import Request as HttpRequest
 from pydantic import Field
 
+from dgemma.constrain.choice import ToolChoice, ToolsError, read_tool_choice, shown_tools
 from dgemma.serve.ask import Ask, client_of
 from dgemma.serve.bodies import (
     Body,
@@ -30,15 +32,20 @@ from dgemma.serve.bodies import (
     TopP,
     Whole,
 )
-from dgemma.serve.calling import BUDGETS, ChosenTools, Words, reasoning_budget, told_tools
 from dgemma.serve.errors import ApiError, shown
-from dgemma.serve.forms import Form, answer_form
+from dgemma.serve.forms import answer_form
 from dgemma.serve.settings import Settings
 
 if TYPE_CHECKING:
     from dgemma.model import Prompt
     from dgemma.nn.loaded import LoadedAdapter
 
+Words = Literal["none", "auto", "required", "any"]
+
+# Names of one thing; the first one that is given counts. -1 is no limit, as in llama.cpp.
+BUDGETS = ("reasoning_budget_tokens", "reasoning_budget", "thinking_budget_tokens", "thinking_token_budget",
+            "thinking_budget")
+_INNER_BUDGETS = ("budget_tokens", "max_tokens")  # of thinking and reasoning
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Penalty = Annotated[float, Field(allow_inf_nan=False, description="Has no effect here.")]
 
@@ -105,6 +112,15 @@ _INSTEAD = {
 }
 
 
+class ChosenTools(Body):
+    """A function by name, or some of the tools: {"type": "function", "function": {"name"}}, {"type": "function",
+    "name"}, {"type": "tool", "name"}, {"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}, or the same flat.
+    """
+
+    type: Literal["function", "tool", "allowed_tools", "none", "auto", "required", "any"]
+    disable_parallel_tool_use: bool | None = None
+
+
 class Thinking(Body):
     """Anthropic's and DeepSeek's spelling of the switch.
 
@@ -146,7 +162,7 @@ class AnswerFields(SamplerFields):
     Length: ``max_completion_tokens``, ``max_output_tokens``, ``max_tokens``, ``max_new_tokens``, ``n_predict``,
     ``num_predict``; none of them, or -1: to the end of the context; more than fits is what fits. Form: the fields of
     `forms`. Thinking: ``thinking``, ``enable_thinking``, ``think``, ``chat_template_kwargs``, ``reasoning``,
-    ``reasoning_effort``. How long a thought may be: the fields of `calling.reasoning_budget`. Stop strings: ``stop``
+    ``reasoning_effort``. How long a thought may be: the fields of `reasoning_budget`. Stop strings: ``stop``
     and ``stop_sequences`` together.
     """
 
@@ -227,7 +243,7 @@ class AnswerFields(SamplerFields):
 
     def ask(self, http: HttpRequest, prompt: Prompt, adapter: LoadedAdapter | None) -> Ask:
         """What is asked for. Raises `ApiError`."""
-        form, format_param = self.answer_form()
+        form, format_param = answer_form(self)
         max_tokens, max_tokens_param = self.length_limit()
         return Ask(prompt=prompt, adapter=adapter, client=client_of(http, self.named_user(), self.cache_salt),
                    max_tokens=max_tokens, seed=self.seed, temperature=self.temperature, top_k=self.top_k,
@@ -262,18 +278,10 @@ class AnswerFields(SamplerFields):
         texts = (text for value in given for text in ([value] if isinstance(value, str) else value))
         return tuple(dict.fromkeys(text for text in texts if text))
 
-    def answer_form(self) -> tuple[Form | None, str]:
-        """`forms.answer_form` of this body."""
-        return answer_form(self)
-
-    def wants_thinking(self) -> bool:
-        """Whether the model shall think first: any one of the spellings may say so, the plainest wins."""
-        return self.thinking_switch()[0]
-
     def thinking_switch(self) -> tuple[bool, str]:
         """Whether the model shall think first, and the field that says so. Raises `ApiError`.
 
-        Who says nothing but how long it may think wants it to.
+        Any one of the spellings may say so, the plainest wins; who says nothing but how long it may think wants it to.
         """
         template = _template_switch(self.chat_template_kwargs or {})
         if isinstance(self.thinking, bool):
@@ -321,14 +329,18 @@ class ConversationFields(AnswerFields):
                                                      and bool(choice.disable_parallel_tool_use))
 
     def ask_options(self) -> dict[str, Any]:
-        return {"thinking": self.wants_thinking(), "reasoning_budget": reasoning_budget(self),
+        return {"thinking": self.thinking_switch()[0], "reasoning_budget": reasoning_budget(self),
                 "tools": self.declared_tools() or [], "tool_choice": self._choice(),
                 "parallel_tool_calls": not self.one_call()}
 
     def prompt_options(self) -> dict[str, Any]:
         """What the prompt depends on beside the messages, as arguments of `ask.prompt_tokens`."""
-        return {"thinking": self.wants_thinking() and reasoning_budget(self) != 0,
-                "tools": told_tools(self.declared_tools(), self._choice())}
+        try:
+            choice = read_tool_choice(self._choice())
+        except ToolsError:  # only a prompt's tokens are counted: `Model.request` refuses it
+            choice = ToolChoice()
+        return {"thinking": self.thinking_switch()[0] and reasoning_budget(self) != 0,
+                "tools": shown_tools(self.declared_tools(), choice)}
 
     def _choice(self) -> Any:
         """``tool_choice`` as `read_tool_choice` reads it."""
@@ -353,6 +365,33 @@ def function_tool(name: str, description: str | None, parameters: dict[str, Any]
     """The declaration of a tool as the library reads it."""
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters,
                                              "strict": strict}}
+
+
+def reasoning_budget(body: Body) -> int | None:
+    """The most tokens to think; None where nothing is said. Raises `ApiError`."""
+    for name in BUDGETS:
+        if (value := _field(body, name)) is not None:
+            return _budget(value, name)
+    for outer in ("reasoning", "thinking", "chat_template_kwargs"):
+        for name in (*_INNER_BUDGETS, *BUDGETS):
+            if (value := _field(_field(body, outer), name)) is not None:
+                return _budget(value, f"{outer}.{name}")
+    return None
+
+
+def _field(said: Any, name: str) -> Any:
+    if isinstance(said, Body):
+        return getattr(said, name, None)  # what no field is declared for is kept, too
+    return said.get(name) if isinstance(said, Mapping) else None
+
+
+def _budget(value: Any, name: str) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or value < -1:
+        raise ApiError(400, f"{name} must be a whole number of tokens (0: no thinking, -1: no limit), got {value!r}",
+                       name)
+    return None if value < 0 else value
 
 
 def _thinks(effort: str | None) -> bool:

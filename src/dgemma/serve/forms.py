@@ -5,6 +5,7 @@ Works on: the fields of a body. Knows nothing of: HTTP, how a form is kept.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -128,16 +129,14 @@ def _named_schema(value: Any, where: str) -> Iterator[tuple[Form, str]]:
     yield (_schema(schema["schema"], where) if wrapped else form), where
 
 
-def _guided(kind: str) -> Read:
+def _guided(kind: str, value: Any, where: str) -> Iterator[tuple[Form, str]]:
     """vLLM's earlier spelling."""
-    def read(value: Any, where: str) -> Iterator[tuple[Form, str]]:
-        if kind == "json":
-            yield _schema(value, where), where
-        elif kind != "json_object":
-            yield {"type": kind, kind: value}, where
-        elif value:
-            yield {"type": kind}, where
-    return read
+    if kind == "json":
+        yield _schema(value, where), where
+    elif kind != "json_object":
+        yield {"type": kind, kind: value}, where
+    elif value:
+        yield {"type": kind}, where
 
 
 def _structured_outputs(value: Mapping[str, Any], where: str) -> Iterator[tuple[Form, str]]:
@@ -148,7 +147,7 @@ def _structured_outputs(value: Mapping[str, Any], where: str) -> Iterator[tuple[
         if name not in ("json", "regex", "choice", "json_object"):
             raise ApiError(400, f"{where} takes json, regex, choice or json_object, not {shown(name)}", where,
                            "unsupported_parameter")
-        yield from _guided(name)(form, where)
+        yield from _guided(name, form, where)
 
 
 # What vLLM is told of how it shall keep a form: here forms are kept in one way, without white space.
@@ -163,9 +162,9 @@ def _regex(value: Any, where: str) -> Iterator[tuple[Form, str]]:
 
 _FIELDS: dict[str, Read] = {
     "response_format": _typed, "text": _nested, "output_config": _nested, "output_format": _typed, "format": _ollama,
-    "json_schema": _named_schema, "guided_json": _guided("json"), "guided_regex": _guided("regex"),
-    "guided_choice": _guided("choice"), "guided_json_object": _guided("json_object"),
-    "response_schema": _guided("json"),
+    "json_schema": _named_schema,
+    **{f"guided_{kind}": functools.partial(_guided, kind) for kind in ("json", "regex", "choice", "json_object")},
+    "response_schema": functools.partial(_guided, "json"),
     "structured_outputs": _structured_outputs, "guided_decoding": _structured_outputs, "regex": _regex,
 }
 

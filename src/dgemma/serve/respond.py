@@ -6,12 +6,13 @@ Works on: requests, and a format's rendering of their answers. Knows nothing of:
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
@@ -25,9 +26,9 @@ from dgemma.serve.backend import Backend, Serving
 from dgemma.serve.deltas import BrokenAnswerError, CutAnswerError, Delta, deltas, first_call_only
 from dgemma.serve.errors import JsonResponse, as_api_error, error_body, error_response, to_json
 from dgemma.serve.metrics import RequestListener
-from dgemma.serve.streams import ClientGoneError, Merged, while_connected
 from dgemma.serve.usage import note_error, time_left
 
+T = TypeVar("T")
 Made = dict[str, Any]  # what a format makes of a piece: the JSON of an event
 
 _FAREWELL = 1.0  # seconds that the last words to a client may take
@@ -39,6 +40,7 @@ class Rendering(ABC):
     media_type: ClassVar[str] = "text/event-stream"
     ping: ClassVar[bytes | None] = b": ping\n\n"  # sent when nothing else has been for some time
     ending: ClassVar[bytes] = b""  # what a complete stream ends with
+    made: Made
 
     def start(self) -> Iterable[Made]:
         """What a stream begins with."""
@@ -56,9 +58,14 @@ class Rendering(ABC):
         """What a stream ends with when an answer broke off; raises the error where the format has no word for it."""
         raise error
 
-    @abstractmethod
     def whole(self, answers: Sequence[Sequence[Delta]]) -> Made:
-        """The body of a response that does not stream, from all pieces of every answer."""
+        """The body of a response that does not stream, from all pieces of every answer.
+
+        Of a single answer: what ``made`` has become when all of its pieces were fed.
+        """
+        for delta in answers[0]:
+            collections.deque(self.feed(0, delta), maxlen=0)
+        return self.made
 
     def encode(self, made: Made) -> bytes:
         """The bytes on the wire: an event, which is named if it has a type."""
@@ -208,3 +215,77 @@ class _Stream(Response):
 
 def _chunk(data: bytes, more: bool = True) -> dict[str, Any]:
     return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+class Merged(Generic[T]):
+    """Several streams as one: pairs of a stream's index and its piece, as they come.
+
+    A piece is fetched when it is asked for, so a client that reads slowly holds back its own streams only. To be
+    closed (`contextlib.aclosing`): that closes all of them.
+    """
+
+    def __init__(self, streams: Sequence[AsyncGenerator[T, None]]):
+        self._streams = streams
+        self._waiting: dict[asyncio.Task[T], int] = {}
+        self._idle = set(range(len(streams)))  # streams whose next piece nobody has asked for yet
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, T]]:
+        return self
+
+    async def __anext__(self) -> tuple[int, T]:
+        while True:
+            for index in sorted(self._idle):
+                self._waiting[asyncio.create_task(_following(self._streams[index]))] = index
+            self._idle.clear()
+            if not self._waiting:
+                raise StopAsyncIteration
+            done, _ = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
+            task = done.pop()
+            index = self._waiting.pop(task)
+            try:
+                piece = task.result()
+            except StopAsyncIteration:
+                continue
+            self._idle.add(index)
+            return index, piece
+
+    async def aclose(self) -> None:
+        for task in self._waiting:
+            task.cancel()
+        await asyncio.gather(*self._waiting, return_exceptions=True)
+        self._waiting.clear()
+        for stream in self._streams:
+            await stream.aclose()
+
+
+async def _following(stream: AsyncGenerator[T, None]) -> T:
+    return await anext(stream)
+
+
+class ClientGoneError(Exception):
+    """The client has hung up: nobody waits for this answer any more."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], seconds: float = 0) -> T:
+    """What ``work`` returns. It is cancelled when the client hangs up (`ClientGoneError`) or its time is up.
+
+    ``seconds``: 0 is any time, else TimeoutError. The request's body must have been read.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_hung_up(receive))
+    try:
+        done, _ = await asyncio.wait({task, gone}, timeout=seconds or None, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            return task.result()
+        if gone in done:
+            raise ClientGoneError
+        raise TimeoutError
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

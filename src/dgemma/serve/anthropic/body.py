@@ -10,11 +10,10 @@ from typing import Annotated, Any, Literal
 from fastapi import Request as HttpRequest
 from pydantic import Field, model_validator
 
-from dgemma.serve.bodies import MEDIA, Body, Length, Listed, file_text, text_only, titled
+from dgemma.serve.bodies import Body, Length, Listed, Turns, file_text, refuse_media, titled
 from dgemma.serve.errors import ApiError
 from dgemma.serve.fields import ConversationFields, function_tool
 from dgemma.serve.settings import Settings
-from dgemma.serve.turns import Turns
 
 
 class TextBlock(Body):
@@ -130,7 +129,8 @@ class MessagesBody(ConversationFields):
     def _text_only(cls, body: Any) -> Any:
         messages = body.get("messages") if isinstance(body, dict) else None
         for index, message in enumerate(messages if isinstance(messages, list) else ()):
-            _no_media(message.get("content") if isinstance(message, dict) else None, f"messages[{index}].content")
+            if isinstance(message, dict):
+                refuse_media(message.get("content"), f"messages[{index}].content", within=True)
         return body
 
     def check(self, http: HttpRequest, settings: Settings) -> None:
@@ -141,8 +141,9 @@ class MessagesBody(ConversationFields):
                            "thread", details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
         self.one_answer()
         if self.messages[-1].role == "assistant":
-            raise _refusal(f"messages[{len(self.messages) - 1}].role",
-                           "the last message must be the user's: the beginning of an answer cannot be given")
+            field = f"messages[{len(self.messages) - 1}].role"
+            raise ApiError(400, f"{field}: the last message must be the user's: the beginning of an answer cannot be "
+                           "given", field)
 
     def named_user(self) -> str | None:
         return (self.metadata and self.metadata.user_id) or super().named_user()
@@ -189,10 +190,6 @@ class CountBody(MessagesBody):
     tools: Listed[CustomTool | dict[str, Any]] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-def _refusal(field: str, why: str) -> ApiError:
-    return ApiError(400, f"{field}: {why}", field)  # Anthropic's errors name the field in the message only
-
-
 def _texts(content: str | list[TextBlock] | None) -> list[str]:
     return [content] if isinstance(content, str) else [block.text for block in content or ()]
 
@@ -219,20 +216,10 @@ def _read(block: ReadBlock, where: str) -> str:
     elif kind == "content" and isinstance(content, str):
         text = content
     elif kind == "content" and isinstance(content, list):
-        _no_media(content, f"{where}.content")
+        refuse_media(content, f"{where}.content", within=True)
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         text = "\n".join(part for part in texts if isinstance(part, str))
     else:
-        raise _refusal(where, "a document must be plain text: {'type': 'text', 'media_type': 'text/plain', 'data': …}; "
-                       "files and addresses are not fetched here")
+        raise ApiError(400, f"{where}: a document must be plain text: {{'type': 'text', 'media_type': 'text/plain', "
+                       "'data': …}; files and addresses are not fetched here", where)
     return titled("\n".join(filter(None, [block.title, block.context])), text)
-
-
-def _no_media(content: Any, where: str, within: bool = True) -> None:
-    """Raises `ApiError` for a block of a message that is a picture or the like; ``within``: of a tool's result, too."""
-    for place, block in enumerate(content if isinstance(content, list) else ()):
-        kind = block.get("type") if isinstance(block, dict) else None
-        if isinstance(kind, str) and kind in MEDIA:
-            raise text_only(kind, f"{where}[{place}]")
-        if within and kind == "tool_result":
-            _no_media(block.get("content"), f"{where}[{place}].content", within=False)

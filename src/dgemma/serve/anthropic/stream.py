@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from dgemma.serve.deltas import Delta, Done, Reasoning, Text, ToolCall
@@ -19,7 +18,7 @@ _GROWING = {"text": ("text", "text_delta"), "thinking": ("thinking", "thinking_d
 
 
 class MessageRendering(Rendering):
-    """One answer while it is made: `feed` takes its pieces and returns events, ``message`` is what they add up to.
+    """One answer while it is made: `feed` takes its pieces and returns events, ``made`` is what they add up to.
 
     ``max_tokens`` tells an answer that ended there from one that filled the model's context. Without ``thoughts``
     they are left out: their blocks come empty.
@@ -29,7 +28,7 @@ class MessageRendering(Rendering):
 
     def __init__(self, model: str, prompt_tokens: int, max_tokens: int, thoughts: bool = True):
         self.max_tokens, self.thoughts = max_tokens, thoughts
-        self.message: dict[str, Any] = {
+        self.made: dict[str, Any] = {
             "id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": model,
             "content": [], "stop_reason": None, "stop_sequence": None,
             "usage": {"input_tokens": prompt_tokens, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0,
@@ -37,12 +36,7 @@ class MessageRendering(Rendering):
         self._open: str | None = None  # the kind of the block that still grows
 
     def start(self) -> Iterator[Made]:
-        yield {"type": "message_start", "message": {**self.message, "content": []}}
-
-    def whole(self, answers: Sequence[Sequence[Delta]]) -> Made:
-        for delta in answers[0]:
-            deque(self.feed(0, delta), maxlen=0)
-        return self.message
+        yield {"type": "message_start", "message": {**self.made, "content": []}}
 
     def feed(self, index: int, delta: Delta) -> Iterator[Made]:
         if isinstance(delta, Reasoning):
@@ -63,29 +57,29 @@ class MessageRendering(Rendering):
             yield self._begin(empty)
             self._open = kind
         if text:
-            self.message["content"][-1][field] += text
+            self.made["content"][-1][field] += text
             yield {"type": "content_block_delta", "index": self._index, "delta": {"type": delta, field: text}}
 
     def _call(self, call: ToolCall) -> Iterator[Made]:
         yield from self._close()
         yield self._begin({"type": "tool_use", "id": f"toolu_{call.id.removeprefix('call_')}", "name": call.name,
                            "input": {}})
-        self.message["content"][-1]["input"] = json.loads(call.arguments)
+        self.made["content"][-1]["input"] = json.loads(call.arguments)
         yield {"type": "content_block_delta", "index": self._index,
                "delta": {"type": "input_json_delta", "partial_json": call.arguments}}
         yield self._stop()
 
     def _end(self, done: Done) -> Iterator[Made]:
         usage = done.usage
-        self.message["stop_reason"] = self._stop_reason(done)
-        self.message["stop_sequence"] = done.stop_sequence
+        self.made["stop_reason"] = self._stop_reason(done)
+        self.made["stop_sequence"] = done.stop_sequence
         # Anthropic counts what was read from the cache by itself, not among input_tokens.
-        self.message["usage"] = {
+        self.made["usage"] = {
             "input_tokens": usage.prompt_tokens - usage.cached_tokens, "cache_read_input_tokens": usage.cached_tokens,
             "cache_creation_input_tokens": 0, "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens}}
-        yield {"type": "message_delta", "usage": self.message["usage"],
-               "delta": {key: self.message[key] for key in ("stop_reason", "stop_sequence")}}
+        yield {"type": "message_delta", "usage": self.made["usage"],
+               "delta": {key: self.made[key] for key in ("stop_reason", "stop_sequence")}}
         yield {"type": "message_stop"}
 
     def _stop_reason(self, done: Done) -> str:
@@ -98,10 +92,10 @@ class MessageRendering(Rendering):
 
     @property
     def _index(self) -> int:
-        return len(self.message["content"]) - 1
+        return len(self.made["content"]) - 1
 
     def _begin(self, block: dict[str, Any]) -> Made:
-        self.message["content"].append(dict(block))
+        self.made["content"].append(dict(block))
         return {"type": "content_block_start", "index": self._index, "content_block": block}
 
     def _close(self) -> Iterator[Made]:

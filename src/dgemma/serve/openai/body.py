@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request as HttpRequest
 from pydantic import Field
 
-from dgemma.serve.bodies import MEDIA, Body, Listed, Whole, file_text, text_only, titled
+from dgemma.serve.bodies import MEDIA, Body, Listed, Whole, named_file, text_only
 from dgemma.serve.errors import ApiError
 from dgemma.serve.fields import AnswerFields, ProbabilityFields
 from dgemma.serve.settings import Settings
@@ -102,10 +102,7 @@ def _part(part: dict[str, Any], where: str) -> dict[str, Any]:
     if kind in ("file", "input_file"):
         file = part.get("file") if isinstance(part.get("file"), dict) else part
         assert isinstance(file, dict)
-        data, name = file.get("file_data"), file.get("filename")
-        if not isinstance(data, str):
-            raise ApiError(400, f"{where}: files are not stored here: send the text itself, or file_data", where)
-        return {"type": "text", "text": titled(name if isinstance(name, str) else None, file_text(data, None, where))}
+        return {"type": "text", "text": named_file(file.get("filename"), file.get("file_data"), where)}
     return part
 
 

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 from fastapi import Request as HttpRequest
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from dgemma.serve.bodies import MEDIA, Body, Listed, Whole, file_text, text_only, titled
+from dgemma.serve.bodies import Body, Listed, Turns, Whole, named_file, refuse_media
 from dgemma.serve.errors import ApiError
 from dgemma.serve.fields import ConversationFields, function_tool
 from dgemma.serve.forms import Form
+from dgemma.serve.openai.body import Function
 from dgemma.serve.settings import Settings
-from dgemma.serve.turns import Turns
 
 
 class InputText(Body):
@@ -81,17 +81,13 @@ Item = Annotated[
     Discriminator(_kind)]
 
 
-class FunctionTool(Body):
+class FunctionTool(Function):
     """A function that the client runs. OpenAI's own tools do not exist here.
 
     With ``strict`` the arguments of every call satisfy ``parameters``.
     """
 
     type: Literal["function"]
-    name: Annotated[str, Field(min_length=1)]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
 class ResponsesBody(ConversationFields):
@@ -120,12 +116,8 @@ class ResponsesBody(ConversationFields):
     def _text_only(cls, body: Any) -> Any:
         items = body.get("input") if isinstance(body, dict) else None
         for index, item in enumerate(items if isinstance(items, list) else ()):
-            for field in ("content", "output"):
-                parts = item.get(field) if isinstance(item, dict) else None
-                for place, part in enumerate(parts if isinstance(parts, list) else ()):
-                    kind = part.get("type") if isinstance(part, dict) else None
-                    if isinstance(kind, str) and kind in MEDIA:
-                        raise text_only(kind, f"input[{index}].{field}[{place}]")
+            for field in ("content", "output") if isinstance(item, dict) else ():
+                refuse_media(item.get(field), f"input[{index}].{field}")
         return body
 
     def declared_tools(self) -> list[dict[str, Any]] | None:
@@ -198,8 +190,4 @@ def _texts(content: str | list[Part] | None, where: str) -> list[str]:
 def _text(part: Part, where: str) -> str:
     if isinstance(part, InputText):
         return part.text
-    if isinstance(part, Refusal):
-        return part.refusal
-    if part.file_data is None:
-        raise ApiError(400, f"{where}: files are not stored here: send the text itself, or file_data", where)
-    return titled(part.filename, file_text(part.file_data, None, where))
+    return part.refusal if isinstance(part, Refusal) else named_file(part.filename, part.file_data, where)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from dgemma.serve.deltas import BrokenAnswerError, CutAnswerError, Delta, Done, Reasoning, Text, ToolCall
@@ -19,13 +18,13 @@ _PARTS = {"reasoning": "reasoning_text", "message": "output_text"}
 
 
 class ResponseRendering(Rendering):
-    """One answer while it is made: `feed` takes its pieces and returns events, ``response`` is what they add up to.
+    """One answer while it is made: `feed` takes its pieces and returns events, ``made`` is what they add up to.
 
     ``echo``: fields of the response that repeat what was asked for.
     """
 
     def __init__(self, echo: dict[str, Any]):
-        self.response: dict[str, Any] = {
+        self.made: dict[str, Any] = {
             "id": f"resp_{secrets.token_hex(16)}", "object": "response", "created_at": int(time.time()),
             "status": "in_progress", "error": None, "incomplete_details": None, **echo, "output": [], "usage": None}
         self._open: str | None = None  # the kind of the item that still grows
@@ -33,12 +32,7 @@ class ResponseRendering(Rendering):
 
     def start(self) -> Iterator[Made]:
         for name in ("created", "in_progress"):
-            yield self._event(f"response.{name}", response={**self.response, "output": []})
-
-    def whole(self, answers: Sequence[Sequence[Delta]]) -> Made:
-        for delta in answers[0]:
-            deque(self.feed(0, delta), maxlen=0)
-        return self.response
+            yield self._event(f"response.{name}", response={**self.made, "output": []})
 
     def broken(self, error: BrokenAnswerError | CutAnswerError) -> Iterator[Made]:
         yield from self._close("incomplete")
@@ -75,7 +69,7 @@ class ResponseRendering(Rendering):
         else:
             item = {"id": f"rs_{secrets.token_hex(16)}", "type": kind, "summary": [], "status": "in_progress"}
             part = {"type": "reasoning_text", "text": ""}
-        self.response["output"].append({**item, "content": [part]})
+        self.made["output"].append({**item, "content": [part]})
         yield self._event("response.output_item.added", output_index=self._place["output_index"],
                           item={**item, "content": []})
         yield self._event("response.content_part.added", **self._place, content_index=0, part=_copied(part))
@@ -93,7 +87,7 @@ class ResponseRendering(Rendering):
     def _call(self, call: ToolCall) -> Iterator[Made]:
         item = {"id": f"fc_{secrets.token_hex(16)}", "type": "function_call", "call_id": call.id, "name": call.name,
                 "arguments": "", "status": "in_progress"}
-        self.response["output"].append(item)
+        self.made["output"].append(item)
         yield self._event("response.output_item.added", output_index=self._place["output_index"], item=dict(item))
         item["arguments"] = call.arguments
         yield self._event("response.function_call_arguments.delta", **self._place, delta=call.arguments)
@@ -106,13 +100,13 @@ class ResponseRendering(Rendering):
         return self._event("response.output_item.done", output_index=self._place["output_index"], item=self._item)
 
     def _end(self, done: Done) -> Iterator[Made]:
-        if not any(item["type"] != "reasoning" for item in self.response["output"]):
+        if not any(item["type"] != "reasoning" for item in self.made["output"]):
             yield from self._close()
             yield from self._begin("message")  # clients read a message, be it empty
         whole = done.finish_reason != "length"
         yield from self._close("completed" if whole else "incomplete")
         usage = done.usage
-        self.response["usage"] = {
+        self.made["usage"] = {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": usage.completion_tokens,
@@ -124,16 +118,16 @@ class ResponseRendering(Rendering):
             yield from self._finish("incomplete", incomplete_details={"reason": "max_output_tokens"})
 
     def _finish(self, status: str, **changes: Any) -> Iterator[Made]:
-        self.response |= {"status": status, **changes}
-        yield self._event(f"response.{status}", response=self.response)
+        self.made |= {"status": status, **changes}
+        yield self._event(f"response.{status}", response=self.made)
 
     @property
     def _item(self) -> dict[str, Any]:
-        return self.response["output"][-1]
+        return self.made["output"][-1]
 
     @property
     def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item["id"], "output_index": len(self.response["output"]) - 1}
+        return {"item_id": self._item["id"], "output_index": len(self.made["output"]) - 1}
 
     def _event(self, kind: str, **fields: Any) -> Made:
         self._sequence += 1

@@ -1,6 +1,8 @@
-"""OpenAI's API: chat completions, text completions and models, with vLLM's /tokenize and /detokenize.
+"""OpenAI's API: chat completions, text completions, responses and models, with vLLM's /tokenize and /detokenize.
 
-Works on: bodies, rendered by `stream`. Knows nothing of: the engine, other formats.
+Nothing is stored: a conversation is sent whole every time.
+
+Works on: bodies, rendered by `stream` and `responses_stream`. Knows nothing of: the engine, other formats.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from fastapi import Request as HttpRequest
@@ -20,9 +22,46 @@ from dgemma.serve.ask import choice_seeds, engine_request, prompt_tokens
 from dgemma.serve.backend import Serving
 from dgemma.serve.bodies import Listed, RequestBody
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
+from dgemma.serve.forms import answer_form
 from dgemma.serve.openai.body import ChatBody, CompletionBody, TokenId, TokenizeBody
+from dgemma.serve.openai.responses_body import ResponsesBody, response_format
+from dgemma.serve.openai.responses_stream import ResponseRendering
 from dgemma.serve.openai.stream import ChatCompletion, ChatRendering, TextCompletion, TextRendering
 from dgemma.serve.respond import answer_docs, respond
+
+
+class CachedTokens(BaseModel):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class ReasoningTokens(BaseModel):
+    reasoning_tokens: int
+
+
+class ResponseUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: CachedTokens
+    output_tokens: int
+    output_tokens_details: ReasoningTokens
+    total_tokens: int
+
+
+class ResponseObject(BaseModel):
+    """An answer: items of type reasoning, message and function_call; the other fields repeat what was asked for."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None = None
+    status: Literal["completed", "incomplete"]
+    incomplete_details: dict[str, str] | None
+    error: None
+    model: str
+    output: list[dict[str, Any]]
+    usage: ResponseUsage
+    seed: int
+    store: Literal[False]
 
 
 class ModelCard(BaseModel):
@@ -112,6 +151,14 @@ def router(serving: Serving) -> APIRouter:
         return await respond(serving, http, rendering, requests, stream=bool(body.stream),
                              drafts_per_second=body.drafts_per_second)
 
+    @routes.post("/v1/responses", tags=["OpenAI"], responses=answer_docs(ResponseObject))
+    async def create_response(body: ResponsesBody, http: HttpRequest) -> Response:
+        adapter = serving.adapter(body.model)
+        body.check(http, serving.settings)
+        request = await engine_request(serving, body.ask(http, body.prompt_messages(), adapter))
+        rendering = ResponseRendering(_echo(body, request))
+        return await respond(serving, http, rendering, [request], stream=bool(body.stream), one_call=body.one_call())
+
     def card(name: str) -> ModelCard:
         path = None if name in settings.served_names else serving.backend.adapters.paths()[name]
         limit = serving.context_limit
@@ -172,3 +219,18 @@ def router(serving: Serving) -> APIRouter:
 def rfc3339(seconds: int) -> str:
     """A time, seconds since 1970, as Anthropic's API writes it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _echo(body: ResponsesBody, request: Request) -> dict[str, Any]:
+    """What a response repeats of its request, and what stood where it said nothing."""
+    asked = body.model_dump(mode="json", by_alias=True)
+    said = {name: asked[name] for name in ("model", "instructions", "reasoning", "top_logprobs", "user",
+                                           "safety_identifier", "prompt_cache_key")}
+    said["max_output_tokens"] = body.length_limit()[0]
+    return {
+        **said, "metadata": body.metadata or {},
+        "text": {**(asked["text"] or {}), "format": response_format(answer_form(body)[0])},
+        "tools": asked["tools"] or [], "tool_choice": asked["tool_choice"] or "auto",
+        "parallel_tool_calls": not body.one_call(),
+        "temperature": request.sampling.temperature, "top_p": request.sampling.top_p, "seed": request.seed,
+        "truncation": "disabled", "previous_response_id": None, "background": False, "store": False}

@@ -123,26 +123,35 @@ class ChatRendering(Rendering):
         self.with_usage, self.echo = usage, echo
         self.with_logprobs = logprobs
         self._counts: list[AnswerUsage | None] = [None] * len(seeds)  # of each choice whose stream is complete
+        self._told = [0] * len(seeds)  # characters of each text that were streamed
         self._told_logprobs = [not logprobs] * len(seeds)  # of each choice: whether there is nothing left to tell
 
     def whole(self, answers: Sequence[Sequence[Delta]]) -> Made:
-        put = [put_together(pieces) for pieces in answers]
-        return {**self.head, "object": self.kind,
-                "choices": [self.choice(index, answer) for index, answer in enumerate(put)],
-                "usage": self.usage([answer.done.usage for answer in put])}
+        choices, counts = [], []
+        for index, answer in enumerate(map(put_together, answers)):
+            logprobs = self.logprobs(answer.logprobs or []) if self.with_logprobs else None
+            choices.append(self._choice(index, self.shown(index, answer), logprobs, answer.done))
+            counts.append(answer.done.usage)
+        return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage(counts)}
 
     def start(self) -> Iterator[Made]:
         for index in range(len(self.prompts)):
-            for choice in self.opening(index):
-                yield self._chunk(choice)
+            for begun in self.opening(index):
+                yield self._chunk(self._choice(index, begun))
 
     def feed(self, index: int, delta: Delta) -> Iterator[Made]:
         if isinstance(delta, Draft):
             yield {**self._chunk(), "dgemma": {"draft": {"index": index, **dataclasses.asdict(delta)}}}
             return
-        if isinstance(delta, Done):
+        said, logprobs = self.piece(delta), None
+        if isinstance(delta, Text) and delta.logprobs is not None:
+            logprobs = self.logprobs(delta.logprobs, self._told[index])
+            self._told_logprobs[index] = True
+        elif isinstance(delta, Done):
             self._counts[index] = delta.usage
-        yield self._chunk(self.delta(index, delta))
+            logprobs = None if self._told_logprobs[index] else self.logprobs([])  # no chunk before it had any
+        self._told[index] += len(said.get("text", ""))
+        yield self._chunk(self._choice(index, said, logprobs, delta if isinstance(delta, Done) else None))
 
     def end(self) -> Iterator[Made]:
         if self.with_usage:
@@ -160,40 +169,39 @@ class ChatRendering(Rendering):
                 "denoising_steps": sum(count.denoising_steps for count in counts)}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """What a choice begins with."""
-        return [_delta(index, {"role": "assistant", "content": ""})]
+        """What a choice begins with, as `piece`."""
+        return [{"delta": {"role": "assistant", "content": ""}}]
 
-    def delta(self, index: int, piece: Reasoning | Text | ToolCall | Done) -> dict[str, Any]:
-        """A piece as an entry of ``choices``."""
+    def piece(self, piece: Reasoning | Text | ToolCall | Done) -> dict[str, Any]:
+        """What an entry of a chunk's ``choices`` says of a piece."""
         if isinstance(piece, Reasoning):
-            return _delta(index, {"reasoning_content": piece.text, "reasoning": piece.text})
+            return {"delta": {"reasoning_content": piece.text, "reasoning": piece.text}}
         if isinstance(piece, ToolCall):
-            return _delta(index, {"tool_calls": [{"index": piece.index, **_call(piece)}]})
-        if isinstance(piece, Done):
-            return {**_delta(index, {}), "logprobs": self._last_logprobs(index),
-                    "finish_reason": piece.finish_reason, "stop_reason": piece.stop_sequence}
-        self._told_logprobs[index] = True
-        return {**_delta(index, {"content": piece.text}), "logprobs": self.logprobs(piece.logprobs)}
+            return {"delta": {"tool_calls": [{"index": piece.index, **_call(piece)}]}}
+        return {"delta": {"content": piece.text} if isinstance(piece, Text) else {}}
 
-    def logprobs(self, entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
-        """Log-probabilities as a choice shows them; of no text an empty list where they were asked for."""
-        if entries is None and not self.with_logprobs:
-            return None
-        return {"content": entries or [], "refusal": None}
-
-    def _last_logprobs(self, index: int) -> dict[str, Any] | None:
-        """Those of a stream's last chunk: an empty list if no chunk before it had any."""
-        return None if self._told_logprobs[index] else self.logprobs(None)
-
-    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """A whole answer as an entry of ``choices``."""
+    def shown(self, index: int, answer: Answer) -> dict[str, Any]:
+        """What an entry of ``choices`` says of a whole answer."""
         message: dict[str, Any] = {
             "role": "assistant", "content": answer.text if answer.text or not answer.tool_calls else None,
             "refusal": None, "reasoning_content": answer.reasoning or None, "reasoning": answer.reasoning or None}
         if answer.tool_calls:
             message["tool_calls"] = [_call(call) for call in answer.tool_calls]
-        return {"index": index, "message": message, "logprobs": self.logprobs(answer.logprobs),
-                "finish_reason": answer.done.finish_reason, "stop_reason": answer.done.stop_sequence}
+        return {"message": message}
+
+    def logprobs(self, entries: list[dict[str, Any]], start: int = 0) -> dict[str, Any]:
+        """Log-probabilities as a choice shows them, ``start`` characters of its text being told already."""
+        return {"content": entries, "refusal": None}
+
+    def reason(self, done: Done) -> str:
+        """Why an answer is over."""
+        return done.finish_reason
+
+    def _choice(self, index: int, said: dict[str, Any], logprobs: dict[str, Any] | None = None,
+                done: Done | None = None) -> dict[str, Any]:
+        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": None}
+        return choice if done is None else {
+            **choice, "finish_reason": self.reason(done), "stop_reason": done.stop_sequence}
 
     def _chunk(self, *choices: dict[str, Any]) -> Made:
         chunk = {**self.head, "object": self.chunk_kind, "choices": list(choices)}
@@ -206,42 +214,36 @@ class TextRendering(ChatRendering):
     kind, prefix = "text_completion", "cmpl"
     chunk_kind = "text_completion"
 
-    def __init__(self, model: str, seeds: Sequence[int], **options: Any):
-        super().__init__(model, seeds, **options)
-        self._told = [0] * len(seeds)  # characters of each choice that were streamed
-
     def opening(self, index: int) -> list[dict[str, Any]]:
-        return [_text(index, self.echo[index])] if self.echo else []
+        return [{"text": self.echo[index]}] if self.echo else []
 
-    def delta(self, index: int, piece: Reasoning | Text | ToolCall | Done) -> dict[str, Any]:
+    def piece(self, piece: Reasoning | Text | ToolCall | Done) -> dict[str, Any]:
         if isinstance(piece, Reasoning):
-            return {**_text(index, ""), "reasoning": piece.text}
-        if isinstance(piece, Done):
-            return {**_text(index, ""), "logprobs": self._last_logprobs(index), "finish_reason": _text_reason(piece),
-                    "stop_reason": piece.stop_sequence}
-        text = _call_text(piece) if isinstance(piece, ToolCall) else piece.text
-        entries = None if isinstance(piece, ToolCall) else piece.logprobs
-        logprobs = None if entries is None else _text_logprobs(entries, self._told[index])
-        self._told_logprobs[index] = self._told_logprobs[index] or logprobs is not None
-        self._told[index] += len(text)
-        return {**_text(index, text), "logprobs": logprobs}
+            return {"text": "", "reasoning": piece.text}
+        return {"text": piece.text if isinstance(piece, Text) else _call_text(piece)
+                if isinstance(piece, ToolCall) else ""}
 
-    def logprobs(self, entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
-        return None if entries is None and not self.with_logprobs else _text_logprobs(entries or [])
-
-    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
+    def shown(self, index: int, answer: Answer) -> dict[str, Any]:
         text = (self.echo[index] if self.echo else "") + answer.text + "".join(map(_call_text, answer.tool_calls))
-        logprobs = self.logprobs(answer.logprobs)
-        return {"index": index, "text": text, "reasoning": answer.reasoning or None, "logprobs": logprobs,
-                "finish_reason": _text_reason(answer.done), "stop_reason": answer.done.stop_sequence}
+        return {"text": text, "reasoning": answer.reasoning or None}
 
+    def logprobs(self, entries: list[dict[str, Any]], start: int = 0) -> dict[str, Any]:
+        """The form that OpenAI's text completions had: lists with one entry per token.
 
-def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        Offsets count characters of the choice's text, ``start`` of which came before; a character that is spread over
+        tokens begins with the first of them.
+        """
+        offsets, end, decoder = [], start, codecs.getincrementaldecoder("utf-8")("replace")
+        for entry in entries:
+            offsets.append(end)
+            end += len(decoder.decode(bytes(entry["bytes"])))
+        return {"tokens": [entry["token"] for entry in entries],
+                "token_logprobs": [entry["logprob"] for entry in entries],
+                "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
+                "text_offset": offsets}
 
-
-def _text(index: int, text: str) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+    def reason(self, done: Done) -> str:
+        return "stop" if done.finish_reason == "tool_calls" else done.finish_reason
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
@@ -251,23 +253,3 @@ def _call(call: ToolCall) -> dict[str, Any]:
 def _call_text(call: ToolCall) -> str:
     """A call where nothing but text can stand."""
     return f"call:{call.name}{call.arguments}"
-
-
-def _text_reason(done: Done) -> str:
-    return "stop" if done.finish_reason == "tool_calls" else done.finish_reason
-
-
-def _text_logprobs(entries: list[dict[str, Any]], start: int = 0) -> dict[str, Any]:
-    """The form that OpenAI's text completions had: lists with one entry per token.
-
-    Offsets count characters of the choice's text, ``start`` of which came before; a character that is spread over
-    tokens begins with the first of them.
-    """
-    offsets, end, decoder = [], start, codecs.getincrementaldecoder("utf-8")("replace")
-    for entry in entries:
-        offsets.append(end)
-        end += len(decoder.decode(bytes(entry["bytes"])))
-    return {"tokens": [entry["token"] for entry in entries],
-            "token_logprobs": [entry["logprob"] for entry in entries],
-            "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
-            "text_offset": offsets}
