@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dgemma.tasks.extraction_phrases import DISTRACTORS, EXTRA, FIELDS, OPENINGS, Phrases
+from dgemma.tasks.extraction_phrases import HELD_OUT, KINDS, TRAINING
 
 KEYS = ("type", "date", "ref", "sum", "who", "time", "place", "mail")
 MOST_DISTRACTORS = 3  # sentences of a text that say nothing of its record
@@ -76,7 +76,7 @@ def _document(rng: random.Random, held_out: bool, keys: Sequence[str],
               distractors: int) -> tuple[str, dict[str, Any]]:
     """A text and the record that stands in it."""
     values = _Values(rng, held_out)
-    kind = rng.choice(list(FIELDS))
+    kind, phrases = rng.choice(KINDS), HELD_OUT if held_out else TRAINING
     record: dict[str, Any] = {}
     shown: dict[str, str] = {}  # as the text writes it
     for key in keys:
@@ -89,23 +89,20 @@ def _document(rng: random.Random, held_out: bool, keys: Sequence[str],
         if record[key] is not None:
             shown[key] = text
 
-    def worded(phrases: Phrases) -> str:
-        return rng.choice(phrases.held_out if held_out else phrases.training)
+    def worded(said: str) -> str:
+        return rng.choice(phrases[kind if (kind, said) in phrases else "any", said])
 
-    said = [worded((FIELDS[kind] | EXTRA)[key]).format(text) for key, text in shown.items()]
+    said = [worded(key).format(text) for key, text in shown.items()]
     rng.shuffle(said)
-    parts = [worded(OPENINGS[kind]), *said]
+    parts = [worded("opening"), *said]
     count = min(distractors, rng.choice((0, 1, 1, 2, 2, 3)))
-    for phrase in rng.sample(_allowed(held_out, keys), count):
+    # Of the others those that say nothing which could be taken for a field.
+    others = [phrase for phrase in phrases["any", "beside"]
+              if not any(f"{{{key}}}" in phrase for key in ("time", "place") if key in keys)]
+    for phrase in rng.sample(others, count):
         parts.insert(rng.randint(1, len(parts)), phrase.format_map(_Distracting(values)))
     parts.sort(key=lambda part: not part.startswith("Dear "))  # who is greeted is greeted first
     return rng.choice((" ", " ", "\n")).join(parts), record
-
-
-def _allowed(held_out: bool, keys: Sequence[str]) -> list[str]:
-    """The wordings of distractors that say nothing which could be taken for a field."""
-    phrases = DISTRACTORS.held_out if held_out else DISTRACTORS.training
-    return [p for p in phrases if not any(f"{{{key}}}" in p for key in ("time", "place") if key in keys)]
 
 
 class _Distracting(dict[str, str]):

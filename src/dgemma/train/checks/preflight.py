@@ -27,7 +27,7 @@ from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import adaptable, adapters
 from dgemma.nn.head import vocab_tiles
 from dgemma.nn.passes import Passes
-from dgemma.train.batch import Collatable, collate
+from dgemma.train.batch import collate
 from dgemma.train.checks.workbench import (
     Bench,
     DenoisingPass,
@@ -40,6 +40,7 @@ from dgemma.train.checks.workbench import (
     some_entries,
     tolerance_of,
 )
+from dgemma.train.data.examples import Example
 from dgemma.train.objective import Objective, batch_loss, prefixes, read
 from dgemma.train.parallel.distributed import let_go, whole
 
@@ -262,7 +263,7 @@ def null_conditioning_is_zero(bench: Bench) -> Finding:
                    "mean embedding instead, which the first sampling step never sees")
 
 
-def run_preflight(network: DiffusionTransformer, examples: Sequence[Collatable], objective: Objective | None = None, *,
+def run_preflight(network: DiffusionTransformer, examples: Sequence[Example], objective: Objective | None = None, *,
                   passes: Passes | None = None, loss_of: LossOf = batch_loss,
                   optimizers: Sequence[torch.optim.Optimizer] | None = None, seed: int = 0,
                   past_window: bool = True) -> list[Finding]:
