@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +46,7 @@ def sudoku(
 
     from dgemma.cli.session import load_model
     from dgemma.cli.terminal.progress import ProgressBar
-    from dgemma.tasks.evaluate import as_json, evaluate_bands, evaluate_file
+    from dgemma.tasks.evaluate import evaluate_bands, evaluate_file
     from dgemma.tasks.sudoku import BANDS
 
     if band is not None and band not in BANDS:
@@ -61,7 +62,7 @@ def sudoku(
             bands = None if band is None else [band]
             scores = evaluate_bands(loaded, count or 100, bands, seed=seed, progress=bar.step, **settings)
     if json:
-        print_json(as_json(scores))
+        print_json({name: dataclasses.asdict(score) for name, score in scores.items()})
     else:
         _print_table(scores)
 

@@ -44,23 +44,18 @@ class Optimizers:
         matrices = {name for name, p in self.masters.items() if is_matrix(name, p.shape)}
         muon = matrices if settings.kind == "muon" else set()
         self.all: list[torch.optim.Optimizer] = []
-        self._rates: list[float] = []
         if muon:
-            self._add(Muon([self.masters[name] for name in self.masters if name in muon], lr=settings.muon_lr,
-                           weight_decay=settings.weight_decay), settings.muon_lr)
+            self.all.append(Muon([self.masters[name] for name in self.masters if name in muon], lr=settings.muon_lr,
+                                 weight_decay=settings.weight_decay))
         # What is no matrix (norms, scales) is not pulled towards 0; Muon's matrices have that pull, embeddings do not.
         decayed = [p for name, p in self.masters.items() if name in matrices - muon]
         others = [p for name, p in self.masters.items() if name not in matrices]
         groups = [{"params": those, "weight_decay": decay}
                   for those, decay in ((decayed, settings.weight_decay), (others, 0.0)) if those]
         if groups:
-            self._add(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas), settings.lr)
+            self.all.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas))
         self.average = ({name: p.detach().clone() for name, p in self.masters.items()} if settings.ema else {})
         self.steps = 0
-
-    def _add(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        self.all.append(optimizer)
-        self._rates.append(rate)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -74,9 +69,9 @@ class Optimizers:
     def step(self, factor: float) -> None:
         """One step of the masters' gradients with the rates times ``factor``; they are gone afterwards."""
         self.gather()
-        for optimizer, rate in zip(self.all, self._rates, strict=True):
+        for optimizer in self.all:
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = optimizer.defaults["lr"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for name, parameter in self.parameters.items():
