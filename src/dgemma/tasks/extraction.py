@@ -55,7 +55,12 @@ def conversations(count: int, seed: int, held_out: bool = False, *, keys: Sequen
     number with street and town, the e-mail address. A text has up to ``distractors`` sentences beside those that say
     them; without any, what a value looks like tells which one it is.
     """
-    return [_conversation(index, seed, held_out, keys, distractors) for index in range(count)]
+    made = []
+    for index in range(count):
+        rng = random.Random(f"extraction {seed} {held_out} {' '.join(keys)} {distractors} {index}")
+        text, record = _document(rng, held_out, keys, distractors)
+        made.append([{"role": "user", "content": text}, {"role": "assistant", "content": answer_of(record)}])
+    return made
 
 
 def answer_of(record: dict[str, Any]) -> str:
@@ -64,12 +69,6 @@ def answer_of(record: dict[str, Any]) -> str:
     texts = {key: f"{value:.2f}" if key == "sum" and value is not None else json.dumps(value, ensure_ascii=False)
              for key, value in record.items()}
     return "{" + ", ".join(f'"{key}": {text}' for key, text in texts.items()) + "}"
-
-
-def _conversation(index: int, seed: int, held_out: bool, keys: Sequence[str], distractors: int) -> list[dict[str, str]]:
-    rng = random.Random(f"extraction {seed} {held_out} {' '.join(keys)} {distractors} {index}")
-    text, record = _document(rng, held_out, keys, distractors)
-    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer_of(record)}]
 
 
 def _document(rng: random.Random, held_out: bool, keys: Sequence[str],
@@ -84,7 +83,7 @@ def _document(rng: random.Random, held_out: bool, keys: Sequence[str],
             record[key] = kind
             continue
         chance = _MISSING_SUM.get(kind, _MISSING[key]) if key == "sum" else _MISSING[key]
-        value, text = getattr(values, key)()
+        value, text = values.draw(key)
         record[key] = None if rng.random() < chance else value
         if record[key] is not None:
             shown[key] = text
@@ -112,11 +111,11 @@ class _Distracting(dict[str, str]):
         self._values = values
 
     def __missing__(self, key: str) -> str:
-        return getattr(self._values, key)()[1]
+        return self._values.draw(key)[1]
 
 
 class _Values:
-    """Draws values, each as (what the record says, how the text writes it).
+    """Draws values. What the text writes otherwise than the record is two: (what the record says, how it is written).
 
     None is both for training and held out: first names, streets and towns have two lists each, and of what is made of
     letters and digits a sixth is held out, told by its check sum.
@@ -124,6 +123,11 @@ class _Values:
 
     def __init__(self, rng: random.Random, held_out: bool):
         self._rng, self._held_out = rng, held_out
+
+    def draw(self, key: str) -> tuple[Any, str]:
+        """What the record says under a key, and how the text writes it."""
+        value = getattr(self, key)()
+        return value if isinstance(value, tuple) else (value, value)
 
     def _own(self, draw: Callable[[], str]) -> str:
         """A text that may be used on this side."""
@@ -135,21 +139,18 @@ class _Values:
     def _surname(self) -> str:
         return self._own(lambda: self._rng.choice(_HEADS) + self._rng.choice(_TAILS))
 
-    def first(self) -> tuple[str, str]:
-        name = self._rng.choice(_FIRST_HELD_OUT if self._held_out else _FIRST)
-        return name, name
+    def first(self) -> str:
+        return self._rng.choice(_FIRST_HELD_OUT if self._held_out else _FIRST)
 
-    def who(self) -> tuple[str, str]:
-        name = f"{self.first()[0]} {self._surname()}"
-        return name, name
+    def who(self) -> str:
+        return f"{self.first()} {self._surname()}"
 
-    def ref(self) -> tuple[str, str]:
+    def ref(self) -> str:
         def draw() -> str:
             letters = "".join(self._rng.choice(_LETTERS) for _ in range(self._rng.choice((1, 1, 2))))
             return f"{self._rng.choice((letters, letters + '-', ''))}{self._rng.randrange(100, 10_000)}"
 
-        code = self._own(draw)
-        return code, code
+        return self._own(draw)
 
     def date(self) -> tuple[str, str]:
         def draw() -> str:
@@ -171,20 +172,16 @@ class _Values:
             shown = shown.replace(".", ",")
         return float(number), self._rng.choice(("EUR {}", "{} EUR", "{} euros", "${}", "GBP {}", "€{}")).format(shown)
 
-    def time(self) -> tuple[str, str]:
-        clock = self._own(lambda: f"{self._rng.randrange(8, 19):02}:{self._rng.randrange(0, 60, 5):02}")
-        return clock, clock
+    def time(self) -> str:
+        return self._own(lambda: f"{self._rng.randrange(8, 19):02}:{self._rng.randrange(0, 60, 5):02}")
 
-    def place(self) -> tuple[str, str]:
+    def place(self) -> str:
         streets, towns = (_STREETS_HELD_OUT, _TOWNS_HELD_OUT) if self._held_out else (_STREETS, _TOWNS)
-        place = (f"{self._rng.randint(1, 199)} {self._rng.choice(streets)} {self._rng.choice(_WAYS)}, "
-                 f"{self._rng.choice(towns)}")
-        return place, place
+        return (f"{self._rng.randint(1, 199)} {self._rng.choice(streets)} {self._rng.choice(_WAYS)}, "
+                f"{self._rng.choice(towns)}")
 
-    def mail(self) -> tuple[str, str]:
-        mail = f"{self._rng.choice(_LETTERS)}.{self._surname()}@{self._rng.choice(_HOSTS)}".lower()
-        return mail, mail
+    def mail(self) -> str:
+        return f"{self._rng.choice(_LETTERS)}.{self._surname()}@{self._rng.choice(_HOSTS)}".lower()
 
-    def phone(self) -> tuple[str, str]:
-        number = self._own(lambda: f"0{self._rng.randrange(100, 1000)} {self._rng.randrange(1000):03}")
-        return number, number
+    def phone(self) -> str:
+        return self._own(lambda: f"0{self._rng.randrange(100, 1000)} {self._rng.randrange(1000):03}")

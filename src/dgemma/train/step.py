@@ -74,7 +74,8 @@ class Stepper:
                               "lower learning rate")
         factor = learning_rate_factor(step, self.max_steps, settings)
         self.optimizers.step(factor)
-        sums = self.ranks.sum({**_added(parts), "tokens": torch.tensor(float(tokens))})
+        sums = self.ranks.sum({"tokens": torch.tensor(float(tokens)), **{
+            name: torch.stack([part[name].double() for part in parts]).sum(0) for name in parts[0]}})
         values = means([{name: sums[name] for name in parts[0]}])
         loss = values.get("loss/pass1", values.get("loss/causal", math.nan))
         return {"loss": loss, **values, "gradient_norm": norm, "learning_rate": factor * (
@@ -93,11 +94,6 @@ class Stepper:
         passes = self._passes if self.compiled is None else self.compiled.passes_for(batch)
         with torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext():
             return batch_loss(self.network, batch.to(device), self.recipe.objective, noise, totals, passes)
-
-
-def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The sums and counts of micro-batches added up."""
-    return {name: torch.stack([part[name].double() for part in parts]).sum(0) for name in parts[0]}
 
 
 class Compiled:

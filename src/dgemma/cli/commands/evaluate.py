@@ -86,9 +86,6 @@ def _print_table(scores: dict[str, BandScore]) -> None:
 
 def _percentile(steps: dict[int, int], share: float) -> int:
     """The number of steps within which ``share`` of the puzzles were done."""
-    seen, total = 0, sum(steps.values())
-    for value, times in sorted(steps.items()):
-        seen += times
-        if seen >= share * total:
-            return value
-    return max(steps)
+    import numpy as np
+
+    return int(np.percentile(np.repeat(list(steps), list(steps.values())), 100 * share, method="inverted_cdf"))

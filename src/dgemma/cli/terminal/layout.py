@@ -47,10 +47,6 @@ class TextRow:
     margin: Margin
     soft: bool  # the row is full: the terminal goes to the next one by itself
 
-    @property
-    def width(self) -> int:
-        return sum(cell.width for cell in self.cells)
-
 
 def to_cells(glyphs: Iterable[Glyph]) -> list[Cell]:
     """Characters joined to graphemes: marks, joined emoji, flags. A grapheme looks like its first character."""

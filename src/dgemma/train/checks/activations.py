@@ -11,7 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dgemma.cache.store import READ_AT_ONCE
 from dgemma.config import FULL, LayerConfig, ModelConfig
+from dgemma.kernels.experts import DENSE_EXPERTS, ROW_BLOCK
+from dgemma.kernels.packed_grad import PIECE
+from dgemma.train.losses import fits_whole, tile_width
 
 WIDE = 4  # bytes of a float32: norms, routing, sums over experts and adapters work in it
 
@@ -67,8 +71,6 @@ class Moment:
 
 def context_passes(step: Step) -> list[Pass]:
     """How the context is read: in pieces, as `DiffusionTransformer.encode` does."""
-    from dgemma.cache.store import READ_AT_ONCE
-
     return [Pass(min(READ_AT_ONCE, step.context - start), start, True)
             for start in range(0, step.context, READ_AT_ONCE)]
 
@@ -131,8 +133,6 @@ def kept_by_block(step: Step, index: int, part: Pass) -> dict[str, int]:
 
 def block_working(step: Step, index: int, part: Pass) -> int:
     """The most that the backward pass through one block holds beside what was kept: gradients on their way."""
-    from dgemma.kernels.packed_grad import PIECE
-
     config, layer = step.config, step.config.layers[index]
     rows = step.batch * part.tokens
     columns = cached_columns(config, layer, part.seen) + part.tokens
@@ -146,8 +146,6 @@ def block_working(step: Step, index: int, part: Pass) -> int:
 
 def head_working(step: Step) -> int:
     """The most that the loss works with: the logits of a tile, several times over, and that tile of the table."""
-    from dgemma.train.losses import fits_whole, tile_width
-
     config, canvas = step.config, step.config.canvas_length
     most = 0
     for tokens in (step.batch * canvas, step.batch * (step.context - 1 + canvas * step.causal_canvas)):
@@ -218,15 +216,11 @@ def _cache(step: Step, tokens: int) -> int:
 
 
 def _is_dense(config: ModelConfig) -> bool:
-    from dgemma.kernels.experts import DENSE_EXPERTS
-
     return config.num_experts <= DENSE_EXPERTS
 
 
 def _routed(config: ModelConfig, rows: int) -> int:
     """The rows that all experts together work on: each takes a whole number of row blocks."""
-    from dgemma.kernels.experts import ROW_BLOCK
-
     used = config.num_experts * (1 - (1 - config.top_k_experts / config.num_experts) ** rows)
     return int(rows * config.top_k_experts + used * (ROW_BLOCK - 1) / 2)
 

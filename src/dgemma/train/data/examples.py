@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -158,7 +158,9 @@ def _fitting_turn(conversation: Conversation, message: int, tokenizer: Tokenizer
     if too_long == "skip":
         return None
     if too_long == "truncate":
-        for first in _borders(conversation.messages, message):
+        # A shortened context begins at one of the user's messages, but for the first.
+        users = [at for at in range(message) if conversation.messages[at].get("role") == "user"]
+        for first in users[1:]:
             turn = turn_of(conversation, message, tokenizer, thinking=thinking, stop_ids=stop_ids, first=first)
             needed = _needed(turn, canvas_length)
             if needed <= max_context:
@@ -171,9 +173,3 @@ def _fitting_turn(conversation: Conversation, message: int, tokenizer: Tokenizer
 
 def _needed(turn: Turn, canvas_length: int) -> int:
     return len(turn.context_ids) + (len(turn.response_ids) - 1) // canvas_length * canvas_length
-
-
-def _borders(messages: Sequence[dict[str, Any]], message: int) -> Iterable[int]:
-    """Where a shortened context may begin: at the user's messages, but for the first."""
-    users = [index for index in range(message) if messages[index].get("role") == "user"]
-    return users[1:]

@@ -52,7 +52,7 @@ def turn_of(conversation: Conversation, message: int, tokenizer: Tokenizer, *, t
     thinks = thinking == "on" or (thinking == "auto" and has_thoughts(conversation))
     messages = conversation.messages if thinking != "off" else [without_thoughts(m) for m in conversation.messages]
     before, written = messages[:message], messages[message]
-    head = _system_messages(before)
+    head = next((i for i, one in enumerate(before) if one.get("role") not in ("system", "developer")), len(before))
     before = before[:head] + before[max(first, head) :]
     try:
         context = tokenizer.apply_chat_template(before, thinking=thinks, tools=conversation.tools)
@@ -65,11 +65,6 @@ def turn_of(conversation: Conversation, message: int, tokenizer: Tokenizer, *, t
 def has_thoughts(conversation: Conversation) -> bool:
     """Whether the assistant thinks anywhere in what is to be learnt."""
     return any(_thought(conversation.messages[index]) for index in conversation.trained)
-
-
-def _system_messages(messages: Sequence[dict[str, Any]]) -> int:
-    others = (i for i, message in enumerate(messages) if message.get("role") not in ("system", "developer"))
-    return next(others, len(messages))
 
 
 def _response(tokenizer: Tokenizer, context: list[int], before: list[dict[str, Any]], written: dict[str, Any],

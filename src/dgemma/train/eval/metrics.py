@@ -19,8 +19,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dgemma.chat.messages import normalise_messages
 from dgemma.diffusion.events import Generation
 from dgemma.errors import DgemmaError
+from dgemma.tasks import sudoku
+from dgemma.tasks.evaluate import band_of, grade
 
 Values = dict[str, float]
 # What `tasks.run_task` measures of every answer, whatever the metric.
@@ -111,10 +114,6 @@ def _json_summary(rows: Sequence[Values]) -> Values:
 
 def _sudoku(question: Question, answer: Generation | None) -> Values:
     """All digits right, givens kept; together and by band."""
-    from dgemma.chat.messages import normalise_messages
-    from dgemma.tasks import sudoku
-    from dgemma.tasks.evaluate import band_of, grade
-
     asked = [message["content"] for message in normalise_messages(question.prompt) if message["role"] == "user"]
     puzzle = sudoku.parse(text_of(asked[-1])) if asked else None
     solution = sudoku.parse(question.reference)
