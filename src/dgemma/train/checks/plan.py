@@ -25,7 +25,7 @@ from dgemma.memory import machine_memory, program_bytes
 from dgemma.nn.adapters import AdapterConfig, adaptable
 from dgemma.train.checks.activations import Step, widest
 from dgemma.train.objective import Objective
-from dgemma.train.optim.muon import is_matrix
+from dgemma.train.optim.optimizers import is_matrix
 from dgemma.train.recipe import Recipe
 from dgemma.weights import gguf_model
 from dgemma.weights.load import (
@@ -236,7 +236,10 @@ def plan_of(run: Setting) -> MemoryPlan:
 
     plain = {name: size for name, size in held.items() if run.weights[name] in _PLAIN}
     packed = sum(held.values()) - sum(plain.values())
-    lines = [Line("weights", packed + sum(plain.values()) // run.ranks, _weights_reason(run, packed))]
+    types = sorted(set(run.weights.values()))
+    reason = ", ".join(types) if len(types) > 1 else f"all {types[0]}"
+    lines = [Line("weights", packed + sum(plain.values()) // run.ranks,
+                  reason + ("; packed ones whole on every device" if run.ranks > 1 and packed else ""))]
     if run.ranks > 1:
         blocks: dict[str, int] = {}
         for name, size in plain.items():
@@ -337,12 +340,6 @@ def _largest_group(trained: Mapping[str, tuple[int, ...]]) -> int:
 
 def _kind(device: str) -> str:
     return "cpu" if device.startswith("cpu") else "cuda"
-
-
-def _weights_reason(run: Setting, packed: int) -> str:
-    types = sorted(set(run.weights.values()))
-    held = f"{', '.join(types)}" if len(types) > 1 else f"all {types[0]}"
-    return held + ("; packed ones whole on every device" if run.ranks > 1 and packed else "")
 
 
 def _halved_batches(run: Setting) -> list[Setting]:

@@ -20,7 +20,7 @@ from dgemma.chat.thoughts import CLOSE, HEADER, OPEN
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.errors import DgemmaError
 from dgemma.tokenizer_files import STOPS
-from dgemma.train.data.conversations import Conversation
+from dgemma.train.data.conversations import Conversation, text_of
 
 Thinking = Literal["auto", "on", "off"]
 
@@ -122,8 +122,7 @@ def _read_back(tokenizer: Tokenizer, context: list[int], said: list[int], writte
 
 def _letters(content: Any) -> str:
     """What a content says, without white space, which templates trim."""
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return "".join(text.split())
+    return "".join(text_of(content).split())
 
 
 def _given_thought(tokenizer: Tokenizer, context: list[int]) -> int | None:

@@ -24,6 +24,7 @@ from dgemma.diffusion.events import Generation
 from dgemma.errors import DgemmaError
 from dgemma.tasks import sudoku
 from dgemma.tasks.evaluate import band_of, grade
+from dgemma.train.data.conversations import text_of
 
 Values = dict[str, float]
 # What `tasks.run_task` measures of every answer, whatever the metric.
@@ -150,11 +151,6 @@ def pairs(value: Any) -> set[tuple[tuple[str | int, ...], str]]:
         else:
             found.add((path, json.dumps(int(item) if isinstance(item, float) and item.is_integer() else item)))
     return found
-
-
-def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """What a message's content says, in a string or in parts."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _read_json(text: str) -> tuple[Any] | None:

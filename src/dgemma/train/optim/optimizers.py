@@ -6,15 +6,18 @@ Works on parameters and their gradients; knows nothing of losses and data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dgemma.errors import DgemmaError
-from dgemma.train.optim.muon import Muon, is_matrix
 from dgemma.train.recipe import OptimizerSettings
+
+# Coefficients of the quintic that drives all singular values towards 1 (same source).
+_A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def learning_rate_factor(step: int, max_steps: int, settings: OptimizerSettings) -> float:
@@ -133,3 +136,56 @@ class Optimizers:
                 tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True))
         self.steps = steps
         self._load({name: p.detach() for name, p in self.masters.items()})
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """[N, R, C] -> about U·Vᵀ of each matrix's singular value decomposition, bfloat16."""
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = _A * x + (_B * square + _C * square @ square) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Updates matrices [R, C] and stacks of them [E, R, C] (the fused experts), all of one shape in one batch, which is
+    what makes it cheap for a small model on a CPU; `torch.optim.Muon` takes matrices only.
+
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers": momentum, then the update is replaced by its nearest
+    orthogonal matrix through a Newton-Schulz iteration. ``lr`` is the RMS of an update relative to the weight
+    scale √max(1, R / C), ``weight_decay`` is decoupled."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes[parameter.shape[-2], parameter.shape[-1]].append((parameter, parameter.grad))
+            for (rows, columns), parameters in shapes.items():
+                updates = []
+                for parameter, gradient in parameters:
+                    state = self.state[parameter]
+                    if "momentum" not in state:
+                        state["momentum"] = torch.zeros_like(parameter)
+                    buffer = state["momentum"]
+                    buffer.lerp_(gradient, 1 - group["momentum"])
+                    # Nesterov: look one step ahead along the momentum.
+                    updates.append(gradient.lerp(buffer, group["momentum"]).view(-1, rows, columns))
+                directions = orthogonalise(torch.cat(updates)).float().split([len(update) for update in updates])
+                scale = max(1.0, rows / columns) ** 0.5
+                for (parameter, _), direction in zip(parameters, directions, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is one for Muon: a matrix, or a stack of them, but not the embedding table."""
+    return len(shape) >= 2 and "embed_tokens" not in name

@@ -289,7 +289,9 @@ def spread(tree: Any, network: DiffusionTransformer, ranks: Ranks) -> Any:
 
     parameter = next(network.parameters())
     assert isinstance(parameter, DTensor)  # the network is sharded
-    sources = iter(_tensors(tree) if ranks.is_main else ())
+    found: list[Tensor] = []
+    _mapped(tree if ranks.is_main else None, found.append)
+    sources = iter(found)
 
     def part(outline: Tensor) -> Tensor:
         device = ranks.device if outline.ndim else torch.device("cpu")  # where optimizers keep single numbers
@@ -312,9 +314,3 @@ def _mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(_mapped(value, change) for value in tree)
     return tree
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _mapped(tree, found.append)
-    return found
