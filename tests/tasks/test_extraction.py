@@ -6,8 +6,7 @@ import re
 import pytest
 
 import dgemma
-from dgemma.tasks.extraction import KEYS, answer_of, conversations
-from dgemma.tasks.extraction_phrases import HELD_OUT, TRAINING
+from dgemma.tasks.extraction import HELD_OUT, KEYS, TRAINING, answer_of, conversations
 from dgemma.train.data.conversations import conversation_of
 from dgemma.train.data.examples import prepare
 

@@ -222,12 +222,10 @@ def random_solutions(count: int, rng: np.random.Generator) -> np.ndarray:
 
 def base_puzzles(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Minimal unique puzzles, mostly 22 to 26 givens, each from its own random grid: two ``[count, 81]``."""
-    parts = []
+    parts = [(np.zeros((0, 81), np.uint8),) * 2]
     for start in range(0, count, _DIG_BATCH):
         solutions = random_solutions(min(_DIG_BATCH, count - start), rng)
         parts.append((_dig(solutions, rng), solutions))
-    if not parts:
-        return np.zeros((0, 81), np.uint8), np.zeros((0, 81), np.uint8)
     return np.concatenate([p for p, _ in parts]), np.concatenate([s for _, s in parts])
 
 

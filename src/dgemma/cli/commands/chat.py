@@ -148,16 +148,11 @@ def handle(model: AnyModel, conversation: Conversation, message: str, live: bool
     """
     if message.startswith("//"):
         message = message[1:]
-    elif message.startswith("/") and not _is_path(message):
+    elif message.startswith("/") and "/" not in message.split(maxsplit=1)[0][1:]:
         return command(model, conversation, message)
     if message.strip():
         answer(model, conversation, message, live, pace)
     return True
-
-
-def _is_path(message: str) -> bool:
-    """Whether a message begins with a path of two parts at least, as in ``/etc/hosts``."""
-    return "/" in message.split(maxsplit=1)[0][1:]
 
 
 def _read_message() -> str | None:
