@@ -48,7 +48,7 @@ Phrases = dict[tuple[str, str], tuple[str, ...]]  # (kind of text, or "any"; wha
 
 
 def _read(table: str) -> Phrases:
-    """A table of wordings: below a kind of text what is said (a key of the record, the "opening", or something "beside")
+    """A table of wordings: below a kind of text what is said (a key of the record, the "opening", something "beside")
     and how, with slashes between wordings.
 
     ``{}`` is the field's value as the text writes it, names in braces are values that the record does not have.

@@ -109,17 +109,11 @@ def examples_of(conversation: Conversation, tokenizer: Tokenizer, canvas_length:
     for message in conversation.trained:
         turn = _fitting_turn(conversation, message, tokenizer, canvas_length, max_context, too_long, thinking, stop_ids)
         if turn is not None:
-            examples += canvases_of(turn, canvas_length, fill_id, fill_weight)
-    return examples
-
-
-def canvases_of(turn: Turn, canvas_length: int, fill_id: int, fill_weight: float) -> list[Example]:
-    """A turn's response cut into canvases, the last one filled up."""
-    examples = []
-    for index in range(-(-len(turn.response_ids) // canvas_length)):
-        real = turn.response_ids[index * canvas_length : (index + 1) * canvas_length]
-        rest = canvas_length - len(real)
-        examples.append(Example(turn, index, real + [fill_id] * rest, [1.0] * len(real) + [float(fill_weight)] * rest))
+            for index in range(-(-len(turn.response_ids) // canvas_length)):
+                real = turn.response_ids[index * canvas_length : (index + 1) * canvas_length]
+                rest = canvas_length - len(real)  # of the last one, filled up
+                examples.append(Example(turn, index, real + [fill_id] * rest,
+                                        [1.0] * len(real) + [float(fill_weight)] * rest))
     return examples
 
 
