@@ -1,14 +1,15 @@
 """What a person sees of a long run, on a terminal and in a pipe."""
 
 import contextlib
+import dataclasses
 import io
 import re
 
 import pytest
 from rich.console import Console
 
-from dgemma.cli.terminal.training import HINT, TrainingDisplay, main_value, sparkline
-from dgemma.formats import duration_text
+from dgemma.cli.terminal.training import HINT, TrainingDisplay, sparkline
+from dgemma.formats import long_duration_text
 from dgemma.train.eval.tasks import TaskScore
 from dgemma.train.log.events import Evaluated, Noted, Started, Stepped, Working
 
@@ -147,10 +148,15 @@ def test_a_loss_that_is_not_finite_does_not_stay(clock):
         assert "loss 0.2500" in block(shown)[1]
 
 
-def test_what_the_user_wants_comes_before_losses():
-    assert main_value({"validation/loss": 1, "task/steps_per_canvas": 2, "task/f1": 3}) == "task/f1"
-    assert main_value({"validation/t=0.5": 1, "validation/loss": 1}) == "validation/loss"
-    assert main_value({}) is None
+@pytest.mark.parametrize(("values", "scored", "shown"), [
+    ({"validation/loss": 1, "task/steps_per_canvas": 2, "task/exact": 3}, True, "exact 3.0000"),
+    ({"validation/t=0.5": 2, "validation/loss": 1}, False, "validation/loss 1.0000"), ({}, False, None)])
+def test_what_the_user_wants_comes_before_losses(clock, values, scored, shown):
+    with display("run", 0, 10, terminal(), clock) as seen:
+        event = evaluation(1, values, best=False)
+        seen(event if scored else dataclasses.replace(event, score=None))
+        rows = block(seen)
+    assert len(rows) == (3 if shown else 2) and rows[1].startswith(shown or HINT)
 
 
 def test_sparklines_go_from_the_least_to_the_greatest():
@@ -162,4 +168,4 @@ def test_sparklines_go_from_the_least_to_the_greatest():
 @pytest.mark.parametrize(("seconds", "text"), [(12.3, "12 s"), (59.7, "60 s"), (600, "10 min"), (3599, "1 h 0 min"),
                                                (12_000, "3 h 20 min"), (187_200, "2 d 4 h")])
 def test_durations(seconds, text):
-    assert duration_text(seconds) == text
+    assert long_duration_text(seconds) == text

@@ -6,8 +6,7 @@ import re
 import pytest
 
 import dgemma
-from dgemma.tasks import extraction_phrases
-from dgemma.tasks.extraction import KEYS, answer_of, conversations
+from dgemma.tasks.extraction import HELD_OUT, KEYS, TRAINING, answer_of, conversations
 from dgemma.train.data.conversations import conversation_of
 from dgemma.train.data.examples import prepare
 
@@ -46,7 +45,7 @@ def test_what_a_record_says_stands_in_its_text(held_out, keys):
 def test_without_distractors_a_text_says_only_what_the_record_says():
     for text, record in records(conversations(200, seed=3, keys=SHORT, distractors=0)):
         assert days_in(text) == {record["date"]} - {None}
-        beginnings = [phrase.partition("{")[0] for phrase in extraction_phrases.DISTRACTORS.training]
+        beginnings = [phrase.partition("{")[0] for phrase in TRAINING["any", "beside"]]
         assert not any(beginning in text for beginning in beginnings if beginning), text
 
 
@@ -78,13 +77,10 @@ def test_held_out_values_and_wordings_are_not_in_training():
         assert not ({r[key] for _, r in seen} & {r[key] for _, r in held}) - {None}, key
     names = [{name for _, r in side if r["who"] for name in r["who"].split()} for side in (seen, held)]
     assert not names[0] & names[1]
-    phrases = [*extraction_phrases.OPENINGS.values(), *extraction_phrases.EXTRA.values(),
-               extraction_phrases.DISTRACTORS,
-               *(phrases for kind in extraction_phrases.FIELDS.values() for phrases in kind.values())]
-    training = {wording for p in phrases for wording in p.training}
-    assert not training & {wording for p in phrases for wording in p.held_out}
+    training, held_out = ({w for wordings in side.values() for w in wordings} for side in (TRAINING, HELD_OUT))
+    assert not training & held_out
     for wording in training:  # nor is one a piece of the other
-        assert not any(wording in other for p in phrases for other in p.held_out), wording
+        assert not any(wording in other for other in held_out), wording
 
 
 def test_one_seed_is_one_endless_row():

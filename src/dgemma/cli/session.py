@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dgemma.cli.remote.model import RemoteModel
-    from dgemma.cli.terminal.canvas import LiveCanvas, PlainText
     from dgemma.diffusion.events import Event, Generation
     from dgemma.model import Model
 
@@ -78,40 +77,10 @@ def _say_if_tight(model: Model) -> None:
         style="yellow", soft_wrap=True, markup=False)
 
 
-@contextmanager
-def stop_on_interrupt(stop: Callable[[], None], insist: bool) -> Iterator[None]:
-    """While this lasts Ctrl-C calls ``stop``; with ``insist`` only once, and then it is a KeyboardInterrupt again.
-
-    ``stop`` runs in a signal handler, in the middle of anything: it must not wait for a lock.
-    """
-    def interrupted(*_: Any) -> None:
-        if insist:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        stop()
-
-    with signals_handled(interrupted, signal.SIGINT):
-        yield
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """While this lasts Ctrl-C is a KeyboardInterrupt, whatever it is around it."""
-    with signals_handled(signal.default_int_handler, signal.SIGINT):
-        yield
-
-
 def piece_of(model: AnyModel) -> Callable[[int], tuple[bytes, bool]]:
     """What the live canvas and a trace ask about a token: its bytes and whether it is special."""
     tokenizer = model.tokenizer
     return lambda token: (tokenizer.token_bytes(token), tokenizer.is_special(token))
-
-
-def _viewer(model: AnyModel) -> LiveCanvas | PlainText:
-    """What shows the model's events: the live canvas, or text as it comes from a server without drafts."""
-    from dgemma.cli.terminal.canvas import LiveCanvas, PlainText
-
-    shown = LiveCanvas if getattr(model, "has_drafts", True) else PlainText
-    return shown(SafeConsole(highlight=False), piece_of(model))
 
 
 def follow(model: AnyModel, events: Iterable[Event], *, visual: bool, trace: Path | None = None, prompt: str = "",
@@ -130,20 +99,26 @@ def follow(model: AnyModel, events: Iterable[Event], *, visual: bool, trace: Pat
     hurry: queue.SimpleQueue[None] = queue.SimpleQueue()
     hurried = False
 
-    def stop() -> None:
+    def stop(*_: object) -> None:  # in the middle of anything: it must not wait for a lock
+        if insist:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         hurry.put(None)
         model.cancel()
 
     generation = None
     with ExitStack() as stack:
-        stack.enter_context(stop_on_interrupt(stop, insist))
+        stack.enter_context(signals_handled(stop, signal.SIGINT))
         writer = canvas = None
         if trace is not None:
             from dgemma.diffusion.trace import TraceWriter
 
             writer = stack.enter_context(TraceWriter(trace, model=model.name, prompt=prompt, piece_of=piece_of(model)))
         if visual:
-            canvas = stack.enter_context(_viewer(model))
+            from dgemma.cli.terminal.canvas import LiveCanvas, PlainText
+
+            # A server without drafts gives text as it comes.
+            viewer = LiveCanvas if getattr(model, "has_drafts", True) else PlainText
+            canvas = stack.enter_context(viewer(SafeConsole(highlight=False), piece_of(model)))
             events = stack.enter_context(_in_thread(events, model.cancel))
         else:
             stack.callback(_close, events)

@@ -132,6 +132,11 @@ def _float(blocks: Tensor, kind: torch.dtype, at: int = 0) -> Tensor:
     return field.view(kind).float()
 
 
+def half(blocks: Tensor, at: int = 0) -> Tensor:
+    """The float16 at byte ``at`` of every block, float32 [n, 1]."""
+    return _float(blocks, torch.float16, at)
+
+
 def _f32(blocks: Tensor) -> Tensor:
     return _float(blocks, torch.float32)
 
@@ -252,7 +257,7 @@ def _nvfp4(blocks: Tensor) -> Tensor:
 def _decoder(name: str) -> Callable[[Tensor], Tensor]:
     if name in _DECODERS:
         return _DECODERS[name]
-    from dgemma.gguf.codebooks import DECODERS  # with their codebooks' package, which only few files need, half
+    from dgemma.gguf.codebooks import DECODERS  # with their codebooks' package, which only few files need
 
     return DECODERS[name]
 

@@ -26,7 +26,7 @@ _DELTA = 0.125  # what IQ1 shifts its numbers by, up or down
 
 def half(blocks: Tensor, at: int = 0) -> Tensor:
     """The float16 at byte ``at`` of every block, float32 [n, 1]."""
-    return _float(blocks, torch.float16, at)
+    return blocks[:, at : at + 2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
 def missing_grid(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -140,8 +139,3 @@ def _scores(model: Model, parts: Iterable[tuple[str, np.ndarray, np.ndarray]], s
     return {band: evaluate_sudoku(model, puzzles, solutions, seed=seed, **settings,
                                   progress=None if progress is None else partial(progress, band))
             for band, puzzles, solutions in parts}
-
-
-def as_json(scores: dict[str, BandScore]) -> dict[str, Any]:
-    """The scores as plain JSON values."""
-    return {band: dataclasses.asdict(score) for band, score in scores.items()}

@@ -45,11 +45,8 @@ def _fold(cells: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def _fold_units(c: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """``_fold`` of rows, columns and boxes of ``c`` [3, 3, 3, 3, M] = (band, row, stack, column, board)."""
     pairs = [(i, j) for i in range(3) for j in range(3)]
-    return [
-        _fold([c[:, :, i, j] for i, j in pairs]),
-        _fold([c[i, j] for i, j in pairs]),
-        _fold([c[:, i, :, j] for i, j in pairs]),
-    ]
+    return [_fold([c[:, :, i, j] for i, j in pairs]), _fold([c[i, j] for i, j in pairs]),
+            _fold([c[:, i, :, j] for i, j in pairs])]
 
 
 def _spread(rows: np.ndarray, cols: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -91,19 +88,12 @@ def _branch(c: np.ndarray, rng: np.random.Generator | None) -> tuple[np.ndarray,
     return left, right
 
 
-def _search(
-    candidates: np.ndarray, limits: np.ndarray, rng: np.random.Generator | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Count solutions of boards given as candidate masks.
+def _search(candidates: np.ndarray, limits: np.ndarray,
+            rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Count solutions of boards given as candidate masks ``uint16 [81, N]``: bit d-1 is set where digit d may stand.
 
-    Args:
-        candidates: ``uint16 [81, N]``, bit d-1 set where digit d may stand.
-        limits: ``[N]``, stop a board at this many solutions.
-        rng: when given, branch at random instead of in cell and digit order.
-
-    Returns:
-        ``(solutions uint8 [N, 81], counts [N])``; one of the solutions found (zeros if none),
-        and ``min(number of solutions, limit)``.
+    A board is stopped at its number of ``limits`` [N]; with ``rng`` branches are random instead of in cell and digit
+    order. Returns one of the solutions found ``uint8 [N, 81]`` (zeros if none), and how many, limit included [N].
     """
     n = candidates.shape[1]
     solutions, counts = np.zeros((n, 81), np.uint8), np.zeros(n, np.int64)
@@ -232,12 +222,10 @@ def random_solutions(count: int, rng: np.random.Generator) -> np.ndarray:
 
 def base_puzzles(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Minimal unique puzzles, mostly 22 to 26 givens, each from its own random grid: two ``[count, 81]``."""
-    parts = []
+    parts = [(np.zeros((0, 81), np.uint8),) * 2]
     for start in range(0, count, _DIG_BATCH):
         solutions = random_solutions(min(_DIG_BATCH, count - start), rng)
         parts.append((_dig(solutions, rng), solutions))
-    if not parts:
-        return np.zeros((0, 81), np.uint8), np.zeros((0, 81), np.uint8)
     return np.concatenate([p for p, _ in parts]), np.concatenate([s for _, s in parts])
 
 
@@ -263,9 +251,7 @@ def _dig(solutions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return puzzles
 
 
-def augment(
-    puzzles: np.ndarray, solutions: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def augment(puzzles: np.ndarray, solutions: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Apply one random symmetry per board (both arrays ``[N, 81]``, same symmetry): two new ``[N, 81]``.
 
     Digit relabelling, band and stack permutations, row and column permutations inside them, transposition.
@@ -279,10 +265,7 @@ def augment(
     relabel = np.zeros((n, 10), np.uint8)
     relabel[:, 1:] = rng.random((n, 9), np.float32).argsort(axis=1) + 1
     relabel, offset = relabel.ravel(), (np.arange(n) * 10)[:, None]
-    return (
-        relabel[np.take(puzzles, source) + offset],
-        relabel[np.take(solutions, source) + offset],
-    )
+    return relabel[np.take(puzzles, source) + offset], relabel[np.take(solutions, source) + offset]
 
 
 def _line_permutation(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -292,9 +275,8 @@ def _line_permutation(n: int, rng: np.random.Generator) -> np.ndarray:
     return (band * 3 + line).reshape(n, 9).astype(np.int16)
 
 
-def _add_givens(
-    puzzles: np.ndarray, solutions: np.ndarray, targets: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def _add_givens(puzzles: np.ndarray, solutions: np.ndarray, targets: np.ndarray,
+                rng: np.random.Generator) -> np.ndarray:
     """Reveal random cells until row i has ``targets[i]`` givens (it must not have more already)."""
     # Sort keys: givens first, then blanks at random; the cell number in the low bits avoids ties.
     keys = rng.integers(1 << 31, 1 << 32, puzzles.shape, np.uint32) & np.uint32(0xFFFFFF80)
@@ -319,18 +301,10 @@ def _draw_givens(givens: Givens, count: int, rng: np.random.Generator) -> np.nda
 
 
 def generate(count: int, givens: int | tuple[int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unique puzzles, each from its own fresh random grid; the same seed gives the same puzzles.
+    """Unique puzzles and their solutions ``uint8 [count, 81]``, each from its own fresh random grid.
 
-    Args:
-        count: number of puzzles.
-        givens: exact number of givens, or inclusive ``(low, high)`` drawn uniformly per puzzle; 22..81.
-        seed: any integer >= 0.
-
-    Returns:
-        ``(puzzles, solutions)``, both ``uint8 [count, 81]``.
-
-    Raises:
-        ValueError: ``givens`` outside 22..81 or low > high.
+    ``givens`` is their exact number, or an inclusive ``(low, high)`` drawn uniformly per puzzle. The same seed (at
+    least 0) gives the same puzzles. Raises ValueError for givens outside 22..81 or low > high.
     """
     rng = np.random.default_rng(seed)
     targets = _draw_givens(givens, count, rng)
@@ -401,21 +375,13 @@ class PuzzleSource:
         with atomic_write(path) as beside, beside.open("wb") as file:
             np.savez_compressed(file, puzzles=self.puzzles, solutions=self.solutions, seed=self.seed)
 
-    def sample(
-        self, count: int, givens: Givens, rng: np.random.Generator | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw puzzles with unique solutions.
+    def sample(self, count: int, givens: Givens,
+               rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Draw puzzles with unique solutions -> both ``uint8 [count, 81]``.
 
-        Args:
-            count: number of puzzles.
-            givens: an int, an inclusive ``(low, high)`` tuple drawn uniformly, or an int array ``[count]``.
-            rng: source of randomness; by default the source's own, which moves on with every call.
-
-        Returns:
-            ``(puzzles, solutions)``, both ``uint8 [count, 81]``.
-
-        Raises:
-            ValueError: givens out of 22..81, or fewer than every base has.
+        ``givens`` is an int, an inclusive ``(low, high)`` drawn uniformly, or an int array ``[count]``; ``rng`` None:
+        the source's own, which moves on with every call. Raises ValueError for givens out of 22..81, or fewer than
+        every base has.
         """
         rng = self._rng if rng is None else rng
         targets = _draw_givens(givens, count, rng)
@@ -442,15 +408,10 @@ def parse(text: str) -> np.ndarray | None:
     cells; 81 cells with spaces, commas, brackets, ``|``, ``-`` or ``+`` between; each also inside prose.
     """
     for candidate in (text, _PUNCTUATION.sub(" ", text)):
-        cells = _find_run(candidate) or _find_lines(candidate) or _find_loose(candidate)
-        if cells:
+        run = _RUN.search(candidate)
+        if cells := run[1] if run else _find_lines(candidate) or _find_loose(candidate):
             return np.array([int(ch) if ch.isdigit() else 0 for ch in cells], np.uint8)
     return None
-
-
-def _find_run(text: str) -> str | None:
-    match = _RUN.search(text)
-    return match.group(1) if match else None
 
 
 def _find_lines(text: str) -> str | None:

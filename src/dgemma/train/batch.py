@@ -8,31 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-class Collatable(Protocol):
-    """What `collate` wants: a context (of which so much is the prompt), the clean canvas behind it (of which so much is
-    real, the rest fill), and the loss weight of each of the canvas' tokens."""
-
-    @property
-    def context_ids(self) -> Sequence[int]: ...
-
-    @property
-    def prompt_length(self) -> int: ...
-
-    @property
-    def canvas_ids(self) -> Sequence[int]: ...
-
-    @property
-    def real_length(self) -> int: ...
-
-    @property
-    def weights(self) -> Sequence[float]: ...
+if TYPE_CHECKING:
+    from dgemma.train.data.examples import Example
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ class Batch:
         return dataclasses.replace(self, **tensors)
 
 
-def collate(examples: Sequence[Collatable]) -> Batch:
+def collate(examples: Sequence[Example]) -> Batch:
     """Examples of any context lengths as one batch on the CPU, canvases in their order; those of a turn share a row.
 
     Raises ValueError for no examples, an empty context, canvases of several lengths, or one whose weights are all 0.
@@ -104,7 +87,7 @@ def collate(examples: Sequence[Collatable]) -> Batch:
                  None if len(longest) == len(examples) else owners)
 
 
-def _shared_rows(examples: Sequence[Collatable], contexts: Sequence[np.ndarray]) -> tuple[tuple[int, ...], list[int]]:
+def _shared_rows(examples: Sequence[Example], contexts: Sequence[np.ndarray]) -> tuple[tuple[int, ...], list[int]]:
     """The row of every example [B], and the example with the longest context of every row [R].
 
     A row goes on with an example whose context begins with the row's prompt, context and last canvas, all of it real:
@@ -122,7 +105,7 @@ def _shared_rows(examples: Sequence[Collatable], contexts: Sequence[np.ndarray])
     return tuple(rows[first[index]] for index in range(len(examples))), [ends[begin] for begin in rows]
 
 
-def _goes_on(context: np.ndarray, before: np.ndarray, example: Collatable) -> bool:
+def _goes_on(context: np.ndarray, before: np.ndarray, example: Example) -> bool:
     """Whether a context begins with that of an earlier example and its canvas."""
     end = len(before) + len(example.canvas_ids)
     return (example.real_length == len(example.canvas_ids) and len(context) >= end

@@ -27,6 +27,11 @@ def fits_whole(tokens: int, vocab: int) -> bool:
     return tokens * vocab <= LOGITS
 
 
+def tile_width(tokens: int, vocab: int, most: int = LOGITS) -> int:
+    """How many tokens of the vocabulary there are in a tile, for the logits of so many tokens."""
+    return min(vocab, max(min(_LEAST_TILE, most), most // max(tokens, 1)))
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, observed: Tensor | None = None,
                   shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Of whole rows: logits [N, V], targets [N] -> losses [N] and the most probable tokens [N].
@@ -46,7 +51,7 @@ def chunked_cross_entropy(hidden: Tensor, table: Weight, targets: Tensor, cap: f
     Gradients go to ``hidden`` and, where it is a tensor that wants one, to ``table``. No more than about ``most``
     logits exist at a time. Sums are float32 (float64 for float64).
     """
-    width = min(table.shape[0], max(min(_LEAST_TILE, most), most // max(len(targets), 1)))
+    width = tile_width(len(targets), table.shape[0], most)
     if observed is None or shift is None:
         observed, shift = targets, None
     return _ChunkedCrossEntropy.apply(hidden, table, targets, cap, observed, shift, width)
@@ -64,7 +69,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, table: Weight, targets: Tensor, cap: float, observed: Tensor,
                 shift: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
         walk = _Walk(hidden, targets, observed, cap, ctx.needs_input_grad[0] and not ctx.needs_input_grad[1])
-        for start, part in _tiles(table, width):
+        for start in range(0, table.shape[0], width):
+            part = table[start : start + width]
             raw = linear(hidden, part)
             ctx.dtype = raw.dtype  # of the products: under autocast it is not that of hidden
             walk.add(raw, start, part if isinstance(part, PackedWeight) else part.to(raw.dtype))
@@ -91,7 +97,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_table = torch.empty_like(table)
         for start in range(0, len(table), ctx.width):
             part = table[start : start + ctx.width].to(ctx.dtype)
-            scores = soft_cap(_wide(linear(narrow, part)), ctx.cap)
+            scores = linear(narrow, part)
+            scores = soft_cap(scores if scores.dtype == torch.float64 else scores.float(), ctx.cap)
             slope = 1 - (scores / ctx.cap).square()  # of the soft cap
             rows, columns = _inside(observed, start, scores.shape[1])
             if shift is not None:
@@ -166,16 +173,6 @@ class _Walk:
                 other = torch.where(same, 0.0, (seen - log_mass).exp() * (1 - self.seen.square()))
                 self.pull += other.unsqueeze(1) * embedding(self.observed, table).to(self.dtype)
         return log_mass - right, log_mass, self.pull
-
-
-def _tiles(table: Weight, width: int):
-    """(first token, its rows of the table) of every tile."""
-    for start in range(0, table.shape[0], width):
-        yield start, table[start : start + width]
-
-
-def _wide(scores: Tensor) -> Tensor:
-    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 def _inside(tokens: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:

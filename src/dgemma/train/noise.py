@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,21 +17,11 @@ from torch import Tensor
 
 from dgemma.nn.head import vocab_tiles
 
+if TYPE_CHECKING:
+    from dgemma.train.objective import Objective
+
 # Vocabularies up to this size are sampled from whole rows of logits, larger ones in the head's tiles.
 WHOLE_VOCAB = 4096
-
-
-class Chances(Protocol):
-    """What an `Objective` says about noise."""
-
-    @property
-    def passes(self) -> int: ...
-
-    @property
-    def self_conditioning_probability(self) -> float: ...
-
-    @property
-    def rollout(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -51,13 +41,13 @@ class Noise:
         return Noise(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
 
 
-def draw_noise(objective: Chances, batch: int, canvas: int, vocab: int, generator: torch.Generator) -> Noise:
+def draw_noise(objective: Objective, batch: int, canvas: int, vocab: int, generator: torch.Generator) -> Noise:
     """The noise of ``batch`` canvases of ``canvas`` tokens, from one generator."""
     return _drawn(objective, batch, canvas, vocab, lambda shape: torch.rand(shape, generator=generator),
                   lambda shape: torch.randint(vocab, shape, generator=generator))
 
 
-def keyed_noise(objective: Chances, keys: Sequence[int], canvas: int, vocab: int) -> Noise:
+def keyed_noise(objective: Objective, keys: Sequence[int], canvas: int, vocab: int) -> Noise:
     """The noise of canvases of ``canvas`` tokens, each from a generator of its own with a 64-bit key."""
     # Not torch's generator: on a CPU it reads the lower 32 bits of a seed only.
     rows = []
@@ -83,7 +73,7 @@ def corrupt(canvas: Tensor, t: Tensor, draw: Tensor, tokens: Tensor) -> Tensor:
     return torch.where(draw < t.unsqueeze(1), tokens, canvas)
 
 
-def _drawn(objective: Chances, batch: int, canvas: int, vocab: int, uniform: Callable[[tuple[int, ...]], Tensor],
+def _drawn(objective: Objective, batch: int, canvas: int, vocab: int, uniform: Callable[[tuple[int, ...]], Tensor],
            integers: Callable[[tuple[int, ...]], Tensor]) -> Noise:
     later = objective.passes - 1
     if vocab <= WHOLE_VOCAB:

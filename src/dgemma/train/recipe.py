@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -24,6 +24,17 @@ from dgemma.train.objective import Objective
 from dgemma.weights.files import bundled_models
 
 T = TypeVar("T")
+
+
+def _require(settings: object, words: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raises ValueError for the first of these settings that has a value of which this does not hold."""
+    for name in names:
+        if (value := getattr(settings, name)) is not None and not holds(value):
+            raise ValueError(f"{name} must be {words}, got {value}")
+
+
+def _positive(number: int) -> bool:
+    return number >= 1
 
 
 @dataclass(frozen=True)
@@ -44,10 +55,8 @@ class ConversationData:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.held_out_share < 1:
-            raise ValueError(f"held_out_share must be at least 0 and below 1, got {self.held_out_share}")
-        if self.max_context is not None and self.max_context < 1:
-            raise ValueError(f"max_context must be at least 1, got {self.max_context}")
+        _require(self, "at least 0 and below 1", lambda share: 0 <= share < 1, "held_out_share")
+        _require(self, "at least 1", _positive, "max_context")
 
 
 @dataclass(frozen=True)
@@ -68,9 +77,7 @@ class SudokuData:
     stuck: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("beyond_singles", "stuck"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        _require(self, "between 0 and 1", lambda share: 0 <= share <= 1, "beyond_singles", "stuck")
         if self.bases < 1 or self.curriculum_steps < 0:
             raise ValueError("bases must be at least 1 and curriculum_steps at least 0")
         if not MIN_GIVENS <= self.givens[0] <= self.givens[1] <= 80:
@@ -130,13 +137,9 @@ class OptimizerSettings:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "muon_lr", "clip"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be at least 0 and below 1, got {self.ema}")
-        if not 0 < self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must be above 0 and at most 1, got {self.decay_fraction}")
+        _require(self, "above 0", lambda rate: not rate <= 0, "lr", "muon_lr", "clip")
+        _require(self, "at least 0 and below 1", lambda decay: 0 <= decay < 1, "ema")
+        _require(self, "above 0 and at most 1", lambda share: 0 < share <= 1, "decay_fraction")
         if any(not 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
         if self.weight_decay < 0 or self.warmup_steps < 0:
@@ -164,9 +167,7 @@ class Evaluation:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("every", "count", "examples", "max_tokens", "sweep_count"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        _require(self, "at least 1", _positive, "every", "count", "examples", "max_tokens", "sweep_count")
         if any(steps < 1 for steps in self.sweep):
             raise ValueError(f"sweep: numbers of denoising steps are at least 1, got {list(self.sweep)}")
         if self.sweep and self.metric is None:

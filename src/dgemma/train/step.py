@@ -19,8 +19,8 @@ from dgemma.nn.passes import Passes
 from dgemma.train.batch import Batch, collate
 from dgemma.train.data.examples import Example
 from dgemma.train.data.sources import Source
-from dgemma.train.noise import Noise, keyed_noise, noise_key
-from dgemma.train.objective import Totals, batch_loss, means, totals_of
+from dgemma.train.noise import keyed_noise, noise_key
+from dgemma.train.objective import batch_loss, means, totals_of
 from dgemma.train.optim.optimizers import Optimizers, learning_rate_factor
 from dgemma.train.parallel.distributed import Ranks, Share, clip_gradients
 from dgemma.train.recipe import Recipe
@@ -53,6 +53,7 @@ class Stepper:
         Raises DgemmaError when the gradient is not finite; the parameters are as they were then.
         """
         recipe, settings = self.recipe, self.recipe.optimizer
+        config, device = self.network.config, self.ranks.device
         examples = self.source.batch(step)
         shares = self._shares(examples)
         batches = [collate(share.items) for share in shares]
@@ -63,8 +64,11 @@ class Stepper:
         tokens = 0
         for share, batch in zip(shares, batches, strict=True):
             tokens += int(sum(batch.before[i] for i in batch.last) + batch.canvas.numel()) * bool(share.weight)
-            noise = self._noise(step, share.start, len(share.items))
-            loss, part = self._forward(batch, noise, totals)
+            keys = [noise_key(recipe.seed, step, share.start + place) for place in range(len(share.items))]
+            noise = keyed_noise(recipe.objective, keys, config.canvas_length, config.vocab_size).to(device)
+            passes = self._passes if self.compiled is None else self.compiled.passes_for(batch)
+            with torch.autocast(device.type, torch.bfloat16) if recipe.autocast else nullcontext():
+                loss, part = batch_loss(self.network, batch.to(device), recipe.objective, noise, totals, passes)
             (loss * share.weight).backward()
             self.optimizers.gather()
             parts.append({name: value * share.weight for name, value in part.items()})
@@ -74,7 +78,8 @@ class Stepper:
                               "lower learning rate")
         factor = learning_rate_factor(step, self.max_steps, settings)
         self.optimizers.step(factor)
-        sums = self.ranks.sum({**_added(parts), "tokens": torch.tensor(float(tokens))})
+        sums = self.ranks.sum({"tokens": torch.tensor(float(tokens)), **{
+            name: torch.stack([part[name].double() for part in parts]).sum(0) for name in parts[0]}})
         values = means([{name: sums[name] for name in parts[0]}])
         loss = values.get("loss/pass1", values.get("loss/causal", math.nan))
         return {"loss": loss, **values, "gradient_norm": norm, "learning_rate": factor * (
@@ -82,22 +87,6 @@ class Stepper:
 
     def _shares(self, examples: list[Example]) -> list[Share]:
         return self.ranks.share(examples, self.recipe.micro_batch or len(examples))
-
-    def _noise(self, step: int, first: int, count: int) -> Noise:
-        keys = [noise_key(self.recipe.seed, step, first + place) for place in range(count)]
-        config = self.network.config
-        return keyed_noise(self.recipe.objective, keys, config.canvas_length, config.vocab_size).to(self.ranks.device)
-
-    def _forward(self, batch: Batch, noise: Noise, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        device = self.ranks.device
-        passes = self._passes if self.compiled is None else self.compiled.passes_for(batch)
-        with torch.autocast(device.type, torch.bfloat16) if self.recipe.autocast else nullcontext():
-            return batch_loss(self.network, batch.to(device), self.recipe.objective, noise, totals, passes)
-
-
-def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The sums and counts of micro-batches added up."""
-    return {name: torch.stack([part[name].double() for part in parts]).sum(0) for name in parts[0]}
 
 
 class Compiled:

@@ -195,8 +195,9 @@ class Trainer:
                 each, speed = spent / len(pace), sum(count for _, count in pace) / spent
                 self._tell(events.Stepped(self.step, values, each, speed, self.run.memory(self.ranks.device)))
                 if self.step % _RECORD_EVERY == 0 or last or self._stop.is_set():
-                    self._tell(events.Averaged(self.step, {**_means(window), "seconds_per_step": each,
-                                                    "tokens_per_second": speed, "tokens": self.tokens}))
+                    known = [{name: value for name, value in one.items() if not math.isnan(value)} for one in window]
+                    self._tell(events.Averaged(self.step, {**means(known), "seconds_per_step": each,
+                                                           "tokens_per_second": speed, "tokens": self.tokens}))
                     window.clear()
                 if self.step % _RECORD_EVERY == 0 and self.ranks.device.type == "cpu":
                     release_freed()
@@ -448,8 +449,3 @@ def _telling(examples: list[Example], most: int, window: int) -> list[Example]:
     chosen = turn[-2:] if len(turn) > 1 else [examples[0]] if longest is examples[0] else [examples[0], longest]
     return [dataclasses.replace(example, turn=dataclasses.replace(
         example.turn, context_ids=example.turn.context_ids[-window:])) for example in chosen[-most:]]
-
-
-def _means(window: list[dict[str, float]]) -> dict[str, float]:
-    """Of every value the mean over the steps that had it."""
-    return means([{name: value for name, value in values.items() if not math.isnan(value)} for values in window])

@@ -12,8 +12,7 @@ from dgemma.nn import KVCache
 from dgemma.nn.adapters import AdapterConfig, LowRank, attach, merge
 from dgemma.nn.passes import Passes
 from dgemma.train.batch import collate
-from dgemma.train.checks.preflight import require, run_preflight, training_equals_sampling
-from dgemma.train.checks.workbench import Bench
+from dgemma.train.checks.preflight import Bench, require, run_preflight, training_equals_sampling
 from dgemma.train.objective import Objective, batch_loss
 from support.reference import random_network, tiny_config
 from support.token_examples import Example, random_example

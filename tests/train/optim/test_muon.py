@@ -2,8 +2,7 @@
 
 import torch
 
-from dgemma.train.optim.muon import Muon, orthogonalise
-from dgemma.train.optim.optimizers import Optimizers
+from dgemma.train.optim.optimizers import Muon, Optimizers, orthogonalise
 from dgemma.train.recipe import OptimizerSettings
 
 

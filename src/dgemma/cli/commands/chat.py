@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from dgemma.cli.terminal.console import SafeConsole, say, say_error
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, json_bytes
+from dgemma.machine import signals_handled
 
 if TYPE_CHECKING:
     from dgemma.cli.session import AnyModel
@@ -56,7 +58,7 @@ def chat(
     if max_tokens is not None:
         settings["max_tokens"] = max_tokens
 
-    from dgemma.cli.session import open_model, stop_on_interrupt
+    from dgemma.cli.session import open_model
 
     need_stdout()
     if not has_stdin():
@@ -74,7 +76,7 @@ def chat(
         recognise_stdin()
     # Nothing that goes wrong with a message may cost the conversation. Ctrl-C never does more than stop an answer,
     # however often it comes: only at the prompt is it an exception.
-    with stop_on_interrupt(loaded.cancel, insist=False):
+    with signals_handled(lambda *_: loaded.cancel(), signal.SIGINT):
         sound = _talk(loaded, conversation, live, pace)
     if not sound and not interactive:
         raise typer.Exit(1)
@@ -146,25 +148,18 @@ def handle(model: AnyModel, conversation: Conversation, message: str, live: bool
     """
     if message.startswith("//"):
         message = message[1:]
-    elif message.startswith("/") and not _is_path(message):
+    elif message.startswith("/") and "/" not in message.split(maxsplit=1)[0][1:]:
         return command(model, conversation, message)
     if message.strip():
         answer(model, conversation, message, live, pace)
     return True
 
 
-def _is_path(message: str) -> bool:
-    """Whether a message begins with a path of two parts at least, as in ``/etc/hosts``."""
-    return "/" in message.split(maxsplit=1)[0][1:]
-
-
 def _read_message() -> str | None:
     """A message from stdin, None at its end. A line that starts with three quotes goes on to the next three."""
-    from dgemma.cli.session import interruptible
-
     interactive = sys.stdin.isatty()
     try:
-        with interruptible():
+        with signals_handled(signal.default_int_handler, signal.SIGINT):  # whatever it is around it
             line = _line(">>> ", interactive)
             if not line.lstrip().startswith('"""'):
                 return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +46,7 @@ def sudoku(
 
     from dgemma.cli.session import load_model
     from dgemma.cli.terminal.progress import ProgressBar
-    from dgemma.tasks.evaluate import as_json, evaluate_bands, evaluate_file
+    from dgemma.tasks.evaluate import evaluate_bands, evaluate_file
     from dgemma.tasks.sudoku import BANDS
 
     if band is not None and band not in BANDS:
@@ -61,7 +62,7 @@ def sudoku(
             bands = None if band is None else [band]
             scores = evaluate_bands(loaded, count or 100, bands, seed=seed, progress=bar.step, **settings)
     if json:
-        print_json(as_json(scores))
+        print_json({name: dataclasses.asdict(score) for name, score in scores.items()})
     else:
         _print_table(scores)
 
@@ -85,9 +86,6 @@ def _print_table(scores: dict[str, BandScore]) -> None:
 
 def _percentile(steps: dict[int, int], share: float) -> int:
     """The number of steps within which ``share`` of the puzzles were done."""
-    seen, total = 0, sum(steps.values())
-    for value, times in sorted(steps.items()):
-        seen += times
-        if seen >= share * total:
-            return value
-    return max(steps)
+    import numpy as np
+
+    return int(np.percentile(np.repeat(list(steps), list(steps.values())), 100 * share, method="inverted_cdf"))

@@ -13,7 +13,6 @@ from dgemma.formats import short_count, size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from dgemma.inspect import CheckpointReport
 
@@ -130,19 +129,9 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
 
 def _print(console: Console, title: str, columns: list[str], rows: Iterable[tuple[str, ...]]) -> None:
     """A titled table; a column's name starts with ">" where it is aligned to the right."""
-    from rich.text import Text
-
-    table = _table(console, columns)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print()
-    console.print(Text(title, "bold cyan"))
-    console.print(table)
-
-
-def _table(console: Console, columns: list[str]) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     style: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 2, 0, 0)}
     if columns and console.is_terminal:
@@ -151,7 +140,11 @@ def _table(console: Console, columns: list[str]) -> Table:
     for column in columns or ("", ""):
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left",
                          overflow="fold", style="" if columns or table.columns else "dim")
-    return table
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print()
+    console.print(Text(title, "bold cyan"))
+    console.print(table)
 
 
 def _tokenizer(report: CheckpointReport) -> str:

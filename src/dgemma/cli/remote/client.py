@@ -77,10 +77,6 @@ class OpenAIServer:
                               "models; check --url") from error
         return models
 
-    def chat(self, body: dict[str, Any]) -> ChatStream:
-        """A streamed chat completion; nothing is sent before its first chunk is asked for."""
-        return ChatStream(self, body)
-
     def client(self) -> httpx2.Client:
         """A connection for one request. What is on this machine is never asked for through a proxy."""
         import httpx2
@@ -94,7 +90,7 @@ class NotListedError(DgemmaError):
 
 
 class ChatStream:
-    """The chunks of one chat completion as they come.
+    """The chunks of one chat completion as they come; nothing is sent before the first is asked for.
 
     They are received in a thread of their own, so that whoever waits for one can be woken at any time: `stop` takes no
     lock and may be called from a signal handler. However the iteration ends, the connection is closed then.

@@ -115,7 +115,7 @@ class RemoteModel:
         if thinking:
             body["chat_template_kwargs"] = {"enable_thinking": True}
         # It is known before the first event is asked for, so that a cancel can never come too early.
-        self._stream = self._server.chat(body)
+        self._stream = ChatStream(self._server, body)
         return self._events(self._stream, StreamReader(self.tokenizer, self.has_drafts, seed))
 
     def cancel(self) -> None:

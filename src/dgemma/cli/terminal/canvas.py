@@ -16,8 +16,8 @@ from rich.text import Text
 
 from dgemma.cli.terminal.drafts import PieceOf, Place, spell
 from dgemma.cli.terminal.layout import TextRow
-from dgemma.cli.terminal.live import LiveRegion
-from dgemma.cli.terminal.view import STYLES, CanvasView, Line, row_segments
+from dgemma.cli.terminal.live import Line, LiveRegion
+from dgemma.cli.terminal.view import STYLES, CanvasView, segments
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Event, Finished
 
 FRAME_SECONDS = 1 / 30
@@ -52,13 +52,13 @@ class LiveCanvas:
 
     def show(self, event: Event) -> None:
         """Take in an event, and draw it if it is time to."""
-        if isinstance(event, (CanvasCommitted, Finished)):
-            self._draw_due()
+        if self._due and isinstance(event, (CanvasCommitted, Finished)):
+            self._draw()
         self._view.apply(event)
         if isinstance(event, Denoised):
             self._due = True
             if self._min_frame_seconds or time.monotonic() - self._drawn_at >= FRAME_SECONDS:
-                self._draw_due()
+                self._draw()
         elif isinstance(event, (CanvasStarted, CanvasCommitted)):
             self._draw()
         else:
@@ -69,10 +69,6 @@ class LiveCanvas:
             self._close()
         finally:
             self._region.stop()
-
-    def _draw_due(self) -> None:
-        if self._due:
-            self._draw()
 
     def _draw(self) -> None:
         wait = self._drawn_at + self._min_frame_seconds - time.monotonic()
@@ -129,9 +125,4 @@ class PlainText:
 
 
 def _permanent(rows: Iterable[TextRow]) -> list[Segment]:
-    segments: list[Segment] = []
-    for row in rows:
-        segments += row_segments(row)
-        if not row.soft:
-            segments.append(Segment.line())
-    return segments
+    return [segment for row in rows for segment in (*segments(row.cells), *(() if row.soft else (Segment.line(),)))]

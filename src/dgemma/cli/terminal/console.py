@@ -66,5 +66,3 @@ def say_error(error: object) -> None:
 def say_warning(message: object) -> None:
     """Something to mind, on stderr."""
     say(f"Note: {message}", err=True, fg="yellow")
-
-

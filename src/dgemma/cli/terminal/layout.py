@@ -47,10 +47,6 @@ class TextRow:
     margin: Margin
     soft: bool  # the row is full: the terminal goes to the next one by itself
 
-    @property
-    def width(self) -> int:
-        return sum(cell.width for cell in self.cells)
-
 
 def to_cells(glyphs: Iterable[Glyph]) -> list[Cell]:
     """Characters joined to graphemes: marks, joined emoji, flags. A grapheme looks like its first character."""
@@ -154,11 +150,7 @@ def _joins(cluster: str, char: str) -> bool:
         return len(cluster) < 16  # a heap of marks is no writing, and slows terminals down
     if 0x1F3FB <= ord(char) <= 0x1F3FF:  # skin tones
         return cell_len(cluster) == 2
-    return len(cluster) == 1 and _is_regional(cluster) and _is_regional(char)
-
-
-def _is_regional(char: str) -> bool:
-    return 0x1F1E6 <= ord(char) <= 0x1F1FF
+    return len(cluster) == 1 and all(0x1F1E6 <= ord(one) <= 0x1F1FF for one in cluster + char)  # letters of a flag
 
 
 @lru_cache(4096)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
+from rich.console import Console, ConsoleRenderable
 from rich.control import Control
 from rich.live import Live
-from rich.segment import ControlType, Segment
+from rich.segment import ControlType, Segment, Segments
 
 Line = list[Segment]
 
@@ -44,7 +44,7 @@ class LiveRegion(Live):
         """Show `lines`, which must fit the screen, after printing `above`, which ends in a line break or is empty."""
         if not self.paints:
             if above:
-                self.console.print(_Raw(self._encodable(above)), end="", crop=False)
+                self.console.print(Segments(self._encodable(above)), end="", crop=False)
             return
         self._lines = [self._encodable(line) for line in lines]
         self._above = self._encodable(above)
@@ -58,7 +58,7 @@ class LiveRegion(Live):
         foreign = [item for item in renderables if not isinstance(item, Control)]
         above, self._above = self._above, []
         resized = self._width != self.console.width
-        paint = [_control(_BEGIN), _control(self._to_top())]
+        paint = [_control(_BEGIN), _control("\r" + _up(self._rows_on_screen() - 1))]
         old = self._on_screen
         if foreign or above or resized:
             paint.append(_control(_erased(self._rows_on_screen())))
@@ -67,8 +67,8 @@ class LiveRegion(Live):
         self._on_screen, self._width = self._lines, self.console.width
         shown = _painted(self._lines, old, self._width)
         if foreign:
-            return [_Raw([*paint, _control("\x1b[?7h")]), *foreign, _Raw([_control("\x1b[?7l"), *shown])]
-        return [_Raw([*paint, *printed, *shown])]
+            return [Segments([*paint, _control("\x1b[?7h")]), *foreign, Segments([_control("\x1b[?7l"), *shown])]
+        return [Segments([*paint, *printed, *shown])]
 
     def _encodable(self, segments: Sequence[Segment]) -> list[Segment]:
         """The segments in what the terminal's encoding has."""
@@ -80,26 +80,12 @@ class LiveRegion(Live):
             for text, style, _ in segments
         ]
 
-    def _to_top(self) -> str:
-        """Moves the cursor to where the live area begins."""
-        return "\r" + _up(self._rows_on_screen() - 1)
-
     def _rows_on_screen(self) -> int:
         """How many rows the live area has; the terminal may have become narrower, and broken lines, since."""
         width = max(self.console.width, 1)
         widths = [Segment.get_line_length(line) for line in self._on_screen]
         rows = sum(max(1, -(-length // width)) for length in widths)
         return min(rows, self.console.height)
-
-
-class _Raw:
-    """Segments as they are."""
-
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self._segments = segments
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self._segments
 
 
 def _control(codes: str) -> Segment:

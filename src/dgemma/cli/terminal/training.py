@@ -1,14 +1,14 @@
 """A long training run as a person sees it: a calm block that stays in place on a terminal, elsewhere a line at times.
 
-Works on a run's events. Knows nothing of networks or of what the numbers mean, but that values called ``task/…`` are
-what the user wants and ``validation/loss`` is the next best.
+Works on a run's events. Knows nothing of networks or of what the numbers mean, but that a task's main value is what
+the user wants and ``validation/loss`` is the next best.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from dgemma.formats import long_duration_text, size_text
 from dgemma.train.log.events import Ended, Evaluated, Event, Noted, Started, Stepped, Working
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
 
@@ -28,15 +28,6 @@ _SMOOTH = 0.9  # how much of a smoothed value is kept from one step to the next
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_CELLS = 16
 _BAR_CELLS = 40
-_COSTS = ("steps_per_canvas", "tokens_per_forward", "seconds_per_answer", "failed")  # of an answer, not its worth
-
-
-def main_value(values: Mapping[str, float]) -> str | None:
-    """The name of the value that says whether the model gets better, as far as names tell."""
-    for name in values:
-        if name.startswith("task/") and name.removeprefix("task/") not in _COSTS:
-            return name
-    return next((name for name in values if name.endswith("loss")), next(iter(values), None))
 
 
 def sparkline(values: list[float], cells: int = _SPARK_CELLS) -> str:
@@ -61,10 +52,7 @@ class TrainingDisplay:
         self._open = False
 
     def _begin(self, run: Started) -> None:
-        self._title, self._step, self._last_step = run.name, run.step, run.max_steps
-        self._values: Mapping[str, float] = {}
-        self._seconds_per_step = self._tokens_per_second = 0.0
-        self._memory = 0
+        self._run, self._last = run, Stepped(run.step, {}, 0.0, 0.0, 0)
         self._loss: float | None = None  # smoothed
         self._losses: deque[float] = deque(maxlen=4096)
         self._working: Working | None = None
@@ -99,7 +87,9 @@ class TrainingDisplay:
                 self._working, self._evaluated = None, event
                 if event.best:
                     self._best = event
-                self._print(f"step {event.step}: {_spelled(event.values)}{'  (best so far)' if event.best else ''}")
+                said = ", ".join(f"{name.removeprefix('task/')} {_number(value)}"
+                                 for name, value in event.values.items())
+                self._print(f"step {event.step}: {said}{'  (best so far)' if event.best else ''}")
             case Ended():
                 what = "done" if event.complete else "stopped; run the same command again to go on"
                 report = f"report in {event.report}" if event.report else f"no report: {event.problem}"
@@ -110,11 +100,11 @@ class TrainingDisplay:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             from rich.live import Live
 
-            self._live = Live(_Block(self), console=self._console, refresh_per_second=_REFRESHES)
+            self._live = Live(get_renderable=self._block, console=self._console, refresh_per_second=_REFRESHES)
             self._live.start()
         else:
-            steps = f"steps {self._step} to {self._last_step}" if self._step else f"{self._last_step} steps"
-            self._print(f"{self._title}: {steps}. {HINT}.")
+            first, last = self._run.step, self._run.max_steps
+            self._print(f"{self._run.name}: {f'steps {first} to {last}' if first else f'{last} steps'}. {HINT}.")
 
     def _end(self) -> None:
         """What stays on the screen has no hint."""
@@ -124,51 +114,51 @@ class TrainingDisplay:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        elif self._told_step is not None and self._told_step != self._step:
+        elif self._told_step is not None and self._told_step != self._last.step:
             self._print(self._line())
 
     def _take(self, event: Stepped) -> None:
-        self._step, self._values, self._working = event.step, event.values, None
-        self._seconds_per_step, self._tokens_per_second = event.seconds_per_step, event.tokens_per_second
-        self._memory = event.memory_bytes
+        self._last, self._working = event, None
         loss = event.values.get("loss")
         if loss is not None and abs(loss) < float("inf"):  # neither infinite nor NaN, which would stay for good
             self._loss = loss if self._loss is None else _SMOOTH * self._loss + (1 - _SMOOTH) * loss
             self._losses.append(self._loss)
-        if self._live is None and self._line_is_due():
+        due = (self._told_step is None or event.step >= self._run.max_steps
+               or (event.step - self._told_step >= _LINE_STEPS and self._clock() - self._told_at >= _LINE_SECONDS))
+        if self._live is None and due:
             self._told_step, self._told_at = event.step, self._clock()
             self._print(self._line())
 
-    def _line_is_due(self) -> bool:
-        if self._told_step is None or self._step >= self._last_step:
-            return True
-        return (self._step - self._told_step >= _LINE_STEPS
-                and self._clock() - self._told_at >= _LINE_SECONDS)
-
     def _line(self) -> str:
-        return "  ".join([f"step {self._step}/{self._last_step}", *self._figures(), *self._time_left()])
+        return "  ".join([f"step {self._last.step}/{self._run.max_steps}", *self._figures(), *self._time_left()])
 
     def _figures(self) -> list[str]:
         """What the last step says, the most important first."""
         shown = []
         if self._loss is not None:
             shown.append(f"loss {_number(self._loss)}")
-        if "learning_rate" in self._values:
-            shown.append(f"learning rate {self._values['learning_rate']:.2g}")
-        if self._tokens_per_second:
-            shown.append(f"{self._tokens_per_second:,.0f} tokens/s")
-        if self._seconds_per_step:
-            shown.append(f"{self._seconds_per_step:.2f} s/step")
-        if self._memory:
-            shown.append(size_text(self._memory))
+        if "learning_rate" in self._last.values:
+            shown.append(f"learning rate {self._last.values['learning_rate']:.2g}")
+        if self._last.tokens_per_second:
+            shown.append(f"{self._last.tokens_per_second:,.0f} tokens/s")
+        if self._last.seconds_per_step:
+            shown.append(f"{self._last.seconds_per_step:.2f} s/step")
+        if self._last.memory_bytes:
+            shown.append(size_text(self._last.memory_bytes))
         return shown
 
     def _time_left(self) -> list[str]:
-        left = (self._last_step - self._step) * self._seconds_per_step
+        left = (self._run.max_steps - self._last.step) * self._last.seconds_per_step
         return [f"{long_duration_text(left)} left"] if left > 0 else []
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=self._live is None)
+
+    def _block(self) -> Group:
+        """What `Live` draws: the display as it is at that moment."""
+        from rich.console import Group
+
+        return Group(*self._rows(max(self._console.width - 1, 20), self._console.options.ascii_only))
 
     def _rows(self, width: int, ascii_only: bool) -> list[Text]:
         """The block's lines, each within ``width`` columns."""
@@ -196,12 +186,12 @@ class TrainingDisplay:
     def _head(self, width: int, ascii_only: bool) -> Text:
         from rich.text import Text
 
-        share = self._step / self._last_step if self._last_step else 1.0
-        after = f" {self._step:,}/{self._last_step:,}"
+        step, last = self._last.step, self._run.max_steps
+        share, after = step / last if last else 1.0, f" {step:,}/{last:,}"
         spent = long_duration_text(self._clock() - self._began_at)
         times = [*self._time_left(), f"{spent} so far"]
         ends = ["  ".join([after, *times]), "  ".join([after, *times[:-1]]), after]
-        title = Text(self._title, "bold")
+        title = Text(self._run.name, "bold")
         title.truncate(max(width // 3, 8), overflow="ellipsis" if not ascii_only else "crop")
         end = next((end for end in ends if title.cell_len + 1 + 10 + len(end) <= width), after)
         cells = max(min(width - title.cell_len - 1 - len(end), _BAR_CELLS), 0)
@@ -215,8 +205,9 @@ class TrainingDisplay:
         from rich.text import Text
 
         assert self._evaluated is not None
-        name = main_value(self._evaluated.values)
-        if name is None:
+        score = self._evaluated.score
+        name = "validation/loss" if score is None else score.main
+        if name not in self._evaluated.values:
             return Text()
         text = Text(f"{name.removeprefix('task/')} {_number(self._evaluated.values[name])} at {self._evaluated.step:,}")
         if self._best is self._evaluated:
@@ -227,20 +218,6 @@ class TrainingDisplay:
         if loss is not None and name != "validation/loss":
             text.append(f"  validation loss {_number(loss)}", "dim")
         return text
-
-
-class _Block:
-    """What `Live` draws: the display as it is at that moment."""
-
-    def __init__(self, display: TrainingDisplay) -> None:
-        self._display = display
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self._display._rows(max(options.max_width - 1, 20), options.ascii_only)
-
-
-def _spelled(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name.removeprefix('task/')} {_number(value)}" for name, value in values.items())
 
 
 def _number(value: float) -> str:

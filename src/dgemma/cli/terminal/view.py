@@ -15,6 +15,7 @@ from rich.style import Style
 
 from dgemma.cli.terminal.drafts import DOT, PieceOf, Place, looks_of, spell
 from dgemma.cli.terminal.layout import Cell, Margin, TextRow, join, wrap
+from dgemma.cli.terminal.live import Line
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Event, Finished, Generation
 from dgemma.formats import count_text, duration_text, rate_text
 
@@ -24,8 +25,6 @@ STYLES = {look: Style.parse(style) for look, style in {
     "pinned": "bold magenta", "thought": "dim italic", "settled": "none"}.items()}
 FAINT, LIVELY = Style.parse("dim"), Style.parse("cyan")
 BAR_CELLS, EIGHTHS = 6, " ▏▎▍▌▋▊▉█"
-
-Line = list[Segment]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class CanvasView:
         self._draft_length = draft.length
         rows = wrap(join(self._carry, draft.glyphs), width, self._margin)
         room = height - 1
-        lines = [_segments(row.cells) for row in (rows[-room:] if room else [])]
+        lines = [segments(row.cells) for row in (rows[-room:] if room else [])]
         if len(rows) > room >= 4:
             hidden = len(rows) - room + 1
             lines[0] = status_line([Part(f"⋮ {count_text(hidden, 'more line')} above", 0)], width)
@@ -163,11 +162,6 @@ class CanvasView:
         return zip(step.token_ids, looks_of(step, started.pinned, self._shown), strict=True)
 
 
-def row_segments(row: TextRow) -> Line:
-    """A row's text in its looks."""
-    return _segments(row.cells)
-
-
 def status_line(parts: Sequence[Part], width: int) -> Line:
     """The parts side by side, less those that do not fit; the last one that remains is cut off."""
     parts = list(parts)
@@ -184,7 +178,8 @@ def status_line(parts: Sequence[Part], width: int) -> Line:
         parts.remove(max(parts, key=lambda part: part.rank))
 
 
-def _segments(cells: Sequence[Cell]) -> Line:
+def segments(cells: Sequence[Cell]) -> Line:
+    """Text in its looks."""
     return [Segment("".join(cell.text for cell in run), STYLES[look])
             for look, run in groupby(cells, key=lambda cell: cell.look)]
 

@@ -11,7 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dgemma.cache.store import READ_AT_ONCE
 from dgemma.config import FULL, LayerConfig, ModelConfig
+from dgemma.kernels.experts import DENSE_EXPERTS, ROW_BLOCK
+from dgemma.kernels.products import PIECE
+from dgemma.train.losses import fits_whole, tile_width
 
 WIDE = 4  # bytes of a float32: norms, routing, sums over experts and adapters work in it
 
@@ -67,8 +71,6 @@ class Moment:
 
 def context_passes(step: Step) -> list[Pass]:
     """How the context is read: in pieces, as `DiffusionTransformer.encode` does."""
-    from dgemma.cache.store import READ_AT_ONCE
-
     return [Pass(min(READ_AT_ONCE, step.context - start), start, True)
             for start in range(0, step.context, READ_AT_ONCE)]
 
@@ -93,7 +95,6 @@ def kept_by_block(step: Step, index: int, part: Pass) -> dict[str, int]:
     columns = cached_columns(config, layer, part.seen) + part.tokens
     queries = rows * config.num_attention_heads * layer.head_dim
     keys = rows * layer.num_key_value_heads * layer.head_dim
-    reads = _reads(step, index, rows)
 
     # A norm keeps its input as float32: a copy if that is narrower, and then one for each norm that reads it.
     norms = (8 if step.stream < WIDE else 6) * WIDE * hidden
@@ -105,35 +106,33 @@ def kept_by_block(step: Step, index: int, part: Pass) -> dict[str, int]:
 
     seen = step.batch * columns * layer.num_key_value_heads * layer.head_dim
     scores = rows * columns * config.num_attention_heads
-    masked = part.causal
+    mask = scores // layer.num_key_value_heads * part.causal  # the heads that share keys stand below each other
     if step.fused:  # its inputs and its output
-        attention = step.attention * (2 * queries + 2 * seen) + WIDE * rows * config.num_attention_heads
-        attention += step.attention * _mask(config, layer, rows, columns) * masked
+        attention = step.attention * (2 * queries + 2 * seen + mask) + WIDE * rows * config.num_attention_heads
     else:
-        attention = step.attention * (queries + 2 * seen + scores) + _mask(config, layer, rows, columns) * masked
+        attention = step.attention * (queries + 2 * seen + scores) + mask
         if step.stream > step.product:  # under autocast the softmax is float32, and cast for the next product
             attention += WIDE * scores
     kept = {"norms": norms + head_norms, "attention": attention, "mlp": 3 * step.product * inner,
             "experts": _experts(step, index, rows), "products": 0}
-    for name, (place, elements, size, outputs) in reads.items():
+    read: set[str] = set()
+    for name, (place, lines, width, size, outputs) in _reads(step, index, rows).items():
+        if step.ranks is not None and name not in step.ranks:
+            continue
+        elements, first = lines * width, place not in read
+        read.add(place)
         if step.ranks is None:
-            first = not any(reads[other][0] == place for other in _before(reads, name))
             kept["products"] += step.product * elements * (first or size != step.product)
-        elif name in step.ranks:
-            rank = step.ranks[name]
-            first = not any(reads[other][0] == place and other in step.ranks for other in _before(reads, name))
+        else:
             # What it reads as it came, once for all that read it; DoRA and few experts make a float32 copy for each.
             copied = step.dora or (".experts." in name and _is_dense(config) and not step.packed)
             kept["products"] += WIDE * elements * (first or size < WIDE) if copied else size * elements * first
-            kept["products"] += WIDE * rank * (elements // _width(config, layer, name))
-            kept["products"] += WIDE * outputs * step.dora
+            kept["products"] += WIDE * (step.ranks[name] * lines + outputs * step.dora)
     return kept
 
 
 def block_working(step: Step, index: int, part: Pass) -> int:
     """The most that the backward pass through one block holds beside what was kept: gradients on their way."""
-    from dgemma.kernels.products import PIECE
-
     config, layer = step.config, step.config.layers[index]
     rows = step.batch * part.tokens
     columns = cached_columns(config, layer, part.seen) + part.tokens
@@ -147,20 +146,13 @@ def block_working(step: Step, index: int, part: Pass) -> int:
 
 def head_working(step: Step) -> int:
     """The most that the loss works with: the logits of a tile, several times over, and that tile of the table."""
-    from dgemma.train.losses import _LEAST_TILE, LOGITS, fits_whole
-
     config, canvas = step.config, step.config.canvas_length
     most = 0
     for tokens in (step.batch * canvas, step.batch * (step.context - 1 + canvas * step.causal_canvas)):
-        width = min(config.vocab_size, max(_LEAST_TILE, LOGITS // max(tokens, 1)))
         whole = fits_whole(tokens, config.vocab_size)
-        if whole:
-            width = config.vocab_size
+        width = config.vocab_size if whole else tile_width(tokens, config.vocab_size)
         table = width * config.hidden_size
-        trained = step.ranks is None
-        tile = 5 * WIDE * tokens * width if trained else 2 * step.product * tokens * width
-        if whole:
-            tile = 6 * WIDE * tokens * width
+        tile = tokens * width * (6 * WIDE if whole else 5 * WIDE if step.ranks is None else 2 * step.product)
         if step.packed:  # whole logits expand the whole table for the soft embeddings, a GPU every tile
             tile += WIDE * table * (whole or step.fused)
         elif not step.fused:  # a CPU's matrix library rearranges what it multiplies with, there and back
@@ -223,21 +215,12 @@ def _cache(step: Step, tokens: int) -> int:
                * cached_columns(step.config, layer, tokens) for layer in step.config.layers)
 
 
-def _mask(config: ModelConfig, layer: LayerConfig, rows: int, columns: int) -> int:
-    """The elements of a mask: the heads that share keys stand below each other."""
-    return rows * columns * config.num_attention_heads // layer.num_key_value_heads
-
-
 def _is_dense(config: ModelConfig) -> bool:
-    from dgemma.kernels.experts import DENSE_EXPERTS
-
     return config.num_experts <= DENSE_EXPERTS
 
 
 def _routed(config: ModelConfig, rows: int) -> int:
     """The rows that all experts together work on: each takes a whole number of row blocks."""
-    from dgemma.kernels.experts import ROW_BLOCK
-
     used = config.num_experts * (1 - (1 - config.top_k_experts / config.num_experts) ** rows)
     return int(rows * config.top_k_experts + used * (ROW_BLOCK - 1) / 2)
 
@@ -258,40 +241,22 @@ def _experts(step: Step, index: int, rows: int) -> int:
     return routing + kept + step.product * weights * (step.stream > step.product)
 
 
-def _reads(step: Step, index: int, rows: int) -> dict[str, tuple[str, int, int, int]]:
-    """Matrix -> what it reads: its place, how many numbers, their size; and how many numbers it gives."""
+def _reads(step: Step, index: int, rows: int) -> dict[str, tuple[str, int, int, int, int]]:
+    """Matrix -> what it reads: its place, how many rows of how many numbers, their size; how many numbers it gives."""
     config, layer = step.config, step.config.layers[index]
     hidden, queries = config.hidden_size, config.num_attention_heads * layer.head_dim
-    keys, dense, inner = layer.num_key_value_heads * layer.head_dim, config.intermediate_size, (
-        config.moe_intermediate_size)
+    keys, dense = layer.num_key_value_heads * layer.head_dim, config.intermediate_size
+    inner = config.moe_intermediate_size
     dense_experts = _is_dense(config) and not step.packed
     routed = rows * config.num_experts if dense_experts else _routed(config, rows)
     into = rows if step.ranks is None and dense_experts else routed
     own = f"layers.{index}."
-    found = {f"{own}self_attn.{name}_proj": ("attention input", rows * hidden, step.stream, rows * out)
+    found = {f"{own}self_attn.{name}_proj": ("attention input", rows, hidden, step.stream, rows * out)
              for name, out in (("q", queries), ("k", keys), ("v", keys)) if name != "v" or layer.has_v_proj}
-    found[f"{own}self_attn.o_proj"] = ("attention output", rows * queries, step.stream, rows * hidden)
-    found |= {f"{own}mlp.{name}_proj": ("mlp input", rows * hidden, step.stream, rows * dense)
+    found[f"{own}self_attn.o_proj"] = ("attention output", rows, queries, step.stream, rows * hidden)
+    found |= {f"{own}mlp.{name}_proj": ("mlp input", rows, hidden, step.stream, rows * dense)
               for name in ("gate", "up")}
-    found[f"{own}mlp.down_proj"] = ("mlp inner", rows * dense, step.product, rows * hidden)
-    found[f"{own}experts.gate_up_proj"] = ("expert rows", into * hidden, step.stream, 2 * routed * inner)
-    found[f"{own}experts.down_proj"] = ("expert inner", routed * inner, step.product, routed * hidden)
+    found[f"{own}mlp.down_proj"] = ("mlp inner", rows, dense, step.product, rows * hidden)
+    found[f"{own}experts.gate_up_proj"] = ("expert rows", into, hidden, step.stream, 2 * routed * inner)
+    found[f"{own}experts.down_proj"] = ("expert inner", routed, inner, step.product, routed * hidden)
     return found
-
-
-def _before(reads: Mapping[str, object], name: str) -> list[str]:
-    names = list(reads)
-    return names[: names.index(name)]
-
-
-def _width(config: ModelConfig, layer: LayerConfig, name: str) -> int:
-    """The inputs of a matrix."""
-    if name.endswith("experts.down_proj"):
-        return config.moe_intermediate_size
-    if name.endswith("mlp.down_proj"):
-        return config.intermediate_size
-    if name.endswith("o_proj"):
-        return config.num_attention_heads * layer.head_dim
-    return config.hidden_size
-
-

@@ -11,20 +11,32 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dgemma.config import ModelConfig
-from dgemma.errors import DgemmaError
-from dgemma.memory import program_bytes
+import torch
+
+from dgemma.config import ModelConfig, load_model_config
+from dgemma.errors import CheckpointError, DgemmaError, describe
+from dgemma.gguf.blocks import BLOCK_TYPES
+from dgemma.gguf.container import is_gguf
+from dgemma.gguf.keys import gguf_name
+from dgemma.kernels.attention import fast_bf16
+from dgemma.memory import machine_memory, program_bytes
+from dgemma.nn.adapters import AdapterConfig, adaptable
 from dgemma.train.checks.activations import Step, widest
-from dgemma.train.optim.muon import is_matrix
-
-if TYPE_CHECKING:
-    import torch
-
-    from dgemma.nn.adapters import AdapterConfig
-    from dgemma.train.objective import Objective
-    from dgemma.train.recipe import Recipe
+from dgemma.train.objective import Objective
+from dgemma.train.optim.optimizers import is_matrix
+from dgemma.train.recipe import Recipe
+from dgemma.weights import gguf_model
+from dgemma.weights.load import (
+    DTYPES,
+    empty_network,
+    match,
+    network_shapes,
+    read_headers,
+    stored_dtype,
+)
+from dgemma.weights.quantize import MIXTURES, mixture_types
 
 OPTIMIZERS = ("adamw", "muon")
 _PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
@@ -55,6 +67,13 @@ class Setting:
     autocast: bool = False
     device: str = "cpu"
     ranks: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("context", "micro_batch", "accumulation", "ranks"):
+            if (value := getattr(self, name)) < 1:
+                raise DgemmaError(f"memory plan: {name} must be at least 1, got {value}")
+        if self.optimizer not in OPTIMIZERS:
+            raise DgemmaError(f"memory plan: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
 
     @property
     def packed(self) -> bool:
@@ -135,29 +154,20 @@ class MemoryPlan:
 
 
 def memory_plan(config: ModelConfig, *, weights: str | Mapping[str, str] = "BF16",
-                adapter: AdapterConfig | None = None, context: int, micro_batch: int = 1, accumulation: int = 1,
-                checkpointing: bool = True, objective: Objective | None = None, optimizer: str = "adamw",
-                ema: bool = False, autocast: bool = False, device: str = "cpu", ranks: int = 1) -> MemoryPlan:
+                adapter: AdapterConfig | None = None, objective: Objective | None = None,
+                **settings: Any) -> MemoryPlan:
     """The memory that training a network of this shape takes.
 
     ``weights`` is a mixture of `weights.quantize` ("Q4_K_M", "BF16"), "F32", or the types of all tensors
-    (`stored_types`). ``context`` counts the tokens before the canvas of the longest example, ``micro_batch`` the
-    examples at a time. ``autocast`` is bf16 products over float32 weights. Raises DgemmaError for what cannot be.
+    (`stored_types`); ``settings`` are the others of `Setting`, of which ``context`` must be there: it counts the tokens
+    before the canvas of the longest example, ``micro_batch`` the examples at a time. ``autocast`` is bf16 products over
+    float32 weights. Raises DgemmaError for what cannot be.
     """
-    from dgemma.train.objective import Objective
-
-    for name, value in (("context", context), ("micro_batch", micro_batch), ("accumulation", accumulation),
-                        ("ranks", ranks)):
-        if value < 1:
-            raise DgemmaError(f"memory plan: {name} must be at least 1, got {value}")
-    if optimizer not in OPTIMIZERS:
-        raise DgemmaError(f"memory plan: optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     objective = objective or Objective()
     types = mixture(config, weights) if isinstance(weights, str) else dict(weights)
     passes = objective.passes if objective.denoising_weight else 0
-    return plan_of(Setting(config, types, adapter, context, micro_batch, accumulation, checkpointing, passes,
-                       bool(objective.causal_weight) and objective.causal_on != "prompt", optimizer, ema, autocast,
-                       device, ranks))
+    causal_canvas = bool(objective.causal_weight) and objective.causal_on != "prompt"
+    return plan_of(Setting(config, types, adapter, passes=passes, causal_canvas=causal_canvas, **settings))
 
 
 def recipe_plan(recipe: Recipe, config: ModelConfig, source: Path | None, context: int, device: torch.device,
@@ -177,20 +187,12 @@ def recipe_plan(recipe: Recipe, config: ModelConfig, source: Path | None, contex
 def available_memory(device: torch.device) -> int | None:
     """The bytes that a run may take on a device; None where nobody knows."""
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.mem_get_info(device)[0]
-    from dgemma.memory import machine_memory
-
     return machine_memory()[0]
 
 
 def mixture(config: ModelConfig, name: str) -> dict[str, str]:
     """Our name -> type of every tensor in a mixture, as `dgemma quantize` writes it, or with all of them F32 or F16."""
-    from dgemma.gguf.keys import gguf_name
-    from dgemma.weights.load import network_shapes
-    from dgemma.weights.quantize import MIXTURES, mixture_types
-
     shapes = network_shapes(config)
     if name.upper() in _PLAIN:
         return dict.fromkeys(shapes, name.upper())
@@ -205,17 +207,11 @@ def stored_types(path: Path) -> dict[str, str]:
 
     Raises CheckpointError for what cannot be loaded.
     """
-    from dgemma.config import load_model_config
-    from dgemma.errors import CheckpointError, describe
-    from dgemma.gguf.container import is_gguf
-    from dgemma.weights.gguf_model import is_matrix, match_gguf, open_gguf
-    from dgemma.weights.load import DTYPES, match, network_shapes, read_headers, stored_dtype
-
     if path.is_file() and is_gguf(path):
-        model = open_gguf(path)
+        model = gguf_model.open_gguf(path)
         shapes = network_shapes(model.config)
-        parts, problems = match_gguf(model, shapes)
-        types = {name: tensors[0].type_name if is_matrix(name, shapes[name]) else "F32"
+        parts, problems = gguf_model.match_gguf(model, shapes)
+        types = {name: tensors[0].type_name if gguf_model.is_matrix(name, shapes[name]) else "F32"
                  for name, tensors in parts.items()}
     else:
         config = load_model_config(path)
@@ -229,9 +225,6 @@ def stored_types(path: Path) -> dict[str, str]:
 
 def plan_of(run: Setting) -> MemoryPlan:
     """The plan of a run that has been checked."""
-    from dgemma.kernels.attention import fast_bf16
-    from dgemma.weights.load import empty_network
-
     network = empty_network(run.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     held = {name: _nbytes(shape, run.weights[name]) for name, shape in shapes.items()}
@@ -242,7 +235,10 @@ def plan_of(run: Setting) -> MemoryPlan:
 
     plain = {name: size for name, size in held.items() if run.weights[name] in _PLAIN}
     packed = sum(held.values()) - sum(plain.values())
-    lines = [Line("weights", packed + sum(plain.values()) // run.ranks, _weights_reason(run, packed))]
+    types = sorted(set(run.weights.values()))
+    reason = ", ".join(types) if len(types) > 1 else f"all {types[0]}"
+    lines = [Line("weights", packed + sum(plain.values()) // run.ranks,
+                  reason + ("; packed ones whole on every device" if run.ranks > 1 and packed else ""))]
     if run.ranks > 1:
         blocks: dict[str, int] = {}
         for name, size in plain.items():
@@ -312,8 +308,6 @@ def _step(run: Setting, low_rank: Mapping[str, tuple[int, ...]], fast_bf16: bool
 
 def _adapter_numbers(network: Any, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of an adapter's parameters, as `nn.adapters.LowRank` makes them."""
-    from dgemma.nn.adapters import adaptable
-
     places = adaptable(network)
     found: dict[str, tuple[int, ...]] = {}
     for name in adapter.names(places):
@@ -327,8 +321,6 @@ def _adapter_numbers(network: Any, adapter: AdapterConfig) -> dict[str, tuple[in
 
 
 def _nbytes(shape: tuple[int, ...], kind: str) -> int:
-    from dgemma.gguf.blocks import BLOCK_TYPES
-
     if kind not in BLOCK_TYPES:
         raise DgemmaError(f"memory plan: there is no weight type {kind!r}; there are {', '.join(BLOCK_TYPES)}")
     if kind in _PLAIN:
@@ -347,12 +339,6 @@ def _largest_group(trained: Mapping[str, tuple[int, ...]]) -> int:
 
 def _kind(device: str) -> str:
     return "cpu" if device.startswith("cpu") else "cuda"
-
-
-def _weights_reason(run: Setting, packed: int) -> str:
-    types = sorted(set(run.weights.values()))
-    held = f"{', '.join(types)}" if len(types) > 1 else f"all {types[0]}"
-    return held + ("; packed ones whole on every device" if run.ranks > 1 and packed else "")
 
 
 def _halved_batches(run: Setting) -> list[Setting]:

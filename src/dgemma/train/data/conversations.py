@@ -201,7 +201,7 @@ def _check(messages: list[dict[str, Any]]) -> tuple[int, ...]:
         if not weight:
             continue
         alone = normalise_messages(messages[: index + 1])[index]  # with its thought, which a later question drops
-        if not (_text(alone["content"]) or alone.get("tool_calls") or alone.get("reasoning")):
+        if not (text_of(alone["content"]).strip() or alone.get("tool_calls") or alone.get("reasoning")):
             raise DgemmaError(f"message {index}: the assistant says nothing")
         trained.append(index)
     if not trained:
@@ -209,8 +209,9 @@ def _check(messages: list[dict[str, Any]]) -> tuple[int, ...]:
     return tuple(trained)
 
 
-def _text(content: Any) -> str:
-    return (content if isinstance(content, str) else "".join(part.get("text", "") for part in content)).strip()
+def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """What a message's content says, in a string or in parts."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 # ---- sources ---------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def _rows(source: str | Path, split: str) -> Iterator[Row]:
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            yield from _saved_dataset(path, split)
+            yield from _dataset_rows(_saved_dataset(path, split), f"{path} ({split})")
             return
         files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file()
                        and not any(part.startswith(".") for part in file.relative_to(path).parts))
@@ -231,7 +232,7 @@ def _rows(source: str | Path, split: str) -> Iterator[Row]:
     elif path.is_file():
         yield from _file_rows(path)
     elif isinstance(source, str) and path.suffix not in _SUFFIXES and source.count("/") == 1 and source[0] not in "./~":
-        yield from _hub_rows(source, split)
+        yield from _dataset_rows(_hub_dataset(source, split), f"{source} ({split})")
     else:
         raise DgemmaError(f"{source}: no such file or folder, and no name on the hub (org/name)")
 
@@ -293,29 +294,26 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise DgemmaError(f"{path}: cannot be read as Parquet ({error})") from error
 
 
-def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
+def _saved_dataset(path: Path, split: str) -> Iterable[Any]:
     _need_datasets(path)
     from datasets import DatasetDict, load_from_disk
 
     data = load_from_disk(str(path))
-    if isinstance(data, DatasetDict):
-        if split not in data:
-            raise DgemmaError(f"{path}: no split {split!r}; there are {', '.join(map(str, data))}")
-        data = data[split]
-    yield from _dataset_rows(data, f"{path} ({split})")
+    if isinstance(data, DatasetDict) and split not in data:
+        raise DgemmaError(f"{path}: no split {split!r}; there are {', '.join(map(str, data))}")
+    return data[split] if isinstance(data, DatasetDict) else data
 
 
-def _hub_rows(name: str, split: str) -> Iterator[Row]:
+def _hub_dataset(name: str, split: str) -> Iterable[Any]:
     _need_datasets(name)
     from datasets import load_dataset
 
     repo, _, config = name.partition(":")
     try:
-        data = load_dataset(repo, config or None, split=split)
+        return load_dataset(repo, config or None, split=split)
     except Exception as error:  # the library raises dozens of kinds, of its own and of what it is built on
         raise DgemmaError(f"{name}: no such file or folder here, and the dataset cannot be had from the hub: "
                           f"{type(error).__name__}: {error}") from error
-    yield from _dataset_rows(data, f"{name} ({split})")
 
 
 def _dataset_rows(data: Iterable[Any], name: str) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -109,17 +109,11 @@ def examples_of(conversation: Conversation, tokenizer: Tokenizer, canvas_length:
     for message in conversation.trained:
         turn = _fitting_turn(conversation, message, tokenizer, canvas_length, max_context, too_long, thinking, stop_ids)
         if turn is not None:
-            examples += canvases_of(turn, canvas_length, fill_id, fill_weight)
-    return examples
-
-
-def canvases_of(turn: Turn, canvas_length: int, fill_id: int, fill_weight: float) -> list[Example]:
-    """A turn's response cut into canvases, the last one filled up."""
-    examples = []
-    for index in range(-(-len(turn.response_ids) // canvas_length)):
-        real = turn.response_ids[index * canvas_length : (index + 1) * canvas_length]
-        rest = canvas_length - len(real)
-        examples.append(Example(turn, index, real + [fill_id] * rest, [1.0] * len(real) + [float(fill_weight)] * rest))
+            for index in range(-(-len(turn.response_ids) // canvas_length)):
+                real = turn.response_ids[index * canvas_length : (index + 1) * canvas_length]
+                rest = canvas_length - len(real)  # of the last one, filled up
+                examples.append(Example(turn, index, real + [fill_id] * rest,
+                                        [1.0] * len(real) + [float(fill_weight)] * rest))
     return examples
 
 
@@ -158,7 +152,9 @@ def _fitting_turn(conversation: Conversation, message: int, tokenizer: Tokenizer
     if too_long == "skip":
         return None
     if too_long == "truncate":
-        for first in _borders(conversation.messages, message):
+        # A shortened context begins at one of the user's messages, but for the first.
+        users = [at for at in range(message) if conversation.messages[at].get("role") == "user"]
+        for first in users[1:]:
             turn = turn_of(conversation, message, tokenizer, thinking=thinking, stop_ids=stop_ids, first=first)
             needed = _needed(turn, canvas_length)
             if needed <= max_context:
@@ -171,9 +167,3 @@ def _fitting_turn(conversation: Conversation, message: int, tokenizer: Tokenizer
 
 def _needed(turn: Turn, canvas_length: int) -> int:
     return len(turn.context_ids) + (len(turn.response_ids) - 1) // canvas_length * canvas_length
-
-
-def _borders(messages: Sequence[dict[str, Any]], message: int) -> Iterable[int]:
-    """Where a shortened context may begin: at the user's messages, but for the first."""
-    users = [index for index in range(message) if messages[index].get("role") == "user"]
-    return users[1:]

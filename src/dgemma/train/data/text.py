@@ -87,11 +87,8 @@ class TextSource:
         return []
 
     def _joined(self, texts: Sequence[bytes], tokenizer: Tokenizer) -> np.ndarray:
-        parts = []
-        for text in texts:
-            tokens = tokenizer.encode(text.decode("utf-8", "replace"), specials=False)
-            parts.append(np.array([*tokens, self._eos]))
-        return np.concatenate(parts)
+        tokens = (tokenizer.encode(text.decode("utf-8", "replace"), specials=False) for text in texts)
+        return np.concatenate([np.array([*those, self._eos]) for those in tokens])
 
     def _draw(self, tokens: np.ndarray, rng: np.random.Generator, count: int) -> list[Example]:
         length = int(rng.integers(self.context[0], self.context[1] + 1))

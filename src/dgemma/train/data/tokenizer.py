@@ -26,33 +26,13 @@ TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 
 # Gemma 4's ids, kept where they lie below VOCAB_SIZE. Its media tokens lie far above (around 256000): here
 # they take free low ids, and `<unusedN>` fill the special tokens up to 32.
-SPECIAL_IDS: dict[str, int] = {
-    "<pad>": 0,
-    "<eos>": 1,
-    "<bos>": 2,
-    "<unk>": 3,
-    "<mask>": 4,
-    "<|image>": 5,
-    "<image|>": 6,
-    "<|image|>": 7,
-    "<|audio>": 8,
-    "<audio|>": 9,
-    "<|audio|>": 10,
-    "<|video|>": 11,
-    **{f"<unused{n}>": 12 + n for n in range(8)},
-    "<|tool>": 46,
-    "<tool|>": 47,
-    "<|tool_call>": 48,
-    "<tool_call|>": 49,
-    "<|tool_response>": 50,
-    "<tool_response|>": 51,
-    '<|"|>': 52,
-    "<|think|>": 98,
-    "<|channel>": 100,
-    "<channel|>": 101,
-    "<|turn>": 105,
-    "<turn|>": 106,
-}
+_STRETCHES = {
+    0: "<pad> <eos> <bos> <unk> <mask> <|image> <image|> <|image|> <|audio> <audio|> <|audio|> <|video|>",
+    12: "<unused0> <unused1> <unused2> <unused3> <unused4> <unused5> <unused6> <unused7>",
+    46: '<|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> <|"|>',
+    98: "<|think|>", 100: "<|channel> <channel|>", 105: "<|turn> <turn|>"}
+SPECIAL_IDS = {token: first + place for first, tokens in _STRETCHES.items()
+               for place, token in enumerate(tokens.split())}
 
 
 def vocabulary() -> dict[str, int]:
@@ -78,16 +58,9 @@ def build_byte_tokenizer() -> Tokenizer:
 
 def tokenizer_config() -> dict[str, object]:
     """What `tokenizer_config.json` says: the roles of the special tokens, for `dgemma` and `transformers`."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "left",
-    }
+    roles = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk", "mask")}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **roles, "clean_up_tokenization_spaces": False,
+            "padding_side": "left"}
 
 
 def save(folder: str | Path) -> None:
@@ -97,11 +70,9 @@ def save(folder: str | Path) -> None:
     never sees half of one. Raises `DgemmaError` when one cannot be written.
     """
     folder = make_folder(folder)
-    _write(folder / "tokenizer.json", build_byte_tokenizer().to_str(pretty=True))
-    _write(folder / "tokenizer_config.json", json.dumps(tokenizer_config(), indent=2) + "\n")
-    _write(folder / "chat_template.jinja", TEMPLATE_FILE.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as beside:
-        beside.write_text(text, encoding="utf-8", newline="\n")
+    texts = {"tokenizer.json": build_byte_tokenizer().to_str(pretty=True),
+             "tokenizer_config.json": json.dumps(tokenizer_config(), indent=2) + "\n",
+             "chat_template.jinja": TEMPLATE_FILE.read_text(encoding="utf-8")}
+    for name, text in texts.items():
+        with atomic_write(folder / name) as beside:
+            beside.write_text(text, encoding="utf-8", newline="\n")

@@ -19,7 +19,7 @@ from dgemma.chat.thoughts import CLOSE, HEADER, OPEN
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.errors import DgemmaError
 from dgemma.tokenizer_files import STOPS
-from dgemma.train.data.conversations import Conversation
+from dgemma.train.data.conversations import Conversation, text_of
 
 Thinking = Literal["auto", "on", "off"]
 
@@ -51,7 +51,7 @@ def turn_of(conversation: Conversation, message: int, tokenizer: Tokenizer, *, t
     thinks = thinking == "on" or (thinking == "auto" and has_thoughts(conversation))
     messages = conversation.messages if thinking != "off" else [without_thoughts(m) for m in conversation.messages]
     before, written = messages[:message], messages[message]
-    head = _system_messages(before)
+    head = next((i for i, one in enumerate(before) if one.get("role") not in ("system", "developer")), len(before))
     before = before[:head] + before[max(first, head) :]
     try:
         context = tokenizer.apply_chat_template(before, thinking=thinks, tools=conversation.tools)
@@ -64,11 +64,6 @@ def turn_of(conversation: Conversation, message: int, tokenizer: Tokenizer, *, t
 def has_thoughts(conversation: Conversation) -> bool:
     """Whether the assistant thinks anywhere in what is to be learnt."""
     return any(_thought(conversation.messages[index]) for index in conversation.trained)
-
-
-def _system_messages(messages: Sequence[dict[str, Any]]) -> int:
-    others = (i for i, message in enumerate(messages) if message.get("role") not in ("system", "developer"))
-    return next(others, len(messages))
 
 
 def _response(tokenizer: Tokenizer, context: list[int], before: list[dict[str, Any]], written: dict[str, Any],
@@ -126,8 +121,7 @@ def _read_back(tokenizer: Tokenizer, context: list[int], said: list[int], writte
 
 def _letters(content: Any) -> str:
     """What a content says, without white space, which templates trim."""
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return "".join(text.split())
+    return "".join(text_of(content).split())
 
 
 def _given_thought(tokenizer: Tokenizer, context: list[int]) -> int | None:

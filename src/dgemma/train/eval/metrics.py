@@ -19,8 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dgemma.chat.messages import normalise_messages
 from dgemma.diffusion.events import Generation
 from dgemma.errors import DgemmaError
+from dgemma.tasks import sudoku
+from dgemma.tasks.evaluate import band_of, grade
+from dgemma.train.data.conversations import text_of
 
 Values = dict[str, float]
 # What `tasks.run_task` measures of every answer, whatever the metric.
@@ -111,10 +115,6 @@ def _json_summary(rows: Sequence[Values]) -> Values:
 
 def _sudoku(question: Question, answer: Generation | None) -> Values:
     """All digits right, givens kept; together and by band."""
-    from dgemma.chat.messages import normalise_messages
-    from dgemma.tasks import sudoku
-    from dgemma.tasks.evaluate import band_of, grade
-
     asked = [message["content"] for message in normalise_messages(question.prompt) if message["role"] == "user"]
     puzzle = sudoku.parse(text_of(asked[-1])) if asked else None
     solution = sudoku.parse(question.reference)
@@ -151,11 +151,6 @@ def pairs(value: Any) -> set[tuple[tuple[str | int, ...], str]]:
         else:
             found.add((path, json.dumps(int(item) if isinstance(item, float) and item.is_integer() else item)))
     return found
-
-
-def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """What a message's content says, in a string or in parts."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _read_json(text: str) -> tuple[Any] | None:

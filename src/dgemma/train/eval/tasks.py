@@ -19,9 +19,9 @@ from dgemma.diffusion.events import Generation
 from dgemma.errors import DgemmaError
 from dgemma.model import Model
 from dgemma.tasks.evaluate import wilson_interval
-from dgemma.train.data.conversations import Conversation
+from dgemma.train.data.conversations import Conversation, text_of
 from dgemma.train.data.turns import Thinking, has_thoughts, without_thoughts
-from dgemma.train.eval.metrics import Metric, Question, Values, metric_of, text_of
+from dgemma.train.eval.metrics import Metric, Question, Values, metric_of
 from dgemma.train.eval.validation import in_use
 
 log = logging.getLogger(__name__)
@@ -221,15 +221,14 @@ def _sample(question: Question, outcome: Generation | Exception, values: Values,
 def _shown(prompt: Sequence[dict[str, Any]]) -> str:
     """The messages as text; a single user message is its content."""
     messages = normalise_messages(prompt)
-    said = [_said(_content(message["content"]), [call["function"] for call in message.get("tool_calls", ())])
-            for message in messages]
+    said = []
+    for message in messages:
+        content = message["content"]
+        text = json.dumps(content, ensure_ascii=False) if isinstance(content, dict) else text_of(content)
+        said.append(_said(text, [call["function"] for call in message.get("tool_calls", ())]))
     if [message["role"] for message in messages] == ["user"]:
         return said[0]
     return "\n".join(f"{message['role']}: {text}" for message, text in zip(messages, said, strict=True))
-
-
-def _content(content: Any) -> str:
-    return json.dumps(content, ensure_ascii=False) if isinstance(content, dict) else text_of(content)
 
 
 def _said(text: str, calls: Sequence[dict[str, Any]]) -> str:

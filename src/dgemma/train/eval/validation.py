@@ -19,7 +19,8 @@ from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer, KVCache
 from dgemma.nn.head import vocab_tiles
 from dgemma.nn.passes import Passes
-from dgemma.train.batch import Batch, Collatable, collate
+from dgemma.train.batch import Batch, collate
+from dgemma.train.data.examples import Example
 from dgemma.train.noise import Noise, corrupt, keyed_noise, noise_key
 from dgemma.train.objective import (
     Objective,
@@ -67,7 +68,7 @@ class Sums:
 
 
 @torch.no_grad()
-def validation_losses(network: DiffusionTransformer, examples: Sequence[Collatable], objective: Objective, *,
+def validation_losses(network: DiffusionTransformer, examples: Sequence[Example], objective: Objective, *,
                       seed: int = 0, batch_size: int = 8, levels: Sequence[float] = LEVELS,
                       stop: Callable[[], bool] | None = None, passes: Passes | None = None) -> dict[str, float]:
     """Mean cross-entropies (nats per token) of held-out examples, at every noise level t of ``levels``, 0 < t <= 1.
@@ -79,7 +80,7 @@ def validation_losses(network: DiffusionTransformer, examples: Sequence[Collatab
     - ``validation/causal``: the next-token loss of the responses, where the objective has a causal loss. With an
       objective that denoises nothing this is all there is, and ``validation/loss`` too.
 
-    Collatable i's noise depends on the seed and on i only. Of the objective, the causal and denoising weights, the
+    Example i's noise depends on the seed and on i only. Of the objective, the causal and denoising weights, the
     prediction and the temperature count. ``passes`` None: the network's own. Empty when ``stop`` ended it early: a part
     of the examples would be another measure. Raises DgemmaError when there are no examples or a level is out of range.
     """

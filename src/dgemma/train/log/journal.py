@@ -52,18 +52,14 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-def tag_of(kind: str, name: str) -> str:
-    """A value's name where all kinds share one list: ``train/loss``, ``task/exact``."""
-    return name if name.startswith(f"{kind}/") else f"{kind}/{name}"
-
-
 def tagged(kind: str, values: Mapping[str, float]) -> dict[str, float]:
-    """Values by their tags. A sweep's name their number of steps, since all of a sweep are of one training step."""
+    """Values by names that all kinds can share (``train/loss``, ``task/exact``). A sweep's name their number of steps,
+    since all of a sweep are of one training step."""
     if kind == "sweep":
         limit = values.get("max_steps", math.nan)
         return {f"sweep/{name.removeprefix('task/')}/max_steps={limit:g}": value for name, value in values.items()
                 if name != "max_steps"}
-    return {tag_of(kind, name): value for name, value in values.items()}
+    return {f"{kind}/{name.removeprefix(f'{kind}/')}": value for name, value in values.items()}
 
 
 def writers_for(folder: Path, step: int, *, wandb: str | None = None, name: str = "",

@@ -36,8 +36,7 @@ _RECIPE_CHARACTERS = 60_000
 _NOTES = 200
 _TIMES = 5  # of the run at which loss by noise level is shown
 _COSTS = ("steps_per_canvas", "tokens_per_forward", "seconds_per_answer", "failed", "max_steps")
-_WORDS = {"steps_per_canvas": "steps per canvas", "tokens_per_forward": "tokens per forward pass",
-          "seconds_per_answer": "seconds per answer", "failed": "failed requests", "max_steps": "steps at most"}
+_WORDS = {"tokens_per_forward": "tokens per forward pass", "failed": "failed requests", "max_steps": "steps at most"}
 _STEP = Axis("step")
 # Control characters that HTML cannot hold, as their pictures.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}

@@ -6,15 +6,18 @@ Works on parameters and their gradients; knows nothing of losses and data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dgemma.errors import DgemmaError
-from dgemma.train.optim.muon import Muon, is_matrix
 from dgemma.train.recipe import OptimizerSettings
+
+# Coefficients of the quintic that drives all singular values towards 1 (same source).
+_A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def learning_rate_factor(step: int, max_steps: int, settings: OptimizerSettings) -> float:
@@ -44,23 +47,18 @@ class Optimizers:
         matrices = {name for name, p in self.masters.items() if is_matrix(name, p.shape)}
         muon = matrices if settings.kind == "muon" else set()
         self.all: list[torch.optim.Optimizer] = []
-        self._rates: list[float] = []
         if muon:
-            self._add(Muon([self.masters[name] for name in self.masters if name in muon], lr=settings.muon_lr,
-                           weight_decay=settings.weight_decay), settings.muon_lr)
+            self.all.append(Muon([self.masters[name] for name in self.masters if name in muon], lr=settings.muon_lr,
+                                 weight_decay=settings.weight_decay))
         # What is no matrix (norms, scales) is not pulled towards 0; Muon's matrices have that pull, embeddings do not.
         decayed = [p for name, p in self.masters.items() if name in matrices - muon]
         others = [p for name, p in self.masters.items() if name not in matrices]
         groups = [{"params": those, "weight_decay": decay}
                   for those, decay in ((decayed, settings.weight_decay), (others, 0.0)) if those]
         if groups:
-            self._add(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas), settings.lr)
+            self.all.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas))
         self.average = ({name: p.detach().clone() for name, p in self.masters.items()} if settings.ema else {})
         self.steps = 0
-
-    def _add(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        self.all.append(optimizer)
-        self._rates.append(rate)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -74,9 +72,9 @@ class Optimizers:
     def step(self, factor: float) -> None:
         """One step of the masters' gradients with the rates times ``factor``; they are gone afterwards."""
         self.gather()
-        for optimizer, rate in zip(self.all, self._rates, strict=True):
+        for optimizer in self.all:
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = optimizer.defaults["lr"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for name, parameter in self.parameters.items():
@@ -138,3 +136,56 @@ class Optimizers:
                 tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True))
         self.steps = steps
         self._load({name: p.detach() for name, p in self.masters.items()})
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """[N, R, C] -> about U·Vᵀ of each matrix's singular value decomposition, bfloat16."""
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = _A * x + (_B * square + _C * square @ square) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Updates matrices [R, C] and stacks of them [E, R, C] (the fused experts), all of one shape in one batch, which is
+    what makes it cheap for a small model on a CPU; `torch.optim.Muon` takes matrices only.
+
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers": momentum, then the update is replaced by its nearest
+    orthogonal matrix through a Newton-Schulz iteration. ``lr`` is the RMS of an update relative to the weight
+    scale √max(1, R / C), ``weight_decay`` is decoupled."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes[parameter.shape[-2], parameter.shape[-1]].append((parameter, parameter.grad))
+            for (rows, columns), parameters in shapes.items():
+                updates = []
+                for parameter, gradient in parameters:
+                    state = self.state[parameter]
+                    if "momentum" not in state:
+                        state["momentum"] = torch.zeros_like(parameter)
+                    buffer = state["momentum"]
+                    buffer.lerp_(gradient, 1 - group["momentum"])
+                    # Nesterov: look one step ahead along the momentum.
+                    updates.append(gradient.lerp(buffer, group["momentum"]).view(-1, rows, columns))
+                directions = orthogonalise(torch.cat(updates)).float().split([len(update) for update in updates])
+                scale = max(1.0, rows / columns) ** 0.5
+                for (parameter, _), direction in zip(parameters, directions, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is one for Muon: a matrix, or a stack of them, but not the embedding table."""
+    return len(shape) >= 2 and "embed_tokens" not in name

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from dgemma.errors import DgemmaError
 from dgemma.model import parse_device
 from dgemma.nn import DiffusionTransformer, KVCache
 from dgemma.nn.passes import Passes
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
 
@@ -132,16 +135,15 @@ def shard(network: DiffusionTransformer, ranks: Ranks) -> Passes:
     if ranks.world == 1:
         return Passes.of(network)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for block in network.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor, even of 1
+    for module in _sharded(network).values():
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor, even of 1
     for name in ("encode", "denoise"):
         register_fsdp_forward_method(network, name)
     return _in_step(Passes.of(network))
@@ -202,9 +204,7 @@ def gathered(network: DiffusionTransformer) -> Iterator[dict[str, Tensor]]:
     Passes without gradients need nothing of the other ranks then: each evaluates what it likes, and the main process
     may save those tensors (not ``state_dict()``, which shards everything again first). No optimizer may step.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    parts = list(_sharded(network).values())
     if not parts:  # a single process
         yield network.state_dict()
         return
@@ -225,24 +225,25 @@ def gathered(network: DiffusionTransformer) -> Iterator[dict[str, Tensor]]:
 def let_go(network: DiffusionTransformer) -> None:
     """Every rank holds its part of the network only: passes without gradients leave what all of them use gathered,
     and then its parameters are not those that get gradients."""
+    for module in _sharded(network).values():
+        module.reshard()
+
+
+def _sharded(network: DiffusionTransformer) -> dict[str, FSDPModule]:
+    """The modules that `shard` has cut, by name: none in a single process."""
     from torch.distributed.fsdp import FSDPModule
 
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return {name: module for name, module in network.named_modules() if isinstance(module, FSDPModule)}
 
 
 @contextmanager
 def whole(network: DiffusionTransformer, name: str) -> Iterator[None]:
     """The block that holds a parameter is whole on every rank for as long as this is open; no other one is."""
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [module for path, module in network.named_modules()
-             if isinstance(module, FSDPModule) and path and name.startswith(f"{path}.")]
-    part = parts[-1] if parts else network
-    if not isinstance(part, FSDPModule):  # a single process
+    parts = [module for path, module in _sharded(network).items() if not path or name.startswith(f"{path}.")]
+    if not parts:  # a single process
         yield
         return
+    part = parts[-1]
     part.unshard()
     try:
         yield
@@ -289,7 +290,9 @@ def spread(tree: Any, network: DiffusionTransformer, ranks: Ranks) -> Any:
 
     parameter = next(network.parameters())
     assert isinstance(parameter, DTensor)  # the network is sharded
-    sources = iter(_tensors(tree) if ranks.is_main else ())
+    found: list[Tensor] = []
+    _mapped(tree if ranks.is_main else None, found.append)
+    sources = iter(found)
 
     def part(outline: Tensor) -> Tensor:
         device = ranks.device if outline.ndim else torch.device("cpu")  # where optimizers keep single numbers
@@ -312,9 +315,3 @@ def _mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(_mapped(value, change) for value in tree)
     return tree
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _mapped(tree, found.append)
-    return found

@@ -78,7 +78,8 @@ class RunFolder:
     def describe(self, device: torch.device, **facts: Any) -> None:
         """``run.json`` and ``recipe.yaml``, for the report and for people."""
         self.write("run.json", {
-            "name": self._recipe.name, "machine": machine(device),
+            "name": self._recipe.name,
+            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_text(),
             "versions": {"dgemma": __version__, "torch": torch.__version__, "python": platform.python_version()},
             **facts, "peak_bytes": self.memory(device)})
         with atomic_write(self.folder / RECIPE) as beside:
@@ -146,13 +147,6 @@ def _defaults(settings: Any) -> dict[str, Any]:
     """The plain values that a section's settings have where nothing is said."""
     return plain({field.name: field.default for field in dataclasses.fields(settings)
                   if field.default is not dataclasses.MISSING})
-
-
-def machine(device: torch.device) -> str:
-    """The machine in a few words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return processor_text()
 
 
 def plain(value: Any) -> Any:

@@ -31,10 +31,12 @@ from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import attach, install
 from dgemma.train.data import tokenizer as bundled_tokenizer
 from dgemma.train.data.sources import Report, Source, few, source_of
+from dgemma.train.eval.baseline import CausalModel
 from dgemma.train.eval.tasks import Answering
 from dgemma.train.recipe import Recipe, beginning
 from dgemma.weights.adapters import read_adapter, save_adapter
 from dgemma.weights.files import weight_files
+from dgemma.weights.gguf_model import load_gguf_network
 from dgemma.weights.load import load_network
 from dgemma.weights.merge import replace_weights
 from dgemma.weights.names import network_name
@@ -61,8 +63,6 @@ class TrainState:
         parts = (self.network, self.tokenizer, self.generation_config, self.recipe.name)
         if self.recipe.objective.denoising_weight:
             return Model(*parts)
-        from dgemma.train.eval.baseline import CausalModel
-
         return CausalModel(*parts)
 
     def export(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -146,8 +146,6 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device,
         initialise(network, recipe.seed)
         network.to(device, None if recipe.dtype is None else getattr(torch, recipe.dtype))
     elif parts.gguf is not None:
-        from dgemma.weights.gguf_model import load_gguf_network
-
         network = load_gguf_network(parts.gguf, device, progress=progress, keep_packed=True)
     else:
         dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
