@@ -25,7 +25,7 @@ def test_ids_are_taken_as_they_come(model, prompt):
     found = model.prompt_ids(prompt)
     assert found == (IDS if not isinstance(prompt, range) else [2, 3, 4])
     assert all(type(token) is int for token in found)
-    assert model.generate(prompt, seed=1, max_denoising_steps=1).prompt_tokens == 3
+    assert model.generate(prompt, seed=1, max_tokens=9, max_denoising_steps=1).prompt_tokens == 3
 
 
 @pytest.mark.parametrize("prompt", [
@@ -53,7 +53,7 @@ def test_numbers_of_numpy_and_torch_are_numbers_everywhere(model):
                            entropy_bound=np.float64(0.25))
     assert (theirs.seed, theirs.settings, theirs.sampling) == (plain.seed, plain.settings, plain.sampling)
     assert type(theirs.seed) is int and type(theirs.settings.max_tokens) is int
-    first, second = model.generate_batch(["a", "b"], seeds=np.arange(2), max_denoising_steps=1)
+    first, second = model.generate_batch(["a", "b"], seeds=np.arange(2), max_tokens=9, max_denoising_steps=1)
     assert (first.seed, second.seed) == (0, 1)
 
 

@@ -20,6 +20,7 @@ from dgemma.nn.adapters import AdapterConfig, adapter_parameters, attach
 from dgemma.nn.loaded import adapter_bytes
 from dgemma.serve.settings import Settings
 from dgemma.weights.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
+from support.passes import watched
 from support.server_process import serving
 
 PROMPT = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
@@ -200,14 +201,13 @@ def test_running_requests_finish_on_what_they_began_with(server, own, monkeypatc
     before = service.engine.memory.limit
     load(http, "sql")
     size = service.adapters.get("sql").nbytes
-    inside, go_on, denoise = threading.Event(), threading.Event(), own.network.denoise
+    inside, go_on = threading.Event(), threading.Event()
 
-    def held(*arguments):
+    def hold(*_):
         inside.set()
         assert go_on.wait(60)
-        return denoise(*arguments)
 
-    monkeypatch.setattr(own.network, "denoise", held)
+    monkeypatch.setattr(service.engine.runner, "passes", watched(own.network, denoise=hold))
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(chat, http, "sql")
         assert inside.wait(60)

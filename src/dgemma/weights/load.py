@@ -10,7 +10,7 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -278,18 +278,25 @@ def _read(chosen: Mapping[str, StoredTensor], device: torch.device, dtype: torch
                         progress(done, total)
                         continue
                     read[name] = torch.empty(stored.shape, dtype=dtype, device=device)
-                    target, first = read[name].view(-1), 0
-                    for piece in read_pieces(path, stored.offset, stored.nbytes, _PIECE, stored.name):
-                        numbers = torch.frombuffer(piece, dtype=source)
-                        target[first : first + len(numbers)].copy_(numbers)
-                        first += len(numbers)
-                        done += len(piece)
+                    before = done
+                    for filled in _fill(read[name].view(-1), stored):
+                        done = before + filled
                         progress(done, total)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: corrupt safetensors file: {error}") from error
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     return read
+
+
+def _fill(target: Tensor, stored: StoredTensor) -> Iterator[int]:
+    """Fill ``target`` [numel] from a file, converting; yields the bytes read so far. Its buffer goes when it ends."""
+    first = 0
+    for piece in read_pieces(stored.file, stored.offset, stored.nbytes, _PIECE, stored.name):
+        numbers = torch.frombuffer(piece, dtype=DTYPES[stored.dtype])
+        target[first : first + len(numbers)].copy_(numbers)
+        first += len(numbers)
+        yield first * numbers.element_size()
 
 
 class _OnMeta(TorchFunctionMode):
