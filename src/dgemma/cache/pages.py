@@ -106,8 +106,9 @@ class Page:
 
     @cached_property
     def nbytes(self) -> int:
-        """Memory of the tokens, in bytes."""
-        return self.count * sum(memory.token_bytes for memory in self.memories.values())
+        """Memory of the tokens, in bytes; off the CPU that of a whole page, which is taken at once there."""
+        tokens = self.count if self.form.device.type == "cpu" else self.form.size
+        return tokens * sum(memory.token_bytes for memory in self.memories.values())
 
     def has_all(self) -> bool:
         """Whether the sliding layers' keys and values are there, too."""

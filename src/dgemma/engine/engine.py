@@ -165,6 +165,8 @@ class Engine:
 
     def _memory_for(self, tokens: int) -> int:
         config, item = self.network.config, self.network.dtype.itemsize
+        if self.network.device.type != "cpu":  # there a page is memory as soon as it is begun
+            tokens = -(-tokens // self.prefixes.page) * self.prefixes.page
         return (sequence_bytes(config, tokens, self.network.cache_type or item)
                 + working_bytes(config, config.canvas_length, item))
 

@@ -1,4 +1,4 @@
-"""Adapters that take turns on one network: mounting one points the network's modules at its numbers.
+"""Adapters that take turns on one network: activating one points the network's modules at its numbers.
 
 No weight changes and nothing is copied, so a turn costs less than a microsecond a matrix. Works on modules; knows
 nothing of files or requests.
@@ -65,6 +65,6 @@ def loadable(name: str, places: Places, config: AdapterConfig, factors: Mapping[
 
 
 def adapter_bytes(factors: Mapping[str, Factors]) -> int:
-    """The memory of a mounted adapter: its numbers in float32, and DoRA's lengths, which the first pass works out."""
+    """The memory of a loaded adapter: its numbers in float32, and DoRA's lengths, which the first pass works out."""
     return 4 * sum(known.a.numel() + known.b.numel() + (0 if known.magnitude is None else 2 * known.magnitude.numel())
                    for known in factors.values())
