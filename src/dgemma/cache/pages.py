@@ -43,6 +43,11 @@ class PageFormat:
     def __post_init__(self) -> None:
         check_cache_type(self.cache_type)
 
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of layers that there are."""
+        return frozenset(layer.kind for layer in self.config.layers)
+
 
 class _Memory:
     """Keys and values [1, Hkv, size, d] of a page in all layers of one kind, in one piece; made for the first of them.
@@ -53,6 +58,7 @@ class _Memory:
     def __init__(self, form: PageFormat, kind: str):
         self._form, self._kind = form, kind
         self.blocks: dict[int, Block] = {}
+        self.token_bytes = 0  # of a token's keys and values, once there is a block
 
     def block(self, layer: int, like: Tensor) -> Block:
         """The block of a layer, for numbers as ``like``'s."""
@@ -64,13 +70,10 @@ class _Memory:
             with torch.inference_mode(False):  # it may be written to in any mode
                 parts = torch.empty(2 * sum(heads.values()), form.size, width, dtype=like.dtype,
                                     device=form.device).split([count for n in heads.values() for count in (n, n)])
+            self.token_bytes = sum(part[:, 0].nbytes for part in parts)
             sides = iter(part.unsqueeze(0) for part in parts)
             self.blocks = {index: (next(sides), next(sides)) for index in heads}
         return self.blocks[layer]
-
-    @property
-    def token_bytes(self) -> int:
-        return sum(side[0, :, 0].nbytes for block in self.blocks.values() for side in block)
 
     def beginning(self, count: int) -> _Memory:
         other = _Memory(self._form, self._kind)
@@ -101,8 +104,7 @@ class Page:
 
     @classmethod
     def empty(cls, form: PageFormat) -> Page:
-        return cls(form, 0, {kind: _Memory(form, kind) for kind in {layer.kind for layer in form.config.layers}},
-                   _Filled(0))
+        return cls(form, 0, {kind: _Memory(form, kind) for kind in form.kinds}, _Filled(0))
 
     @cached_property
     def nbytes(self) -> int:
@@ -112,7 +114,7 @@ class Page:
 
     def has_all(self) -> bool:
         """Whether the sliding layers' keys and values are there, too."""
-        return len(self.memories) == len({layer.kind for layer in self.form.config.layers})
+        return len(self.memories) == len(self.form.kinds)
 
     def without_sliding(self) -> Page:
         """The same page, its sliding layers' memory let go (itself if there is none)."""
@@ -313,7 +315,7 @@ class _Attention:
         spans = [self._pictures_of(place) for place in places] if self._pictures else None
         visible: dict[str, Visible | None] = {}
         widths: dict[str, int] = {}
-        for kind in {layer.kind for layer in self.config.layers}:
+        for kind in self.sequences[0].form.kinds:
             reaches = [self.sequences[place].reach(kind) for place in places]
             widths[kind] = width = max(reaches)
             context = visibility.behind(lengths, width, self.positions.device) - width

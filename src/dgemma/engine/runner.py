@@ -145,8 +145,22 @@ class Runner:
 
     def _predicted(self, slots: Sequence[Slot], state: StepState, hidden: Tensor) -> CanvasStats:
         """Predictions where some choose for themselves: narrowed ones are not walked through the head."""
-        sound = hidden.isfinite().flatten(1).all(1).tolist()
+        finite = hidden.isfinite().flatten(1).all(1)
+        sound = finite.tolist()
         narrow = [index for index, slot in enumerate(slots) if sound[index] and _narrows(slot)]
+        if not narrow:
+            stats = self.network.head(hidden, state.settings.temperature, state.noise, state.settings.sharpness)
+        else:
+            stats = self._partly_narrowed(slots, state, hidden, narrow)
+        sound = (finite & stats.entropy.isfinite().all(1)).tolist()
+        for index, slot in enumerate(slots):
+            if slot.guide is not None and sound[index]:
+                _guide(self.network, slot, hidden[index], stats, index)
+        return stats
+
+    def _partly_narrowed(self, slots: Sequence[Slot], state: StepState, hidden: Tensor,
+                         narrow: list[int]) -> CanvasStats:
+        """Predictions of rows of which some are narrowed, each by itself; the others go through the head together."""
         plain = [index for index in range(len(slots)) if index not in narrow]
         parts = [_narrowed(self.network, slots[index], hidden[index]) for index in narrow]
         if plain:
@@ -154,12 +168,7 @@ class Runner:
             parts.append(self.network.head(hidden[plain], state.settings.temperature[plain], state.noise[plain],
                                            None if sharpness is None else sharpness[plain]))
         order = torch.tensor([*narrow, *plain], device=hidden.device).argsort()
-        stats = CanvasStats(*(torch.cat([getattr(part, name) for part in parts])[order] for name in _STATS))
-        sound = stats.entropy.isfinite().all(1).tolist()
-        for index, slot in enumerate(slots):
-            if slot.guide is not None and sound[index]:
-                _guide(self.network, slot, hidden[index], stats, index)
-        return stats
+        return CanvasStats(*(torch.cat([getattr(part, name) for part in parts])[order] for name in _STATS))
 
 
 def logprobs_of(network: DiffusionTransformer, slot: Slot, count: int) -> list[TokenLogprob] | None:

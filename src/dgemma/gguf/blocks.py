@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dgemma.gguf.codebooks import DECODERS, half, number_at
+
 
 @dataclass(frozen=True)
 class BlockType:
@@ -85,7 +87,7 @@ def dequantize(data: Tensor, type: BlockType, dtype: torch.dtype = torch.float32
     out = torch.empty(*data.shape[:-1], type.row_width(data.shape[-1]), dtype=dtype, device=data.device)
     blocks, numbers = data.reshape(-1, type.nbytes), out.view(-1, type.block)
     step = max(1, _CHUNK // type.block)
-    decode = _decoder(type.name)
+    decode = _DECODERS[type.name]
     for start in range(0, len(blocks), step):
         numbers[start : start + step] = decode(blocks[start : start + step])
     return out
@@ -125,24 +127,12 @@ def gather_scales(scales: Tensor, minima: Tensor) -> Tensor:
     return torch.cat([low, middle, high], dim=1)
 
 
-def _float(blocks: Tensor, kind: torch.dtype, at: int = 0) -> Tensor:
-    """The number of ``kind`` at byte ``at`` of every block, float32 [n, 1]."""
-    # A clone: a slice of a mapped file may start at an odd address, where no float can be viewed.
-    field = blocks[:, at : at + kind.itemsize].clone(memory_format=torch.contiguous_format)
-    return field.view(kind).float()
-
-
-def half(blocks: Tensor, at: int = 0) -> Tensor:
-    """The float16 at byte ``at`` of every block, float32 [n, 1]."""
-    return _float(blocks, torch.float16, at)
-
-
 def _f32(blocks: Tensor) -> Tensor:
-    return _float(blocks, torch.float32)
+    return number_at(blocks, torch.float32)
 
 
 def _bf16(blocks: Tensor) -> Tensor:
-    return _float(blocks, torch.bfloat16)
+    return number_at(blocks, torch.bfloat16)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
@@ -254,16 +244,8 @@ def _nvfp4(blocks: Tensor) -> Tensor:
     return _scaled(torch.where(scales == 0x7F, 0.0, halves), _table(blocks[:, 4:], FP4_VALUES, 8))
 
 
-def _decoder(name: str) -> Callable[[Tensor], Tensor]:
-    if name in _DECODERS:
-        return _DECODERS[name]
-    from dgemma.gguf.codebooks import DECODERS  # with their codebooks' package, which only few files need
-
-    return DECODERS[name]
-
-
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "F32": _f32, "F16": half, "BF16": _bf16, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
     "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl,
-    "IQ4_XS": _iq4_xs, "TQ1_0": _tq1_0, "TQ2_0": _tq2_0, "MXFP4": _mxfp4, "NVFP4": _nvfp4,
+    "IQ4_XS": _iq4_xs, "TQ1_0": _tq1_0, "TQ2_0": _tq2_0, "MXFP4": _mxfp4, "NVFP4": _nvfp4, **DECODERS,
 }  # uint8 [n, nbytes] -> float32 [n, block]

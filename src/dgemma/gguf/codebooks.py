@@ -24,9 +24,16 @@ GRIDS = {"IQ2_XXS": (256, 8), "IQ2_XS": (512, 8), "IQ2_S": (1024, 8), "IQ3_XXS":
 _DELTA = 0.125  # what IQ1 shifts its numbers by, up or down
 
 
+def number_at(blocks: Tensor, kind: torch.dtype, at: int = 0) -> Tensor:
+    """The number of ``kind`` at byte ``at`` of every block, float32 [n, 1]."""
+    # A clone: a slice of a mapped file may start at an odd address, where no float can be viewed.
+    field = blocks[:, at : at + kind.itemsize].clone(memory_format=torch.contiguous_format)
+    return field.view(kind).float()
+
+
 def half(blocks: Tensor, at: int = 0) -> Tensor:
     """The float16 at byte ``at`` of every block, float32 [n, 1]."""
-    return blocks[:, at : at + 2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+    return number_at(blocks, torch.float16, at)
 
 
 def missing_grid(name: str) -> str:

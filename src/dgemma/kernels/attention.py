@@ -64,11 +64,11 @@ class Visible:
 
         Not on a GPU, which would have to wait for what is seen: there they are all tiles, every one masked.
         """
-        if self.positions.device.type != "cpu":
-            return [replace(tile, masked=True) for tile in _split(widths, queries, step)]
         key = (*widths, queries, step)
         if key not in self._plans:
-            self._plans[key] = self._plan(_split(widths, queries, step))
+            tiles = _split(widths, queries, step)
+            self._plans[key] = self._plan(tiles) if self.positions.device.type == "cpu" else [
+                replace(tile, masked=True) for tile in tiles]
         return self._plans[key]
 
     def _plan(self, tiles: list[Tile]) -> list[Tile]:
