@@ -281,11 +281,11 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     if parts.gguf is not None:
         from dgemma.weights.gguf_model import load_gguf_network
 
-        network = load_gguf_network(parts.gguf, device=target, dtype=dtype, progress=progress)
-        network.cache_type = cache_type or network.cache_type
+        network = load_gguf_network(parts.gguf, device=target, dtype=dtype, progress=progress,
+                                    cache_type=cache_type)
     else:
-        network = load_network(parts.source, parts.config, device=target, dtype=dtype, progress=progress)
-        network.cache_type = cache_type
+        network = load_network(parts.source, parts.config, device=target, dtype=dtype, progress=progress,
+                               cache_type=cache_type)
     if adapter is not None:
         from dgemma.weights.adapters import load_adapter
 

@@ -115,9 +115,9 @@ def config_dict(model: Any, spelling: str = "per_layer_config") -> dict[str, Any
     return data
 
 
-def network_like(model: Any, spelling: str = "per_layer_config") -> DiffusionTransformer:
+def network_like(model: Any, spelling: str = "per_layer_config", cache_type: str | None = None) -> DiffusionTransformer:
     """Our network with the weights of transformers' model."""
-    network = DiffusionTransformer(model_config_from_dict(config_dict(model, spelling)))
+    network = DiffusionTransformer(model_config_from_dict(config_dict(model, spelling)), cache_type)
     tensors = {}
     for name, tensor in model.state_dict().items():
         ours = network_name(name)
@@ -151,9 +151,10 @@ class RoutingMargin:
             hook.remove()
 
 
-def random_network(config: ModelConfig, seed: int = 0, **strengths: float) -> DiffusionTransformer:
+def random_network(config: ModelConfig, seed: int = 0, cache_type: str | None = None,
+                   **strengths: float) -> DiffusionTransformer:
     """Our network alone, randomised."""
-    network = DiffusionTransformer(config).eval().requires_grad_(False)
+    network = DiffusionTransformer(config, cache_type).eval().requires_grad_(False)
     randomise(network, seed, **strengths)
     return network
 

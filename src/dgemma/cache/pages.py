@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -216,16 +216,14 @@ class PagedBatch:
     def batch_size(self) -> int:
         return len(self.sequences) if self.counts is None else 1
 
-    def reading(self, width: int, lengths: Sequence[int] | None, spans: Spans | None,
-                recomputed: bool) -> Iterator[tuple[slice, _Reading]]:
+    def reading(self, width: int, lengths: Sequence[int] | None,
+                spans: Spans | None) -> Iterator[tuple[slice, _Reading]]:
         """One causal pass over all tokens. Until it is finished the sequences are as they were."""
         if self.counts is None or lengths is not None or sum(self.counts) != width:
             raise ValueError(f"{self.counts} tokens are to be read, got {width}")
-        if recomputed:
-            raise ValueError("pages keep no gradients: train with network.new_cache()")
         yield slice(0, width), _Reading(self, self.counts, spans)
 
-    def denoising(self, width: int, recomputed: bool) -> _Attention:
+    def denoising(self, width: int) -> _Attention:
         """A pass over the canvases."""
         return _Attention(self.sequences, [width] * len(self.sequences), self.small)
 
@@ -245,6 +243,8 @@ class _Group:
 
 class _Attention:
     """A pass over ``counts[i]`` tokens of each sequence; the queries are one row of them all, or a row of each."""
+
+    checkpointed: Collection[int] = ()  # there are no gradients
 
     def __init__(self, sequences: Sequence[Paged], counts: Sequence[int], small: int, causal: bool = False,
                  spans: Spans | None = None):

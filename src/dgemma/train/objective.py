@@ -142,11 +142,12 @@ def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective
 def read(network: DiffusionTransformer, batch: Batch, passes: Passes) -> tuple[Tensor, KVCache]:
     """Every row of the context read once -> its hidden states [R, T, D] and a cache of R rows."""
     if batch.owners is None:
-        cache = network.new_cache(len(batch.context))
+        cache = network.new_cache(len(batch.context), checkpointed=passes.checkpointed)
         return passes.encode(batch.context, cache, batch.lengths), cache
     whole = [batch.before[index] for index in batch.last]
     cache = network.new_cache(len(whole), max(whole[row] - before for row, before in
-                                              zip(batch.rows, batch.before, strict=True)))
+                                              zip(batch.rows, batch.before, strict=True)),
+                              checkpointed=passes.checkpointed)
     return passes.encode(batch.context, cache, whole), cache
 
 

@@ -155,7 +155,7 @@ class Trainer:
         whole_on = ranks.device if ranks.world == 1 or parts.gguf is not None else torch.device("cpu")
         self.state = begin(recipe, parts, whole_on, lambda done, total: self._tell(events.Loading(done, total)))
         self.network = self.state.network
-        self.passes = shard(self.network, ranks)
+        self.passes = shard(self.network, ranks, recipe.checkpointing)
         self._check()
         self.optimizers = Optimizers(self.network, recipe.optimizer)
         self.stepper = Stepper(recipe, self.network, self.passes, self.source, self.optimizers, ranks, self.max_steps)

@@ -155,7 +155,6 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device,
         attach(network, recipe.adapter, recipe.seed)
     else:
         _train_everything(state)
-    network.checkpointing = recipe.checkpointing
     network.train()
     return state
 
