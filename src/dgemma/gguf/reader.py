@@ -9,7 +9,6 @@ outwards, block type, offset); padding; the tensors' data, each at a multiple of
 
 from __future__ import annotations
 
-import math
 import mmap
 import struct
 import sys
@@ -261,7 +260,7 @@ def _parse(reader: _Reader) -> GGUFFile:
             if shape[-1] % kind.block:
                 raise reader.corrupt(f"rows of {shape[-1]} numbers are no whole number of {kind.name} blocks of "
                                      f"{kind.block}")
-            nbytes = math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
+            nbytes = kind.tensor_bytes(shape)
         type_name = kind.name if kind else _OTHER_TYPES.get(code, f"type {code}")
         tensors[name] = GGUFTensor(name, kind, type_name, shape, path, start + offset, nbytes)
     _check_apart(reader, tensors)

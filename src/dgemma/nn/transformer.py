@@ -89,7 +89,7 @@ class DiffusionTransformer(nn.Module):
         return self.norm(self._layers(x, cache.denoising(width), encoding=False))
 
     def _layers(self, x: Tensor, run: Pass, encoding: bool) -> Tensor:
-        """Every layer over x [B, T, D]; of checkpointed ones the input is kept and the rest made again for gradients."""
+        """Every layer over x [B, T, D]; checkpointed ones keep their input only and run again for gradients."""
         ropes = self._ropes(run.positions)
         for index, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             arguments = (x, ropes[layer.kind], partial(run.attend, index), encoding)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from dgemma.diffusion.sampler import accept, renoise, token_entropy
 from dgemma.nn import CanvasStats, DiffusionTransformer, KVCache
-from dgemma.nn.head import vocab_tiles
+from dgemma.nn.head import fits_whole, vocab_tiles
 from dgemma.nn.passes import Passes
 from dgemma.train.batch import Batch
-from dgemma.train.losses import chunked_cross_entropy, cross_entropy, fits_whole
+from dgemma.train.losses import chunked_cross_entropy, cross_entropy
 from dgemma.train.noise import WHOLE_VOCAB, Noise, corrupt
 
 PREDICTIONS = ("denoiser", "leave_one_out")

@@ -143,8 +143,8 @@ def load_gguf_network(model: GGUFModel, device: torch.device | str = "cpu", dtyp
     activations are float32 then, and so is everything that is not a matrix. ``dtype`` means nothing there: it is for
     files without packed matrices, where None is the embedding's, and for other devices, where everything is unpacked
     into it, tensor by tensor (None is bfloat16 if anything was packed); unless they are to ``keep_packed``, for
-    training an adapter, where memory counts more than speed. ``cache_type`` is the network's; None is "bf16" if matrices
-    stay packed. ``progress(done, total)`` counts bytes of the file.
+    training an adapter, where memory counts more than speed. ``cache_type`` is the network's; None is "bf16" if
+    matrices stay packed. ``progress(done, total)`` counts bytes of the file.
     Raises CheckpointError with everything that is wrong, ValueError for a ``dtype`` other than float32, bfloat16 and
     float16.
     """

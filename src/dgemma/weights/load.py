@@ -73,9 +73,9 @@ def load_network(folder: Path, config: ModelConfig, device: torch.device | str =
 
     ``dtype`` None means the stored one (that of config.json, else that of the embedding). On the CPU, tensors that
     are stored in that dtype stay in the memory-mapped file (privately: writing to them leaves the file alone), the
-    others are converted piece by piece, so memory stays within the size of the weights. ``cache_type`` is the network's.
-    ``progress(done, total)`` is told the bytes read of the file, from (0, total) to (total, total). A warning tells of
-    weights in the folder that do not count.
+    others are converted piece by piece, so memory stays within the size of the weights. ``cache_type`` is the
+    network's. ``progress(done, total)`` is told the bytes read of the file, from (0, total) to (total, total). A
+    warning tells of weights in the folder that do not count.
     Raises CheckpointError, with everything that is wrong, when files or tensors are missing, damaged or do not fit
     ``config``; ValueError for a ``dtype`` other than float32, bfloat16 and float16.
     """
