@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dgemma.chat.call_readers import Guesser, NoCallError, OpenError, Repairer, Weigher
+from dgemma.chat.call_repairer import NoCallError, OpenError, Repairer
+from dgemma.chat.call_strings import Guesser, Weigher
 from dgemma.chat.tools import CLOSE, MAX_DEPTH, NAME, Called, Reading, Tool, Tools, tools_of, well_formed
 
 _BETWEEN = re.compile(rf"(?:[\s,;]|{re.escape(CLOSE)}|<channel\|>)*")  # what may stand between two calls
