@@ -65,6 +65,10 @@ class Repairer(Notation):
         self._tool: Tool | None = None
         self._named = ""  # the parameter whose value is read
 
+    def leave_open(self) -> None:
+        """Know of a bracket that is open to the end."""
+        self.incomplete = True
+
     def call(self, at: int, tools: Tools, marked: bool = True) -> tuple[str, dict[str, Any], int]:
         """A call that stands at a position: its name, its arguments, and the position behind it."""
         wrapped = _PRINT.match(self.text, at) if "print" not in tools else None

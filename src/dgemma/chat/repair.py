@@ -147,7 +147,8 @@ def _calls(reader: Repairer, tools: Tools, marked: bool) -> list[Called]:
             listed, at = False, at + 1
     if not calls:
         raise ValueError("no call")
-    reader.incomplete = reader.incomplete or listed
+    if listed:
+        reader.leave_open()
     return [Called(name, arguments, healed=True) for name, arguments in calls]
 
 
