@@ -28,7 +28,8 @@ from torch import nn
 
 from dgemma import seeds
 from dgemma.cache.pages import Paged, PagedBatch, PageFormat
-from dgemma.config import FULL, GenerationConfig
+from dgemma.cache.visibility import reach
+from dgemma.config import GenerationConfig
 from dgemma.diffusion.sampler import EntropyBoundSampler, StepSettings
 from dgemma.engine.engine import PIECE
 from dgemma.kernels import PackedWeight, mix_rows, native
@@ -128,7 +129,7 @@ def work(network: DiffusionTransformer, canvas: int, context: int = 0) -> dict[s
                            block.self_attn.o_proj):
             if projection is not None:
                 add("attention", projection.weight, canvas)
-        seen = context if layer.kind == FULL else min(context, config.sliding_window - 1)
+        seen = reach(config, layer.kind, context)
         parts["attention"][0] += 4.0 * seen * layer.num_key_value_heads * layer.head_dim
         parts["attention"][1] += 4.0 * canvas * (seen + canvas) * config.num_attention_heads * layer.head_dim
         for projection in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):

@@ -117,7 +117,7 @@ class KVCache:
         positions, keep = {}, {}
         for kind, cached in self.positions.items():
             both = torch.cat([cached, new], dim=1)
-            room = _room(self.config, kind, lengths, self.spare)
+            room = visibility.reach(self.config, kind, max(lengths), self.spare)
             if padded:  # sort every row's columns by position, empty ones first, and keep the last
                 keep[kind] = both.argsort(dim=1, stable=True)[:, both.shape[1] - room :]
             else:  # they are sorted: the cached ones always, and the new ones follow on them
@@ -167,7 +167,8 @@ class KVCache:
             left = positions[chosen]
             left = torch.where(left < limits, left, -1)
             # As `begin` does it: a row's columns by position, empty ones first.
-            keep[kind] = left.argsort(dim=1, stable=True)[:, left.shape[1] - _room(self.config, kind, lengths) :]
+            room = visibility.reach(self.config, kind, max(lengths))
+            keep[kind] = left.argsort(dim=1, stable=True)[:, left.shape[1] - room :]
             other.positions[kind] = left.gather(1, keep[kind])
         for index, (blocks, layer) in enumerate(zip(self._blocks, self.config.layers, strict=True)):
             if blocks:
@@ -251,11 +252,6 @@ def token_bytes(head_dim: int, cache_type: str | int) -> int:
 def _map(block: Block, change) -> Block:
     key, value = block
     return change(key), change(value)
-
-
-def _room(config: ModelConfig, kind: str, lengths: Sequence[int], spare: int = 0) -> int:
-    """The columns that a layer of this kind keeps of rows of these lengths."""
-    return max(lengths) if kind == FULL else min(max(lengths), config.sliding_window - 1 + spare)
 
 
 def _columns(block: Block, keep: Tensor) -> Block:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dgemma.chat.tools import CLOSE, MAX_DEPTH, NUMBER, QUOTE, Notation, Tool, Tools, names_at
 
-_PRIVATE = "\ue000-\uf8fe"
-KEY = re.compile(rf"[^\s{{}}\[\](),:;=<>\"'`{_PRIVATE}]+")
+BARE_KEY = re.compile(r"[^\s{}\[\](),:;=<>\"'`\ue000-\uf8fe]+")
 _PREFIX = re.compile(r"call\s*:\s*")
 # What Gemma's family writes around a call in Python, and what other makers' models put before a tool's name.
 _PRINT = re.compile(r"print\s*\(\s*")
@@ -48,6 +47,7 @@ class Repairer(Notation):
     """
 
     words = {**Notation.words, "None": None, "True": True, "False": False}  # noqa: RUF012
+    colons = (":", "=")
     left_over = _LEFT_OVER
 
     def __init__(self, text: str, closed: bool):
@@ -156,20 +156,19 @@ class Repairer(Notation):
             key, end = self.key(at)
         except ValueError:
             return None
-        return (key, end) if self.text.startswith((":", "="), end) else None
+        return (key, end) if self.text.startswith(self.colons, end) else None
 
     def mapping(self, at: int, depth: int) -> tuple[dict[str, Any], int]:
-        outer, self._listing = self._listing, False
-        self._level += 1
-        found = super().mapping(at, depth)
-        self._level -= 1
-        self._listing = outer
-        return found
+        return self._within(super().mapping, at, depth, listing=False)
 
     def items(self, at: int, depth: int) -> tuple[list[Any], int]:
-        outer, self._listing = self._listing, True
+        return self._within(super().items, at, depth, listing=True)
+
+    def _within(self, read: Callable[[int, int], tuple[Any, int]], at: int, depth: int,
+                listing: bool) -> tuple[Any, int]:
+        outer, self._listing = self._listing, listing
         self._level += 1
-        found = super().items(at, depth)
+        found = read(at, depth)
         self._level -= 1
         self._listing = outer
         return found
@@ -192,16 +191,9 @@ class Repairer(Notation):
             if end is None:
                 raise OpenError("a key without end")
             return self._content(start, end, sign), self.skip(end + len(sign))
-        if bare := KEY.match(self.text, at):
+        if bare := BARE_KEY.match(self.text, at):
             return bare.group(), self.skip(bare.end())
         raise ValueError("no key")
-
-    def declared_key(self, at: int) -> tuple[str, int] | None:
-        for name in self.parameters:
-            if name and self.text.startswith(name, at) and self.text.startswith(
-                    (":", "="), end := self.skip(at + len(name))):
-                return name, end
-        return None
 
     def colon(self, at: int, depth: int) -> int:
         return self.sign(at, "=" if self.text.startswith("=", at) else ":", depth)
@@ -303,8 +295,8 @@ class Repairer(Notation):
 
     def _names_next(self, at: int) -> bool:
         """Whether a key without quotes and its colon stand there."""
-        key = KEY.match(self.text, at)
-        return bool(key) and self.text.startswith((":", "="), self.skip(key.end()))
+        key = BARE_KEY.match(self.text, at)
+        return bool(key) and self.text.startswith(self.colons, self.skip(key.end()))
 
     def _ends(self, at: int) -> bool:
         """Whether a value may end before this position."""
@@ -355,7 +347,7 @@ def _fits(value: Any, types: frozenset[str] | None) -> bool:
 
 
 def _word(text: str, at: int) -> str:
-    word = KEY.match(text, at)
+    word = BARE_KEY.match(text, at)
     return word.group() if word else ""
 
 

@@ -8,18 +8,18 @@ hold such signs, and commas may be missing; every way to read it all is tried, a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from dgemma.chat.call_repairer import KEY, OpenError, Repairer, unescaped
+from dgemma.chat.call_repairer import BARE_KEY, OpenError, Repairer, unescaped
 from dgemma.chat.tools import QUOTE
 
 _ANY_LEFT_OVER = re.compile(Repairer.left_over.pattern + rf"(?:{re.escape(QUOTE)}|[\"'])?\s*")
 _QUOTES = re.compile(re.escape(QUOTE) + r"""|["']""")
 _TO_NEXT = re.compile(r",\s*(?:[^\s{}\[\],:<>]+\s*:\s*)?")  # what stands between a value and the next one
 _TO_NEXT_ARGUMENT = re.compile(r"[\s}\])]*,\s*")
-_PLAIN_ARGUMENT = re.compile(KEY.pattern + rf"""["']?\s*:\s*(?:{re.escape(QUOTE)}|["'{{\[\d]|null|true|false)""")
+_PLAIN_ARGUMENT = re.compile(BARE_KEY.pattern + rf"""["']?\s*:\s*(?:{re.escape(QUOTE)}|["'{{\[\d]|null|true|false)""")
 
 
 class Weigher(Repairer):
@@ -86,12 +86,9 @@ class Weigher(Repairer):
         content = self.text[start:end].replace(QUOTE, '"')
         return content if sign == QUOTE else unescaped(content)
 
-    def mapping(self, at: int, depth: int) -> tuple[dict[str, Any], int]:
-        found, self._quoted_at = super().mapping(at, depth)
-        return found, self._quoted_at
-
-    def items(self, at: int, depth: int) -> tuple[list[Any], int]:
-        found, self._quoted_at = super().items(at, depth)
+    def _within(self, read: Callable[[int, int], tuple[Any, int]], at: int, depth: int,
+                listing: bool) -> tuple[Any, int]:
+        found, self._quoted_at = super()._within(read, at, depth, listing)
         return found, self._quoted_at
 
     def comma(self, at: int, depth: int) -> int:
@@ -106,7 +103,7 @@ class Weigher(Repairer):
         if self.opens_string(at):
             start, sign = self._opening(at)
             end = next(self._signs(start, sign), None)
-            return end is not None and self.text.startswith((":", "="), self.skip(end + len(sign)))
+            return end is not None and self.text.startswith(self.colons, self.skip(end + len(sign)))
         return self._names_next(at)
 
     def _declared_next(self, at: int) -> bool:
@@ -114,7 +111,7 @@ class Weigher(Repairer):
         start, sign = self._opening(at) if self.opens_string(at) else (at, "")
         for name in self.parameters:
             if self.text.startswith(name + sign, start) and self.text.startswith(
-                    (":", "="), self.skip(start + len(name + sign))):
+                    self.colons, self.skip(start + len(name + sign))):
                 return True
         return _PLAIN_ARGUMENT.match(self.text, start) is not None
 

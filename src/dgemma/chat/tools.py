@@ -144,6 +144,7 @@ class Notation:
     """
 
     words: dict[str, Any] = {"null": None, "true": True, "false": False}  # noqa: RUF012  (never changed)
+    colons: tuple[str, ...] = (":",)  # what may stand between a key and its value
 
     def __init__(self, text: str, parameters: tuple[str, ...] = (), repeats: bool = False):
         self.text, self.parameters, self.repeats = text, parameters, repeats
@@ -192,7 +193,8 @@ class Notation:
     def declared_key(self, at: int) -> tuple[str, int] | None:
         """A declared parameter's name that stands there before a colon: it may hold blanks and signs."""
         for name in self.parameters:
-            if self.text.startswith(name, at) and name and self.text.startswith(":", end := self.skip(at + len(name))):
+            if name and self.text.startswith(name, at) and self.text.startswith(
+                    self.colons, end := self.skip(at + len(name))):
                 return name, end
         return None
 

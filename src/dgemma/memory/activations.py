@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dgemma.cache.store import READ_AT_ONCE
+from dgemma.cache.visibility import reach
 from dgemma.config import ModelConfig
 from dgemma.kernels.experts import DENSE_EXPERTS, ROW_BLOCK
 from dgemma.kernels.products import PIECE
-from dgemma.memory.inference import cached_tokens, kv_cache_bytes
+from dgemma.memory.inference import kv_cache_bytes
 from dgemma.nn.head import fits_whole, tile_width
 
 WIDE = 4  # bytes of a float32: norms, routing, sums over experts and adapters work in it
@@ -89,7 +90,7 @@ def kept_by_block(step: Step, index: int, part: Pass) -> dict[str, int]:
     config, layer = step.config, step.config.layers[index]
     rows = step.batch * part.tokens
     hidden, inner = rows * config.hidden_size, rows * config.intermediate_size
-    columns = cached_tokens(config, layer, part.seen) + part.tokens
+    columns = reach(config, layer.kind, part.seen) + part.tokens
     queries = rows * config.num_attention_heads * layer.head_dim
     keys = rows * layer.num_key_value_heads * layer.head_dim
 
@@ -132,7 +133,7 @@ def block_working(step: Step, index: int, part: Pass) -> int:
     """The most that the backward pass through one block holds beside what was kept: gradients on their way."""
     config, layer = step.config, step.config.layers[index]
     rows = step.batch * part.tokens
-    columns = cached_tokens(config, layer, part.seen) + part.tokens
+    columns = reach(config, layer.kind, part.seen) + part.tokens
     scores = rows * columns * config.num_attention_heads * (0 if step.fused else step.attention)
     routed = rows * config.top_k_experts * config.hidden_size * WIDE
     if _is_dense(config):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dgemma.cache.pages import PAGE
 from dgemma.cache.store import READ_AT_ONCE, token_bytes
-from dgemma.config import FULL, LayerConfig, ModelConfig
+from dgemma.cache.visibility import reach
+from dgemma.config import ModelConfig
 from dgemma.kernels.attention import COLUMNS, SCORES
 from dgemma.kernels.experts import DENSE_EXPERTS
 from dgemma.memory.machine import available_memory
@@ -81,15 +82,10 @@ def sequence_bytes(config: ModelConfig, tokens: int, cache_type: str | int) -> i
     return sum(layers) + max(layers)
 
 
-def cached_tokens(config: ModelConfig, layer: LayerConfig, tokens: int, spare: int = 0) -> int:
-    """How many of so many tokens a layer's cache keeps, where a sliding one keeps ``spare`` more than it has to."""
-    return tokens if layer.kind == FULL else min(tokens, config.sliding_window - 1 + spare)
-
-
 def _cache_bytes(config: ModelConfig, tokens: int, cache_type: str | int, spare: int = 0) -> list[int]:
     """Keys and values of one row, layer by layer."""
     return [2 * layer.num_key_value_heads * token_bytes(layer.head_dim, cache_type)
-            * cached_tokens(config, layer, tokens, spare) for layer in config.layers]
+            * reach(config, layer.kind, tokens, spare) for layer in config.layers]
 
 
 def working_bytes(config: ModelConfig, tokens: int, item_size: int) -> int:
