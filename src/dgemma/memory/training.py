@@ -8,7 +8,8 @@ and printing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dgemma.config import ModelConfig
@@ -72,7 +73,7 @@ class TrainingRun:
 
 
 @dataclass(frozen=True)
-class MemoryUse:
+class Use:
     """One use of memory, in bytes."""
 
     name: str
@@ -80,7 +81,7 @@ class MemoryUse:
     reason: str
 
 
-def training_memory(run: TrainingRun) -> tuple[MemoryUse, ...]:
+def training_memory(run: TrainingRun) -> tuple[Use, ...]:
     """The memory of one process (of ``run.ranks``) of a training run, at its widest moment, by what it is for."""
     network = empty_network(run.config)
     shapes = tensor_shapes(network)
@@ -88,24 +89,22 @@ def training_memory(run: TrainingRun) -> tuple[MemoryUse, ...]:
     low_rank = {} if run.adapter is None else _adapter_shapes(network, run.adapter)
     trained = ({name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
                if run.adapter is None else low_rank)
-    numbers = _count(trained)
+    numbers = _count(trained.values())
     uses = _weights(run, shapes, held)
     if run.adapter is None:
-        narrow = _count({name: shape for name, shape in trained.items() if run.weights[name] != "F32"})
+        narrow = _count(shape for name, shape in trained.items() if run.weights[name] != "F32")
         gradients = sum(held[name] for name in trained)
         if narrow:
-            uses.append(MemoryUse("masters", 4 * narrow // run.ranks,
-                                  "float32 of what is trained and held in fewer bits"))
+            uses.append(Use("masters", 4 * narrow // run.ranks, "float32 of what is trained and held in fewer bits"))
     else:
         gradients = 4 * numbers
-        uses.append(MemoryUse("adapters", 4 * numbers // run.ranks, f"{numbers / 1e6:.1f}M numbers, float32"))
-    matrices = {name: shape for name, shape in trained.items() if multiplies(name, shape)}
+        uses.append(Use("adapters", 4 * numbers // run.ranks, f"{numbers / 1e6:.1f}M numbers, float32"))
+    matrices = [shape for name, shape in trained.items() if multiplies(name, shape)]
     moments = 8 * numbers - (4 * _count(matrices) if run.optimizer == "muon" else 0)
-    uses.append(MemoryUse("optimizer state", moments // run.ranks, "AdamW: two float32 moments"
-                          if run.optimizer == "adamw" else "Muon: one float32 moment of matrices, AdamW: two of the "
-                          "rest"))
+    uses.append(Use("optimizer state", moments // run.ranks, "AdamW: two float32 moments" if run.optimizer == "adamw"
+                    else "Muon: one float32 moment of matrices, AdamW: two of the rest"))
     if run.ema:
-        uses.append(MemoryUse("EMA", 4 * numbers // run.ranks, "float32 of what is trained"))
+        uses.append(Use("EMA", 4 * numbers // run.ranks, "float32 of what is trained"))
     first = 0 if run.adapter is not None else held["embed_tokens.weight"] // run.ranks
     if run.accumulation > 1:  # the earlier micro-batches' sums are there from the start, always in float32
         first = 4 * numbers // run.ranks
@@ -125,35 +124,32 @@ def training_memory(run: TrainingRun) -> tuple[MemoryUse, ...]:
     slack = _SLACK * (most.kept + most.cache + most.working)
     return (
         *uses,
-        MemoryUse("gradients", most.gradients, "of what is trained" if most.gradients == gradients else
-                  f"of {gradients / 1e9:.2f} GB, at the widest moment: the others come as activations go"),
-        MemoryUse("activations", most.kept,
-                  f"{inside}, {run.micro_batch} x ({run.context} + {run.config.canvas_length})"),
-        MemoryUse("keys and values", most.cache, "of the contexts, with their gradients"),
-        MemoryUse("working memory", most.working, f"at the widest moment: {most.name}"),
-        MemoryUse("runtime", int(runtime + slack), "libraries, and what the allocator holds besides"),
+        Use("gradients", most.gradients, "of what is trained" if most.gradients == gradients else
+            f"of {gradients / 1e9:.2f} GB, at the widest moment: the others come as activations go"),
+        Use("activations", most.kept, f"{inside}, {run.micro_batch} x ({run.context} + {run.config.canvas_length})"),
+        Use("keys and values", most.cache, "of the contexts, with their gradients"),
+        Use("working memory", most.working, f"at the widest moment: {most.name}"),
+        Use("runtime", int(runtime + slack), "libraries, and what the allocator holds besides"),
     )
 
 
-def _weights(run: TrainingRun, shapes: Mapping[str, Shape], held: Mapping[str, int]) -> list[MemoryUse]:
+def _weights(run: TrainingRun, shapes: Mapping[str, Shape], held: Mapping[str, int]) -> list[Use]:
     """The weights, and what is made of them for a pass."""
     plain = {name: size for name, size in held.items() if run.weights[name] in DTYPES}
     packed = sum(held.values()) - sum(plain.values())
     types = sorted(set(run.weights.values()))
     reason = ", ".join(types) if len(types) > 1 else f"all {types[0]}"
-    uses = [MemoryUse("weights", packed + sum(plain.values()) // run.ranks,
-                      reason + ("; packed ones whole on every device" if run.ranks > 1 and packed else ""))]
+    uses = [Use("weights", packed + sum(plain.values()) // run.ranks,
+                reason + ("; packed ones whole on every device" if run.ranks > 1 and packed else ""))]
     if run.ranks > 1:
-        blocks: dict[str, int] = {}
+        blocks = Counter[str]()
         for name, size in plain.items():
-            block = ".".join(name.split(".")[:2]) if name.startswith("layers.") else ""
-            blocks[block] = blocks.get(block, 0) + size
+            blocks[".".join(name.split(".")[:2]) if name.startswith("layers.") else ""] += size
         gathered = blocks.pop("", 0) + max(blocks.values(), default=0)
-        uses.append(MemoryUse("gathered weights", gathered,
-                              "the embedding's group and one block, whole for their pass"))
+        uses.append(Use("gathered weights", gathered, "the embedding's group and one block, whole for their pass"))
     if run.autocast:
-        cast = _count({name: shape for name, shape in shapes.items() if len(shape) == 2 and multiplies(name, shape)})
-        uses.append(MemoryUse("autocast's copies", 2 * cast, "bf16 of every matrix, until the pass is over"))
+        cast = _count(shape for name, shape in shapes.items() if len(shape) == 2 and multiplies(name, shape))
+        uses.append(Use("autocast's copies", 2 * cast, "bf16 of every matrix, until the pass is over"))
     return uses
 
 
@@ -183,14 +179,14 @@ def _adapter_shapes(network: DiffusionTransformer, adapter: AdapterConfig) -> di
     return found
 
 
-def _count(shapes: Mapping[str, Shape]) -> int:
+def _count(shapes: Iterable[Shape]) -> int:
     """The numbers in tensors of these shapes."""
-    return sum(map(math.prod, shapes.values()))
+    return sum(map(math.prod, shapes))
 
 
-def _largest_group(matrices: Mapping[str, Shape]) -> int:
+def _largest_group(matrices: Iterable[Shape]) -> int:
     """The numbers of all matrices of one shape, which Muon works on together."""
-    groups: dict[Shape, int] = {}
-    for shape in matrices.values():
-        groups[shape[-2:]] = groups.get(shape[-2:], 0) + math.prod(shape)
+    groups = Counter[Shape]()
+    for shape in matrices:
+        groups[shape[-2:]] += math.prod(shape)
     return max(groups.values(), default=0)

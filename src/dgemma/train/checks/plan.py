@@ -18,7 +18,7 @@ from dgemma.config import ModelConfig, load_model_config
 from dgemma.errors import CheckpointError, DgemmaError, describe
 from dgemma.gguf.container import is_gguf
 from dgemma.gguf.keys import gguf_name
-from dgemma.memory.training import MemoryUse, TrainingRun, training_memory
+from dgemma.memory.training import TrainingRun, Use, training_memory
 from dgemma.nn.adapters import AdapterConfig
 from dgemma.train.objective import Objective
 from dgemma.train.recipe import Recipe
@@ -40,7 +40,7 @@ class MemoryPlan:
     """The memory of one process (of ``run.ranks``) of a training run, at its widest moment."""
 
     run: TrainingRun
-    lines: tuple[MemoryUse, ...]
+    lines: tuple[Use, ...]
 
     @classmethod
     def of(cls, run: TrainingRun) -> MemoryPlan:
