@@ -76,7 +76,8 @@ def test_counts_are_of_all_tokens_but_the_stop_token(model, request_):
 
 def test_drafts_are_made_only_when_they_are_wanted(model, request_):
     ids = model.tokenizer.encode("Hi")
-    events = [denoised([*ids, 1, 1], 1), CanvasCommitted(0, 0, ids, 1, 0.1)]
+    read = model.reader(request_).feed(ids)
+    events = [denoised([*ids, 1, 1], 1), CanvasCommitted(0, 0, ids, 1, 0.1, pieces=read)]
     assert not any(isinstance(piece, Draft) for piece in pieces(events, request_, model.tokenizer))
     found = pieces(events, request_, model.tokenizer, drafts_per_second=10)
     assert [type(piece) for piece in found] == [Draft, Text]

@@ -147,7 +147,7 @@ def _calls(reader: Repairer, tools: Tools, marked: bool) -> list[Called]:
     if not calls:
         raise ValueError("no call")
     reader.incomplete = reader.incomplete or listed
-    return [Called(name, arguments, healed=True) for name, arguments in calls]
+    return [Called(name, arguments, repaired=True) for name, arguments in calls]
 
 
 def _calls_of(value: Any, tools: Tools, marked: bool) -> list[tuple[str, dict[str, Any]]]:

@@ -461,12 +461,12 @@ class Engine:
     def _close(self, slot: Slot) -> None:
         """Hand out a finished canvas at once. If another one follows, it is read with the next step's pass."""
         sequence = slot.sequence
+        event = sequence.close_canvas(0 if slot.guide is None else slot.guide.least)
         if self._came_out_empty(slot):
             self.counts.redrawn += 1
             sequence.redraw()
             self._begin_canvas(slot)
             return
-        event = sequence.close_canvas(0 if slot.guide is None else slot.guide.least)
         found = logprobs_of(self.network, slot, len(event.token_ids))
         if found is not None:
             event = replace(event, logprobs=found)
@@ -483,20 +483,16 @@ class Engine:
             self._finish(slot)
 
     def _came_out_empty(self, slot: Slot) -> bool:
-        """Whether the answer would end here, with nothing said, thought or called, and may be drawn once more."""
+        """Whether the answer ends with its first canvas, with nothing said, thought or called, and may be redrawn."""
         sequence = slot.sequence
         request = sequence.request
-        if (not request.redraw_empty or sequence.canvas_index or sequence.redrawn_steps is not None
-                or request.canvas is not None):
+        if sequence.finish_reason is None or sequence.canvas_index > 1 or sequence.redrawn_steps is not None:
+            return False
+        if not request.redraw_empty or request.canvas is not None:
             return False
         if slot.guide is not None and not slot.guide.may_be_empty:
             return False  # its form allows nothing else
-        kept, _, reason = sequence.draft_end()
-        if reason is None:
-            return False
-        reader = self.read(request)
-        reader.feed(kept)
-        answer = reader.finish()
+        answer = sequence.answer
         return not (answer.text.strip() or answer.reasoning or answer.tool_calls)
 
     # Leaving
@@ -546,7 +542,7 @@ class Engine:
 
     def _finished(self, slot: Slot) -> Finished:
         sequence = slot.sequence
-        answer = sequence.reader.finish()
+        answer = sequence.answer
         redrawn = sequence.redrawn_steps or 0
         forwards, reason = sum(sequence.steps) + redrawn, sequence.finish_reason or "stop"
         self.counts.finished += reason != "cancelled"
@@ -557,7 +553,7 @@ class Engine:
             tokens_per_forward=len(sequence.token_ids) / forwards if forwards else 0.0,
             prompt_tokens=len(sequence.request.prompt_ids), seconds=sequence.seconds(), seed=sequence.request.seed,
             stop_token_id=sequence.stop_token_id, cached_tokens=self._told_cached(slot), logprobs=slot.logprobs,
-            redrawn_steps=redrawn))
+            redrawn_steps=redrawn), answer)
 
     def _told_cached(self, slot: Slot) -> int:
         page = self.prefixes.page
