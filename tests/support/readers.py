@@ -19,7 +19,6 @@ def reading(answer, stop=lambda tokens: None):
             return [list(token_ids)]
 
         def finish(self):
-            self.text, self.reasoning, self.tool_calls = answer(self.request, self.tokens[: self.stop_place])
-            return self
+            return Unread(*answer(self.request, self.tokens[: self.stop_place]))
 
     return Reader
