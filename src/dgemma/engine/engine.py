@@ -101,10 +101,6 @@ class Engine:
         return self.scheduler.busy
 
     @property
-    def waiting(self) -> int:
-        return self.scheduler.waiting
-
-    @property
     def running(self) -> int:
         return len(self.scheduler.slots)
 

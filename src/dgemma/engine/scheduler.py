@@ -133,10 +133,6 @@ class Scheduler:
         """Whether any request is running or waiting."""
         return bool(self.slots or self.paused or self._waiting)
 
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting) + len(self.paused)
-
     def sequences(self) -> list[SequenceState]:
         """All there are."""
         return [*(slot.sequence for slot in [*self.slots, *self.paused]), *self._waiting]

@@ -28,13 +28,6 @@ LEAST_LOGPROB = -9999.0  # what OpenAI writes for a token that cannot be: JSON h
 
 
 @dataclass(frozen=True)
-class Reasoning:
-    """A stretch of what the model thinks."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Text:
     """A stretch of what the model says."""
 
@@ -91,11 +84,11 @@ class Done:
     seed: int
 
 
-Delta = Reasoning | Text | ToolCall | Draft | Done
+Delta = Thought | Text | ToolCall | Draft | Done
 
 
 @dataclass
-class Answer:
+class WholeAnswer:
     """An answer's pieces put together."""
 
     done: Done
@@ -119,13 +112,13 @@ class CutAnswerError(Exception):
         super().__init__("the server is stopping and has cut off this answer")
 
 
-def put_together(pieces: Iterable[Delta]) -> Answer:
+def put_together(pieces: Iterable[Delta]) -> WholeAnswer:
     """The whole answer; the pieces are all there are."""
     *pieces, done = pieces
     assert isinstance(done, Done)
-    answer = Answer(done)
+    answer = WholeAnswer(done)
     for piece in pieces:
-        if isinstance(piece, Reasoning):
+        if isinstance(piece, Thought):
             answer.reasoning += piece.text
         elif isinstance(piece, Text):
             answer.text += piece.text
@@ -171,7 +164,7 @@ async def deltas(events: RequestEvents, request: Request, tokenizer: Tokenizer, 
                     used.calls += 1
                     used.repaired_calls += piece.repaired
             elif isinstance(piece, Thought):
-                yield Reasoning(piece.text)
+                yield piece
             else:
                 entries = None if request.logprobs is None else [
                     logprob_entry(tokenizer, entry) for entry in logprobs[piece.tokens[0]:piece.tokens[1]]]
