@@ -14,8 +14,8 @@ from typing import Any
 from dgemma.errors import CheckpointError
 from dgemma.fields import Fields, is_number, is_there, is_whole, read_json, shown
 
+ARCHITECTURE = "diffusion-gemma"  # as GGUF and Ollama spell it
 MODEL_TYPE = "diffusion_gemma"
-ARCHITECTURE = "diffusion-gemma"  # the same, as GGUF and Ollama spell it
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 LARGEST_SIZE = 1 << 19  # of anything but the vocabulary: shapes made of three stay within 64 bits
