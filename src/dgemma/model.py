@@ -15,7 +15,7 @@ import torch
 
 from dgemma.cache import check_cache_type
 from dgemma.chat.messages import normalise_messages, normalise_tools
-from dgemma.chat.reply import AnswerReader, inside_thought
+from dgemma.chat.reply import ReplyReader, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, ModelConfig, load_generation_config, load_model_config
@@ -222,9 +222,9 @@ class Model:
             self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
         return engine.run(requests)
 
-    def reader(self, request: Request) -> AnswerReader:
+    def reader(self, request: Request) -> ReplyReader:
         """What reads a request's answer: its text, reasoning and tool calls, and where a stop string ends it."""
-        return AnswerReader(self.tokenizer, request.prompt_ids, **request.reading)
+        return ReplyReader(self.tokenizer, request.prompt_ids, **request.reading)
 
 
 def _is_ids(prompt: Any) -> bool:

@@ -149,7 +149,7 @@ def _calls(reader: Repairer, tools: Tools, marked: bool) -> list[Called]:
         raise ValueError("no call")
     if listed:
         reader.leave_open()
-    return [Called(name, arguments, healed=True) for name, arguments in calls]
+    return [Called(name, arguments, repaired=True) for name, arguments in calls]
 
 
 def _calls_of(value: Any, tools: Tools, marked: bool) -> list[tuple[str, dict[str, Any]]]:

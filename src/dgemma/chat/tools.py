@@ -32,11 +32,11 @@ _SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class Called:
-    """A whole tool call. ``healed``: it was not well formed."""
+    """A whole tool call. ``repaired``: it was not well formed."""
 
     name: str
     arguments: dict[str, Any]
-    healed: bool = False
+    repaired: bool = False
 
 
 @dataclass(frozen=True)
