@@ -1,6 +1,12 @@
 """What several rooms' tests share; the networks themselves are built in `reference.py`."""
 
+import contextlib
+import errno
+import os
+import shutil
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +32,117 @@ def random_ids():
 
     generator = torch.Generator().manual_seed(7)
     return lambda *shape, vocab=50: torch.randint(vocab, shape, generator=generator)
+
+
+# ---- the machine and the process as a test wants them ----
+
+
+@pytest.fixture
+def working_folder():
+    """A function that goes to a folder for the rest of the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda folder: stack.enter_context(contextlib.chdir(folder))
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """A function that sets environment variables for the rest of the test; None takes one away."""
+
+    def change(**variables):
+        for name, value in variables.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+
+    return change
+
+
+@pytest.fixture
+def free_space(monkeypatch):
+    """A function that leaves so many bytes free on every disk; the list that it returns grows by who is asked about."""
+
+    def leave(free):
+        asked = []
+        usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
+        return asked
+
+    return leave
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A function that lets writing tensors to a file fail half-way, or only where ``when`` says so of its path."""
+    import safetensors.torch
+
+    write = safetensors.torch.save_file
+
+    def fill(when=lambda path: True):
+        def full(tensors, path, metadata=None):
+            if when(str(path)):
+                with open(path, "wb") as file:
+                    file.write(b"half")
+                raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+            write(tensors, path, metadata=metadata)
+
+        monkeypatch.setattr(safetensors.torch, "save_file", full)
+
+    return fill
+
+
+@pytest.fixture
+def not_installed(monkeypatch):
+    """A function that makes a module one that is not installed; what has imported it is forgotten if a ``room`` of the
+    package is named."""
+
+    def hide(name, room=None):
+        monkeypatch.setitem(sys.modules, name, None)
+        for loaded in [loaded for loaded in sys.modules if room and loaded.startswith(f"{room}.")]:
+            monkeypatch.delitem(sys.modules, loaded)
+
+    return hide
+
+
+@pytest.fixture
+def plain_torch(monkeypatch):
+    """A function after which products with packed weights are those of plain torch, without the kernels."""
+
+    def switch():
+        for module in ("products", "experts"):
+            monkeypatch.setattr(f"dgemma.kernels.{module}.on_native", lambda weight: False)
+
+    return switch
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the hub on loopback, which the hub's library asks from now on; its cache is `tmp_path` / "hub"."""
+    from support.hub_server import HubServer, connect, demo_repos
+
+    with HubServer(demo_repos()) as server:
+        connect(monkeypatch, server, tmp_path / "hub")
+        yield server
+
+
+@pytest.fixture
+def without_links(monkeypatch):
+    """As on Windows: what would be a link is the file."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *_, **__: False)
+
+
+@pytest.fixture
+def bundled(tmp_path, monkeypatch):
+    """The folder of two models that come with the package instead of its own, and of a folder that is none."""
+    for name in ("sudoku", "chess"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "config.json").write_text("{}")
+    (tmp_path / "models" / "__pycache__").mkdir()
+    monkeypatch.setattr("dgemma.weights.files.BUNDLED_FOLDER", tmp_path / "models")
+    return tmp_path / "models"

@@ -82,8 +82,8 @@ def test_a_part_that_cannot_run_says_why_and_the_others_go_on(tmp_path, monkeypa
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(full_shape.shutil, "disk_usage", lambda path: full_shape.shutil._ntuple_diskusage(1, 1, 10**9))
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, free_space):
+    free_space(10**9)
     setup = full_shape.Setup(tmp_path, Shape(), "q4_k_m", 1, 1, 0.6, None)
     with pytest.raises(CannotRun, match=r"1\.0 GB free, the file takes 16\.8 GB"):
         full_shape.ensure_file(setup)

@@ -11,14 +11,6 @@ import torch
 from dgemma import openmp
 from dgemma.cli import doctor
 from dgemma.kernels import native
-from support.hub_server import HubServer, connect, demo_repos
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer(demo_repos(1000)) as server:
-        connect(monkeypatch, server, tmp_path / "hub")
-        yield server
 
 
 @pytest.fixture
@@ -48,7 +40,7 @@ def test_all_is_looked_at(examined, hub):
         assert (check["mend"] is None) == (check["state"] == "ok"), check
 
 
-def test_on_a_terminal_and_in_a_pipe(hub, dgemma_command, monkeypatch):
+def test_on_a_terminal_and_in_a_pipe(hub, dgemma_command):
     hub.__exit__()
     piped, seen = dgemma_command("doctor"), dgemma_command("doctor", terminal=True)
     assert piped.code == seen.code == 0

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +14,10 @@ from dgemma.cli.commands import models as models_command
 from dgemma.memory import program_bytes
 from dgemma.weights.files import bundled_path
 from dgemma.weights.hub.cache import LocalModel
-from support.hub_server import COMMIT, HubServer, connect, demo_repos, environment, gguf
+from support.hub_server import COMMIT, HubServer, demo_repos, environment_of, gguf
 
 GGUF = "org/diffuse-GGUF"
 COMMAND = [sys.executable, "-c", "from dgemma.cli.main import main; main()"]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer(demo_repos()) as server:
-        connect(monkeypatch, server, tmp_path / "hub")
-        yield server
 
 
 def test_pull(hub, dgemma_command, tmp_path):
@@ -72,8 +64,8 @@ def test_pull_refused(hub, dgemma_command, arguments, words):
     assert outcome.err.count("\n") == 1
 
 
-def test_pull_on_a_full_disk(hub, dgemma_command, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+def test_pull_on_a_full_disk(hub, dgemma_command, free_space):
+    free_space(1000)
     outcome = dgemma_command("pull", GGUF)
     assert outcome.code == 1
     assert "300.0 kB are needed, 1.0 kB are free" in outcome.err
@@ -94,7 +86,7 @@ def test_ctrl_c_and_going_on_in_processes_of_their_own(tmp_path):
     """As a user would: the hub's address and the cache from the environment, a slow line, Ctrl-C, once more."""
     with HubServer(demo_repos(1_000_000)) as hub:
         hub.switches.chunk, hub.switches.delay = 50_000, 0.2
-        settings = environment(hub, tmp_path / "home")
+        settings = environment_of(hub, tmp_path / "home")
         process = subprocess.Popen([*COMMAND, "pull", GGUF], env=settings, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, start_new_session=True,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
@@ -141,9 +133,9 @@ def test_models(hub, dgemma_command, monkeypatch, tmp_path):
     assert f"{GGUF}:Q4_K_M" in terminal.out
 
 
-def test_models_on_a_narrow_terminal(hub, dgemma_command, monkeypatch):
+def test_models_on_a_narrow_terminal(hub, dgemma_command, environment):
     dgemma_command("pull", GGUF)
-    monkeypatch.setenv("COLUMNS", "50")
+    environment(COLUMNS="50")
     lines = re.sub(r"\x1b\[[\d;]*m", "", dgemma_command("models", terminal=True).out).splitlines()
     at = lines.index(f"{GGUF}:Q4_K_M")
     assert "GGUF, 300.0 kB, needs 592.8 MB, fits: " in lines[at + 1]

@@ -227,8 +227,8 @@ class Terminal:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals differ")
-def test_a_conversation_on_a_terminal(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_conversation_on_a_terminal(checkpoint, tmp_path, working_folder):
+    working_folder(tmp_path)
     options = ("--seed", 3, "--pace", 0.01, "--confidence-threshold", 1e-9, "--stability-threshold", 50)
     with Terminal("chat", "-m", checkpoint, *options) as terminal:
         terminal.expect(">>> ")

@@ -1,6 +1,5 @@
 """`dgemma serve` as a process: starting, stopping, being killed."""
 
-import importlib.util
 import json
 import os
 import re
@@ -142,8 +141,7 @@ def test_help_does_not_load_what_only_the_server_needs():
     assert json.loads(done.stdout.replace("'", '"')) == []
 
 
-def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else find(name))
+def test_without_the_extra_the_command_says_what_to_install(not_installed):
+    not_installed("uvicorn")
     with pytest.raises(DgemmaError, match=r'uvicorn: pip install "dgemma\[serve\]"'):
         CliRunner().invoke(app, ["serve"], catch_exceptions=False)

@@ -268,17 +268,15 @@ def test_shares_are_equally_many_small_enough_and_hold_everything_once(count, wo
     assert all(items[part.start] == part.items[0] for part in real)
 
 
-def test_a_single_process_needs_no_environment(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_a_single_process_needs_no_environment(environment):
+    environment(WORLD_SIZE=None)
     with joined("cpu") as ranks:
         assert (ranks.rank, ranks.world, ranks.is_main) == (0, 1, True)
         assert agreements(ranks)["main"] == "rank 0"
 
 
-def test_half_an_environment_is_an_error(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_half_an_environment_is_an_error(environment):
+    environment(RANK=None, LOCAL_RANK=None, MASTER_ADDR=None, MASTER_PORT=None, WORLD_SIZE="2")
     with pytest.raises(DgemmaError, match="WORLD_SIZE=2 but not RANK.*torchrun"), joined("cpu"):
         pass
 
