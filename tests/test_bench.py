@@ -93,10 +93,9 @@ class TestBesideBusyPrograms:
         psutil.wait_procs([psutil.Process(pid) for pid in map(int, told.split()) if psutil.pid_exists(pid)], timeout=20)
         assert not any(psutil.pid_exists(pid) for pid in map(int, told.split()))
 
-    def test_what_waiting_costs_is_what_the_lost_share_does_not_explain(self, monkeypatch):
+    def test_what_waiting_costs_is_what_the_lost_share_does_not_explain(self):
         seconds, rates = iter([1.0, 4.0, 1.0, 6.0, 2.0, 12.0]), iter([8.0, 4.0, 4.0, 8.0, 3.0, 5.0, 8.0, 4.0, 4.0])
-        monkeypatch.setattr(bench, "_free_rate", lambda threads: next(rates))
-        found = bench.beside_busy_loops(lambda: next(seconds), loops=1)
+        found = bench.beside_busy_loops(lambda: next(seconds), loops=1, free_rate=lambda threads: next(rates))
         assert (found.quiet_seconds, found.busy_seconds) == (1.0, 6.0)
         assert (found.slowdown, found.explained, found.ratio) == (6.0, 2.0, 3.0)
 

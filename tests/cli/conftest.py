@@ -238,18 +238,32 @@ class Stream(io.TextIOWrapper):
 
 
 @pytest.fixture
+def machine_memory(monkeypatch):
+    """A function that lets the commands find so much memory, available and in all."""
+    def have(available, total):
+        for module in ("dgemma.cli.commands.models", "dgemma.cli.doctor", "dgemma.memory"):
+            monkeypatch.setattr(f"{module}.machine_memory", lambda: (available, total))
+
+    return have
+
+
+@pytest.fixture
 def dgemma_command(monkeypatch):
-    """A function that runs the `dgemma` command in this process: arguments, stdin; what comes of it."""
+    """A function that runs the `dgemma` command in this process: arguments, stdin; what comes of it.
+
+    On a ``terminal`` stdout is one; with ``asked`` stdin is one, too.
+    """
     from dgemma.cli.main import main
 
     monkeypatch.setenv("COLUMNS", "120")
 
-    def run(*arguments, stdin: str | bytes = "", terminal: bool = False, encoding: str = "utf-8") -> Outcome:
+    def run(*arguments, stdin: str | bytes = "", terminal: bool = False, asked: bool = False,
+            encoding: str = "utf-8") -> Outcome:
         data = stdin if isinstance(stdin, bytes) else stdin.encode()
-        out, err = Stream(terminal=terminal, encoding=encoding), Stream(encoding=encoding)
+        out, err = Stream(terminal=terminal or asked, encoding=encoding), Stream(encoding=encoding)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["dgemma", *map(str, arguments)])
-            patch.setattr(sys, "stdin", Stream(data))
+            patch.setattr(sys, "stdin", Stream(data, terminal=asked))
             patch.setattr(sys, "stdout", out)
             patch.setattr(sys, "stderr", err)
             code = 0

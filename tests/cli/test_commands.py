@@ -23,6 +23,7 @@ from dgemma.diffusion.trace import TraceWriter, read_trace
 from dgemma.engine import Engine
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
+from support.threads import in_thread
 
 STEERING = "\x1b[2Ja\r\n  日本\x07 \u202eb\n\nc "  # what no terminal should get, and no pipe should lose
 
@@ -403,6 +404,15 @@ SOLVED = "5346789126721953481983425678597614234268537917139248569615372842874196
 def test_training_without_its_extra(dgemma_command, not_installed, missing):
     not_installed(missing, room="dgemma.train")
     refused(dgemma_command("train", "none.yaml"), missing, "pip install 'dgemma[train]'")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["run", "hi", "--max-denoising-steps", "1"], ["run", "hi", "--json", "--max-denoising-steps", "1"], ["models"],
+    ["inspect", "sudoku"], ["chat", "--max-denoising-steps", "1"],
+])
+def test_a_command_runs_in_a_thread(dgemma_command, arguments):
+    outcome = in_thread(lambda: dgemma_command(*arguments, stdin="hi\n"))
+    assert outcome.code == 0 and outcome.out
 
 
 def python(code, **options):

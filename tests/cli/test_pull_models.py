@@ -112,8 +112,8 @@ def test_ctrl_c_and_going_on_in_processes_of_their_own(tmp_path):
         assert path.read_bytes() == hub.repos[GGUF]["diffuse-Q4_K_M.gguf"]
 
 
-def test_models(hub, dgemma_command, monkeypatch, tmp_path):
-    monkeypatch.setattr(models_command, "machine_memory", lambda: (16_000_000_000, 32_000_000_000))
+def test_models(hub, dgemma_command, machine_memory, tmp_path):
+    machine_memory(16_000_000_000, 32_000_000_000)
     empty = dgemma_command("models")
     assert empty.code == 0
     assert empty.out.splitlines()[0].split() == ["model", "kind", "size", "needs", "fits"]
@@ -141,8 +141,8 @@ def test_models_on_a_narrow_terminal(hub, dgemma_command, environment):
     assert "GGUF, 300.0 kB, needs 592.8 MB, fits: " in lines[at + 1]
 
 
-def test_models_as_json(hub, dgemma_command, monkeypatch):
-    monkeypatch.setattr(models_command, "machine_memory", lambda: (400_000_000, 32_000_000_000))
+def test_models_as_json(hub, dgemma_command, machine_memory):
+    machine_memory(400_000_000, 32_000_000_000)
     dgemma_command("pull", GGUF)
     found = json.loads(dgemma_command("models", "--json").out)
     assert (found["memory_available"], found["memory_total"]) == (400_000_000, 32_000_000_000)
@@ -194,13 +194,10 @@ def test_remove_says_what_is_left_where_it_is(hub, dgemma_command):
 
 
 @pytest.mark.parametrize(("answer", "left"), [("y", 1), ("n", 2), ("", 2)])
-def test_remove_asks(hub, dgemma_command, monkeypatch, answer, left):
+def test_remove_asks(hub, dgemma_command, answer, left):
     dgemma_command("pull", GGUF)
-    asked = []
-    monkeypatch.setattr(models_command, "_can_ask", lambda: True)
-    monkeypatch.setattr(models_command.typer, "confirm", lambda text: bool(asked.append(text)) or answer == "y")
-    outcome = dgemma_command("models", "remove", f"{GGUF}:Q4_K_M")
-    assert asked == [f"Delete {GGUF}:Q4_K_M (300.0 kB) from this machine?"]
+    outcome = dgemma_command("models", "remove", f"{GGUF}:Q4_K_M", stdin=f"{answer}\n", asked=True)
+    assert f"Delete {GGUF}:Q4_K_M (300.0 kB) from this machine?" in outcome.out
     assert outcome.code == (0 if answer == "y" else 1)
     assert len(json.loads(dgemma_command("models", "--json").out)["models"]) == left
 

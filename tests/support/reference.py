@@ -151,9 +151,10 @@ class RoutingMargin:
             hook.remove()
 
 
-def random_network(config: ModelConfig, seed: int = 0, **strengths: float) -> DiffusionTransformer:
-    """Our network alone, randomised."""
-    network = DiffusionTransformer(config).eval().requires_grad_(False)
+def random_network(config: ModelConfig, seed: int = 0, kind: type[DiffusionTransformer] = DiffusionTransformer,
+                   **strengths: float) -> DiffusionTransformer:
+    """Our network alone, randomised; of a ``kind`` that may do something else than ours."""
+    network = kind(config).eval().requires_grad_(False)
     randomise(network, seed, **strengths)
     return network
 
