@@ -40,17 +40,18 @@ class ScriptedService:
     """A `Backend` that answers every request with the next of ``answers``, the last one again and again.
 
     An answer is a string (control tokens as they are spelt), a list of them, one per canvas, or an exception:
-    `Overloaded` is raised, any other makes the request fail. ``requests`` are those that came, ``closed`` counts
+    `Overloaded` is raised, any other makes the request fail. A request is admitted after ``admission`` seconds, and
+    every canvas takes ``seconds``. ``requests`` are those that came, ``closed`` counts
     those whose caller went away before the end.
     """
 
     healthy = True
 
     def __init__(self, model: Model, *answers: str | Sequence[str] | Exception, finish: FinishReason = "stop",
-                 seconds: float = 0, cached_tokens: int = 0):
+                 seconds: float = 0, admission: float = 0, cached_tokens: int = 0):
         self.model, self.answers = model, answers
         self.finish: FinishReason = finish
-        self.seconds, self.cached_tokens = seconds, cached_tokens
+        self.seconds, self.admission, self.cached_tokens = seconds, admission, cached_tokens
         self.requests: list[Request] = []
         self.closed = 0
         self.adapters = AdapterRegistry(model.network)
@@ -71,6 +72,7 @@ class ScriptedService:
     async def admit(self, request: Request) -> RequestEvents:
         answer = self.answers[min(len(self.requests), len(self.answers) - 1)]
         self.requests.append(request)
+        await asyncio.sleep(self.admission)
         if isinstance(answer, Overloaded):
             raise answer
         return Answering(self, self._events(request, answer))
