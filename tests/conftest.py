@@ -146,3 +146,33 @@ def bundled(tmp_path, monkeypatch):
     (tmp_path / "models" / "__pycache__").mkdir()
     monkeypatch.setattr("dgemma.weights.files.BUNDLED_FOLDER", tmp_path / "models")
     return tmp_path / "models"
+
+
+@pytest.fixture
+def dgemma_command(monkeypatch):
+    """A function that runs the `dgemma` command in this process: arguments, stdin; what comes of it.
+
+    On a ``terminal`` stdout is one; with ``asked`` stdin is one, too.
+    """
+    from dgemma.cli.main import main
+    from support.command import Outcome, Stream
+
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments, stdin: str | bytes = "", terminal: bool = False, asked: bool = False,
+            encoding: str = "utf-8"):
+        data = stdin if isinstance(stdin, bytes) else stdin.encode()
+        out, err = Stream(terminal=terminal or asked, encoding=encoding), Stream(encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["dgemma", *map(str, arguments)])
+            patch.setattr(sys, "stdin", Stream(data, terminal=asked))
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            code = 0
+            try:
+                main()
+            except SystemExit as error:
+                code = error.code or 0
+        return Outcome(code, out.text(), err.text())
+
+    return run
