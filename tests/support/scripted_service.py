@@ -123,7 +123,24 @@ def served(app: Any, **options: Any) -> Iterator[str]:
     """The app behind a real server on a free port; its URL."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", **options))
+    class Server(uvicorn.Server):
+        """Ends when it is told to and its requests are over: uvicorn looks for both ten times a second."""
+
+        async def main_loop(self) -> None:
+            self.loop, self.told = asyncio.get_running_loop(), asyncio.Event()
+            await self.on_tick(0)
+            await self.told.wait()
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            for listener in self.servers:
+                listener.close()
+            state = self.server_state
+            for connection in list(state.connections):
+                connection.shutdown()
+            while state.connections or state.tasks:
+                await asyncio.sleep(0.002)
+
+    server = Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 10
@@ -135,4 +152,5 @@ def served(app: Any, **options: Any) -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.should_exit = True
+        server.loop.call_soon_threadsafe(server.told.set)
         thread.join(10)
