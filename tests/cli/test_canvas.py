@@ -50,8 +50,8 @@ def play(events, piece_of, screen, console):
     screen.feed(console.file.getvalue()[read:])
 
 
-def show_all(events, piece_of, console, **options):
-    with LiveCanvas(console, piece_of, **options) as live:
+def show_all(events, piece_of, console):
+    with LiveCanvas(console, piece_of) as live:
         for event in events:
             live.show(event)
 
@@ -139,17 +139,6 @@ def test_frames_are_throttled_but_the_last_step_is_drawn(fake, monkeypatch):
     drawn = [int(step) for step in re.findall(r"step (\d+)/", re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue()))]
     assert drawn[-1] == 40
     assert 9 <= len(drawn) <= 13
-
-
-def test_slow_motion_shows_every_step(fake, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(canvas_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(canvas_module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    made = fake(SUDOKU, words=False, canvas=96, steps=10)
-    console = terminal()
-    show_all(made.events(), made.piece_of, console, min_frame_seconds=0.5)
-    assert len(re.findall(r"step \d+/", console.file.getvalue())) == 11
-    assert now[0] == pytest.approx(0.5 * 11)
 
 
 def test_plain_terminals(fake):
