@@ -184,11 +184,9 @@ class _Compiler:
             return (self._object if shape.kind == "object" else self._array)(shape, where)
         plain = replace(shape, level=OPEN, seen=Seen())
         if plain not in self._plain:
-            self._plain[plain] = (self._string if shape.kind == "string" else self._number)(plain, where)
+            self._plain[plain] = self.notation.string(self._text(plain, where)) if shape.kind == "string" \
+                else self._number(plain, where)
         return self._plain[plain]
-
-    def _string(self, shape: Shape, where: str) -> Node:
-        return self.notation.string(self._text(shape, where))
 
     def _text(self, shape: Shape, where: str) -> Node:
         """What stands in a string."""
