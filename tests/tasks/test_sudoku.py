@@ -178,7 +178,7 @@ def source() -> sudoku.PuzzleSource:
 
 
 def test_source_samples_unique_puzzles_in_range(source: sudoku.PuzzleSource) -> None:
-    puzzles, solutions = source.sample(400, (26, 45))
+    puzzles, solutions = source.sample(400, (26, 45), np.random.default_rng(0))
     number = (puzzles > 0).sum(axis=1)
     assert set(number.tolist()) == set(range(26, 46))
     found, counts = sudoku.solve(puzzles)
@@ -187,17 +187,17 @@ def test_source_samples_unique_puzzles_in_range(source: sudoku.PuzzleSource) -> 
 
 def test_source_takes_givens_per_row(source: sudoku.PuzzleSource) -> None:
     wanted = np.array([25, 81, 40])
-    puzzles, _ = source.sample(3, wanted)
+    puzzles, _ = source.sample(3, wanted, np.random.default_rng(0))
     assert (puzzles > 0).sum(axis=1).tolist() == wanted.tolist()
     with pytest.raises(ValueError, match="shape"):
-        source.sample(2, wanted)
+        source.sample(2, wanted, np.random.default_rng(0))
 
 
 def test_source_says_when_no_base_is_small_enough(source: sudoku.PuzzleSource) -> None:
     few = sudoku.PuzzleSource.__new__(sudoku.PuzzleSource)
     few._set(np.where(np.arange(81) < 60, source.solutions, 0), source.solutions, 0)
     with pytest.raises(ValueError, match="no base has 30 givens"):
-        few.sample(5, 30)
+        few.sample(5, 30, np.random.default_rng(0))
 
 
 def test_source_survives_saving(source: sudoku.PuzzleSource, tmp_path) -> None:
@@ -206,7 +206,8 @@ def test_source_survives_saving(source: sudoku.PuzzleSource, tmp_path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["bases.npz"]
     loaded = sudoku.PuzzleSource.cached(path, bases=60, seed=11)
     assert (loaded.puzzles == source.puzzles).all()
-    first, second = (s.sample(20, (30, 39))[0] for s in (loaded, sudoku.PuzzleSource.load(path)))
+    first, second = (s.sample(20, (30, 39), np.random.default_rng(0))[0]
+                     for s in (loaded, sudoku.PuzzleSource.load(path)))
     assert (first == second).all()
 
 
