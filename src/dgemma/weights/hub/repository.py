@@ -40,6 +40,7 @@ from dgemma.weights.hub.transfer import (
 
 _GIT_NAME = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*")  # what may become a file's name in the cache
+_MAKE_SPACE = "`dgemma models` shows what is here, `dgemma models remove NAME` removes it"
 
 
 class NotThereError(CheckpointError):
@@ -230,7 +231,7 @@ def fetch(pull: Pull, listener: Listener) -> Path:
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             raise CheckpointError(
                 f"{pull.repo}: the disk is full: {size_text(pull.to_fetch)} are still to come into {cache_folder()}; "
-                f"make space there ({_how_to_make_space()}), then the same command goes on where it stopped"
+                f"make space there ({_MAKE_SPACE}), then the same command goes on where it stopped"
             ) from error
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -280,12 +281,8 @@ def _check_space(pull: Pull, folder: Path) -> None:
     free = free_space(folder)
     if needed > free:
         raise CheckpointError(f"{pull.repo}: not enough space on the disk of {cache_folder()}: {size_text(needed)} are "
-                              f"needed, {size_text(free)} are free; {_how_to_make_space()}, or set HF_HOME to a folder "
+                              f"needed, {size_text(free)} are free; {_MAKE_SPACE}, or set HF_HOME to a folder "
                               "on another disk")
-
-
-def _how_to_make_space() -> str:
-    return "`dgemma models` shows what is here, `dgemma models remove NAME` removes it"
 
 
 def _here(pull: Pull, file: HubFile) -> int:
