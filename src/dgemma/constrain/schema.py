@@ -16,19 +16,7 @@ from itertools import product
 from typing import Any
 
 from dgemma.constrain.automaton import Effort, Numbers, TooLarge, compile_part
-from dgemma.constrain.language import (
-    EMPTY,
-    Alt,
-    Both,
-    Call,
-    Net,
-    Node,
-    Repeat,
-    literal,
-    optional,
-    parse_regex,
-    seq,
-)
+from dgemma.constrain.language import EMPTY, Alt, Both, Call, Net, Node, Repeat, literal, optional, parse_regex, seq
 from dgemma.constrain.partition import FIRST, Partition
 from dgemma.constrain.references import Places
 from dgemma.constrain.scalars import (

@@ -173,12 +173,7 @@ def _listing(repo: str) -> tuple[str, dict[str, HubFile]]:
 
 def _explained(repo: str, error: Exception) -> CheckpointError:
     """What to tell the user when the hub's library, the network or the disk did not do what it should."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     if isinstance(error, OfflineModeIsEnabled):
         return NotThereError(repo, "the Hugging Face hub must not be asked (HF_HUB_OFFLINE is set)", offline=True)
