@@ -220,7 +220,10 @@ def fetch(pull: Pull, listener: Listener) -> Path:
                 if not _is_linked(snapshot, file):
                     _fetch_blob(pull, file, folder, listener)
                     _link(folder / "blobs" / file.blob, snapshot / file.name)
-        _write_reference(folder, pull.commit)
+        reference = folder / "refs" / "main"
+        if not reference.is_file() or reference.read_text() != pull.commit:
+            reference.parent.mkdir(exist_ok=True)
+            reference.write_text(pull.commit)
         note_finished(folder, [file.name for file in pull.files])
     except OSError as error:
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
@@ -301,10 +304,3 @@ def _link(blob: Path, path: Path) -> None:
         path.symlink_to(os.path.relpath(blob, path.parent))
     except OSError:
         blob.replace(path)
-
-
-def _write_reference(folder: Path, commit: str) -> None:
-    reference = folder / "refs" / "main"
-    if not reference.is_file() or reference.read_text() != commit:
-        reference.parent.mkdir(exist_ok=True)
-        reference.write_text(commit)
