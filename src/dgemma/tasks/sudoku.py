@@ -146,22 +146,6 @@ def _digits(singles: np.ndarray) -> np.ndarray:
     return _BIT_COUNT[singles - np.uint16(1)] + np.uint8(1)
 
 
-def solve(puzzles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Solve ``[N, 81]`` puzzles exactly.
-
-    Returns ``(solutions uint8 [N, 81], counts [N])``: a count is 0, 1, or 2 for "more than one"; a
-    solution row is zeros where the count is 0 and some solution where it is 2.
-    Raises ValueError for a wrong shape or cells outside 0..9.
-    """
-    puzzles = _checked(puzzles)
-    solutions, counts = np.zeros_like(puzzles), np.zeros(len(puzzles), np.int64)
-    for start in range(0, len(puzzles), 1 << 16):
-        part = slice(start, start + (1 << 16))
-        masks = _DIGIT_MASK[puzzles[part].T]
-        solutions[part], counts[part] = _search(masks, np.full(masks.shape[1], 2))
-    return solutions, counts
-
-
 def singles_solve(puzzles: np.ndarray) -> np.ndarray:
     """Whether naked and hidden singles alone solve each puzzle, without looking further or guessing: bool ``[N]``.
 
