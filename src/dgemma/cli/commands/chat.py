@@ -232,9 +232,7 @@ def command(model: AnyModel, conversation: Conversation, line: str) -> bool:
         save(conversation, _path(rest, "save"))
         say(f"{len(conversation.messages)} messages saved to {rest}")
     elif name == "load":
-        loaded = load(_path(rest, "load"), model)
-        for part in dataclasses.fields(Conversation):
-            setattr(conversation, part.name, getattr(loaded, part.name))
+        vars(conversation).update(vars(load(_path(rest, "load"), model)))
         say(f"{len(conversation.messages)} messages loaded from {rest}")
     else:
         raise DgemmaError(f"there is no command /{name}; /help lists them (// sends a message that begins with /)")
