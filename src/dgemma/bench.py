@@ -62,14 +62,12 @@ class Measured:
     canvas: int
 
 
-def measure(network: DiffusionTransformer, *, context: int = 64, canvas: int | None = None, steps: int = 5,
-            threads: int | None = None) -> Measured:
+def measure(network: DiffusionTransformer, *, context: int = 64, canvas: int | None = None,
+            steps: int = 5) -> Measured:
     """Time ``steps`` denoising steps of one canvas behind ``context`` random tokens, after one that does not count.
 
-    ``canvas`` defaults to the checkpoint's. Sets torch's number of threads if ``threads`` is given.
+    ``canvas`` defaults to the checkpoint's.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     config = network.config
     width = config.canvas_length if canvas is None else canvas
     draw = seeds.generator(0)

@@ -45,8 +45,8 @@ def play(events, piece_of, screen, console):
     screen.feed(console.file.getvalue()[read:])
 
 
-def show_all(events, piece_of, console, **options):
-    with LiveCanvas(console, piece_of, **options) as live:
+def show_all(events, piece_of, console):
+    with LiveCanvas(console, piece_of) as live:
         for event in events:
             live.show(event)
 
@@ -133,15 +133,6 @@ def test_frames_are_throttled_but_the_last_step_is_drawn(fake):
     drawn = [int(step) for step in re.findall(r"step (\d+)/", re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue()))]
     assert drawn[-1] == 40
     assert 9 <= len(drawn) <= 13
-
-
-def test_slow_motion_shows_every_step(fake):
-    clock = Clock()
-    made = fake(SUDOKU, words=False, canvas=96, steps=10)
-    console = terminal()
-    show_all(made.events(), made.piece_of, console, min_frame_seconds=0.5, clock=clock)
-    assert len(re.findall(r"step \d+/", console.file.getvalue())) == 11
-    assert clock.now == pytest.approx(0.5 * 11)
 
 
 def test_plain_terminals(fake):

@@ -9,6 +9,7 @@ import pytest
 from dgemma.errors import DgemmaError
 from dgemma.tasks import sudoku
 from dgemma.tasks.evaluate import evaluate_bands, evaluate_file, evaluate_sudoku, read_puzzles, wilson_interval
+from support.sudoku_solver import solve
 
 
 class Solver:
@@ -20,7 +21,7 @@ class Solver:
     def generate_batch(self, prompts, seeds, **settings):
         answers = []
         for prompt in prompts:
-            solution = sudoku.solve(sudoku.parse(prompt)[None])[0][0]
+            solution = solve(sudoku.parse(prompt)[None])[0][0]
             text = sudoku.format_grid(solution)
             if self.asked in self.wrong:
                 text = {"given": _spoil(text, prompt, given=True), "blank": _spoil(text, prompt, given=False),

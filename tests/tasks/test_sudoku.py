@@ -3,6 +3,7 @@ import pytest
 
 from dgemma.errors import DgemmaError
 from dgemma.tasks import sudoku
+from support.sudoku_solver import solve
 
 WIKI = "530070000600195000098000060800060003400803001700020006060000280000419005000080079"
 WIKI_SOLUTION = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -49,7 +50,7 @@ def brute_force_count(puzzle: list[int], limit: int = 2) -> int:
 
 
 def test_solves_known_puzzles() -> None:
-    solutions, counts = sudoku.solve(np.stack([cells(WIKI), cells(SEVENTEEN)]))
+    solutions, counts = solve(np.stack([cells(WIKI), cells(SEVENTEEN)]))
     assert counts.tolist() == [1, 1]
     assert "".join(map(str, solutions[0])) == WIKI_SOLUTION
     assert sudoku.is_solved(solutions[1], cells(SEVENTEEN))
@@ -82,7 +83,7 @@ def test_a_puzzle_without_a_solution_is_filled_in_without_an_error() -> None:
 
 def test_blank_grid_has_several_solutions() -> None:
     blank = np.zeros((2, 81), np.uint8)
-    solutions, counts = sudoku.solve(blank)
+    solutions, counts = solve(blank)
     assert counts.tolist() == [2, 2]
     assert sudoku.solved_mask(solutions, blank).all()
 
@@ -94,7 +95,7 @@ def test_impossible_puzzles_have_no_solution() -> None:
     no_candidate[:8], no_candidate[17] = range(1, 9), 9  # cell 8 sees all nine digits
     wrong_full = cells(WIKI_SOLUTION)
     wrong_full[[0, 1]] = wrong_full[[1, 0]]
-    solutions, counts = sudoku.solve(np.stack([conflict, no_candidate, wrong_full]))
+    solutions, counts = solve(np.stack([conflict, no_candidate, wrong_full]))
     assert counts.tolist() == [0, 0, 0]
     assert not solutions.any()
 
@@ -109,7 +110,7 @@ def test_solve_agrees_with_brute_force() -> None:
         wrong[i, given[1]] = wrong[i, given[1]] % 9 + 1
     random_subsets = np.where(rng.random((8, 81)) < 0.33, grids, 0).astype(np.uint8)
     puzzles = np.concatenate([bases, fewer, wrong, random_subsets])
-    _, counts = sudoku.solve(puzzles)
+    _, counts = solve(puzzles)
     assert counts[:8].tolist() == [1] * 8
     assert counts[8:16].tolist() == [2] * 8
     assert counts.tolist() == [brute_force_count(p.tolist()) for p in puzzles]
@@ -119,9 +120,9 @@ def test_solve_handles_more_boards_than_run_at_once() -> None:
     rng = np.random.default_rng(8)
     grids = sudoku.random_solutions(40, rng)
     puzzles = np.where(rng.random((40, 81)) < 0.28, grids, 0).astype(np.uint8)
-    expected = sudoku.solve(puzzles)[1]
+    expected = solve(puzzles)[1]
     many = np.tile(puzzles, (60, 1))
-    solutions, counts = sudoku.solve(many)
+    solutions, counts = solve(many)
     assert counts.tolist() == 60 * expected.tolist()
     assert sudoku.solved_mask(solutions, many).all()
 
@@ -129,7 +130,7 @@ def test_solve_handles_more_boards_than_run_at_once() -> None:
 @pytest.mark.parametrize("bad", [np.zeros(81), np.zeros((1, 80)), np.full((1, 81), 10), np.full((1, 81), -1)])
 def test_solve_rejects_malformed_input(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match="puzzle"):
-        sudoku.solve(bad)
+        solve(bad)
 
 
 def test_random_solutions_are_valid_and_distinct() -> None:
@@ -146,7 +147,7 @@ def test_augment_keeps_puzzles_valid_and_unique() -> None:
     base, grid = np.repeat(cells(WIKI)[None], 50, 0), np.repeat(cells(WIKI_SOLUTION)[None], 50, 0)
     puzzles, solutions = sudoku.augment(base, grid, rng)
     assert sudoku.solved_mask(solutions, puzzles).all()
-    found, counts = sudoku.solve(puzzles)
+    found, counts = solve(puzzles)
     assert (counts == 1).all() and (found == solutions).all()
     assert len(np.unique(solutions, axis=0)) == 50
 
@@ -157,7 +158,7 @@ def test_generate_gives_unique_puzzles_with_asked_givens(givens: int | tuple[int
     puzzles, solutions = sudoku.generate(6, givens, seed=5)
     number = (puzzles > 0).sum(axis=1)
     assert puzzles.dtype == np.uint8 and number.min() >= low and number.max() <= high
-    found, counts = sudoku.solve(puzzles)
+    found, counts = solve(puzzles)
     assert (counts == 1).all() and (found == solutions).all()
 
 
@@ -178,26 +179,26 @@ def source() -> sudoku.PuzzleSource:
 
 
 def test_source_samples_unique_puzzles_in_range(source: sudoku.PuzzleSource) -> None:
-    puzzles, solutions = source.sample(400, (26, 45))
+    puzzles, solutions = source.sample(400, (26, 45), np.random.default_rng(0))
     number = (puzzles > 0).sum(axis=1)
     assert set(number.tolist()) == set(range(26, 46))
-    found, counts = sudoku.solve(puzzles)
+    found, counts = solve(puzzles)
     assert (counts == 1).all() and (found == solutions).all()
 
 
 def test_source_takes_givens_per_row(source: sudoku.PuzzleSource) -> None:
     wanted = np.array([25, 81, 40])
-    puzzles, _ = source.sample(3, wanted)
+    puzzles, _ = source.sample(3, wanted, np.random.default_rng(0))
     assert (puzzles > 0).sum(axis=1).tolist() == wanted.tolist()
     with pytest.raises(ValueError, match="shape"):
-        source.sample(2, wanted)
+        source.sample(2, wanted, np.random.default_rng(0))
 
 
 def test_source_says_when_no_base_is_small_enough(source: sudoku.PuzzleSource) -> None:
     few = sudoku.PuzzleSource.__new__(sudoku.PuzzleSource)
     few._set(np.where(np.arange(81) < 60, source.solutions, 0), source.solutions, 0)
     with pytest.raises(ValueError, match="no base has 30 givens"):
-        few.sample(5, 30)
+        few.sample(5, 30, np.random.default_rng(0))
 
 
 def test_source_survives_saving(source: sudoku.PuzzleSource, tmp_path) -> None:
@@ -206,7 +207,8 @@ def test_source_survives_saving(source: sudoku.PuzzleSource, tmp_path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["bases.npz"]
     loaded = sudoku.PuzzleSource.cached(path, bases=60, seed=11)
     assert (loaded.puzzles == source.puzzles).all()
-    first, second = (s.sample(20, (30, 39))[0] for s in (loaded, sudoku.PuzzleSource.load(path)))
+    first, second = (s.sample(20, (30, 39), np.random.default_rng(0))[0]
+                     for s in (loaded, sudoku.PuzzleSource.load(path)))
     assert (first == second).all()
 
 

@@ -22,8 +22,6 @@ ApiKeyOption = Annotated[str | None, typer.Option(
     help="The key that the server wants.", envvar=["DGEMMA_API_KEY", "OPENAI_API_KEY"], rich_help_panel=_SERVER,
     show_default=False)]
 SeedOption = Annotated[int | None, typer.Option(help="Fix all randomness: same seed, same text.", show_default=False)]
-MaxTokensOption = Annotated[int | None, typer.Option(help="Most tokens to answer with. Default: up to the end "
-                                                          "of the context.", show_default=False)]
 SystemOption = Annotated[str | None, typer.Option(help="A system message.", show_default=False)]
 ThinkingOption = Annotated[bool, typer.Option("--thinking/--no-thinking", help="Let the model think first.")]
 ReasoningBudgetOption = Annotated[int | None, typer.Option(
@@ -66,6 +64,8 @@ SAMPLER = {
     "stability_threshold": _sampler_option(int, "Earlier drafts that must agree before stopping."),
     "confidence_threshold": _sampler_option(float, "Mean entropy below which to stop, nats."),
 }
+ANSWER = {"max_tokens": Annotated[int | None, typer.Option(
+    help="Most tokens to answer with. Default: up to the end of the context.", show_default=False)], **SAMPLER}
 
 
 def with_options(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -13,7 +13,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dgemma.constrain.choice import CallableTool, Calls, ToolsError
 from dgemma.errors import DgemmaError
@@ -32,25 +32,16 @@ LENGTHS = (None, 400, 120, 40)  # of strings that a schema limits, tried one aft
 TYPES = ("text", "json_object", "json_schema", "regex", "choice")
 
 
-class Sized(Protocol):
-    """Something that knows its memory, which may grow while it is used."""
+class ByteCache:
+    """Constraints by key, at most ``limit`` bytes of them; those that were asked for longest ago go first.
 
-    @property
-    def nbytes(self) -> int: ...
-
-
-V = TypeVar("V", bound=Sized)
-
-
-class ByteCache(Generic[V]):
-    """Values by key, at most ``limit`` bytes of them; those that were asked for longest ago go first.
-
-    A value that alone is larger is not kept. Values are measured anew whenever the cache is used. For any thread.
+    A value that alone is larger is not kept. They grow while they are used, so they are measured anew whenever the
+    cache is. For any thread.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
-        self._values: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
+        self._values: OrderedDict[Hashable, tuple[TextConstraint, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -62,7 +53,7 @@ class ByteCache(Generic[V]):
         with self._lock:
             return self._total()
 
-    def get(self, key: Hashable) -> V | None:
+    def get(self, key: Hashable) -> TextConstraint | None:
         """The value of a key, which counts as used just now; None when it is not kept."""
         with self._lock:
             found = self._values.get(key)
@@ -72,7 +63,7 @@ class ByteCache(Generic[V]):
             self._trim()
             return found[0]
 
-    def put(self, key: Hashable, value: V, beside: int = 0) -> None:
+    def put(self, key: Hashable, value: TextConstraint, beside: int = 0) -> None:
         """Keep a value; ``beside``: bytes that its key takes."""
         with self._lock:
             self._values.pop(key, None)
@@ -93,7 +84,7 @@ class ByteCache(Generic[V]):
             total -= value.nbytes + beside
 
 
-made: ByteCache[TextConstraint] = ByteCache(MAX_BYTES)
+made = ByteCache(MAX_BYTES)
 
 
 def constraint_of(response_format: Mapping[str, Any] | None, tokenizer: Tokenizer, stop_ids: tuple[int, ...], *,
@@ -150,7 +141,10 @@ def _constraint(spelt: str, tokenizer: Tokenizer, stop_ids: tuple[int, ...], thi
     from dgemma.constrain.stacks import StackReader
     from dgemma.constrain.vocabulary import Vocabulary
 
-    calls = _read_calls(spelt_calls)
+    calls = None
+    if spelt_calls:
+        asked = json.loads(spelt_calls)
+        calls = Calls(tuple(CallableTool(**tool) for tool in asked["tools"]), asked["required"], asked["many"])
     form = json.loads(spelt)
     free = calls is not None and not calls.required and form["type"] == "text"  # text, thoughts and calls as they come
     marks: dict[str, int] = {}
@@ -182,13 +176,6 @@ def _constraint(spelt: str, tokenizer: Tokenizer, stop_ids: tuple[int, ...], thi
         raise DgemmaError("no text satisfies response_format: it contradicts itself, or needs characters that the "
                           "model's vocabulary lacks")
     return TextConstraint(lambda: Graph(reader.fresh(), vocabulary, special, start), tokenizer, what=what, free=free)
-
-
-def _read_calls(spelt: str) -> Calls | None:
-    if not spelt:
-        return None
-    calls = json.loads(spelt)
-    return Calls(tuple(CallableTool(**tool) for tool in calls["tools"]), calls["required"], calls["many"])
 
 
 def _compiled(form: Mapping[str, Any], calls: Calls | None,

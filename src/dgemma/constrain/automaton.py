@@ -15,19 +15,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from dgemma.constrain.ecma import Ranges
-from dgemma.constrain.language import (
-    Alt,
-    Both,
-    Call,
-    Chars,
-    Literal,
-    Look,
-    Net,
-    Node,
-    Repeat,
-    Seq,
-    Watched,
-)
+from dgemma.constrain.language import Alt, Both, Call, Chars, Literal, Look, Net, Node, Repeat, Seq, Watched
 from dgemma.errors import DgemmaError
 
 MAX_STATES = 10_000  # of a minimal automaton's construction; about a second's work

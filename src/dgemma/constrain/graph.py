@@ -154,9 +154,6 @@ class Graph:
             self._plans[key] = plan
         return self._plans[key]
 
-    def _rank(self, state: int) -> int:
-        return state if state < TEXT else self.reader.rank(state - TEXT)
-
     def _text(self, state: int) -> int:
         return 0 if state == OPENING else state - TEXT
 
@@ -195,7 +192,8 @@ class Graph:
         used, label = np.unique(np.concatenate([labels for _, labels in fans]), return_inverse=True)
         # Sorted by rank, so that a draw does not depend on which states were met before.
         targets, place = np.unique(target, return_inverse=True)
-        by_rank = np.argsort([self._rank(state) for state in targets.tolist()], kind="stable")
+        by_rank = np.argsort([state if state < TEXT else self.reader.rank(state - TEXT) for state in targets.tolist()],
+                             kind="stable")
         targets, place = targets[by_rank], np.argsort(by_rank)[place]
         order = np.argsort(place, kind="stable")
         starts = np.searchsorted(place[order], np.arange(len(targets)))

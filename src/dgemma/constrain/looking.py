@@ -159,11 +159,8 @@ def compile_watched(node: Watched, effort: Effort) -> Automaton:
 def _always(automaton: Automaton, effort: Effort) -> frozenset[int]:
     """The states after which any text at all is accepted."""
     anything = compile_part(Repeat(Chars(ANY_CHAR), 0, None), effort)
-    free = {0} if _covers(automaton, 0, anything) else set()
-    for state in np.flatnonzero(automaton.accepts).tolist():
-        if state not in free and _covers(automaton, state, anything):
-            free.add(state)
-    return frozenset(free)
+    states = {0, *np.flatnonzero(automaton.accepts).tolist()}
+    return frozenset(state for state in states if _covers(automaton, state, anything))
 
 
 def _covers(automaton: Automaton, state: int, anything: Automaton) -> bool:

@@ -88,18 +88,17 @@ def find_paths(graph: Graph, start: int, walk: Walk, first: int, canvas: int, ro
     if len(layers) != canvas - first:
         raise ValueError(f"the walk ended after {first + len(layers)} of {canvas} positions")
 
-    def by_chance(position: int, logs: np.ndarray) -> int:
+    def drawn(logs: np.ndarray, chance: float) -> int:
         if len(logs) == 1:
             return 0
         total = np.exp(logs - logs.max()).cumsum()
-        return int(np.searchsorted(total, uniform[first + position] * total[-1], side="right").clip(0, len(logs) - 1))
+        return int(np.searchsorted(total, chance * total[-1], side="right").clip(0, len(logs) - 1))
 
-    last = np.exp(mass - mass.max()).cumsum()
-    end = int(np.searchsorted(last, inside[0, canvas] * last[-1], side="right").clip(0, len(last) - 1))
     likely = [(layer, layer.best, layer.scores.best, layer.scores.best_token) for layer in layers]
     by_mass = [(layer, layer.mass, layer.scores.mass, layer.scores.drawn) for layer in layers]
     return Paths(_trace(likely, int(best.argmax()), lambda _, logs: int(logs.argmax())),
-                 _trace(by_mass, end, by_chance), fixed)
+                 _trace(by_mass, drawn(mass, inside[0, canvas]),
+                        lambda position, logs: drawn(logs, uniform[first + position])), fixed)
 
 
 def _trace(ways: Sequence[tuple[_Layer, np.ndarray, np.ndarray, np.ndarray]], state: int,

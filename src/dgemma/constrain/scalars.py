@@ -293,12 +293,12 @@ def multiples(of: Sequence[float], not_of: Sequence[float], whole: bool, low: De
     A fraction's multiples are those that doubles take for some, too: 19.99 is none of 0.01 to most validators.
     """
     floor_, ceiling = (None if bound is None else Fraction(bound) for bound in (low, high))
-    units = [_ratio(unit) for unit in of] + ([Fraction(1)] if whole else [])
-    others = [_ratio(unit) for unit in not_of]
+    units = [Fraction(exact(unit)) for unit in of] + ([Fraction(1)] if whole else [])
+    others = [Fraction(exact(unit)) for unit in not_of]
     step = Fraction(lcm(*(unit.numerator for unit in units)), gcd(*(unit.denominator for unit in units))) if units \
         else min(others) / 2
     count = lcm(*(unit.numerator for unit in (*units, *others)))
-    if all(_is_whole(unit) for unit in (*of, *not_of)) and (units or count > 1) and count <= _MOST_REST:
+    if all(unit.denominator == 1 for unit in (*units, *others)) and (units or count > 1) and count <= _MOST_REST:
         rests = [rest for rest in range(count) if all(rest % unit == 0 for unit in units)
                  and all(rest % unit for unit in others)]
         least = None if floor_ is None else -(-floor_ // 1) + (above and floor_.denominator == 1)
@@ -325,14 +325,6 @@ def multiples(of: Sequence[float], not_of: Sequence[float], whole: bool, low: De
                 for number_, ratio in zip(not_of, others, strict=True)):
             texts.append(text.encode())
     return finite(texts)
-
-
-def _ratio(value: float) -> Fraction:
-    return Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
-
-
-def _is_whole(value: float) -> bool:
-    return _ratio(value).denominator == 1
 
 
 def _rest(count: int, rests: frozenset[int]) -> Node:

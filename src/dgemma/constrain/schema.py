@@ -16,19 +16,7 @@ from itertools import product
 from typing import Any
 
 from dgemma.constrain.automaton import Effort, Numbers, TooLarge, compile_part
-from dgemma.constrain.language import (
-    EMPTY,
-    Alt,
-    Both,
-    Call,
-    Net,
-    Node,
-    Repeat,
-    literal,
-    optional,
-    parse_regex,
-    seq,
-)
+from dgemma.constrain.language import EMPTY, Alt, Both, Call, Net, Node, Repeat, literal, optional, parse_regex, seq
 from dgemma.constrain.partition import FIRST, Partition
 from dgemma.constrain.references import Places
 from dgemma.constrain.scalars import (
@@ -184,11 +172,9 @@ class _Compiler:
             return (self._object if shape.kind == "object" else self._array)(shape, where)
         plain = replace(shape, level=OPEN, seen=Seen())
         if plain not in self._plain:
-            self._plain[plain] = (self._string if shape.kind == "string" else self._number)(plain, where)
+            self._plain[plain] = self.notation.string(self._text(plain, where)) if shape.kind == "string" \
+                else self._number(plain, where)
         return self._plain[plain]
-
-    def _string(self, shape: Shape, where: str) -> Node:
-        return self.notation.string(self._text(shape, where))
 
     def _text(self, shape: Shape, where: str) -> Node:
         """What stands in a string."""

@@ -5,7 +5,6 @@ Works on token ids and settings; knows nothing of text or of who asks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from dgemma.diffusion.constraint import Constraint
 from dgemma.diffusion.prompt import SoftSpan, check_spans
 from dgemma.diffusion.reading import NoReader, TextReader
 from dgemma.errors import ContextLengthError
+from dgemma.fields import is_number
 from dgemma.nn.loaded import LoadedAdapter
 
 
@@ -35,14 +35,14 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.temperature) and (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3)):
+        if not (is_number(self.temperature) and (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3)):
             raise ValueError(f"temperature must be 0 or a number from 0.001 to 1000, got {self.temperature!r}")
         if type(self.top_k) is not int or self.top_k < 0:
             raise ValueError(f"top_k must be a whole number of at least 0 (0: all tokens), got {self.top_k!r}")
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p must be a number above 0 and at most 1, got {self.top_p!r}")
         for token, bias in self.logit_bias:
-            if type(token) is not int or not (_is_number(bias) and abs(bias) <= 1e6):
+            if type(token) is not int or not (is_number(bias) and abs(bias) <= 1e6):
                 raise ValueError(f"logit_bias must be token ids with numbers up to a million, got {token!r}: {bias!r}")
 
 
@@ -54,10 +54,6 @@ def longest_prompt(config: ModelConfig) -> int:
 def canvas_room(config: ModelConfig, context: int) -> int:
     """The tokens of all the canvases that there are positions for behind a context."""
     return (config.max_position_embeddings - context) // config.canvas_length * config.canvas_length
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)

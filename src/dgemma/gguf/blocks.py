@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -132,14 +133,6 @@ def gather_scales(scales: Tensor, minima: Tensor) -> Tensor:
     return torch.cat([low, middle, high], dim=1)
 
 
-def _f32(blocks: Tensor) -> Tensor:
-    return number_at(blocks, torch.float32)
-
-
-def _bf16(blocks: Tensor) -> Tensor:
-    return number_at(blocks, torch.bfloat16)
-
-
 def _q4_0(blocks: Tensor) -> Tensor:
     return half(blocks) * (spread(blocks[:, 2:], 4, 16).float() - 8)
 
@@ -250,7 +243,8 @@ def _nvfp4(blocks: Tensor) -> Tensor:
 
 
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "F32": _f32, "F16": half, "BF16": _bf16, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
-    "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl,
-    "IQ4_XS": _iq4_xs, "TQ1_0": _tq1_0, "TQ2_0": _tq2_0, "MXFP4": _mxfp4, "NVFP4": _nvfp4, **DECODERS,
+    "F32": partial(number_at, kind=torch.float32), "F16": half, "BF16": partial(number_at, kind=torch.bfloat16),
+    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k,
+    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0, "MXFP4": _mxfp4, "NVFP4": _nvfp4, **DECODERS,
 }  # uint8 [n, nbytes] -> float32 [n, block]

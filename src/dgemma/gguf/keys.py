@@ -79,10 +79,8 @@ _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)", re.DOTALL)
 _ELSEWHERE = {
     "clip": "it is a vision or audio tower (mmproj), which goes beside a model; give the model's own file",
     "gemma4": "Gemma 4 writes left to right; llama.cpp, Ollama and LM Studio run it",
-    "dream": "a diffusion model of another kind; llama.cpp's llama-diffusion-cli runs it",
-    "llada": "a diffusion model of another kind; llama.cpp's llama-diffusion-cli runs it",
-    "llada-moe": "a diffusion model of another kind; llama.cpp's llama-diffusion-cli runs it",
-    "rnd1": "a diffusion model of another kind; llama.cpp's llama-diffusion-cli runs it",
+    **dict.fromkeys(("dream", "llada", "llada-moe", "rnd1"),
+                    "a diffusion model of another kind; llama.cpp's llama-diffusion-cli runs it"),
 }
 
 

@@ -72,14 +72,6 @@ def _round_(x: Tensor) -> Tensor:
     return x.add_(_ROUNDER).sub_(_ROUNDER)
 
 
-def _f32(x: Tensor) -> Tensor:
-    return _bytes(x)
-
-
-def _bf16(x: Tensor) -> Tensor:
-    return _bytes(x.bfloat16())
-
-
 def _q8_0(x: Tensor) -> Tensor:
     scale = x.abs().amax(1, keepdim=True) / 127
     size = (x * _inverse(scale)).abs()
@@ -234,6 +226,6 @@ def _search_symmetric(x: Tensor, half: int) -> Tensor:
 
 
 _ENCODERS: dict[str, Encoder] = {
-    "F32": _f32, "F16": _half, "BF16": _bf16, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
-    "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+    "F32": _bytes, "F16": _half, "BF16": lambda x: _bytes(x.bfloat16()), "Q4_0": _q4_0, "Q4_1": _q4_1,
+    "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
 }

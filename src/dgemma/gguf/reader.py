@@ -112,29 +112,28 @@ def _join(first: GGUFFile, paths: list[Path]) -> GGUFFile:
     """All parts as one; ``first`` is the first of them, read."""
     tensors: dict[str, GGUFTensor] = {}
     damaged: list[str] = []
-    complete = True
+    read = 0
     for number, path in enumerate(paths):
         if not path.is_file():
             damaged.append(f"{path.name}: part {number + 1} of {len(paths)} is missing")
-            complete = False
             continue
         try:
             part = first if number == 0 else _read_part(path)
         except CheckpointError as error:
             damaged.append(str(error))
-            complete = False
             continue
         says = part.metadata.get("split.no"), part.metadata.get("split.count")
         if says != (number, len(paths)):
             what = "no part of a split model" if says == (None, None) else "a part of another one"
             damaged.append(f"{path.name}: this should be part {number + 1} of {len(paths)}, but it says that it is "
                            f"{what} (split.no {shown(says[0])}, split.count {shown(says[1])})")
-            complete = False
             continue
+        read += 1
         damaged.extend(part.damaged)
         damaged.extend(f"{path.name}: {name} stands in {tensors[name].file.name} too" for name in part.tensors
                        if name in tensors)
         tensors.update(part.tensors)
+    complete = read == len(paths)
     total = first.metadata.get("split.tensors.count")
     if complete and is_whole(total) and total != len(tensors):
         damaged.append(f"{paths[0].name}: the parts hold {len(tensors)} tensors together, split.tensors.count says "

@@ -59,7 +59,8 @@ class AccessLog:
     def _note(self, scope: Scope, status: int, seconds: float, used: RequestUsage) -> None:
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "OPTIONS") else "other"
-        self.metrics.count_calls(used)
+        self.metrics.calls.labels("false").inc(used.calls - used.repaired_calls)
+        self.metrics.calls.labels("true").inc(used.repaired_calls)
         self.metrics.http.labels(method, route, str(status)).inc()
         path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")  # percent-encoded: no line breaks
         if self.settings.access_log:

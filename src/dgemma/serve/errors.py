@@ -108,16 +108,11 @@ class JsonResponse(Response):
 _ANTHROPIC = re.compile(r"/(v1/)*messages(/|$)")
 
 
-def is_anthropic(path: str) -> bool:
-    """Whether clients of this path speak Anthropic's API."""
-    return _ANTHROPIC.match(path) is not None
-
-
 def error_body(error: ApiError, path: str = "") -> dict[str, Any]:
     """The body in the form that clients of ``path`` know."""
     if path.startswith(OLLAMA):
         return {"error": error.message}
-    if is_anthropic(path):
+    if _ANTHROPIC.match(path):
         details = {} if error.details is None else {"details": dict(error.details)}
         message = error.anthropic_message or _naming(error)
         return {"type": "error", "error": {"type": error.anthropic_type, "message": message, **details}}

@@ -68,10 +68,6 @@ class Metrics:
         self.http = Counter("dgemma_http_requests", "HTTP requests.", ("method", "path", "status"),
                             registry=self.registry)
 
-    def count_calls(self, used: RequestUsage) -> None:
-        self.calls.labels("false").inc(used.calls - used.repaired_calls)
-        self.calls.labels("true").inc(used.repaired_calls)
-
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
         return Histogram(name, text, registry=self.registry, buckets=buckets)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dgemma.errors import DgemmaError
+from dgemma.fields import read_text
 from dgemma.model import Model
 from dgemma.tasks import sudoku
 from dgemma.tasks.sudoku_data import EVALUATION_SEED
@@ -100,12 +101,8 @@ def read_puzzles(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises DgemmaError naming file, line and mistake.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DgemmaError(f"{path}: cannot be read ({error})") from error
     puzzles, solutions = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path, DgemmaError).splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -146,22 +146,6 @@ def _digits(singles: np.ndarray) -> np.ndarray:
     return _BIT_COUNT[singles - np.uint16(1)] + np.uint8(1)
 
 
-def solve(puzzles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Solve ``[N, 81]`` puzzles exactly.
-
-    Returns ``(solutions uint8 [N, 81], counts [N])``: a count is 0, 1, or 2 for "more than one"; a
-    solution row is zeros where the count is 0 and some solution where it is 2.
-    Raises ValueError for a wrong shape or cells outside 0..9.
-    """
-    puzzles = _checked(puzzles)
-    solutions, counts = np.zeros_like(puzzles), np.zeros(len(puzzles), np.int64)
-    for start in range(0, len(puzzles), 1 << 16):
-        part = slice(start, start + (1 << 16))
-        masks = _DIGIT_MASK[puzzles[part].T]
-        solutions[part], counts[part] = _search(masks, np.full(masks.shape[1], 2))
-    return solutions, counts
-
-
 def singles_solve(puzzles: np.ndarray) -> np.ndarray:
     """Whether naked and hidden singles alone solve each puzzle, without looking further or guessing: bool ``[N]``.
 
@@ -330,7 +314,7 @@ class PuzzleSource:
     """
 
     def __init__(self, bases: int, seed: int) -> None:
-        """Compute ``bases`` base puzzles (2 to 3 ms each); ``seed`` fixes both bases and samples."""
+        """Compute ``bases`` base puzzles (2 to 3 ms each); ``seed`` fixes them."""
         if bases < 1:
             raise ValueError(f"bases must be at least 1, got {bases}")
         self._set(*base_puzzles(bases, np.random.default_rng([seed, 0])), seed)
@@ -339,7 +323,6 @@ class PuzzleSource:
         order = np.argsort((puzzles > 0).sum(axis=1), kind="stable")
         self.puzzles, self.solutions, self.seed = puzzles[order], solutions[order], seed
         self._givens = (self.puzzles > 0).sum(axis=1)
-        self._rng = np.random.default_rng([seed, 1])
 
     @property
     def fewest(self) -> int:
@@ -347,14 +330,14 @@ class PuzzleSource:
         return int(self._givens[0])
 
     @classmethod
-    def load(cls, path: str | Path, seed: int | None = None) -> PuzzleSource:
-        """Read bases written by ``save``; ``seed`` replaces the stored seed for sampling."""
+    def load(cls, path: str | Path) -> PuzzleSource:
+        """Read bases written by ``save``."""
         with np.load(path, allow_pickle=False) as data:
-            puzzles, solutions, stored = data["puzzles"], data["solutions"], int(data["seed"])
+            puzzles, solutions, seed = data["puzzles"], data["solutions"], int(data["seed"])
         if not len(puzzles) or not solved_mask(solutions, puzzles).all():
             raise ValueError(f"{path} does not hold valid Sudoku bases")
         source = cls.__new__(cls)
-        source._set(puzzles, solutions, stored if seed is None else seed)
+        source._set(puzzles, solutions, seed)
         return source
 
     @classmethod
@@ -375,15 +358,12 @@ class PuzzleSource:
         with atomic_write(path) as beside, beside.open("wb") as file:
             np.savez_compressed(file, puzzles=self.puzzles, solutions=self.solutions, seed=self.seed)
 
-    def sample(self, count: int, givens: Givens,
-               rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, count: int, givens: Givens, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw puzzles with unique solutions -> both ``uint8 [count, 81]``.
 
-        ``givens`` is an int, an inclusive ``(low, high)`` drawn uniformly, or an int array ``[count]``; ``rng`` None:
-        the source's own, which moves on with every call. Raises ValueError for givens out of 22..81, or fewer than
-        every base has.
+        ``givens`` is an int, an inclusive ``(low, high)`` drawn uniformly, or an int array ``[count]``. Raises
+        ValueError for givens out of 22..81, or fewer than every base has.
         """
-        rng = self._rng if rng is None else rng
         targets = _draw_givens(givens, count, rng)
         usable = np.searchsorted(self._givens, targets, side="right")
         if count and usable.min() == 0:

@@ -17,6 +17,7 @@ import yaml
 
 from dgemma.config import MODEL_TYPE, generation_config_from_dict, model_config_from_dict
 from dgemma.errors import DgemmaError
+from dgemma.fields import read_text
 from dgemma.nn.adapters import AdapterConfig
 from dgemma.tasks.extraction import KEYS, MOST_DISTRACTORS
 from dgemma.tasks.sudoku import MIN_GIVENS
@@ -268,9 +269,7 @@ def beginning(recipe: Recipe) -> Recipe:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises DgemmaError naming it."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DgemmaError(f"{path}: cannot be read ({error})") from error
+        data = yaml.safe_load(read_text(path, DgemmaError))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 40th of May
         raise DgemmaError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(data, dict):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dgemma.config import load_model_config
 from dgemma.errors import DgemmaError, refuse
-from dgemma.files import atomic_write, make_folder, name_beside
+from dgemma.files import make_folder, name_beside
 from dgemma.gguf.keys import gguf_name
 from dgemma.kernels.products import pieces
 from dgemma.nn.adapters import Factors
@@ -25,6 +25,7 @@ from dgemma.weights.gguf_model import open_gguf
 from dgemma.weights.load import empty_network, match, read_headers, tensor_shapes
 from dgemma.weights.names import network_name
 from dgemma.weights.quantize import Change, Progress, Summary, check_space, convert, is_gguf_file
+from dgemma.weights.save import write_safetensors
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".md", "")  # what stands beside weights; no suffix: LICENSE
 
@@ -115,17 +116,15 @@ def _rewrite(path: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> 
 
     ``change`` gets the network's names."""
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
 
     try:
         with safe_open(path, "pt") as mapped:
             tensors = {name: mapped.get_tensor(name) for name in mapped.keys()}  # noqa: SIM118 (it is no dict)
             for name, tensor in tensors.items():
                 tensors[name] = change(network_name(name) or "", tensor)
-            with atomic_write(out) as beside:  # for the file's mode: safetensors' own is private
-                save_file(tensors, beside, metadata=mapped.metadata() or {"format": "pt"})
-    except SafetensorError as error:  # a full disk is one, too
-        raise DgemmaError(f"{path} cannot be read, or {out.parent} not be written ({error})") from error
+            write_safetensors(out, tensors, mapped.metadata() or {"format": "pt"})
+    except SafetensorError as error:
+        raise DgemmaError(f"{path}: cannot be read ({error})") from error
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

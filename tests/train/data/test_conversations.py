@@ -39,10 +39,8 @@ def test_every_form_is_told_by_its_columns(row, expected):
     assert said(conversation_of(row)) == expected
 
 
-def test_a_named_form_wins_over_the_columns():
-    row = {**CHAT, "prompt": "What?", "response": "This."}
-    assert said(conversation_of(row, "prompt")) == [("user", "What?"), ("assistant", "This.")]
-    assert said(conversation_of(row)) == SAID
+def test_messages_win_over_other_columns():
+    assert said(conversation_of({**CHAT, "prompt": "What?", "response": "This."})) == SAID
 
 
 def test_sharegpt_tools_become_calls_and_answers():

@@ -152,7 +152,7 @@ def test_sudoku_is_scored_by_band_and_only_on_sudoku():
 
 def own(tmp_path, body):
     (tmp_path / "mine.py").write_text(f"def words(question, generation):\n    {body}\n")
-    return metric_of("mine.py:words", tmp_path)
+    return metric_of(f"{tmp_path}/mine.py:words")
 
 
 def test_a_function_of_the_users_scores(tmp_path):
@@ -182,11 +182,12 @@ def test_a_function_that_goes_wrong_is_named_with_its_line(tmp_path, body, messa
     ("a.py:f", "x = 1", "no function 'f'"), ("a.py:f", "f = 3", "no function 'f'"),
     ("a.py:f", "\nimport no_such_module_here", r"a\.py, line 2: .*ModuleNotFoundError"),
     ("a.py:f", "\n\ndef f(:", r"a\.py, line 3: .*SyntaxError"), ("a.py:", "", "no metric"), ("a:f", "", "no metric")])
-def test_a_metric_that_cannot_be_had_is_named(tmp_path, name, text, message):
+def test_a_metric_that_cannot_be_had_is_named(tmp_path, name, text, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     if text is not None:
         (tmp_path / "a.py").write_text(text)
     with pytest.raises(DgemmaError, match=message):
-        metric_of(name, tmp_path)
+        metric_of(name)
 
 
 # ---- runs ------------------------------------------------------------------------------------------

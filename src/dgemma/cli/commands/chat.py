@@ -19,6 +19,7 @@ from dgemma.cli.streams import has_stdin, is_terminal, need_stdout, print_text, 
 from dgemma.cli.terminal.console import SafeConsole, say, say_error
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.errors import DgemmaError
+from dgemma.fields import read_bytes
 from dgemma.files import atomic_write, json_bytes
 from dgemma.machine import signals_handled
 
@@ -39,11 +40,10 @@ that begins with / is sent with // or in these quotes; a path (/etc/hosts) as it
 SETTINGS = ("max_tokens", *SAMPLER_SETTINGS)
 
 
-@options.with_options(local=options.LOCAL, settings=options.SAMPLER)
+@options.with_options(local=options.LOCAL, settings=options.ANSWER)
 def chat(
     model: options.ModelOption = None,
     seed: options.SeedOption = None,
-    max_tokens: options.MaxTokensOption = None,
     system: options.SystemOption = None,
     thinking: options.ThinkingOption = False,
     visual: options.VisualOption = True,
@@ -55,9 +55,6 @@ def chat(
     settings: dict[str, Any],
 ) -> None:
     """Talk with a model; what it has read stays in its cache from turn to turn. /help lists the commands."""
-    if max_tokens is not None:
-        settings["max_tokens"] = max_tokens
-
     from dgemma.cli.session import open_model
 
     need_stdout()
@@ -235,9 +232,7 @@ def command(model: AnyModel, conversation: Conversation, line: str) -> bool:
         save(conversation, _path(rest, "save"))
         say(f"{len(conversation.messages)} messages saved to {rest}")
     elif name == "load":
-        loaded = load(_path(rest, "load"), model)
-        for part in dataclasses.fields(Conversation):
-            setattr(conversation, part.name, getattr(loaded, part.name))
+        vars(conversation).update(vars(load(_path(rest, "load"), model)))
         say(f"{len(conversation.messages)} messages loaded from {rest}")
     else:
         raise DgemmaError(f"there is no command /{name}; /help lists them (// sends a message that begins with /)")
@@ -288,9 +283,7 @@ def save(conversation: Conversation, path: Path) -> None:
 def load(path: Path, model: AnyModel) -> Conversation:
     """Read what `save` wrote; raises DgemmaError naming the file and what is wrong with it, for ``model`` too."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DgemmaError(f"{path}: cannot be read ({error.strerror})") from error
+        data = json.loads(read_bytes(path, DgemmaError))
     except (ValueError, RecursionError) as error:
         raise DgemmaError(f"{path}: is not a saved conversation ({error})") from error
     names = [field.name for field in dataclasses.fields(Conversation)]

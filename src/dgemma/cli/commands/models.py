@@ -110,20 +110,19 @@ def _show(found: list[LocalModel], available: int | None, total: int | None) -> 
     from dgemma.weights.hub.cache import cache_folder
 
     console = SafeConsole(highlight=False)
-    rows = []
+    titles, rows = ("model", "kind", "size", "needs", "fits", ""), []
     for model in found:
         needed = memory_needed(model)
         of = "" if model.complete else f" of {'?' if model.full_size is None else size_text(model.full_size)}"
         rows.append((model.name, model.kind, size_text(model.size) + of, "?" if needed is None else size_text(needed),
                      _fits(needed, available, total),
                      "bundled" if model.bundled else "" if model.complete else "partial"))
-    widths = [max(map(len, column)) + 2 for column in zip(("model", "kind", "size", "needs", "fits", ""), *rows,
-                                                          strict=True)]
+    widths = [max(map(len, column)) + 2 for column in zip(titles, *rows, strict=True)]
     if not console.is_terminal:  # nobody wants a name cut in two in a pipe
         console.width = max(console.width, sum(widths))
     if sum(widths) <= console.width:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for title in ("model", "kind", "size", "needs", "fits", ""):
+        for title in titles:
             table.add_column(title, justify="right" if title in ("size", "needs") else "left", no_wrap=True)
         for row in rows:
             table.add_row(*map(Text, row))

@@ -13,17 +13,16 @@ from dgemma.cli.streams import has_stdin, is_terminal, need_stdout, print_json, 
 from dgemma.errors import DgemmaError
 
 
-@options.with_options(local=options.LOCAL, settings=options.SAMPLER)
+@options.with_options(local=options.LOCAL,
+                      settings={"reasoning_budget": options.ReasoningBudgetOption, **options.ANSWER})
 def run(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; from stdin when left out or '-'.",
                                                  show_default=False)] = None,
     model: options.ModelOption = None,
     json: options.JsonOption = False,
     seed: options.SeedOption = None,
-    max_tokens: options.MaxTokensOption = None,
     system: options.SystemOption = None,
     thinking: options.ThinkingOption = False,
-    reasoning_budget: options.ReasoningBudgetOption = None,
     redraw_empty: options.RedrawOption = True,
     visual: options.VisualOption = True,
     pace: options.PaceOption = 0.1,
@@ -39,8 +38,6 @@ def run(
     For example: dgemma run "Solve 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     """
     need_stdout()
-    if reasoning_budget is not None:
-        settings["reasoning_budget"] = reasoning_budget
     if not redraw_empty:
         settings["redraw_empty"] = False
     text = _prompt_text(prompt)
@@ -52,7 +49,7 @@ def run(
     if url is not None:
         refuse_with_url(trace=trace)
     loaded = open_model(model, url=url, api_key=api_key, live=live, **local)
-    events = loaded.stream(text, seed=seed, max_tokens=max_tokens, system=system, thinking=thinking, **settings)
+    events = loaded.stream(text, seed=seed, system=system, thinking=thinking, **settings)
     generation = follow(loaded, events, visual=live, trace=trace, prompt=text, pace=pace)
     if json:
         print_json(known(generation) if isinstance(loaded, RemoteModel) else dataclasses.asdict(generation))

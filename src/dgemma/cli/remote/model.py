@@ -101,7 +101,7 @@ class RemoteModel:
         self._stream: ChatStream | None = None
 
     def stream(self, prompt: str | list[dict[str, Any]], *, system: str | None = None, thinking: bool = False,
-               seed: int | None = None, max_tokens: int | None = None, **settings: Any) -> Iterator[Event]:
+               seed: int | None = None, **settings: Any) -> Iterator[Event]:
         """The events of an answer, as `Model.stream` gives them. Raises DgemmaError when the server cannot."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
@@ -110,8 +110,7 @@ class RemoteModel:
         if self.has_drafts:
             options |= {"include_drafts": True, "drafts_per_second": DRAFTS_PER_SECOND}
         body = {"model": self.name, "messages": messages, "stream": True, "stream_options": options}
-        given = {"seed": seed, "max_tokens": max_tokens, **settings}
-        body |= {name: value for name, value in given.items() if value is not None}
+        body |= {name: value for name, value in {"seed": seed, **settings}.items() if value is not None}
         if thinking:
             body["chat_template_kwargs"] = {"enable_thinking": True}
         # It is known before the first event is asked for, so that a cancel can never come too early.

@@ -36,22 +36,17 @@ class LiveCanvas:
     """Shows one request's events as they come; a context manager.
 
     The canvas that is being denoised and a status line are redrawn in place; what is committed is printed above them
-    for good. In the end only the text and a summary are left. On an exception (Ctrl-C, too) what was committed stays
-    and the terminal is as it was. On a dumb terminal only what is committed is printed.
+    for good; steps are left out so that at most 30 frames a second are drawn. In the end only the text and a summary
+    are left. On an exception (Ctrl-C, too) what was committed stays and the terminal is as it was. On a dumb terminal
+    only what is committed is printed.
     """
 
-    def __init__(self, console: Console, piece_of: PieceOf, *, min_frame_seconds: float = 0.0,
-                 clock: Clock = time) -> None:
-        """`piece_of`: a token's bytes and whether it is special.
-
-        `min_frame_seconds`: show every step, each for so long at least (for models that are faster than the eye);
-        `show` waits meanwhile. Without it steps are left out so that at most 30 frames a second are drawn, by
-        the `clock`.
-        """
+    def __init__(self, console: Console, piece_of: PieceOf, *, clock: Clock = time) -> None:
+        """`piece_of`: a token's bytes and whether it is special."""
         self.console = console
         self._view = CanvasView(piece_of)
         self._region = LiveRegion(console)
-        self._min_frame_seconds, self._clock = min_frame_seconds, clock
+        self._clock = clock
         self._drawn_at = float("-inf")
         self._due = False  # a step has come that was not drawn
         self._height = 0
@@ -68,7 +63,7 @@ class LiveCanvas:
         self._view.apply(event)
         if isinstance(event, Denoised):
             self._due = True
-            if self._min_frame_seconds or self._clock.monotonic() - self._drawn_at >= FRAME_SECONDS:
+            if self._clock.monotonic() - self._drawn_at >= FRAME_SECONDS:
                 self._draw()
         elif isinstance(event, (CanvasStarted, CanvasCommitted)):
             self._draw()
@@ -82,9 +77,6 @@ class LiveCanvas:
             self._region.stop()
 
     def _draw(self) -> None:
-        wait = self._drawn_at + self._min_frame_seconds - self._clock.monotonic()
-        if wait > 0:
-            self._clock.sleep(wait)
         width, height = self.console.size
         rows = self._view.take_rows(width)
         lines = self._view.frame(width, height)

@@ -67,22 +67,15 @@ class ProgressBar:
             self._total = -1
 
     def _bar(self) -> Progress:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        from rich import progress
         from rich.table import Column
 
-        name = TextColumn("{task.description}", markup=False,
-                          table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis", min_width=12))
-        amount = (DownloadColumn(), TransferSpeedColumn()) if self._of_bytes else (MofNCompleteColumn(),)
-        return Progress(name, BarColumn(16), *amount, TimeRemainingColumn(), console=self.console, expand=True,
-                        transient=not self._stays)
+        name = progress.TextColumn("{task.description}", markup=False,
+                                   table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis", min_width=12))
+        amount = (progress.DownloadColumn(), progress.TransferSpeedColumn()) if self._of_bytes else (
+            progress.MofNCompleteColumn(),)
+        return progress.Progress(name, progress.BarColumn(16), *amount, progress.TimeRemainingColumn(),
+                                 console=self.console, expand=True, transient=not self._stays)
 
 
 class DownloadBar(ProgressLines):

@@ -77,7 +77,8 @@ def router(serving: Serving) -> APIRouter:
         adapter = serving.adapter(body.model)
         body.check(http, serving.settings)
         request = await engine_request(serving, body.ask(http, body.prompt_messages(), adapter))
-        rendering = MessageRendering(body.model, len(request.prompt_ids), _most(body),
+        most = body.length_limit()[0] or 2**63  # an answer that ends before has filled the context
+        rendering = MessageRendering(body.model, len(request.prompt_ids), most,
                                      thoughts=getattr(body.thinking, "display", None) != "omitted")
         return await respond(serving, http, rendering, [request], stream=bool(body.stream), one_call=body.one_call())
 
@@ -89,9 +90,3 @@ def router(serving: Serving) -> APIRouter:
         return JsonResponse({"input_tokens": len(prompt_ids)})
 
     return routes
-
-
-def _most(body: MessagesBody) -> int:
-    """The most tokens that were asked for: an answer that ends before has filled the context."""
-    most = body.length_limit()[0]
-    return 2**63 if most is None else most

@@ -14,9 +14,6 @@ from dgemma.chat.reply import Thought
 from dgemma.serve.deltas import Delta, Done, Text, ToolCall
 from dgemma.serve.respond import Made, Rendering
 
-# The field that a block's text stands in, and the kind of delta that adds to it.
-_GROWING = {"text": ("text", "text_delta"), "thinking": ("thinking", "thinking_delta")}
-
 
 class MessageRendering(Rendering):
     """One answer while it is made: `feed` takes its pieces and returns events, ``made`` is what they add up to.
@@ -51,15 +48,15 @@ class MessageRendering(Rendering):
             yield from self._end(delta)
 
     def _grow(self, kind: str, text: str) -> Iterator[Made]:
-        field, delta = _GROWING[kind]
+        """Add to a block of this kind, whose text stands in a field of the same name."""
         if self._open != kind:
             yield from self._close()
-            empty = {"type": kind, field: ""} | ({"signature": ""} if kind == "thinking" else {})
-            yield self._begin(empty)
+            yield self._begin({"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {}))
             self._open = kind
         if text:
-            self.made["content"][-1][field] += text
-            yield {"type": "content_block_delta", "index": self._index, "delta": {"type": delta, field: text}}
+            self.made["content"][-1][kind] += text
+            yield {"type": "content_block_delta", "index": self._index,
+                   "delta": {"type": f"{kind}_delta", kind: text}}
 
     def _call(self, call: ToolCall) -> Iterator[Made]:
         yield from self._close()

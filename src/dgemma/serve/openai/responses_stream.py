@@ -5,6 +5,7 @@ Works on: the pieces of `deltas`. Knows nothing of: HTTP, requests.
 
 from __future__ import annotations
 
+import copy
 import secrets
 import time
 from collections.abc import Iterator
@@ -73,7 +74,8 @@ class ResponseRendering(Rendering):
         self.made["output"].append({**item, "content": [part]})
         yield self._event("response.output_item.added", output_index=self._place["output_index"],
                           item={**item, "content": []})
-        yield self._event("response.content_part.added", **self._place, content_index=0, part=_copied(part))
+        yield self._event("response.content_part.added", **self._place, content_index=0,
+                          part=copy.deepcopy(part))  # as it is now: what it holds goes on growing
 
     def _close(self, status: str = "completed") -> Iterator[Made]:
         if self._open is None:
@@ -133,8 +135,3 @@ class ResponseRendering(Rendering):
     def _event(self, kind: str, **fields: Any) -> Made:
         self._sequence += 1
         return {"type": kind, "sequence_number": self._sequence - 1, **fields}
-
-
-def _copied(part: dict[str, Any]) -> dict[str, Any]:
-    """The part as it is now: what it holds goes on growing."""
-    return {key: list(value) if isinstance(value, list) else value for key, value in part.items()}

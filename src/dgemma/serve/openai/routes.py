@@ -162,7 +162,8 @@ def router(serving: Serving) -> APIRouter:
     def card(name: str) -> ModelCard:
         path = None if name in settings.served_names else serving.backend.adapters.paths()[name]
         limit = serving.context_limit
-        return ModelCard(id=name, display_name=name, created=started, created_at=rfc3339(started),
+        created_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))  # as Anthropic's API writes it
+        return ModelCard(id=name, display_name=name, created=started, created_at=created_at,
                          max_input_tokens=serving.longest_prompt, max_tokens=limit - 1,
                          root=path or serving.model.name, parent=path and settings.served_names[0], max_model_len=limit)
 
@@ -214,11 +215,6 @@ def router(serving: Serving) -> APIRouter:
         return JsonResponse({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
 
     return routes
-
-
-def rfc3339(seconds: int) -> str:
-    """A time, seconds since 1970, as Anthropic's API writes it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _echo(body: ResponsesBody, request: Request) -> dict[str, Any]:

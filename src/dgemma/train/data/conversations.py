@@ -3,14 +3,14 @@
 Works on: files and plain dictionaries. Knows nothing of: tokens, templates, canvases. JSONL and JSON need no library;
 Parquet and the hub need `datasets`.
 
-A row has one of three forms, told apart by its columns (`FORMS`): chat messages, a prompt and its response, or
+A row has one of three forms, told apart by its columns: chat messages, a prompt and its response, or
 ShareGPT's list of turns. All of them become messages as a user would send them to the model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 from dgemma.chat.messages import normalise_messages, normalise_tools
 from dgemma.errors import DgemmaError
 
-FORMS = ("messages", "prompt", "sharegpt")
 PROMPTS = ("prompt", "instruction", "question")
 RESPONSES = ("response", "output", "answer", "completion")
 INPUTS = ("input", "context")
@@ -50,15 +49,13 @@ class Conversations:
     bad: list[str]
 
 
-def read_conversations(sources: str | Path | Sequence[str | Path], form: str | None = None, split: str = "train",
+def read_conversations(sources: str | Path | Sequence[str | Path], split: str = "train",
                        skip_bad: bool = False) -> Conversations:
     """Read conversations from files, folders and names on the hub (``org/name`` or ``org/name:config``).
 
-    ``form`` is one of `FORMS`; None: told by each row's columns. ``split`` is for datasets. A bad row raises
-    `DgemmaError` naming file, row and what is wrong with it; with ``skip_bad`` it is counted instead.
+    ``split`` is for datasets. A bad row raises `DgemmaError` naming file, row and what is wrong with it; with
+    ``skip_bad`` it is counted instead.
     """
-    if form is not None and form not in FORMS:
-        raise DgemmaError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     rows: list[Conversation] = []
     bad: list[str] = []
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
@@ -66,7 +63,7 @@ def read_conversations(sources: str | Path | Sequence[str | Path], form: str | N
             try:
                 if isinstance(row, Exception):
                     raise DgemmaError(f"{where}: {row}") from row
-                rows.append(conversation_of(row, form, where))
+                rows.append(conversation_of(row, where))
             except DgemmaError as error:
                 if not skip_bad:
                     raise
@@ -77,12 +74,12 @@ def read_conversations(sources: str | Path | Sequence[str | Path], form: str | N
     return Conversations(rows, bad)
 
 
-def conversation_of(row: Any, form: str | None = None, where: str = "row") -> Conversation:
+def conversation_of(row: Any, where: str = "row") -> Conversation:
     """The conversation in one row; raises `DgemmaError`, beginning with ``where``, when it cannot be trained on."""
     try:
         if not isinstance(row, Mapping):
             raise DgemmaError(f"a row is an object with named columns, not {type(row).__name__}")
-        messages = _READERS[form or _form_of(row)](row)
+        messages = _messages(row)
         tools = normalise_tools(_from_json(row.get("tools"), "tools"))
         kept = [{key: value for key, value in message.items() if key not in ("weight", "train")}
                 for message in messages]
@@ -94,22 +91,17 @@ def conversation_of(row: Any, form: str | None = None, where: str = "row") -> Co
 # ---- forms -----------------------------------------------------------------------------------------
 
 
-def _form_of(row: Mapping[str, Any]) -> str:
-    if row.get("messages") is not None:
-        return "messages"
+def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     turns = row.get("conversations")
+    spoken = isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and "role" in turns[0]
+    if row.get("messages") is not None or spoken:
+        return _mappings(turns if row.get("messages") is None else row["messages"], "messages")
     if turns is not None:
-        spoken = isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and "role" in turns[0]
-        return "messages" if spoken else "sharegpt"
+        return _sharegpt_messages(row)
     if any(row.get(name) is not None for name in PROMPTS) and any(row.get(name) is not None for name in RESPONSES):
-        return "prompt"
+        return _prompt_messages(row)
     raise DgemmaError(f"columns {', '.join(map(str, row))} are no known form: give messages; or one of "
                       f"{', '.join(PROMPTS)} with one of {', '.join(RESPONSES)}; or conversations")
-
-
-def _chat_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    messages = row.get("messages") if row.get("messages") is not None else row.get("conversations")
-    return _mappings(messages, "messages")
 
 
 def _prompt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -150,10 +142,6 @@ def _sharegpt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             message["name"] = called.pop(0)
         messages.append(message)
     return messages
-
-
-_READERS: dict[str, Callable[[Mapping[str, Any]], list[dict[str, Any]]]] = {
-    "messages": _chat_messages, "prompt": _prompt_messages, "sharegpt": _sharegpt_messages}
 
 
 def _column(row: Mapping[str, Any], names: Sequence[str], what: str, needed: bool = True) -> Any:

@@ -175,12 +175,12 @@ def _names(calls: Sequence[Mapping[str, Any]]) -> Counter[str]:
 # ---- the user's own --------------------------------------------------------------------------------
 
 
-def metric_of(name: str, folder: Path | None = None) -> Metric:
+def metric_of(name: str) -> Metric:
     """The metric of that name: one of `METRICS`, or a function of the user's as ``path/to/file.py:function``.
 
-    The path may be relative to ``folder`` (None: where the program runs). The function gets a `Question` and a
-    `Generation` and returns a number or a dictionary of numbers by name, the first of them the main one; the higher,
-    the better. Raises DgemmaError naming file and line when there is no such function or it cannot be loaded.
+    The function gets a `Question` and a `Generation` and returns a number or a dictionary of numbers by name, the first
+    of them the main one; the higher, the better. Raises DgemmaError naming file and line when there is no such function
+    or it cannot be loaded.
     """
     if name in METRICS:
         return METRICS[name]
@@ -188,7 +188,7 @@ def metric_of(name: str, folder: Path | None = None) -> Metric:
     if not file.endswith(".py") or not function.isidentifier():
         raise DgemmaError(f"there is no metric {name!r}: use one of {', '.join(METRICS)}, or a function of your own as "
                           "path/to/file.py:function")
-    path = ((folder or Path()) / Path(file).expanduser()).resolve()
+    path = Path(file).expanduser().resolve()
     call = getattr(_load(path), function, None)
     if not callable(call):
         raise DgemmaError(f"{path}: there is no function {function!r} in this file; the metric {name!r} needs it")

@@ -22,15 +22,7 @@ from dgemma.nn.passes import Passes
 from dgemma.train.batch import Batch, collate
 from dgemma.train.data.examples import Example
 from dgemma.train.noise import Noise, corrupt, keyed_noise, noise_key
-from dgemma.train.objective import (
-    Objective,
-    causal_losses,
-    observed_shift,
-    prefixes,
-    read,
-    token_losses,
-    whole_logits,
-)
+from dgemma.train.objective import Objective, causal_losses, observed_shift, prefixes, read, token_losses, whole_logits
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 _STEP = 2**63  # a step that no run reaches: this noise is no training step's

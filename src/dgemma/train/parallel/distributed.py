@@ -12,7 +12,7 @@ losses of all ranks *add up* to that of the whole batch, as gradients are summed
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -263,55 +263,41 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:
     return norm.item()
 
 
-def collect(tree: Any, ranks: Ranks) -> Any:
-    """Mappings and lists of tensors, sharded ones made whole one after the other, as copies on the main process' CPU.
+def collect(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Tensors by name, sharded ones made whole one after the other, as copies on the main process' CPU.
 
-    What is no tensor is kept as it is. The other processes take part and get None.
+    The other processes take part and get none.
     """
     from torch.distributed.tensor import DTensor
 
-    def whole(tensor: Tensor) -> Tensor | None:
+    found = {}
+    for name, tensor in tensors.items():
         full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-        return full.to("cpu", copy=True) if ranks.is_main else None
+        if ranks.is_main:
+            found[name] = full.to("cpu", copy=True)
+    return found
 
-    collected = _mapped(tree, whole)
-    return collected if ranks.is_main else None
 
-
-def spread(tree: Any, network: DiffusionTransformer, ranks: Ranks) -> Any:
+def spread(tensors: Mapping[str, Tensor], network: DiffusionTransformer, ranks: Ranks) -> Mapping[str, Tensor]:
     """What `collect` gave on any number of ranks, for this number of them: cut as `shard` cuts the parameters.
 
-    That is along the first dimension; what has no dimension is copied. Only the main process' ``tree`` counts. In a
-    single process it is given back as it is.
+    That is along the first dimension; what has no dimension is copied. Only the main process' ``tensors`` count. In a
+    single process they are given back as they are.
     """
     if ranks.world == 1:
-        return tree
+        return tensors
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     parameter = next(network.parameters())
     assert isinstance(parameter, DTensor)  # the network is sharded
-    found: list[Tensor] = []
-    _mapped(tree if ranks.is_main else None, found.append)
-    sources = iter(found)
-
-    def part(outline: Tensor) -> Tensor:
+    found = {}
+    # Others first learn what there is: the same tensors without numbers.
+    for name, outline in ranks.from_main({name: tensor.to("meta") for name, tensor in tensors.items()}).items():
         device = ranks.device if outline.ndim else torch.device("cpu")  # where optimizers keep single numbers
-        full = next(sources).to(device) if ranks.is_main else torch.empty_like(outline, device=device)
+        full = tensors[name].to(device) if ranks.is_main else torch.empty_like(outline, device=device)
         if full.ndim:
-            return distribute_tensor(full, parameter.device_mesh, [Shard(0)])
-        dist.broadcast(full, src=0)
-        return full
-
-    # Others first learn what there is: the same tree of tensors without numbers.
-    return _mapped(ranks.from_main(_mapped(tree, lambda tensor: tensor.to("meta"))), part)
-
-
-def _mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A tree with every tensor changed, in order."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: _mapped(value, change) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_mapped(value, change) for value in tree)
-    return tree
+            full = distribute_tensor(full, parameter.device_mesh, [Shard(0)])
+        else:
+            dist.broadcast(full, src=0)
+        found[name] = full
+    return found

@@ -19,12 +19,7 @@ from torch import Tensor
 
 from dgemma import seeds
 from dgemma.chat.tokenizer import Tokenizer
-from dgemma.config import (
-    MODEL_TYPE,
-    GenerationConfig,
-    generation_config_from_dict,
-    model_config_from_dict,
-)
+from dgemma.config import MODEL_TYPE, GenerationConfig, generation_config_from_dict, model_config_from_dict
 from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import make_folder
 from dgemma.model import Model, Parts, read_parts

@@ -40,6 +40,7 @@ from dgemma.weights.hub.transfer import (
 
 _GIT_NAME = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*")  # what may become a file's name in the cache
+_MAKE_SPACE = "`dgemma models` shows what is here, `dgemma models remove NAME` removes it"
 
 
 class NotThereError(CheckpointError):
@@ -172,12 +173,7 @@ def _listing(repo: str) -> tuple[str, dict[str, HubFile]]:
 
 def _explained(repo: str, error: Exception) -> CheckpointError:
     """What to tell the user when the hub's library, the network or the disk did not do what it should."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     if isinstance(error, OfflineModeIsEnabled):
         return NotThereError(repo, "the Hugging Face hub must not be asked (HF_HUB_OFFLINE is set)", offline=True)
@@ -224,13 +220,16 @@ def fetch(pull: Pull, listener: Listener) -> Path:
                 if not _is_linked(snapshot, file):
                     _fetch_blob(pull, file, folder, listener)
                     _link(folder / "blobs" / file.blob, snapshot / file.name)
-        _write_reference(folder, pull.commit)
+        reference = folder / "refs" / "main"
+        if not reference.is_file() or reference.read_text() != pull.commit:
+            reference.parent.mkdir(exist_ok=True)
+            reference.write_text(pull.commit)
         note_finished(folder, [file.name for file in pull.files])
     except OSError as error:
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             raise CheckpointError(
                 f"{pull.repo}: the disk is full: {size_text(pull.to_fetch)} are still to come into {cache_folder()}; "
-                f"make space there ({_how_to_make_space()}), then the same command goes on where it stopped"
+                f"make space there ({_MAKE_SPACE}), then the same command goes on where it stopped"
             ) from error
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -280,12 +279,8 @@ def _check_space(pull: Pull, folder: Path) -> None:
     free = free_space(folder)
     if needed > free:
         raise CheckpointError(f"{pull.repo}: not enough space on the disk of {cache_folder()}: {size_text(needed)} are "
-                              f"needed, {size_text(free)} are free; {_how_to_make_space()}, or set HF_HOME to a folder "
+                              f"needed, {size_text(free)} are free; {_MAKE_SPACE}, or set HF_HOME to a folder "
                               "on another disk")
-
-
-def _how_to_make_space() -> str:
-    return "`dgemma models` shows what is here, `dgemma models remove NAME` removes it"
 
 
 def _here(pull: Pull, file: HubFile) -> int:
@@ -309,10 +304,3 @@ def _link(blob: Path, path: Path) -> None:
         path.symlink_to(os.path.relpath(blob, path.parent))
     except OSError:
         blob.replace(path)
-
-
-def _write_reference(folder: Path, commit: str) -> None:
-    reference = folder / "refs" / "main"
-    if not reference.is_file() or reference.read_text() != commit:
-        reference.parent.mkdir(exist_ok=True)
-        reference.write_text(commit)
