@@ -6,6 +6,7 @@ random numbers. Digits are drawn from the fonts that come with matplotlib (the `
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -38,13 +39,26 @@ _STROKES: dict[int, list[list[list[tuple[float, float]]]]] = {
 }
 
 
-def picture(puzzle: np.ndarray, rng: np.random.Generator, *, photo: bool, held_out: bool = False) -> Image.Image:
-    """A puzzle [81] (0: blank) as an RGB picture of 300 to 900 pixels a side.
+@dataclass(frozen=True)
+class Picture:
+    """An RGB picture of a puzzle. ``corners`` [4, 2]: where its grid's lie (x, y), from the top left, anticlockwise."""
+
+    image: Image.Image
+    corners: np.ndarray
+
+    def cells(self, points: np.ndarray) -> np.ndarray:
+        """Where points [N, 2] of the picture lie on the grid, in cells (column, row) [N, 2]; 0 to 9 are within."""
+        square = np.array([(0, 0), (0, 9), (9, 9), (9, 0)], float)
+        return _projected(np.asarray(points, float), _perspective(self.corners, square))
+
+
+def picture(puzzle: np.ndarray, rng: np.random.Generator, *, photo: bool, held_out: bool = False) -> Picture:
+    """A puzzle [81] (0: blank) as a picture of 250 to 1100 pixels a side.
 
     ``photo``: on paper, turned, in perspective, under uneven light, blurred, through JPEG. ``held_out``: in fonts that
     no picture without it shows.
     """
-    cell = int(rng.integers(30, 72))
+    cell = int(rng.integers(26, 64))
     page = _page(np.asarray(puzzle).reshape(9, 9), cell, rng, by_hand=photo and rng.random() < _PEN_SHARE,
                  names=HELD_OUT if held_out else SEEN)
     return _photographed(page, rng) if photo else page
@@ -53,7 +67,7 @@ def picture(puzzle: np.ndarray, rng: np.random.Generator, *, photo: bool, held_o
 # ---- the page --------------------------------------------------------------------------------------
 
 
-def _page(grid: np.ndarray, cell: int, rng: np.random.Generator, by_hand: bool, names: tuple[str, ...]) -> Image.Image:
+def _page(grid: np.ndarray, cell: int, rng: np.random.Generator, by_hand: bool, names: tuple[str, ...]) -> Picture:
     """The grid [9, 9] with a margin around it, upright."""
     paper, ink, line = _colours(rng)
     margin = rng.integers(0, cell * 2, size=4) + 2  # left, top, right, bottom
@@ -81,7 +95,8 @@ def _page(grid: np.ndarray, cell: int, rng: np.random.Generator, by_hand: bool, 
         else:
             box = font.getbbox(str(digit))
             draw.text((centre[0] - (box[0] + box[2]) / 2, centre[1] - (box[1] + box[3]) / 2), str(digit), ink, font)
-    return image
+    square = np.array([(0, 0), (0, side), (side, side), (side, 0)], float)
+    return Picture(image, square + (left, top))
 
 
 def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -146,8 +161,9 @@ def _smooth(points: np.ndarray, between: int = 8) -> np.ndarray:
 # ---- the photo -------------------------------------------------------------------------------------
 
 
-def _photographed(page: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _photographed(sheet: Picture, rng: np.random.Generator) -> Picture:
     """A page as a camera sees it: on something, turned, in perspective, in some light, a little out of focus."""
+    page = sheet.image
     width, height = page.size
     room = rng.uniform(0.02, 0.15, 4) * max(width, height)  # left, top, right, bottom
     size = (int(width + room[0] + room[2]), int(height + room[1] + room[3]))
@@ -164,21 +180,29 @@ def _photographed(page: Image.Image, rng: np.random.Generator) -> Image.Image:
     covered = Image.new("L", page.size, 255).transform(size, Image.Transform.PERSPECTIVE, coefficients)
     table.paste(laid, mask=covered)
     table = table.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.004) * min(page.size)))
-    pixels = np.asarray(table, np.float32) * _light(size, rng)[..., None] * rng.uniform(0.92, 1.08, 3)
-    pixels += rng.normal(0, rng.uniform(1, 8), pixels.shape)
+    tint = rng.uniform(0.92, 1.08, 3).astype(np.float32)
+    pixels = np.asarray(table, np.float32) * _light(size, rng)[..., None] * tint
+    pixels += rng.standard_normal(pixels.shape, np.float32) * np.float32(rng.uniform(1, 8))
     shot = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     stored = BytesIO()
     shot.save(stored, "JPEG", quality=int(rng.integers(35, 95)))
-    return Image.open(stored).convert("RGB")
+    return Picture(Image.open(stored).convert("RGB"), _projected(sheet.corners, _perspective(corners, seen)))
 
 
-def _perspective(seen: np.ndarray, page: np.ndarray) -> list[float]:
-    """Pillow's eight coefficients of the projection that takes points [4, 2] of the photo to those of the page."""
+def _perspective(points: np.ndarray, images: np.ndarray) -> list[float]:
+    """The eight coefficients, as Pillow has them, of the projection that takes points [4, 2] to others."""
     rows, wanted = [], []
-    for (x, y), (u, v) in zip(seen, page, strict=True):
+    for (x, y), (u, v) in zip(points, images, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
         wanted += [u, v]
     return np.linalg.solve(np.array(rows), np.array(wanted)).tolist()
+
+
+def _projected(points: np.ndarray, coefficients: list[float]) -> np.ndarray:
+    """Points [N, 2] under a projection."""
+    a, b, c, d, e, f, g, h = coefficients
+    x, y = points[:, 0], points[:, 1]
+    return np.stack([a * x + b * y + c, d * x + e * y + f], axis=1) / (g * x + h * y + 1)[:, None]
 
 
 def _light(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -191,4 +215,4 @@ def _light(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         edge, softness, depth = rng.uniform(-0.4, 0.4), rng.uniform(0.01, 0.1), rng.uniform(0.1, 0.4)
         across = (x / size[0] - 0.5) * np.sin(angle) - (y / size[1] - 0.5) * np.cos(angle)
         light = light * (1 - depth / (1 + np.exp((edge - across) / softness)))
-    return light
+    return light.astype(np.float32)
