@@ -96,7 +96,7 @@ def _page(grid: np.ndarray, cell: int, rng: np.random.Generator, by_hand: bool, 
             box = font.getbbox(str(digit))
             draw.text((centre[0] - (box[0] + box[2]) / 2, centre[1] - (box[1] + box[3]) / 2), str(digit), ink, font)
     square = np.array([(0, 0), (0, side), (side, side), (side, 0)], float)
-    return Picture(image, square + (left, top))
+    return Picture(image, square + np.array((left, top)))
 
 
 def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
