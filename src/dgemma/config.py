@@ -48,7 +48,7 @@ class VisionConfig:
     """The shape of the vision tower, and the tokens that stand for pictures in a prompt.
 
     Field names are those of ``vision_config`` and, for the tokens, of ``config.json`` itself; the defaults are the
-    reference's (`Gemma4VisionConfig`). ``rope_theta`` is that of both axes. ``vision_soft_tokens_per_image`` is how many
+    reference's (`Gemma4VisionConfig`). ``rope_theta`` is that of both axes, ``vision_soft_tokens_per_image`` how many
     soft tokens a picture has at most where nobody says it. A token id may lie outside a small vocabulary, which then
     has no pictures.
     """

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from dgemma.chat.pictures import prepare
 from dgemma.config import VisionConfig
 from dgemma.gguf.blocks import BLOCK_TYPES
 from dgemma.gguf.quantize import quantize
@@ -12,6 +13,7 @@ from dgemma.kernels import PackedWeight
 from dgemma.nn import vision as tower
 from dgemma.nn.layers import Linear
 from dgemma.nn.vision import Layout, Vision
+from support.pictures import random_picture, reference_processor
 from support.vision import SMALL, TEXT_WIDTH, ReferenceVision, padded, random_pictures, vision_config, vision_like
 
 SHAPES = {  # in patches; several of one size, and two of equally many patches but not of one size
@@ -28,7 +30,7 @@ CONFIGS = {
     "standardised-clipped": {"standardize": True, "use_clipped_linears": True},
     "grouped": {"num_key_value_heads": 2, "head_dim": 20},
     "other-sizes": {"standardize": True, "patch_size": 4, "pooling_kernel_size": 3, "rms_norm_eps": 1e-5,
-                    "rope_parameters": {"rope_type": "axial", "rope_theta": 40.0}},
+                    "rope_parameters": {"rope_theta": 40.0}},
 }
 
 
@@ -52,6 +54,16 @@ def test_a_pooling_of_its_own_is_that_of_transformers():
     reference = ReferenceVision(SMALL | {"pooling_kernel_size": 2}, seed=3)
     pictures = random_pictures([(4, 6), (2, 2)])
     assert difference(vision_like(reference)(pictures), reference(*padded(pictures, 4 * 9))) < 1e-4
+
+
+def test_from_the_picture_on_everything_is_as_in_transformers():
+    reference = ReferenceVision(SMALL | {"standardize": True}, seed=7)
+    images = [random_picture(300, 200), random_picture(70, 300), random_picture(200, 300)]
+    theirs = reference_processor()(images, max_soft_tokens=70, return_tensors="pt")
+    pictures = [prepare(image, 70) for image in images]
+    ours = vision_like(reference)([picture.patches() for picture in pictures])
+    assert [len(soft) for soft in ours] == [picture.tokens for picture in pictures]
+    assert difference(ours, reference(theirs["pixel_values"], theirs["image_position_ids"])) < 1e-4
 
 
 def test_clipping_is_seen():
