@@ -67,7 +67,7 @@ class Picture:
     def digest(self) -> bytes:
         """A hash of the pixels, their arrangement and the budget: pictures of one digest have the same soft tokens."""
         found = hashlib.blake2b(repr((self.pixels.shape, self.budget, self.patch_size)).encode(), digest_size=16)
-        found.update(np.ascontiguousarray(self.pixels))
+        found.update(self.pixels.tobytes())
         return found.digest()
 
     def patches(self) -> Tensor:
