@@ -27,7 +27,8 @@ _ROOM = 20_000_000_000  # bytes: what one usual model takes on a disk
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _MEND_COMPILER = {"linux": "sudo apt install g++   (or your system's C++ compiler)", "darwin": "xcode-select --install",
                   "win32": "winget install Microsoft.VisualStudio.2022.BuildTools"}
-_EXTRAS = {"serve": "the HTTP server", "train": "training", "iq": "the block types IQ1, IQ2 and IQ3"}
+_EXTRAS = {"serve": "the HTTP server", "train": "training", "vision": "pictures",
+           "iq": "the block types IQ1, IQ2 and IQ3"}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dgemma.config import ModelConfig
@@ -24,8 +24,16 @@ from dgemma.errors import CheckpointError, Problem, problems_of, refuse
 from dgemma.fields import is_whole, parse_json_value, shown
 from dgemma.files import read_pieces
 from dgemma.nn import DiffusionTransformer
+from dgemma.nn.vision import Vision
 from dgemma.weights.files import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
-from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, network_name
+from dgemma.weights.names import (
+    checkpoint_name,
+    is_tied_copy,
+    is_vision,
+    network_name,
+    vision_checkpoint_name,
+    vision_name,
+)
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Bytes of a number in each of safetensors' dtypes, but for those that are narrower than a byte.
@@ -92,6 +100,30 @@ def load_network(folder: Path, config: ModelConfig, device: torch.device | str =
     return network.eval()
 
 
+def load_vision(folder: Path, config: ModelConfig, device: torch.device | str = "cpu",
+                dtype: torch.dtype | None = None,
+                progress: Callable[[int, int], None] | None = None) -> Vision:
+    """The vision tower of a checkpoint folder, in eval mode, without gradients.
+
+    ``dtype`` None means the stored one (that of the last projection); the rest is as in `load_network`. Only the
+    tower's tensors are read. Raises CheckpointError, too, when the checkpoint has no tower.
+    """
+    check_dtype(dtype)
+    folder, device = Path(folder), torch.device(device)
+    if config.vision is None:
+        raise CheckpointError(f"{folder}: this checkpoint has no vision tower: its config.json has no vision_config")
+    contents = read_headers(folder)
+    if not any(map(is_vision, (*contents.tensors, *(contents.unread or ())))) and not contents.damaged:
+        raise CheckpointError(f"{folder}: the vision tower is not in this checkpoint, only its config is")
+    with _OnMeta():
+        vision = Vision(config.vision, config.hidden_size).requires_grad_(False)
+    chosen, problems = match(contents, tensor_shapes(vision), vision=True)
+    refuse(problems, f"{folder}: the vision tower cannot be loaded")
+    dtype = dtype or DTYPES[chosen["embed_vision.embedding_projection.weight"].dtype]
+    vision.load_state_dict(_read(chosen, device, dtype, progress or (lambda done, total: None)), assign=True)
+    return vision.eval()
+
+
 def check_dtype(dtype: torch.dtype | None) -> None:
     """Raises ValueError for a dtype that a network is not run in."""
     if dtype is not None and dtype not in DTYPES.values():
@@ -104,7 +136,7 @@ def empty_network(config: ModelConfig) -> DiffusionTransformer:
         return DiffusionTransformer(config).requires_grad_(False)
 
 
-def tensor_shapes(network: DiffusionTransformer) -> dict[str, Shape]:
+def tensor_shapes(network: nn.Module) -> dict[str, Shape]:
     """Our name -> shape of every tensor of a network."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
@@ -138,25 +170,28 @@ def read_headers(folder: Path) -> Contents:
     return Contents(tuple(files), tensors, None if unread is None else frozenset(unread), tuple(damaged), aside)
 
 
-def match(contents: Contents, expected: Mapping[str, Shape]) -> tuple[dict[str, StoredTensor], list[Problem]]:
+def match(contents: Contents, expected: Mapping[str, Shape],
+          vision: bool = False) -> tuple[dict[str, StoredTensor], list[Problem]]:
     """Find the tensor for every name of ours in ``expected``, and everything that keeps the checkpoint from loading.
 
-    Vision tensors are left aside. The other name of a tied tensor counts only where the first one is absent.
+    Vision tensors are left aside, or with ``vision`` all others. The other name of a tied tensor counts only where the
+    first one is absent.
     """
+    named, spelt = (vision_name, vision_checkpoint_name) if vision else (network_name, checkpoint_name)
     own: dict[str, StoredTensor] = {}
     copies: dict[str, StoredTensor] = {}
     unexpected = []
     for name, tensor in contents.tensors.items():
-        ours = network_name(name)
-        if is_vision(name):
+        ours = named(name)
+        if is_vision(name) != vision or (vision and ours is None):
             continue
         if ours is None or ours not in expected:
             unexpected.append(f"{_plain(name)} in {tensor.file.name}")
         else:
             (copies if is_tied_copy(name) else own)[ours] = tensor
     chosen = {**copies, **own}
-    known = None if contents.unread is None else {network_name(name) for name in contents.unread}
-    missing = [checkpoint_name(name) for name in expected if known is not None and name not in {*chosen, *known}]
+    known = None if contents.unread is None else {named(name) for name in contents.unread}
+    missing = [spelt(name) for name in expected if known is not None and name not in {*chosen, *known}]
     found = {
         "damaged files": contents.damaged,
         "missing tensors": missing,
