@@ -40,7 +40,7 @@ _STROKES: dict[int, list[list[list[tuple[float, float]]]]] = {
 
 
 @dataclass(frozen=True)
-class Picture:
+class DrawnPuzzle:
     """An RGB picture of a puzzle. ``corners`` [4, 2]: where its grid's lie (x, y), from the top left, anticlockwise."""
 
     image: Image.Image
@@ -52,7 +52,7 @@ class Picture:
         return _projected(np.asarray(points, float), _perspective(self.corners, square))
 
 
-def picture(puzzle: np.ndarray, rng: np.random.Generator, *, photo: bool, held_out: bool = False) -> Picture:
+def picture(puzzle: np.ndarray, rng: np.random.Generator, *, photo: bool, held_out: bool = False) -> DrawnPuzzle:
     """A puzzle [81] (0: blank) as a picture of 250 to 1100 pixels a side.
 
     ``photo``: on paper, turned, in perspective, under uneven light, blurred, through JPEG. ``held_out``: in fonts that
@@ -67,7 +67,7 @@ def picture(puzzle: np.ndarray, rng: np.random.Generator, *, photo: bool, held_o
 # ---- the page --------------------------------------------------------------------------------------
 
 
-def _page(grid: np.ndarray, cell: int, rng: np.random.Generator, by_hand: bool, names: tuple[str, ...]) -> Picture:
+def _page(grid: np.ndarray, cell: int, rng: np.random.Generator, by_hand: bool, names: tuple[str, ...]) -> DrawnPuzzle:
     """The grid [9, 9] with a margin around it, upright."""
     paper, ink, line = _colours(rng)
     margin = rng.integers(0, cell * 2, size=4) + 2  # left, top, right, bottom
@@ -96,7 +96,7 @@ def _page(grid: np.ndarray, cell: int, rng: np.random.Generator, by_hand: bool, 
             box = font.getbbox(str(digit))
             draw.text((centre[0] - (box[0] + box[2]) / 2, centre[1] - (box[1] + box[3]) / 2), str(digit), ink, font)
     square = np.array([(0, 0), (0, side), (side, side), (side, 0)], float)
-    return Picture(image, square + np.array((left, top)))
+    return DrawnPuzzle(image, square + np.array((left, top)))
 
 
 def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -161,7 +161,7 @@ def _smooth(points: np.ndarray, between: int = 8) -> np.ndarray:
 # ---- the photo -------------------------------------------------------------------------------------
 
 
-def _photographed(sheet: Picture, rng: np.random.Generator) -> Picture:
+def _photographed(sheet: DrawnPuzzle, rng: np.random.Generator) -> DrawnPuzzle:
     """A page as a camera sees it: on something, turned, in perspective, in some light, a little out of focus."""
     page = sheet.image
     width, height = page.size
@@ -186,7 +186,7 @@ def _photographed(sheet: Picture, rng: np.random.Generator) -> Picture:
     shot = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     stored = BytesIO()
     shot.save(stored, "JPEG", quality=int(rng.integers(35, 95)))
-    return Picture(Image.open(stored).convert("RGB"), _projected(sheet.corners, _perspective(corners, seen)))
+    return DrawnPuzzle(Image.open(stored).convert("RGB"), _projected(sheet.corners, _perspective(corners, seen)))
 
 
 def _perspective(points: np.ndarray, images: np.ndarray) -> list[float]:
