@@ -31,7 +31,7 @@ def encoder_of(tiny_network):
             loads.append(1)
             return vision
 
-        encoder = PictureEncoder(tiny_network, load, **options)
+        encoder = PictureEncoder(tiny_network, TOKENS, load, **options)
         return encoder, vision, loads, seen
     return make
 
@@ -92,7 +92,7 @@ def test_a_tower_that_cannot_be_loaded_is_asked_for_again(tiny_network):
     def load():
         raise OSError("unplugged")
 
-    encoder = PictureEncoder(tiny_network, load)
+    encoder = PictureEncoder(tiny_network, TOKENS, load)
     for _ in range(2):
         with pytest.raises(OSError, match="unplugged"):
             encoder.spans([A], [0])

@@ -1,6 +1,6 @@
 """Pictures to soft tokens: the tower comes with the first picture, and what it saw of the last ones is kept.
 
-Works on pictures as patches and on their digests; knows nothing of where they come from or of prompts' text.
+Works on prepared pictures; knows nothing of where they come from or of prompts' text.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dgemma.chat.pictures import Picture
+from dgemma.config import VisionConfig
 from dgemma.diffusion.prompt import SoftSpan
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.vision import Vision
@@ -20,24 +21,17 @@ from dgemma.nn.vision import Vision
 KEPT = 256 << 20  # bytes of soft tokens: some twenty pictures of 1,120 in float32, for the largest network
 
 
-class PicturePatches(Protocol):
-    """A picture as `dgemma.chat.pictures.Picture` is one."""
-
-    @property
-    def digest(self) -> bytes: ...
-
-    def patches(self) -> Tensor: ...
-
-
 class PictureEncoder:
     """Makes the soft tokens of pictures for one network, from any thread.
 
-    ``load`` reads the tower when the first picture comes. ``kept`` bounds the bytes of soft tokens that are kept, those
-    of the pictures asked for last; ``seen`` and ``reused`` count pictures that went through the tower and that did not.
+    ``config`` is the tower's; ``load`` reads it when the first picture comes. ``kept`` bounds the bytes of soft tokens
+    that are kept, those of the pictures asked for last; ``seen`` and ``reused`` count pictures that went through the
+    tower and that did not.
     """
 
-    def __init__(self, network: DiffusionTransformer, load: Callable[[], Vision], kept: int = KEPT):
-        self.network, self.load, self.kept = network, load, kept
+    def __init__(self, network: DiffusionTransformer, config: VisionConfig, load: Callable[[], Vision],
+                 kept: int = KEPT):
+        self.network, self.config, self.load, self.kept = network, config, load, kept
         self.vision: Vision | None = None
         self.seen = self.reused = 0
         self._soft: OrderedDict[bytes, Tensor] = OrderedDict()
@@ -48,7 +42,7 @@ class PictureEncoder:
         """The memory of the soft tokens that are kept."""
         return sum(soft.nbytes for soft in self._soft.values())
 
-    def spans(self, pictures: Sequence[PicturePatches], starts: Sequence[int]) -> tuple[SoftSpan, ...]:
+    def spans(self, pictures: Sequence[Picture], starts: Sequence[int]) -> tuple[SoftSpan, ...]:
         """The pictures of a prompt as its spans, which start at these tokens; the tower sees all new ones together."""
         with self._working:
             new = {picture.digest: picture for picture in pictures if picture.digest not in self._soft}
