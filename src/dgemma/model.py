@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 
 from dgemma.cache import check_cache_type
 from dgemma.chat.messages import normalise_messages, normalise_tools
+from dgemma.chat.pictures import Picture, place_pictures, prepare, put_first, sources_in
 from dgemma.chat.reply import AnswerReader, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.chat.tokenizer import Tokenizer
@@ -23,6 +25,7 @@ from dgemma.constrain.choice import ToolChoice, calls_of, read_tool_choice, show
 from dgemma.diffusion.events import Event, Finished, Generation
 from dgemma.diffusion.request import Request, SamplingParams, Thoughts
 from dgemma.engine import Engine, PrefixStore
+from dgemma.engine.pictures import PictureEncoder
 from dgemma.errors import ContextLengthError, DgemmaError
 from dgemma.fields import is_whole
 from dgemma.memory.inference import request_memory
@@ -38,12 +41,13 @@ Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | torch.Tensor | np.ndar
 class Model:
     """A network with its tokenizer and settings; `load` makes one.
 
-    Attributes: ``network``, ``tokenizer``, ``config`` (the network's shape), ``generation_config``, ``name``.
+    Attributes: ``network``, ``tokenizer``, ``config`` (the network's shape), ``generation_config``, ``name``,
+    ``pictures`` (what sees them; None for a model that cannot).
     """
 
     def __init__(self, network: DiffusionTransformer, tokenizer: Tokenizer, generation_config: GenerationConfig,
-                 name: str):
-        self.network, self.tokenizer, self.name = network, tokenizer, name
+                 name: str, pictures: PictureEncoder | None = None):
+        self.network, self.tokenizer, self.name, self.pictures = network, tokenizer, name, pictures
         self.generation_config = generation_config
         self.prefixes = PrefixStore(request_memory(network) // 4)  # what a conversation's earlier turns have read
         self._engines: list[weakref.ref[Engine]] = []  # replaced, never changed: `cancel` may come at any moment
@@ -124,7 +128,8 @@ class Model:
 
     def request(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                 thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
-                images: Sequence[Any] | None = None, canvas: Sequence[int | None] | None = None,
+                images: Sequence[Any] | None = None, image_tokens: int | None = None,
+                canvas: Sequence[int | None] | None = None,
                 pinned: Sequence[bool] | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                 logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
                 response_format: Mapping[str, Any] | None = None, tool_choice: Any = None,
@@ -148,13 +153,16 @@ class Model:
         satisfy the tool's schema. So do those of tools declared ``strict``, whenever they are called. Beside a
         ``response_format`` the answer is calls, or that.
 
+        ``images`` (paths, bytes of files or PIL.Images) stand before the words of the last user message, or for the
+        image tokens of a prompt of ids; parts of messages may be pictures, too: {"type": "image", "image": …}. Each
+        has at most ``image_tokens`` soft tokens, 70, 140, 280, 560 or 1120 (None: the checkpoint's own number).
+
         ``reasoning_budget``: the most tokens that thoughts have together, their marks included; then the thought is
         closed, and the answer follows. 0: no thinking. Thoughts always leave a canvas for the answer (half of
         ``max_tokens`` where that is less than two). ``redraw_empty``: an answer that comes out empty at its first
         canvas is drawn once more, narrower and from other noise.
         """
-        if images:
-            raise DgemmaError("this version reads text only: images are not supported yet")
+        prompt, sources = self._with_images(prompt, images)
         given = (seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget)
         seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget = map(_plain_number, given)
         settings = {name: _plain_number(value) for name, value in settings.items()}
@@ -170,6 +178,7 @@ class Model:
         thinking = thinking and reasoning_budget != 0
         choice, declared = read_tool_choice(tool_choice), normalise_tools(tools)
         prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=shown_tools(declared, choice))
+        prompt_ids, starts, pictures = self._placed(prompt_ids, sources, _plain_number(image_tokens))
         canvas = None if canvas is None else [_plain_number(item) for item in canvas]
         constraint = None
         try:
@@ -204,7 +213,35 @@ class Model:
             raise
         except (TypeError, ValueError) as error:
             raise DgemmaError(str(error)) from error
+        if self.pictures is not None and pictures:  # now that it is known that they can be read
+            request = replace(request, spans=self.pictures.spans(pictures, starts))
         return request
+
+    def _with_images(self, prompt: Prompt, images: Sequence[Any] | None) -> tuple[Prompt, list[Any]]:
+        """The prompt with these pictures in its messages, and what all pictures in it are made from."""
+        if images is not None and not isinstance(images, (list, tuple)):
+            raise DgemmaError(f"images must be a list of pictures, not {type(images).__name__}")
+        sources = list(images or ())
+        if isinstance(prompt, str) and images:
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, (list, tuple)) and not _is_ids(prompt):
+            conversation: Any = list(prompt)
+            prompt = put_first(normalise_messages(conversation), sources)
+            sources = sources_in(prompt)
+        if sources and self.pictures is None:
+            raise DgemmaError("this model sees no pictures: it has no vision tower")
+        return prompt, sources
+
+    def _placed(self, prompt_ids: list[int], sources: Sequence[Any],
+                tokens: int | None) -> tuple[list[int], list[int], list[Picture]]:
+        """The prompt with room for its pictures, where they start, and they themselves, of at most so many tokens."""
+        if self.pictures is None or not sources:
+            return prompt_ids, [], []
+        vision = self.pictures.config
+        budget = vision.vision_soft_tokens_per_image if tokens is None else tokens
+        pictures = [prepare(source, budget, vision, None if isinstance(source, (str, Path)) else f"picture {number}")
+                    for number, source in enumerate(sources, 1)]
+        return (*place_pictures(prompt_ids, [picture.tokens for picture in pictures], vision), pictures)
 
     def _thoughts(self, inside: bool, budget: int | None) -> Thoughts | None:
         """How this model's thoughts are told from what it says; None where it has no marks for them."""
@@ -265,7 +302,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     is fetched from the hub (None: lines on stderr). Raises CheckpointError, naming file
     and cause, when it cannot be used.
     """
-    from dgemma.weights.load import load_network
+    from dgemma.weights.load import load_network, load_vision
 
     try:
         check_cache_type(cache_type)
@@ -286,11 +323,15 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     else:
         network = load_network(parts.source, parts.config, device=target, dtype=dtype, progress=progress)
         network.cache_type = cache_type
+    pictures = None
+    if parts.config.vision is not None:  # of a checkpoint folder: GGUF files have no tower
+        pictures = PictureEncoder(network, parts.config.vision,
+                                  partial(load_vision, parts.source, parts.config, target, dtype))
     if adapter is not None:
         from dgemma.weights.adapters import load_adapter
 
         load_adapter(network, adapter)
-    return Model(network, parts.tokenizer, parts.generation_config, str(name))
+    return Model(network, parts.tokenizer, parts.generation_config, str(name), pictures)
 
 
 @dataclass(frozen=True)

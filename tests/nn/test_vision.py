@@ -106,6 +106,30 @@ def test_no_pictures_give_none():
     assert vision_like(ReferenceVision(SMALL, seed=1))([]) == []
 
 
+def test_however_small_the_tiles_are_the_same_is_seen(monkeypatch):
+    vision = vision_like(ReferenceVision(SMALL | {"standardize": True}, seed=8))
+    pictures = random_pictures([(6, 9), (3, 3), (3, 18), (3, 3), (3, 3)])
+    whole = vision(pictures)
+    for rows in (1, 7, 18, 54, 60):
+        monkeypatch.setattr(tower, "CPU_ROWS", rows)
+        for tiled, soft in zip(vision(pictures), whole, strict=True):
+            torch.testing.assert_close(tiled, soft, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 5, 9, 20, 54, 1000])
+def test_tiles_are_all_patches_in_order_and_see_their_pictures(most):
+    layout = Layout(((3, 3), (3, 3), (3, 3), (6, 9), (9, 6), (3, 27)))
+    tiles = list(layout.tiles(most))
+    assert [row for tile in tiles for row in range(tile.rows.start, tile.rows.stop)] == list(range(sum(layout.counts)))
+    starts = [sum(layout.counts[:place]) for place in range(len(layout.counts) + 1)]
+    for tile in tiles:
+        first, last = starts.index(tile.seen.start), starts.index(tile.seen.stop)
+        assert last - first == tile.pictures and len(set(layout.counts[first:last])) == 1
+        assert tile.seen.start <= tile.rows.start < tile.rows.stop <= tile.seen.stop
+        assert tile.pictures == 1 or tile.rows == tile.seen
+        assert tile.rows.stop - tile.rows.start <= max(most, 9)
+
+
 def test_packs_hold_no_more_patches_than_they_may_but_any_one_picture():
     counts = [3000, 7000, 90, 20_000, 5000, 5000]
     packs = list(tower._packs(sorted(range(6), key=counts.__getitem__), counts))

@@ -6,9 +6,10 @@ Works on files, bytes and Pillow's images; knows nothing of the network. Preproc
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
-from dgemma.fields import read_bytes
+from dgemma.fields import read_bytes, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -140,6 +141,53 @@ def open_picture(source: str | Path | bytes | Image, name: str | None = None) ->
         raise DgemmaError(f"{name}: {error}") from error
     except Exception as error:  # damaged data makes Pillow's decoders raise anything
         raise DgemmaError(f"{name}: this picture is damaged or cut off ({error or type(error).__name__})") from error
+
+
+def put_first(messages: Sequence[dict], images: Sequence[Any]) -> list[dict]:
+    """Normalised messages with pictures before the words of the user's last one, where the model wants them.
+
+    Raises DgemmaError when there are pictures and no message is the user's.
+    """
+    if not images:
+        return list(messages)
+    place = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if place is None:
+        raise DgemmaError("images belong to a message of the user, and there is none")
+    words = messages[place]["content"]
+    parts = [{"type": "text", "text": words}] if isinstance(words, str) else words
+    pictures = [{"type": "image", "image": image} for image in images]
+    return [*messages[:place], {**messages[place], "content": [*pictures, *parts]}, *messages[place + 1 :]]
+
+
+def sources_in(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What the pictures in normalised messages are made from, in order, each as `open_picture` takes it.
+
+    A part has its picture under "image" or "path", or as a data URL under "url". Raises DgemmaError for a part without
+    one, for a URL that would have to be fetched, and for a video.
+    """
+    found = []
+    for index, message in enumerate(messages):
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            if part["type"] == "video":
+                raise DgemmaError(f"message {index}: this version sees no videos yet, only pictures")
+            if part["type"] == "image":
+                source = next((part[key] for key in ("image", "path") if part.get(key) is not None), None)
+                found.append(_of_url(part.get("url"), f"message {index}") if source is None else source)
+    return found
+
+
+def _of_url(url: Any, where: str) -> bytes:
+    """The bytes in a data URL."""
+    if not isinstance(url, str) or not url:
+        raise DgemmaError(f"{where}: an image part needs the picture, as `image`, `path` or a data URL in `url`")
+    head, comma, data = url.partition(",")
+    if not head.startswith("data:") or not head.endswith(";base64") or not comma:
+        raise DgemmaError(f"{where}: only data URLs in base64 are read (data:image/png;base64,…), not "
+                          f"{shown(url, 40)}: nothing is fetched")
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise DgemmaError(f"{where}: the data URL is not valid base64 ({error})") from error
 
 
 def place_pictures(ids: Sequence[int], counts: Sequence[int], config: VisionConfig) -> tuple[list[int], list[int]]:

@@ -1,8 +1,9 @@
 """The vision tower: patches of pictures in, soft tokens for the text network out.
 
 Read `Vision` first, at the end. Pictures of any sizes go through together, their patches one after the other without
-padding: only attention and pooling ask where one ends and the next begins. Reference: `transformers`, models/gemma4
-(`Gemma4VisionModel`, the multimodal embedder). Knows nothing of files or of what a picture is made from.
+padding, and a block takes them a tile at a time, so that no more is there at once than has to be. Reference:
+`transformers`, models/gemma4 (`Gemma4VisionModel`, the multimodal embedder). Knows nothing of files or of what a
+picture is made from.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from dgemma.kernels.norm import Rope, rotate
 from dgemma.nn.layers import Linear, RMSNorm
 
 MOST_PATCHES = 10_080  # that go through together, unless one picture has more: those of 1,120 soft tokens
-_ROWS = 2048  # patches in an MLP at a time: what it needs in between is four times as wide as they are
+CPU_ROWS = 256  # patches in a tile on a CPU: an MLP is four times as wide as they are
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Patches that go through a block together, which they see, and how many pictures both are of."""
+
+    rows: slice
+    seen: slice
+    pictures: int
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,19 @@ class Layout:
         return torch.cat([torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2).flip(1)
                           for rows, columns in self.shapes]).to(device)
 
-    def alike(self) -> Iterator[tuple[int, int]]:
-        """Runs of neighbours with equally many patches: how many pictures, and the patches of each."""
+    def tiles(self, most: int) -> Iterator[Tile]:
+        """The patches in order, about ``most`` at a time: parts of one picture, or several of equally many patches."""
+        start = 0
         for count, same in groupby(self.counts):
-            yield len(list(same)), count
+            left = len(list(same))
+            together = max(1, most // count)  # pictures
+            while left:
+                pictures = min(together, left)
+                seen = slice(start, start + pictures * count)
+                step = pictures * count if pictures > 1 else most
+                for first in range(seen.start, seen.stop, step):
+                    yield Tile(slice(first, min(first + step, seen.stop)), seen, pictures)
+                start, left = seen.stop, left - pictures
 
 
 class Projection(nn.Module):
@@ -99,18 +118,18 @@ class VisionAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, self.eps)
         self.k_norm = RMSNorm(self.head_dim, self.eps)
 
-    def forward(self, x: Tensor, rope: Rope, layout: Layout) -> Tensor:
-        """x [N, D] -> [N, D]."""
+    def remember(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """x [N, D] -> keys and values [N, Hkv, d]."""
+        return (_rotate(self.k_norm(self._heads(self.k_proj(x))), rope),
+                rms_norm(self._heads(self.v_proj(x)), None, self.eps))
+
+    def forward(self, x: Tensor, rope: Rope, key: Tensor, value: Tensor, pictures: int) -> Tensor:
+        """x [N, D] of so many pictures, and the keys and values of all that they see -> [N, D]."""
         query = _rotate(self.q_norm(self._heads(self.q_proj(x))), rope)
-        key = _rotate(self.k_norm(self._heads(self.k_proj(x))), rope)
-        value = rms_norm(self._heads(self.v_proj(x)), None, self.eps)
-        seen, start = [], 0
-        for pictures, count in layout.alike():
-            rows = slice(start, start := start + pictures * count)
-            q, k, v = (part[rows].unflatten(0, (pictures, count)).transpose(1, 2) for part in (query, key, value))
-            out = F.scaled_dot_product_attention(q, k, v, scale=1.0, enable_gqa=self.grouped)  # [pictures, H, count, d]
-            seen.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
-        return self.o_proj(torch.cat(seen) if len(seen) > 1 else seen[0])
+        # Each picture's own: [pictures, H, n, d].
+        query, key, value = (part.unflatten(0, (pictures, -1)).transpose(1, 2) for part in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, scale=1.0, enable_gqa=self.grouped)
+        return self.o_proj(out.transpose(1, 2).flatten(2).flatten(0, 1))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[N, H · d] -> [N, H, d]."""
@@ -118,7 +137,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """down(gelu(gate(x)) · up(x)), gelu in its tanh form, some patches at a time."""
+    """down(gelu(gate(x)) · up(x)), gelu in its tanh form."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -129,12 +148,11 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, D] -> [N, D]."""
-        return torch.cat([self.down_proj(F.gelu(self.gate_proj(some), approximate="tanh") * self.up_proj(some))
-                          for some in x.split(_ROWS)])
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
 
 class VisionBlock(nn.Module):
-    """Attention, then the MLP; both normed before and after."""
+    """Attention, then the MLP; both normed before and after. Only keys and values are there of all patches at once."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -146,9 +164,18 @@ class VisionBlock(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
         self.post_feedforward_layernorm = RMSNorm(hidden, eps)
 
-    def forward(self, x: Tensor, rope: Rope, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, tiles: Sequence[Tile]) -> Tensor:
         """x [N, D] -> [N, D]."""
-        x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, layout), residual=x)
+        pairs = [self.self_attn.remember(self.input_layernorm(x[tile.rows]), _of(rope, tile.rows)) for tile in tiles]
+        key, value = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        del pairs
+        return torch.cat([self._tile(x[tile.rows], _of(rope, tile.rows), key[tile.seen], value[tile.seen],
+                                     tile.pictures) for tile in tiles])
+
+    def _tile(self, x: Tensor, rope: Rope, key: Tensor, value: Tensor, pictures: int) -> Tensor:
+        """x [n, D] -> [n, D]."""
+        seen = self.self_attn(self.input_layernorm(x), rope, key, value, pictures)
+        x = self.post_attention_layernorm(seen, residual=x)
         return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)), residual=x)
 
 
@@ -160,11 +187,11 @@ class VisionEncoder(nn.Module):
         self.head_dim, self.theta = config.head_dim, config.rope_theta
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, tiles: Sequence[Tile]) -> Tensor:
         """x [N, D], positions [N, 2] -> [N, D]; no norm at the end."""
         rope = axial_rope(positions, self.head_dim, self.theta, x.dtype)
         for block in self.layers:
-            x = block(x, rope, layout)
+            x = block(x, rope, tiles)
         return x
 
 
@@ -186,7 +213,9 @@ class VisionTower(nn.Module):
     def forward(self, patches: Tensor, layout: Layout) -> Tensor:
         """patches [N, 3p²] -> [n, D], float32: the magnitudes are beyond float16 until they are standardised."""
         positions = layout.positions(patches.device)
-        x = self.encoder(self.patch_embedder(patches, positions), positions, layout)
+        tiles = list(layout.tiles(CPU_ROWS if patches.device.type == "cpu" else MOST_PATCHES))
+        x = torch.cat([self.patch_embedder(patches[tile.rows], positions[tile.rows]) for tile in tiles])
+        x = self.encoder(x, positions, tiles)
         pooled = torch.cat([_pool(part, shape, self.pooling)
                             for part, shape in zip(x.split(layout.counts), layout.shapes, strict=True)])
         pooled = pooled * pooled.shape[-1] ** 0.5
@@ -259,6 +288,10 @@ def axial_rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtyp
     angles = positions[..., None].float() * (1.0 / theta**exponent)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _of(rope: Rope, rows: slice) -> Rope:
+    return rope[0][rows], rope[1][rows]
 
 
 def _rotate(x: Tensor, rope: Rope) -> Tensor:
