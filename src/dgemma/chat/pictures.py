@@ -6,10 +6,9 @@ Works on files, bytes and Pillow's images; knows nothing of the network. Preproc
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,75 +140,6 @@ def open_picture(source: str | Path | bytes | Image, name: str | None = None) ->
         raise DgemmaError(f"{name}: {error}") from error
     except Exception as error:  # damaged data makes Pillow's decoders raise anything
         raise DgemmaError(f"{name}: this picture is damaged or cut off ({error or type(error).__name__})") from error
-
-
-def put_first(messages: Sequence[dict], images: Sequence[Any]) -> list[dict]:
-    """Normalised messages with pictures before the words of the user's last one, where the model wants them.
-
-    Raises DgemmaError when there are pictures and no message is the user's.
-    """
-    if not images:
-        return list(messages)
-    place = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=None)
-    if place is None:
-        raise DgemmaError("images belong to a message of the user, and there is none")
-    words = messages[place]["content"]
-    parts = [{"type": "text", "text": words}] if isinstance(words, str) else words
-    pictures = [{"type": "image", "image": image} for image in images]
-    return [*messages[:place], {**messages[place], "content": [*pictures, *parts]}, *messages[place + 1 :]]
-
-
-def sources_in(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What the pictures in normalised messages are made from, in order, each as `open_picture` takes it.
-
-    A part has its picture under "image" or "path", or as a data URL under "url". Raises DgemmaError for a part without
-    one, for a URL that would have to be fetched, and for a video.
-    """
-    found = []
-    for index, message in enumerate(messages):
-        for part in message["content"] if isinstance(message["content"], list) else ():
-            if part["type"] == "video":
-                raise DgemmaError(f"message {index}: this version sees no videos yet, only pictures")
-            if part["type"] == "image":
-                source = next((part[key] for key in ("image", "path") if part.get(key) is not None), None)
-                found.append(_of_url(part.get("url"), f"message {index}") if source is None else source)
-    return found
-
-
-def _of_url(url: Any, where: str) -> bytes:
-    """The bytes in a data URL."""
-    if not isinstance(url, str) or not url:
-        raise DgemmaError(f"{where}: an image part needs the picture, as `image`, `path` or a data URL in `url`")
-    head, comma, data = url.partition(",")
-    if not head.startswith("data:") or not head.endswith(";base64") or not comma:
-        raise DgemmaError(f"{where}: only data URLs in base64 are read (data:image/png;base64,…), not "
-                          f"{shown(url, 40)}: nothing is fetched")
-    try:
-        return base64.b64decode(data, validate=True)
-    except ValueError as error:
-        raise DgemmaError(f"{where}: the data URL is not valid base64 ({error})") from error
-
-
-def place_pictures(ids: Sequence[int], counts: Sequence[int], config: VisionConfig) -> tuple[list[int], list[int]]:
-    """A prompt with room for its pictures: every image token becomes begin, so many image tokens, end.
-
-    ``counts`` are the pictures' soft tokens, in order. Returns the ids, and where each picture's soft tokens start.
-    Raises DgemmaError when the prompt has another number of image tokens.
-    """
-    named = sum(token == config.image_token_id for token in ids)
-    if named != len(counts):
-        raise DgemmaError(f"the prompt has places for {named} pictures, and there are {len(counts)}")
-    placed: list[int] = []
-    starts = []
-    for token in ids:
-        if token != config.image_token_id:
-            placed.append(token)
-            continue
-        placed.append(config.boi_token_id)
-        starts.append(len(placed))
-        placed += [config.image_token_id] * counts[len(starts) - 1]
-        placed.append(config.eoi_token_id)
-    return placed, starts
 
 
 def _pillow() -> Any:
