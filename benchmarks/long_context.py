@@ -41,12 +41,13 @@ CONFIG = {
 }
 
 
-def random_network():
+def random_network(cache_type: str):
     from dgemma.config import model_config_from_dict
     from dgemma.nn import DiffusionTransformer
 
     torch.manual_seed(0)
-    network = DiffusionTransformer(model_config_from_dict(CONFIG)).to(torch.bfloat16).eval().requires_grad_(False)
+    network = DiffusionTransformer(model_config_from_dict(CONFIG), cache_type)
+    network.to(torch.bfloat16).eval().requires_grad_(False)
     for name, parameter in network.named_parameters():
         width = parameter.shape[-1]
         if parameter.ndim > 1:
@@ -57,11 +58,10 @@ def random_network():
 
 
 def measure(prompt: int, cache_type: str, steps: int, save: Path) -> dict:
+    from dgemma.cache.store import READ_AT_ONCE
     from dgemma.memory.inference import kv_cache_bytes, working_bytes
-    from dgemma.nn.transformer import ENCODE_CHUNK
 
-    network = random_network()
-    network.cache_type = cache_type
+    network = random_network(cache_type)
     ids = torch.randint(1024, (1, prompt), generator=torch.Generator().manual_seed(1))
     canvas = torch.randint(1024, (1, 256), generator=torch.Generator().manual_seed(2))
     took: dict[str, list[float]] = {SLIDING: [], FULL: []}
@@ -75,7 +75,7 @@ def measure(prompt: int, cache_type: str, steps: int, save: Path) -> dict:
         loaded = resident_bytes()
         reset_peak()
         cache, start = network.new_cache(1), time.perf_counter()
-        for piece in ids.split(ENCODE_CHUNK, dim=1):
+        for piece in ids.split(READ_AT_ONCE, dim=1):
             network.encode(piece, cache)
         prefill = time.perf_counter() - start
         extra = peak_bytes() - loaded - cache.nbytes

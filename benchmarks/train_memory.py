@@ -85,6 +85,7 @@ def packed_network(path: Path, device: str) -> DiffusionTransformer:
 
 def measure(setting: dict[str, Any]) -> dict[str, float]:
     """Two steps of training in this process: the most it held, what it held before, and the second step's seconds."""
+    from dgemma.nn.passes import Passes
     from dgemma.train.batch import Batch
     from dgemma.train.noise import draw_noise
     from dgemma.train.objective import Objective, batch_loss
@@ -101,7 +102,6 @@ def measure(setting: dict[str, Any]) -> dict[str, float]:
         attach(network, AdapterConfig(r=setting["rank"], targets=TARGETS[kind]))
     else:
         network.requires_grad_(True)
-    network.checkpointing = setting["checkpointing"]
     trained = list(network.parameters() if kind == "full" else adapter_parameters(network).values())
     optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.95, 0.99), fused=True)
     objective, generator = Objective(), torch.Generator().manual_seed(0)
@@ -116,7 +116,7 @@ def measure(setting: dict[str, Any]) -> dict[str, float]:
                           torch.device(device))
         noise = draw_noise(objective, setting["batch"], shape.canvas, shape.vocab, generator).to(torch.device(device))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=kind == "full"):
-            loss, _ = batch_loss(network, batch, objective, noise)
+            loss, _ = batch_loss(network, batch, objective, noise, passes=Passes.of(network, setting["checkpointing"]))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from dgemma.config import model_config_from_dict
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, attach
+from dgemma.nn.passes import Passes
 from dgemma.train.batch import Batch
 from dgemma.train.noise import Noise, corrupt, draw_noise
 from dgemma.train.objective import Objective, batch_loss
@@ -95,8 +96,8 @@ def our_adapters(network: DiffusionTransformer) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def our_loss(network: DiffusionTransformer, batch: Batch, noise: Noise) -> Tensor:
-    return batch_loss(network, batch, OBJECTIVE, noise)[0]
+def our_loss(network: DiffusionTransformer, batch: Batch, noise: Noise, checkpointing: bool = False) -> Tensor:
+    return batch_loss(network, batch, OBJECTIVE, noise, passes=Passes.of(network, checkpointing))[0]
 
 
 def peft_adapters(model: Any) -> dict[str, nn.Parameter]:
@@ -179,8 +180,7 @@ def prepared(side: str, setup: Setup, folder: Path) -> tuple[Loss, dict[str, nn.
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return lambda *arguments: their_loss(model, *arguments), parameters
     network = packed_network(gguf(setup, folder)) if base == "packed" else our_network(setup.layers)
-    network.checkpointing = bool(checkpointing)
-    return lambda *arguments: our_loss(network, *arguments), our_adapters(network)
+    return lambda *arguments: our_loss(network, *arguments, bool(checkpointing)), our_adapters(network)
 
 
 def gguf(setup: Setup, folder: Path) -> Path:

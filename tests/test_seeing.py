@@ -8,17 +8,19 @@ import pytest
 import dgemma
 from dgemma.errors import DgemmaError
 from dgemma.train.data import tokenizer as bundled_tokenizer
+from support.films import film
 from support.pictures import as_file, random_picture
 from support.reference import SHAPES, reference_model
 from support.vision import SMALL
 
 TEMPLATE = """{% for message in messages %}<|turn>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}
-{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}
+{% if part.type == 'image' %}<|image|>{% elif part.type == 'video' %}<|video|>{% else %}{{ part.text }}{% endif %}
 {% endfor %}{% endif %}<turn|>
 {% endfor %}<|turn>model
 """
-IDS = {"boi_token_id": "<|image>", "image_token_id": "<|image|>", "eoi_token_id": "<image|>"}
+IDS = {"boi_token_id": "<|image>", "image_token_id": "<|image|>", "eoi_token_id": "<image|>",
+       "video_token_id": "<|video|>"}
 IMAGE = random_picture(60, 50)
 SETTINGS = {"max_tokens": 16, "seed": 1, "max_denoising_steps": 2, "image_tokens": 70, "eos_token_id": ()}
 TOKENS = 9 * 7  # of a picture of 60 × 50 pixels, of 70 that it may have
@@ -93,6 +95,7 @@ def test_every_way_to_give_a_picture_is_the_same_prompt(model, tmp_path):
     assert all(len(request.spans) == 1 for request in requests)
 
 
+@pytest.mark.filterwarnings("ignore:a picture stands behind")
 def test_pictures_stand_where_they_were_put(model):
     other = random_picture(50, 60)
     request = model.request([{"role": "user", "content": [
@@ -117,23 +120,39 @@ def test_an_image_token_that_somebody_typed_is_text(model):
     assert image_tokens_in(request, model) == TOKENS
 
 
-def test_without_a_number_pictures_have_the_checkpoint_s(model):
-    settings = {name: value for name, value in SETTINGS.items() if name != "image_tokens"}
-    assert 200 < image_tokens_in(model.request("?", images=[IMAGE], **settings), model) <= 280
+def test_without_a_number_a_picture_has_as_many_as_what_is_asked_needs(model):
+    settings = SETTINGS | {"image_tokens": None}
+
+    def tokens(words, image):
+        return image_tokens_in(model.request(words, images=[image], **settings), model)
+
+    large = random_picture(1600, 900)
+    assert 250 < tokens("What is this?", large) <= 280
+    assert 500 < tokens("Read it to me", random_picture(1200, 800)) <= 560
+    assert tokens("Read it to me", IMAGE) == TOKENS
+
+
+def test_a_film_is_a_picture_for_every_frame_with_its_time_before_it(model):
+    request = model.request("What happens?", video=film(90, 30), **SETTINGS)
+    text = model.tokenizer.decode(request.prompt_ids).replace("<|video|>", "")
+    assert "00:00 <|image><image|> 00:01 <|image><image|> 00:02 <|image><image|>" in text
+    assert len(request.spans) == 3
+    assert model.generate("What happens?", video=film(90, 30), **SETTINGS).prompt_tokens == len(request.prompt_ids)
 
 
 @pytest.mark.parametrize(("prompt", "options", "message"), [
     ("?", {"images": "a.png"}, "images must be a list of pictures, not str"),
-    ("?", {"images": [b"no picture"]}, "picture 1: this is not a picture of a kind that can be read"),
+    ("?", {"images": [b"no picture"]}, "image 1: this is not a picture of a kind that can be read"),
     ("?", {"images": [IMAGE, 5]}, "a picture is a path, the bytes of a file or a PIL.Image, not int"),
     ("?", {"images": ["nowhere.png"]}, "nowhere.png: cannot be read"),
     ("?", {"images": [IMAGE], "image_tokens": 100}, "at most 70, 140, 280, 560 or 1120 soft tokens, got 100"),
     ([1, 2], {"images": [IMAGE]}, "places for 0 pictures, and there are 1"),
     ([{"role": "system", "content": "x"}], {"images": [IMAGE]}, "images belong to a message of the user"),
-    ([{"role": "user", "content": [{"type": "image"}, "x"]}], {}, "message 0: an image part needs the picture"),
+    ([{"role": "user", "content": [{"type": "image"}, "x"]}], {}, "image 1: an image part needs it"),
     ([{"role": "user", "content": [{"type": "image", "url": "https://x.org/a.png"}, "x"]}], {}, "nothing is fetched"),
     ([{"role": "user", "content": [{"type": "image", "url": "data:image/png;base64,&"}, "x"]}], {}, "not valid base64"),
-    ([{"role": "user", "content": [{"type": "video", "url": "data:video/mp4;base64,AAAA"}, "x"]}], {}, "no videos yet"),
+    ([{"role": "user", "content": [{"type": "video", "url": "data:video/mp4;base64,AA=="}, "x"]}], {},
+     "video 1: not a film"),
 ], ids=lambda value: value[:20] if isinstance(value, str) else "")
 def test_what_cannot_be_seen_is_said(model, prompt, options, message):
     with pytest.raises(DgemmaError) as caught:

@@ -28,10 +28,12 @@ from torch import nn
 
 from dgemma import seeds
 from dgemma.cache.pages import Paged, PagedBatch, PageFormat
-from dgemma.config import FULL, GenerationConfig
+from dgemma.cache.visibility import reach
+from dgemma.config import GenerationConfig
 from dgemma.diffusion.sampler import EntropyBoundSampler, StepSettings
 from dgemma.engine.engine import PIECE
 from dgemma.kernels import PackedWeight, mix_rows, native
+from dgemma.memory import machine_memory
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.head import canvas_stats, vocab_tiles
 
@@ -127,7 +129,7 @@ def work(network: DiffusionTransformer, canvas: int, context: int = 0) -> dict[s
                            block.self_attn.o_proj):
             if projection is not None:
                 add("attention", projection.weight, canvas)
-        seen = context if layer.kind == FULL else min(context, config.sliding_window - 1)
+        seen = reach(config, layer.kind, context)
         parts["attention"][0] += 4.0 * seen * layer.num_key_value_heads * layer.head_dim
         parts["attention"][1] += 4.0 * canvas * (seen + canvas) * config.num_attention_heads * layer.head_dim
         for projection in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):
@@ -252,8 +254,8 @@ def processor_text() -> str:
         flags = next((line for line in lines if line.startswith("flags")), "").split()
         wanted = ("amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2")
         model = f"{names[0] if names else model} ({', '.join(name for name in wanted if name in flags)})"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else 0.0
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GB"
+    memory = machine_memory()[1] or 0
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory / 1e9:.0f} GB"
 
 
 def describe_machine(*packages: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from dgemma.errors import CheckpointError
 from dgemma.fields import Fields, is_number, is_there, is_whole, read_json, shown
 
+ARCHITECTURE = "diffusion-gemma"  # as GGUF and Ollama spell it
 MODEL_TYPE = "diffusion_gemma"
 VISION_TYPE = "gemma4_vision"
 SLIDING = "sliding_attention"

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from dgemma.cache import check_cache_type
+from dgemma.chat.media import Shown, parts_in, place_media, put_first, show
 from dgemma.chat.messages import normalise_messages, normalise_tools
-from dgemma.chat.pictures import Picture, place_pictures, prepare, put_first, sources_in
-from dgemma.chat.reply import AnswerReader, inside_thought
+from dgemma.chat.reply import ReplyReader, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, ModelConfig, load_generation_config, load_model_config
@@ -59,7 +59,7 @@ class Model:
 
     def generate(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                  thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
-                 images: Sequence[Any] | None = None, **options: Any) -> Generation:
+                 images: Sequence[Any] | None = None, video: Any = None, **options: Any) -> Generation:
         """Answer ``prompt``: a user message, a list of chat messages, or token ids that are used as they are.
 
         Without ``max_tokens`` an answer may go on to the end of the model's context; ``finish_reason`` tells "length"
@@ -68,21 +68,21 @@ class Model:
         """
         options["drafts"] = False  # nobody hears of them
         for event in self.stream(prompt, max_tokens=max_tokens, seed=seed, thinking=thinking, system=system,
-                                 tools=tools, images=images, **options):
+                                 tools=tools, images=images, video=video, **options):
             if isinstance(event, Finished):
                 return event.generation
         raise RuntimeError("the engine stopped without finishing the request")
 
     def stream(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
-               images: Sequence[Any] | None = None, **options: Any) -> Iterator[Event]:
+               images: Sequence[Any] | None = None, video: Any = None, **options: Any) -> Iterator[Event]:
         """`generate` as it happens: CanvasStarted, Denoised, CanvasCommitted, …, Finished.
 
         Closing the iterator stops the work before the next denoising step; `cancel` does too, and still yields
         Finished with what was committed.
         """
         return self._run([self.request(prompt, max_tokens=max_tokens, seed=seed, thinking=thinking, system=system,
-                                       tools=tools, images=images, **options)])
+                                       tools=tools, images=images, video=video, **options)])
 
     def generate_batch(self, prompts: Sequence[Prompt], *, seeds: Sequence[int] | None = None,
                        max_tokens: int | None = None, thinking: bool = False, **options: Any) -> list[Generation]:
@@ -128,8 +128,8 @@ class Model:
 
     def request(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                 thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
-                images: Sequence[Any] | None = None, image_tokens: int | None = None,
-                canvas: Sequence[int | None] | None = None,
+                images: Sequence[Any] | None = None, video: Any = None, image_tokens: int | None = None,
+                fps: float | None = None, canvas: Sequence[int | None] | None = None,
                 pinned: Sequence[bool] | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                 logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
                 response_format: Mapping[str, Any] | None = None, tool_choice: Any = None,
@@ -153,16 +153,18 @@ class Model:
         satisfy the tool's schema. So do those of tools declared ``strict``, whenever they are called. Beside a
         ``response_format`` the answer is calls, or that.
 
-        ``images`` (paths, bytes of files or PIL.Images) stand before the words of the last user message, or for the
-        image tokens of a prompt of ids; parts of messages may be pictures, too: {"type": "image", "image": …}. Each
-        has at most ``image_tokens`` soft tokens, 70, 140, 280, 560 or 1120 (None: the checkpoint's own number).
+        ``images`` (paths, bytes of files or PIL.Images) and a ``video`` (a path or bytes) stand before the words of the
+        last user message, or for the image and video tokens of a prompt of ids; parts of messages may be pictures, too:
+        {"type": "image", "image": …}. Each picture has at most ``image_tokens`` soft tokens, 70, 140, 280, 560 or 1120
+        (None: as what is asked needs). A film is ``fps`` frames a second, at most 60 (None: one a second, or 60 over
+        all of it); its sound is not heard.
 
         ``reasoning_budget``: the most tokens that thoughts have together, their marks included; then the thought is
         closed, and the answer follows. 0: no thinking. Thoughts always leave a canvas for the answer (half of
         ``max_tokens`` where that is less than two). ``redraw_empty``: an answer that comes out empty at its first
         canvas is drawn once more, narrower and from other noise.
         """
-        prompt, sources = self._with_images(prompt, images)
+        prompt, parts = self._with_media(prompt, images, video)
         given = (seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget)
         seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget = map(_plain_number, given)
         settings = {name: _plain_number(value) for name, value in settings.items()}
@@ -178,7 +180,12 @@ class Model:
         thinking = thinking and reasoning_budget != 0
         choice, declared = read_tool_choice(tool_choice), normalise_tools(tools)
         prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=shown_tools(declared, choice))
-        prompt_ids, starts, pictures = self._placed(prompt_ids, sources, _plain_number(image_tokens))
+        media: list[Shown] = []
+        starts: list[int] = []
+        if self.pictures is not None and parts:
+            media = [show(part, self.pictures.config, _plain_number(image_tokens), _plain_number(fps), words,
+                          f"{part['type']} {number}") for number, (part, words) in enumerate(parts, 1)]
+            prompt_ids, starts = place_media(prompt_ids, media, self.pictures.config, self.tokenizer.encode)
         canvas = None if canvas is None else [_plain_number(item) for item in canvas]
         constraint = None
         try:
@@ -213,35 +220,27 @@ class Model:
             raise
         except (TypeError, ValueError) as error:
             raise DgemmaError(str(error)) from error
-        if self.pictures is not None and pictures:  # now that it is known that they can be read
-            request = replace(request, spans=self.pictures.spans(pictures, starts))
+        if self.pictures is not None and media:  # now that it is known that they can be read
+            seen = [picture for shown in media for picture in shown.pictures]
+            request = replace(request, spans=self.pictures.spans(seen, starts))
         return request
 
-    def _with_images(self, prompt: Prompt, images: Sequence[Any] | None) -> tuple[Prompt, list[Any]]:
-        """The prompt with these pictures in its messages, and what all pictures in it are made from."""
+    def _with_media(self, prompt: Prompt, images: Sequence[Any] | None, video: Any) -> tuple[Prompt, list]:
+        """The prompt with these pictures and this film in its messages, and all such parts of it (`parts_in`)."""
         if images is not None and not isinstance(images, (list, tuple)):
             raise DgemmaError(f"images must be a list of pictures, not {type(images).__name__}")
-        sources = list(images or ())
-        if isinstance(prompt, str) and images:
+        pictures, films = list(images or ()), [] if video is None else [video]
+        if isinstance(prompt, str) and (pictures or films):
             prompt = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, (list, tuple)) and not _is_ids(prompt):
+        if _is_ids(prompt) or not isinstance(prompt, (list, tuple)):
+            parts = parts_in(put_first([{"role": "user", "content": ""}], pictures, films))
+        else:
             conversation: Any = list(prompt)
-            prompt = put_first(normalise_messages(conversation), sources)
-            sources = sources_in(prompt)
-        if sources and self.pictures is None:
+            prompt = put_first(normalise_messages(conversation), pictures, films)
+            parts = parts_in(prompt)
+        if parts and self.pictures is None:
             raise DgemmaError("this model sees no pictures: it has no vision tower")
-        return prompt, sources
-
-    def _placed(self, prompt_ids: list[int], sources: Sequence[Any],
-                tokens: int | None) -> tuple[list[int], list[int], list[Picture]]:
-        """The prompt with room for its pictures, where they start, and they themselves, of at most so many tokens."""
-        if self.pictures is None or not sources:
-            return prompt_ids, [], []
-        vision = self.pictures.config
-        budget = vision.vision_soft_tokens_per_image if tokens is None else tokens
-        pictures = [prepare(source, budget, vision, None if isinstance(source, (str, Path)) else f"picture {number}")
-                    for number, source in enumerate(sources, 1)]
-        return (*place_pictures(prompt_ids, [picture.tokens for picture in pictures], vision), pictures)
+        return prompt, parts
 
     def _thoughts(self, inside: bool, budget: int | None) -> Thoughts | None:
         """How this model's thoughts are told from what it says; None where it has no marks for them."""
@@ -259,9 +258,9 @@ class Model:
             self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
         return engine.run(requests)
 
-    def reader(self, request: Request) -> AnswerReader:
+    def reader(self, request: Request) -> ReplyReader:
         """What reads a request's answer: its text, reasoning and tool calls, and where a stop string ends it."""
-        return AnswerReader(self.tokenizer, request.prompt_ids, **request.reading)
+        return ReplyReader(self.tokenizer, request.prompt_ids, **request.reading)
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -318,11 +317,11 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     if parts.gguf is not None:
         from dgemma.weights.gguf_model import load_gguf_network
 
-        network = load_gguf_network(parts.gguf, device=target, dtype=dtype, progress=progress)
-        network.cache_type = cache_type or network.cache_type
+        network = load_gguf_network(parts.gguf, device=target, dtype=dtype, progress=progress,
+                                    cache_type=cache_type)
     else:
-        network = load_network(parts.source, parts.config, device=target, dtype=dtype, progress=progress)
-        network.cache_type = cache_type
+        network = load_network(parts.source, parts.config, device=target, dtype=dtype, progress=progress,
+                               cache_type=cache_type)
     pictures = None
     if parts.config.vision is not None:  # of a checkpoint folder: GGUF files have no tower
         pictures = PictureEncoder(network, parts.config.vision,

@@ -152,8 +152,7 @@ def test_pages_keep_no_gradients():
 @pytest.mark.parametrize("cache_type", ["bf16", "q8_0", "f32"])
 @torch.inference_mode()
 def test_cache_types_give_what_the_plain_cache_gives(random_ids, cache_type):
-    network = random_network(tiny_config())
-    network.cache_type = cache_type
+    network = random_network(tiny_config(), cache_type=cache_type)
     ids = random_ids(1, 30)[0].tolist()
     canvas, soft = canvas_and_soft(network, 1)
     cache = paged(network)

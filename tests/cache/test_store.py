@@ -213,11 +213,8 @@ def kept(network, ids, lengths=None, **sizes) -> KVCache:
 @pytest.fixture
 def typed():
     """A function cache type -> a random network whose caches are of that type, always of the same weights."""
-    network = random_network(wide_config(), feedback=0.2)
-
     def of_type(cache_type: str | None):
-        network.cache_type = cache_type
-        return network
+        return random_network(wide_config(), cache_type=cache_type, feedback=0.2)
 
     return of_type
 
@@ -346,12 +343,10 @@ def test_training_through_q8_0_is_refused(typed, random_ids):
 
 
 @pytest.mark.parametrize("cache_type", ["f32", "bf16"])
-def test_a_bfloat16_network_can_keep_what_it_likes(random_ids, cache_type):
-    network = random_network(wide_config(), feedback=0.2)
-    ids, canvas = random_ids(1, 30), random_ids(1, CANVAS)
+def test_a_bfloat16_network_can_keep_what_it_likes(typed, random_ids, cache_type):
+    network, ids, canvas = typed(None), random_ids(1, 30), random_ids(1, CANVAS)
     exact = network.denoise(canvas, kept(network, ids))
-    network = network.to(torch.bfloat16)
-    network.cache_type = cache_type
+    network = typed(cache_type).to(torch.bfloat16)
     hidden = network.denoise(canvas, kept(network, ids))
     assert hidden.dtype == torch.bfloat16
     assert (hidden.float() - exact).square().mean().sqrt() < 0.1 * exact.square().mean().sqrt()
@@ -361,8 +356,7 @@ def test_a_bfloat16_network_can_keep_what_it_likes(random_ids, cache_type):
 def test_types_against_the_reference(cache_type):
     """transformers' logits in float32 behind a prompt of four windows; a shape in which all experts are chosen."""
     reference = reference_model(SHAPES["odd-sizes"])
-    network = network_like(reference)
-    network.cache_type = cache_type
+    network = network_like(reference, cache_type=cache_type)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(network.config.vocab_size, (1, 4 * network.config.sliding_window), generator=generator)
     canvas = torch.randint(network.config.vocab_size, (1, network.config.canvas_length), generator=generator)

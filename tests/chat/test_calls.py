@@ -353,7 +353,7 @@ def test_cuts_do_not_show_and_nothing_is_lost(bits, inside, form, chance):
         size = chance.randint(1, 7)
         pieces += reader.feed(rest[:size])
         rest = rest[size:]
-    pieces += reader.finish()
+    pieces += reader.finish().rest
     told = {"Said": "", "Thought": ""}
     calls = []
     for piece in pieces:

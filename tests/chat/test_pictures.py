@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps, features
 
-from dgemma.chat.pictures import BUDGETS, MOST_PIXELS, fitted, open_picture, place_pictures, prepare
+from dgemma.chat.pictures import BUDGETS, MOST_PIXELS, fitted, open_picture, prepare
 from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
 from dgemma.nn.vision import Layout
@@ -328,24 +328,6 @@ def test_mutated_files_are_pictures_or_refused_and_leave_nothing_behind():
             memory.append(psutil.Process().memory_info().rss)
     assert min(outcomes) > 500  # not all alike
     assert memory[1] - memory[0] < 100 << 20
-
-
-# In the prompt
-
-
-def test_every_image_token_becomes_begin_its_soft_tokens_and_end():
-    config = VisionConfig(boi_token_id=7, image_token_id=8, eoi_token_id=9)
-    ids, starts = place_pictures([1, 8, 2, 8, 8, 3], [2, 1, 3], config)
-    assert ids == [1, 7, 8, 8, 9, 2, 7, 8, 9, 7, 8, 8, 8, 9, 3]
-    assert starts == [2, 7, 10]
-    assert place_pictures([1, 2], [], config) == ([1, 2], [])
-
-
-@pytest.mark.parametrize("counts", [[], [3], [3, 3, 3]])
-def test_places_and_pictures_are_as_many(counts):
-    config = VisionConfig(image_token_id=8)
-    with pytest.raises(DgemmaError, match=f"places for 2 pictures, and there are {len(counts)}"):
-        place_pictures([8, 1, 8], counts, config)
 
 
 # Pillow

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgemma.chat.reply import AnswerReader, Called, ReplyReader, Said, Thought, declared_tools, read_answer
+from dgemma.chat.reply import Called, ReplyReader, Said, Thought, declared_tools, read_answer
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.train.data import tokenizer as bundled
 from support.gemma_files import SPECIALS, tokenizer_json
@@ -15,14 +15,14 @@ TOKENIZER = Tokenizer(bundled.build_byte_tokenizer(), bundled.TEMPLATE_FILE.read
 CALL = '<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|>'
 JSON = '{"name": "f", "arguments": {"a": "x"}}'
 READ = Called("f", {"a": "x"})
-HEALED = Called("f", {"a": "x"}, healed=True)
+REPAIRED = Called("f", {"a": "x"}, repaired=True)
 
 
 def pieces_of(text, *cuts, typed=False, **options):
     """What comes out of each feed, and of finish: the text's tokens cut after these pieces of it."""
     reader = ReplyReader(TOKENIZER, [], **options)
     fed = [reader.feed(TOKENIZER.encode(part, specials=not typed)) for part in (text, *cuts)]
-    return [*fed, reader.finish()]
+    return [*fed, reader.finish().rest]
 
 
 def simple(pieces):
@@ -46,7 +46,7 @@ def test_a_character_is_said_when_its_last_byte_is_there():
     assert reader.feed(ids[:2]) == [Said("a", (0, 1))]
     assert reader.feed(ids[2:3]) == []
     assert reader.feed([0, *ids[3:]]) == [Said("日b", (1, 6))]  # fill in between is no text
-    assert reader.finish() == []
+    assert reader.finish().rest == []
 
 
 def test_a_broken_character_is_shown_as_one():
@@ -63,7 +63,7 @@ def test_lone_bytes_of_gemmas_own_tokenizer_make_characters():
     ids = tokenizer.encode(text)
     reader = ReplyReader(tokenizer, [])
     assert "".join(piece.text for token in ids for piece in reader.feed([token])) == text
-    assert reader.finish() == []
+    assert reader.finish().rest == []
     assert len(SPECIALS) == 9  # there are no tool marks here, and none are needed
 
 
@@ -74,9 +74,9 @@ def test_lone_bytes_of_gemmas_own_tokenizer_make_characters():
         (f"<|channel>thought\n{CALL}<channel|>ok", [Thought(CALL), "ok"]),
         ("<|tool_call>nothing<tool_call|> and", ["<|tool_call>nothing<tool_call|> and"]),
         ("<|tool_call>nothing", ["<|tool_call>nothing"]),
-        (CALL.removesuffix("}<tool_call|>"), [HEALED]),
-        (CALL.replace("<tool_call|>", "") + CALL, [HEALED, READ]),
-        (CALL.replace("<tool_call|>", "") + "<|channel>thought\nhm<channel|>ok", [HEALED, Thought("hm"), "ok"]),
+        (CALL.removesuffix("}<tool_call|>"), [REPAIRED]),
+        (CALL.replace("<tool_call|>", "") + CALL, [REPAIRED, READ]),
+        (CALL.replace("<tool_call|>", "") + "<|channel>thought\nhm<channel|>ok", [REPAIRED, Thought("hm"), "ok"]),
         ('a<tool_call|>b<|"|>', ['a<tool_call|>b<|"|>']),
         ("\n\nHi\n", ["Hi\n"]),
         (f"\n{JSON}", [JSON]),  # no tools were declared
@@ -102,21 +102,21 @@ def test_marks_typed_as_text_are_text_within_a_call_too():
 @pytest.mark.parametrize(
     ("text", "pieces"),
     [
-        (JSON, [HEALED]),
-        (f" \n{JSON}\n", [HEALED]),
-        (f"<|channel>thought\nhm<channel|>{JSON}", [Thought("hm"), HEALED]),
-        (f"{JSON}\n{JSON}", [HEALED, HEALED]),
-        (f"[{JSON}, {JSON}]", [HEALED, HEALED]),
-        ('{"function": "f", "parameters": {"a": "x"}}', [HEALED]),
-        ('{"type": "function", "function": {"name": "f", "arguments": "{\\"a\\": \\"x\\"}"}}', [HEALED]),
-        ('{"tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"a": "x"}}}]}', [HEALED]),
-        ('{"name": "f", "arguments": {"a": "x",},}', [HEALED]),
-        ('{"name": "f", "arguments": {"a": "x"}', [HEALED]),
-        (f"I call:\n```json\n{JSON}\n```\nDone.", ["I call:\n", HEALED, "\nDone."]),
-        (f"```\n{JSON}```", [HEALED]),
-        (f"```json\n{JSON}", [HEALED]),
-        ('```json\n{"name": "f", "arguments": {"a": "x",}}\n```.', [HEALED, "."]),
-        ('```json\n{"name": "f", "arguments": {"a": "```"}}\n```', [Called("f", {"a": "```"}, healed=True)]),
+        (JSON, [REPAIRED]),
+        (f" \n{JSON}\n", [REPAIRED]),
+        (f"<|channel>thought\nhm<channel|>{JSON}", [Thought("hm"), REPAIRED]),
+        (f"{JSON}\n{JSON}", [REPAIRED, REPAIRED]),
+        (f"[{JSON}, {JSON}]", [REPAIRED, REPAIRED]),
+        ('{"function": "f", "parameters": {"a": "x"}}', [REPAIRED]),
+        ('{"type": "function", "function": {"name": "f", "arguments": "{\\"a\\": \\"x\\"}"}}', [REPAIRED]),
+        ('{"tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"a": "x"}}}]}', [REPAIRED]),
+        ('{"name": "f", "arguments": {"a": "x",},}', [REPAIRED]),
+        ('{"name": "f", "arguments": {"a": "x"}', [REPAIRED]),
+        (f"I call:\n```json\n{JSON}\n```\nDone.", ["I call:\n", REPAIRED, "\nDone."]),
+        (f"```\n{JSON}```", [REPAIRED]),
+        (f"```json\n{JSON}", [REPAIRED]),
+        ('```json\n{"name": "f", "arguments": {"a": "x",}}\n```.', [REPAIRED, "."]),
+        ('```json\n{"name": "f", "arguments": {"a": "```"}}\n```', [Called("f", {"a": "```"}, repaired=True)]),
     ],
 )
 def test_json_that_calls_a_declared_tool(text, pieces):
@@ -176,7 +176,7 @@ def test_the_prompt_says_which_tools_there_are():
 
 
 def stop_place(ids, stop):
-    reader = AnswerReader(TOKENIZER, [], stop=stop)
+    reader = ReplyReader(TOKENIZER, [], stop=stop)
     for token in ids:
         reader.feed([token])
     return reader.stop_place
@@ -222,11 +222,22 @@ def test_what_may_become_a_stop_string_is_held_back_and_nothing_follows_it():
 def test_said_tokens_tile_the_text():
     reader = ReplyReader(TOKENIZER, [], stop=["xyz"])
     ids = TOKENIZER.encode("<|channel>thought\nhm<channel|>\nab xy日<pad>c")
-    pieces = [piece for token in ids for piece in reader.feed([token])] + reader.finish()
+    pieces = [piece for token in ids for piece in reader.feed([token])] + reader.finish().rest
     said = [piece for piece in pieces if isinstance(piece, Said)]
     assert "".join(piece.text for piece in said) == "ab xy日c"
     for piece in said:
         assert TOKENIZER.decode(ids[slice(*piece.tokens)], skip_special_tokens=True) == piece.text
+
+
+def in_thoughts(ids, inside):
+    """How many tokens belong to thoughts, their marks included."""
+    opened, closed = map(TOKENIZER.token_to_id, ("<|channel>", "<channel|>"))
+    count = 0
+    for token in ids:
+        inside = inside or token == opened
+        count += inside
+        inside = inside and token != closed
+    return count
 
 
 BITS = st.sampled_from([
@@ -255,14 +266,15 @@ def test_cuts_do_not_show(bits, with_tools, inside, random):
         places += [place for piece in new if isinstance(piece, Said) for place in piece.tokens]
         assert max(places) <= fed
     last = reader.finish()
-    pieces += last
-    places += [place for piece in last if isinstance(piece, Said) for place in piece.tokens]
+    pieces += last.rest
+    places += [place for piece in last.rest if isinstance(piece, Said) for place in piece.tokens]
     assert places == sorted(places)
     assert all(piece.text for piece in pieces if not isinstance(piece, Called))
     assert "".join(piece.text for piece in pieces if isinstance(piece, Said)) == whole.text
     assert ("".join(piece.text for piece in pieces if isinstance(piece, Thought)) or None) == whole.reasoning
     assert [{"name": piece.name, "arguments": piece.arguments}
             for piece in pieces if isinstance(piece, Called)] == whole.tool_calls
-    assert reader.stopped == whole.stopped
+    assert last == whole
+    assert whole.thought_tokens == in_thoughts(ids[: reader.stop_place], inside)
     if not whole.tool_calls and not any(map(TOKENIZER.is_special, ids)):
         assert not any(stop in whole.text for stop in options["stop"])

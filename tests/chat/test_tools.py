@@ -1,4 +1,4 @@
-"""Tool calls: Gemma's notation is read exactly, what is nearly that is healed, and what is neither is refused."""
+"""Tool calls: Gemma's notation is read exactly, what is nearly that is repaired, and what is neither is refused."""
 
 import json
 import time
@@ -80,7 +80,7 @@ def test_well_formed(body, arguments):
     ],
 )
 def test_what_was_surely_meant(source, arguments):
-    assert read_calls(source) == [Called("f", arguments, healed=True)]
+    assert read_calls(source) == [Called("f", arguments, repaired=True)]
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_what_cannot_be_read_is_no_call(source):
     ],
 )
 def test_without_its_closing_mark_a_call_counts_if_its_values_are_whole(source, arguments):
-    expected = [] if arguments is None else [Called("f", arguments, healed=True)]
+    expected = [] if arguments is None else [Called("f", arguments, repaired=True)]
     assert read_calls(source, closed=False) == expected
 
 
 def test_the_word_call_may_be_missing_from_a_declared_tool():
-    assert read_calls("f{a:1}", tools=["f"]) == [Called("f", {"a": 1}, healed=True)]
+    assert read_calls("f{a:1}", tools=["f"]) == [Called("f", {"a": 1}, repaired=True)]
     assert read_calls("f{a:1}", tools=["g"]) == []
 
 

@@ -54,6 +54,12 @@ def test_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_what_was_read_of_the_tokens_is_not_kept(tmp_path):
+    read = [*EVENTS[:2], replace(EVENTS[2], pieces=["ä"]), replace(EVENTS[3], answer="ä")]
+    plain, other = (write(tmp_path / name, events, created="then") for name, events in (("a", EVENTS), ("b", read)))
+    assert plain.read_bytes() == other.read_bytes()
+
+
 LOGPROBS = [TokenLogprob(6, -0.25, [(6, -0.25), (0, -1.5)]), TokenLogprob(5, -3.0, [])]
 
 

@@ -518,6 +518,16 @@ def test_the_engine_has_the_answer_read_with_its_prompt(tiny_network, ask, answe
     assert (generation.text, generation.reasoning, generation.tool_calls) == ("text", "thought", [{"name": "tool"}])
 
 
+@pytest.mark.parametrize("redraw_empty", [False, True])
+def test_a_canvas_is_read_once_and_its_event_carries_what_was_read(tiny_network, ask, redraw_empty):
+    heard = []
+    read = reading(lambda request, tokens: heard.append(tokens) or ("text", None, []))
+    *events, last = Engine(tiny_network, read).run([ask(max_tokens=C, redraw_empty=redraw_empty)])
+    committed = [event for event in events if isinstance(event, CanvasCommitted)]
+    assert [event.pieces for event in committed] == [[event.token_ids] for event in committed]
+    assert heard == [committed[0].token_ids] and last.answer.text == "text"
+
+
 def test_every_bit_of_a_seed_decides_the_answer(engine_of, ask, answer):
     wanted = [3, 3 + 2**32, 3 + 2**33, 3 + 2**62, 2**63 - 1]
     answers = [answer(engine_of(), ask(seed=seed, max_tokens=2 * C)).token_ids for seed in wanted]

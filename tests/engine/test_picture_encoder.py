@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from dgemma.chat.pictures import place_pictures, prepare
+from dgemma.chat.media import Shown, place_media
+from dgemma.chat.pictures import prepare
 from dgemma.config import VisionConfig
 from dgemma.engine import PrefixStore
 from dgemma.engine.pictures import PictureEncoder
@@ -104,7 +105,7 @@ def test_from_an_image_token_to_an_answer(encoder_of, engine_of, ask, answer):
     store = PrefixStore(page=4)
 
     def answered(picture):
-        ids, starts = place_pictures([1, 2, TOKENS.image_token_id, 3, 4], [picture.tokens], TOKENS)
+        ids, starts = place_media([1, 2, TOKENS.image_token_id, 3, 4], [Shown((picture,))], TOKENS, list)
         return answer(engine_of(prefixes=store), ask(ids, spans=encoder.spans([picture], starts)))
 
     first, other, again = answered(A), answered(B), answered(A)

@@ -57,7 +57,7 @@ def test_a_common_beginning_is_read_once_by_those_who_come_together(engine_of, a
 def test_requests_wait_for_memory_and_nobody_is_overtaken(engine_of, ask):
     requests = [ask([1 + i] * 30, id=i, max_tokens=C) for i in range(3)] + [ask([40], id=3, max_tokens=C)]
     probe = engine_of()
-    engine = engine_of(memory=2 * probe.memory_of(requests[0]) + 1)
+    engine = engine_of(memory=2 * probe.scheduler.memory_of(requests[0]) + 1)
     for request in requests:
         engine.submit(request)
     running = []
@@ -78,8 +78,8 @@ def test_a_request_that_can_never_fit_is_refused(engine_of, ask):
 
 def test_memory_of_a_request_grows_with_what_it_may_become(engine_of, ask):
     engine = engine_of()
-    assert engine.memory_of(ask(max_tokens=10 * C)) > engine.memory_of(ask(max_tokens=C))
-    assert engine.memory_of(ask(range(40))) > engine.memory_of(ask(range(4)))
+    assert engine.scheduler.memory_of(ask(max_tokens=10 * C)) > engine.scheduler.memory_of(ask(max_tokens=C))
+    assert engine.scheduler.memory_of(ask(range(40))) > engine.scheduler.memory_of(ask(range(4)))
 
 
 def out_of_luck(found):
@@ -224,8 +224,8 @@ def test_memory_of_a_request_is_never_less_than_what_it_holds(engine_of, ask):
     held = 0
     while engine.busy:
         engine.step()
-        held = max([held, *(slot.prefix.cache.nbytes for slot in engine._slots)])
-    assert 0 < held <= engine.memory_of(request)
+        held = max([held, *(slot.prefix.cache.nbytes for slot in engine.scheduler.slots)])
+    assert 0 < held <= engine.scheduler.memory_of(request)
 
 
 def test_pins_and_a_constraint_together_are_refused(engine_of, ask):
@@ -265,7 +265,7 @@ def long_requests(ask, count=5):
 
 def memory_for(engine, request, canvases, times=1):
     """What so many such requests need that have committed so many canvases and write one more."""
-    return times * engine._memory_for(len(request.prompt_ids) + canvases * C)
+    return times * engine.scheduler.memory_for(len(request.prompt_ids) + canvases * C)
 
 
 def run_to_the_end(engine, requests, each_step=lambda: None):
@@ -285,7 +285,8 @@ def test_a_request_is_promised_its_prompt_and_a_canvas_not_all_it_may_become(eng
         engine.submit(replace(request, id=i))
     engine.step()
     assert engine.running == 3
-    assert engine.memory_of(engine._bounded(request)) <= engine.memory.limit < engine.memory_of(request)
+    memory_of, bounded = engine.scheduler.memory_of, engine.scheduler.bounded(request)
+    assert memory_of(bounded) <= engine.memory.limit < memory_of(request)
 
 
 @pytest.mark.parametrize("thoughts", [None, Thoughts(40, 41, False, 3)])
@@ -293,9 +294,9 @@ def test_a_request_is_promised_its_prompt_and_a_canvas_not_all_it_may_become(eng
 def test_an_answer_that_memory_bounds_is_as_long_as_it_was_told(engine_of, ask, answer, thoughts, spare):
     """A form is planned for that length: ending before would cut it off."""
     request = ask([3] * 20, max_tokens=1000 * C, max_denoising_steps=1, thoughts=thoughts)
-    engine = engine_of(memory=engine_of()._memory_for(20 + 2 * C + spare) + 1)
-    bounded = engine._bounded(request)
-    assert engine.memory_of(bounded) <= engine.memory.most
+    engine = engine_of(memory=engine_of().scheduler.memory_for(20 + 2 * C + spare) + 1)
+    bounded = engine.scheduler.bounded(request)
+    assert engine.scheduler.memory_of(bounded) <= engine.memory.most
     generation = answer(engine, request)
     assert len(generation.token_ids) == bounded.settings.max_tokens and generation.finish_reason == "length"
 
@@ -319,7 +320,7 @@ def test_long_answers_in_little_memory_are_those_that_each_request_gets_alone(en
     assert max(most) <= engine.memory.limit
     assert max(running) > 1
     assert engine.counts.gave_way > 0
-    assert (engine.memory.reserved, engine.waiting, engine.running) == (0, 0, 0)
+    assert (engine.memory.reserved, engine.busy) == (0, False)
     assert engine.counts.prompt_tokens == sum(len(request.prompt_ids) for request in requests)
     assert engine.counts.read_tokens + engine.counts.cached_tokens == engine.counts.prompt_tokens
 
@@ -381,7 +382,7 @@ def test_an_answer_ends_where_all_memory_does(engine_of, ask, answer):
 
 def test_only_what_could_not_run_alone_is_refused(engine_of, ask, answer):
     request = ask([3] * 50, max_tokens=1000 * C)
-    needed = engine_of()._memory_for(50)
+    needed = engine_of().scheduler.memory_for(50)
     with pytest.raises(ValueError, match="prompt of 50 tokens and one canvas need"):
         engine_of(memory=needed - 1).submit(request)
     generation = answer(engine_of(memory=needed), request)

@@ -235,7 +235,7 @@ def test_the_engine_promises_memory_for_the_canvas_behind_a_cut(tiny_network):
     engine = Engine(tiny_network)
     bounded = ask(max_tokens=C, budget=2)
     plain = Request(0, bounded.prompt_ids, bounded.settings, 3)
-    assert engine.memory_of(bounded) > engine.memory_of(plain)
+    assert engine.scheduler.memory_of(bounded) > engine.scheduler.memory_of(plain)
 
 
 def test_a_row_knows_where_its_thoughts_stand():

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dgemma.chat.pictures import place_pictures, prepare
+from dgemma.chat.media import Shown, place_media
+from dgemma.chat.pictures import prepare
 from dgemma.config import FULL, SLIDING, VisionConfig
 from dgemma.nn.vision import Vision
 from dgemma.weights.names import vision_name
@@ -64,7 +65,7 @@ def prompt_of(places, seed, length=20):
 def embedded(seeing, ids, images):
     """Our inputs [1, T, D] for a prompt, and where the pictures stand."""
     pictures = [prepare(image, BUDGET) for image in images]
-    placed, starts = place_pictures(ids, [picture.tokens for picture in pictures], TOKENS)
+    placed, starts = place_media(ids, [Shown((picture,)) for picture in pictures], TOKENS, list)
     inputs = seeing.network.embed(torch.tensor([placed]))
     spans = []
     for start, soft in zip(starts, seeing.vision([picture.patches() for picture in pictures]), strict=True):

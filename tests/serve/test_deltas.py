@@ -5,13 +5,13 @@ import dataclasses
 
 import pytest
 
+from dgemma.chat.reply import Thought
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Failed, Finished, TokenLogprob
 from dgemma.serve.deltas import (
     BrokenAnswerError,
     CutAnswerError,
     Done,
     Draft,
-    Reasoning,
     Text,
     ToolCall,
     deltas,
@@ -56,10 +56,10 @@ def denoised(ids, step):
 def test_pieces_come_in_the_order_in_which_they_were_said(model, calling):
     service = ScriptedService(model, ["<|channel>thought\nhm<channel|>Hel", f"lo{CALL}"], cached_tokens=2)
     found = pieces(service, calling, model.tokenizer)
-    assert "".join(piece.text for piece in found if isinstance(piece, Reasoning)) == "hm"
+    assert "".join(piece.text for piece in found if isinstance(piece, Thought)) == "hm"
     assert "".join(piece.text for piece in found if isinstance(piece, Text)) == "Hello"
     kinds = [type(piece) for piece in found]
-    assert kinds.index(Reasoning) < kinds.index(Text) < kinds.index(ToolCall) < kinds.index(Done)
+    assert kinds.index(Thought) < kinds.index(Text) < kinds.index(ToolCall) < kinds.index(Done)
     call, done = found[-2:]
     assert (call.index, call.name, call.arguments) == (0, "f", '{"a": 1}')
     assert (done.finish_reason, done.seed, done.stop_sequence) == ("tool_calls", 7, None)
@@ -76,7 +76,8 @@ def test_counts_are_of_all_tokens_but_the_stop_token(model, request_):
 
 def test_drafts_are_made_only_when_they_are_wanted(model, request_):
     ids = model.tokenizer.encode("Hi")
-    events = [denoised([*ids, 1, 1], 1), CanvasCommitted(0, 0, ids, 1, 0.1)]
+    read = model.reader(request_).feed(ids)
+    events = [denoised([*ids, 1, 1], 1), CanvasCommitted(0, 0, ids, 1, 0.1, pieces=read)]
     assert not any(isinstance(piece, Draft) for piece in pieces(events, request_, model.tokenizer))
     found = pieces(events, request_, model.tokenizer, drafts_per_second=10)
     assert [type(piece) for piece in found] == [Draft, Text]

@@ -4,7 +4,10 @@ from dgemma.diffusion.reading import Unread
 
 
 def reading(answer, stop=lambda tokens: None):
-    """A `Read`: ``answer(request, tokens)`` is (text, reasoning, tool calls); ``stop(tokens)`` is where they end."""
+    """A `Read`: ``answer(request, tokens)`` is (text, reasoning, tool calls); ``stop(tokens)`` is where they end.
+
+    Each canvas is a piece.
+    """
     class Reader(Unread):
         def __init__(self, request):
             super().__init__()
@@ -13,9 +16,9 @@ def reading(answer, stop=lambda tokens: None):
         def feed(self, token_ids):
             self.tokens += token_ids
             self.stop_place = stop(self.tokens) if self.stop_place is None else self.stop_place
+            return [list(token_ids)]
 
         def finish(self):
-            self.text, self.reasoning, self.tool_calls = answer(self.request, self.tokens[: self.stop_place])
-            return self
+            return Unread(*answer(self.request, self.tokens[: self.stop_place]))
 
     return Reader

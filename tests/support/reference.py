@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dgemma.config import FULL, SLIDING, ModelConfig, model_config_from_dict
+from dgemma.config import FULL, SLIDING, LayerConfig, ModelConfig, model_config_from_dict
 from dgemma.nn import DiffusionTransformer
 from dgemma.weights.names import network_name
 
@@ -116,9 +116,9 @@ def config_dict(model: Any, spelling: str = "per_layer_config") -> dict[str, Any
     return data
 
 
-def network_like(model: Any, spelling: str = "per_layer_config") -> DiffusionTransformer:
+def network_like(model: Any, spelling: str = "per_layer_config", cache_type: str | None = None) -> DiffusionTransformer:
     """Our network with the weights of transformers' model."""
-    network = DiffusionTransformer(model_config_from_dict(config_dict(model, spelling)))
+    network = DiffusionTransformer(model_config_from_dict(config_dict(model, spelling)), cache_type)
     tensors = {}
     for name, tensor in model.state_dict().items():
         ours = network_name(name)
@@ -152,11 +152,19 @@ class RoutingMargin:
             hook.remove()
 
 
-def random_network(config: ModelConfig, seed: int = 0, **strengths: float) -> DiffusionTransformer:
+def random_network(config: ModelConfig, seed: int = 0, cache_type: str | None = None,
+                   **strengths: float) -> DiffusionTransformer:
     """Our network alone, randomised."""
-    network = DiffusionTransformer(config).eval().requires_grad_(False)
+    network = DiffusionTransformer(config, cache_type).eval().requires_grad_(False)
     randomise(network, seed, **strengths)
     return network
+
+
+def the_26b() -> ModelConfig:
+    """The shape of the 26B model."""
+    sliding, full = LayerConfig(SLIDING, 256, 8, 1e4, 1.0), LayerConfig(FULL, 512, 2, 1e6, 0.25)
+    return ModelConfig(262_144, 2816, 2112, 16, 128, 8, 704, 1024,
+                       tuple(full if i % 6 == 5 else sliding for i in range(30)))
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

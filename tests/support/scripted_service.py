@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from dgemma.chat.reply import read_answer
 from dgemma.diffusion.events import (
     CanvasCommitted,
     CanvasStarted,
@@ -83,17 +82,15 @@ class ScriptedService:
             yield Failed(0, str(answer))
             return
         canvases = [self.model.tokenizer.encode(text) for text in ([answer] if isinstance(answer, str) else answer)]
+        reader = self.model.reader(request)
         for index, token_ids in enumerate(canvases):
             await asyncio.sleep(self.seconds)
-            yield CanvasCommitted(0, index, token_ids, 3, 0.1, self.logprobs)
-        yield Finished(0, self._generation(request, canvases))
-
-    def _generation(self, request: Request, canvases: list[list[int]]) -> Generation:
+            yield CanvasCommitted(0, index, token_ids, 3, 0.1, self.logprobs, reader.feed(token_ids))
+        answer = reader.finish()
         token_ids = [token for canvas in canvases for token in canvas]
-        answer = read_answer(self.model.tokenizer, request.prompt_ids, token_ids)
-        return Generation(answer.text, answer.reasoning, answer.tool_calls, token_ids, self.finish,
-                          [3] * len(canvases), 1.0, len(request.prompt_ids), 0.1, request.seed,
-                          cached_tokens=self.cached_tokens)
+        yield Finished(0, Generation(
+            answer.text, answer.reasoning, answer.tool_calls, token_ids, self.finish, [3] * len(canvases), 1.0,
+            len(request.prompt_ids), 0.1, request.seed, cached_tokens=self.cached_tokens), answer)
 
 
 class Answering:

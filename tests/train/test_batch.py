@@ -85,8 +85,9 @@ def test_sharing_changes_neither_losses_nor_gradients(network, objective):
 
 def test_sharing_works_with_checkpointing(network):
     noise, gradients = keyed_noise(Objective(), range(len(EXAMPLES)), CANVAS, VOCAB), []
-    for network.checkpointing in (False, True):
-        loss, _ = batch_loss(network, collate(EXAMPLES), Objective(), noise)
+    for checkpointing in (False, True):
+        loss, _ = batch_loss(network, collate(EXAMPLES), Objective(), noise,
+                             passes=Passes.of(network, checkpointing))
         gradients.append(torch.autograd.grad(loss, list(network.parameters())))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
 

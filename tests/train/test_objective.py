@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from dgemma.nn.passes import Passes
 from dgemma.train import objective as objective_module
 from dgemma.train.batch import Batch, collate
 from dgemma.train.noise import corrupt, draw_noise, keyed_noise
@@ -132,8 +133,9 @@ def example(length, real=CANVAS, prompt=None, seed=0):
     return random_example(length, CANVAS, VOCAB, real, length if prompt is None else prompt, 0.25, seed)
 
 
-def loss_of(network, examples, objective, noise, **changes):
-    loss, parts = batch_loss(network, dataclasses.replace(collate(examples), **changes), objective, noise)
+def loss_of(network, examples, objective, noise, checkpointing=False, **changes):
+    loss, parts = batch_loss(network, dataclasses.replace(collate(examples), **changes), objective, noise,
+                             passes=Passes.of(network, checkpointing))
     return loss, means([parts])
 
 
@@ -278,9 +280,9 @@ def test_nothing_is_wasted_on_conditioning_that_never_comes(network):
 def test_checkpointing_gives_the_same_gradients(network, context):
     network.requires_grad_(True)
     gradients = []
-    for network.checkpointing in (False, True):
+    for checkpointing in (False, True):
         noise = noise_for(Objective(), rows=2)
-        loss, _ = loss_of(network, [example(context), example(context - 4)], Objective(), noise)
+        loss, _ = loss_of(network, [example(context), example(context - 4)], Objective(), noise, checkpointing)
         gradients.append(torch.autograd.grad(loss, list(network.parameters())))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=0)
 
@@ -288,11 +290,11 @@ def test_checkpointing_gives_the_same_gradients(network, context):
 def test_checkpointing_keeps_less_for_the_backward_pass(network):
     network.requires_grad_(True)
     kept = []
-    for network.checkpointing in (False, True):
+    for checkpointing in (False, True):
         saved = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.setdefault(t.data_ptr(), t),
                                                       lambda t: t):
-            loss_of(network, [example(40)], Objective(), noise_for(Objective(), rows=1))
+            loss_of(network, [example(40)], Objective(), noise_for(Objective(), rows=1), checkpointing)
         kept.append(sum(t.nbytes for t in saved.values()))
     assert kept[1] < 0.5 * kept[0]
 

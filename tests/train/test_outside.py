@@ -8,7 +8,7 @@ import pytest
 from dgemma.errors import DgemmaError
 from dgemma.tasks.evaluate import read_puzzles
 from dgemma.train.data.conversations import read_conversations
-from dgemma.train.log.report import read_run
+from dgemma.train.log.history import read_run
 from dgemma.train.recipe import read_yaml
 from dgemma.train.runs.run import is_finished
 from support.mutations import byte_mutations

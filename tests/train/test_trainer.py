@@ -376,7 +376,7 @@ def test_of_several_processes_only_the_first_writes_what_was_checked(whole, conv
     def arrived(*_):
         raise ArrivedError
 
-    monkeypatch.setattr(trainer_module, "shard", lambda network, ranks: Passes.of(network))
+    monkeypatch.setattr(trainer_module, "shard", lambda network, *_: Passes.of(network))
     monkeypatch.setattr(trainer_module, "Optimizers", arrived)  # what comes after the checks
     with pytest.raises(ArrivedError):
         Trainer(tuned(conversations), tmp_path / "run", ranks=Alone(torch.device("cpu"), rank, 2))

@@ -7,7 +7,7 @@ batch, which keeps gradients. `visibility` is the one place that says what a que
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -24,6 +24,11 @@ class Pass(Protocol):
     @property
     def positions(self) -> Tensor:
         """[B, T], -1 where a row has padding."""
+        ...
+
+    @property
+    def checkpointed(self) -> Collection[int]:
+        """The layers to run again for their gradients, rather than to keep all that these need."""
         ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -44,16 +49,15 @@ class Cache(Protocol):
     @property
     def batch_size(self) -> int: ...
 
-    def reading(self, width: int, lengths: Sequence[int] | None, spans: Spans | None,
-                recomputed: bool) -> Iterator[tuple[slice, Pass]]:
+    def reading(self, width: int, lengths: Sequence[int] | None,
+                spans: Spans | None) -> Iterator[tuple[slice, Pass]]:
         """Causal passes over the next ``width`` tokens: the columns of each, to be finished before the next is made.
 
         ``lengths`` [B]: how many of the tokens are a row's own (None: all), the rest is padding. ``spans`` are pictures
-        (`Spans`). ``recomputed``: layers will run again for their gradients. Raises ValueError for lengths that do not
-        fit.
+        (`Spans`). Raises ValueError for lengths that do not fit.
         """
         ...
 
-    def denoising(self, width: int, recomputed: bool) -> Pass:
+    def denoising(self, width: int) -> Pass:
         """A pass over canvases of ``width`` tokens that stand behind what was read; leaves no trace."""
         ...

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -57,29 +57,33 @@ class _Memory:
 
     def __init__(self, form: PageFormat, kind: str):
         self._form, self._kind = form, kind
+        self._all: Tensor | None = None  # [2 · all layers' Hkv, size, d]
         self.blocks: dict[int, Block] = {}
         self.token_bytes = 0  # of a token's keys and values, once there is a block
 
     def block(self, layer: int, like: Tensor) -> Block:
         """The block of a layer, for numbers as ``like``'s."""
         if not self.blocks:
-            form = self._form
-            width = like.shape[-1]  # one for all layers of a kind
-            heads = {index: known.num_key_value_heads for index, known in enumerate(form.config.layers)
-                     if known.kind == self._kind}
-            with torch.inference_mode(False):  # it may be written to in any mode
-                parts = torch.empty(2 * sum(heads.values()), form.size, width, dtype=like.dtype,
-                                    device=form.device).split([count for n in heads.values() for count in (n, n)])
-            self.token_bytes = sum(part[:, 0].nbytes for part in parts)
-            sides = iter(part.unsqueeze(0) for part in parts)
-            self.blocks = {index: (next(sides), next(sides)) for index in heads}
+            self._make(like)
         return self.blocks[layer]
+
+    def _make(self, like: Tensor) -> Tensor:
+        form = self._form
+        width = like.shape[-1]  # one for all layers of a kind
+        heads = {index: known.num_key_value_heads for index, known in enumerate(form.config.layers)
+                 if known.kind == self._kind}
+        with torch.inference_mode(False):  # it may be written to in any mode
+            self._all = torch.empty(2 * sum(heads.values()), form.size, width, dtype=like.dtype, device=form.device)
+            parts = self._all.split([count for n in heads.values() for count in (n, n)])
+        self.token_bytes = self._all[:, 0].nbytes
+        sides = iter(part.unsqueeze(0) for part in parts)
+        self.blocks = {index: (next(sides), next(sides)) for index in heads}
+        return self._all
 
     def beginning(self, count: int) -> _Memory:
         other = _Memory(self._form, self._kind)
-        for layer, block in self.blocks.items():
-            for mine, side in zip(other.block(layer, block[0]), block, strict=True):
-                mine[:, :, :count] = side[:, :, :count]
+        if self._all is not None:
+            other._make(self._all)[:, :count] = self._all[:, :count]
         return other
 
 
@@ -185,17 +189,25 @@ class Paged:
         self.pages = pages
 
 
-def columns_of(pages: Sequence[Page], kind: str, layer: int, first: int) -> list[Block]:
-    """A layer's blocks of all columns of a table from ``first`` on."""
+_Columns = list[tuple[_Memory, int, int]]  # where some tokens are, in order: a memory, and its tokens [start, stop)
+
+
+def columns_of(pages: Sequence[Page], kind: str, first: int) -> _Columns:
+    """Where the tokens of a table from ``first`` on are, for layers of a kind."""
     if not pages:
         return []
     size = pages[0].form.size
+    start, found = first % size, pages[first // size :]
+    return [(page.memories[kind], 0 if index else start, page.count) for index, page in enumerate(found)]
+
+
+def _blocks(columns: _Columns, layer: int) -> list[Block]:
+    """A layer's keys and values of all these tokens."""
     blocks = []
-    for page in pages[first // size :]:
-        key, value = page.memories[kind].blocks[layer]
-        skip = first % size if not blocks else 0
-        if skip or page.count < size:
-            key, value = key[:, :, skip : page.count], value[:, :, skip : page.count]
+    for memory, start, stop in columns:
+        key, value = memory.blocks[layer]
+        if stop - start < key.shape[2]:
+            key, value = key[:, :, start:stop], value[:, :, start:stop]
         blocks.append((key, value))
     return blocks
 
@@ -216,16 +228,14 @@ class PagedBatch:
     def batch_size(self) -> int:
         return len(self.sequences) if self.counts is None else 1
 
-    def reading(self, width: int, lengths: Sequence[int] | None, spans: Spans | None,
-                recomputed: bool) -> Iterator[tuple[slice, _Reading]]:
+    def reading(self, width: int, lengths: Sequence[int] | None,
+                spans: Spans | None) -> Iterator[tuple[slice, _Reading]]:
         """One causal pass over all tokens. Until it is finished the sequences are as they were."""
         if self.counts is None or lengths is not None or sum(self.counts) != width:
             raise ValueError(f"{self.counts} tokens are to be read, got {width}")
-        if recomputed:
-            raise ValueError("pages keep no gradients: train with network.new_cache()")
         yield slice(0, width), _Reading(self, self.counts, spans)
 
-    def denoising(self, width: int, recomputed: bool) -> _Attention:
+    def denoising(self, width: int) -> _Attention:
         """A pass over the canvases."""
         return _Attention(self.sequences, [width] * len(self.sequences), self.small)
 
@@ -240,11 +250,14 @@ class _Group:
 
     places: list[int]
     visible: dict[str, Visible | None]
+    contexts: dict[str, list[_Columns]]  # what each has read, within reach
     widths: dict[str, int]  # columns of context, padding in front included
 
 
 class _Attention:
     """A pass over ``counts[i]`` tokens of each sequence; the queries are one row of them all, or a row of each."""
+
+    checkpointed: Collection[int] = ()  # there are no gradients
 
     def __init__(self, sequences: Sequence[Paged], counts: Sequence[int], small: int, causal: bool = False,
                  spans: Spans | None = None):
@@ -269,12 +282,12 @@ class _Attention:
                 found = grouped_attention(self._own(query, place, 1), blocks, group.visible[kind])
                 self._own(out, place, 1)[:] = found
                 continue
-            contexts = [self._context(place, kind, layer) for place in group.places]
             whole = not self._causal and len(group.places) == len(self.sequences)
             sides = [side if whole else torch.cat([self._own(side, place, 2) for place in group.places])
                      for side in (key, value)]
             queries = query if whole else torch.cat([self._own(query, place, 1) for place in group.places])
-            answers = grouped_attention(queries, [_stacked(sides, contexts, group.widths[kind])], group.visible[kind])
+            block = _stacked(sides, group.contexts[kind], layer, group.widths[kind])
+            answers = grouped_attention(queries, [block], group.visible[kind])
             if whole:
                 return answers
             for place, answer in zip(group.places, answers, strict=True):
@@ -289,14 +302,11 @@ class _Attention:
         return tensor.narrow(axis, self.spans[place].start, self.counts[place]) if self._causal else (
             tensor[place : place + 1])
 
-    def _context(self, place: int, kind: str, layer: int) -> list[Block]:
-        """The columns that were read before, within reach."""
-        sequence = self.sequences[place]
-        return columns_of(sequence.pages, kind, layer, sequence.length - sequence.reach(kind))
-
     def _columns(self, place: int, kind: str, layer: int, key: Tensor, value: Tensor) -> list[Block]:
         """All columns that one sequence's queries can see, its own last."""
-        return [*self._context(place, kind, layer), (self._own(key, place, 2), self._own(value, place, 2))]
+        sequence = self.sequences[place]
+        columns = columns_of(sequence.pages, kind, sequence.length - sequence.reach(kind))
+        return [*_blocks(columns, layer), (self._own(key, place, 2), self._own(value, place, 2))]
 
     def _grouped(self, query: Tensor, key: Tensor) -> list[_Group]:
         """Sequences with little to attend to, of one count, together; every other one by itself."""
@@ -315,9 +325,12 @@ class _Attention:
         spans = [self._pictures_of(place) for place in places] if self._pictures else None
         visible: dict[str, Visible | None] = {}
         widths: dict[str, int] = {}
+        contexts: dict[str, list[_Columns]] = {}
         for kind in self.sequences[0].form.kinds:
             reaches = [self.sequences[place].reach(kind) for place in places]
             widths[kind] = width = max(reaches)
+            contexts[kind] = [columns_of(self.sequences[place].pages, kind, length - reach)
+                              for place, length, reach in zip(places, lengths, reaches, strict=True)]
             context = visibility.behind(lengths, width, self.positions.device) - width
             if len(set(reaches)) > 1:
                 empty = torch.arange(-width, 0, device=context.device) < -torch.tensor(
@@ -328,7 +341,7 @@ class _Attention:
                 continue
             own = visibility.behind(lengths, count, context.device)
             visible[kind] = visibility.causal(self.config, kind, own, torch.cat([context, own], dim=1), spans)
-        return _Group(places, visible, widths)
+        return _Group(places, visible, contexts, widths)
 
     def _pictures_of(self, place: int) -> Sequence[tuple[int, int]]:
         return (visibility.within(self.spans[place], self._pictures) or [[]])[0]
@@ -362,7 +375,7 @@ class _Reading(_Attention):
 
     def _columns(self, place: int, kind: str, layer: int, key: Tensor, value: Tensor) -> list[Block]:
         sequence = self.sequences[place]
-        return columns_of(self._tables[place], kind, layer, sequence.length - sequence.reach(kind))
+        return _blocks(columns_of(self._tables[place], kind, sequence.length - sequence.reach(kind)), layer)
 
     def finish(self) -> None:
         """The tokens are part of the past of all sequences."""
@@ -370,20 +383,19 @@ class _Reading(_Attention):
             sequence.take_over(table)
 
 
-def _stacked(own: Sequence[Tensor], contexts: list[list[Block]], width: int) -> Block:
+def _stacked(own: Sequence[Tensor], contexts: Sequence[_Columns], layer: int, width: int) -> Block:
     """Contexts, padded in front to ``width`` columns, and the rows' own keys and values [n, Hkv, T, d]: one block."""
-    sides = []
-    for side, new in enumerate(own):
-        rows, heads, count, dim = new.shape
-        out = new.new_zeros(rows, heads, width + count, dim)
-        out[:, :, width:] = new
-        for row, context in enumerate(contexts):
-            start = width - sum(block[side].shape[2] for block in context)
-            for block in context:
-                stop = start + block[side].shape[2]
-                out[row, :, start:stop] = block[side][0]
-                start = stop
-        sides.append(out)
+    rows, heads, count, dim = own[0].shape
+    sides = [new.new_zeros(rows, heads, width + count, dim) for new in own]
+    for side, new in zip(sides, own, strict=True):
+        side[:, :, width:] = new
+    for row, context in enumerate(contexts):
+        end = width
+        for memory, start, stop in reversed(context):
+            begin = end - (stop - start)
+            for side, known in zip(sides, memory.blocks[layer], strict=True):
+                side[row, :, begin:end] = known[0, :, start:stop]
+            end = begin
     return sides[0], sides[1]
 
 

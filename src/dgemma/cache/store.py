@@ -7,7 +7,7 @@ reading among several canvases with `select`. `dgemma.cache.pages` has the cache
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,19 +49,21 @@ class KVCache:
     ``cache_type`` is what the numbers are kept in (`CACHE_TYPES`); None: the dtype they come in. What is kept is what
     is attended to, by the pass that reads it in, too: how a prompt was cut into passes makes no difference.
 
-    ``spare`` is how many of the last tokens `select` may take away: sliding layers keep so many more.
+    ``spare`` is how many of the last tokens `select` may take away: sliding layers keep so many more. ``checkpointed``
+    are the layers that passes with gradients run again (activation checkpointing).
 
     Nothing is reserved: the last block is as long as what it holds, and is copied when tokens are appended to it.
     Blocks are never written to again: a canvas, which comes as a block of its own while denoising, leaves no trace.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, cache_type: str | None = None,
-                 spare: int = 0, block: int = BLOCK, piece: int | None = None):
+                 spare: int = 0, block: int = BLOCK, piece: int | None = None, checkpointed: Collection[int] = ()):
         """``piece``: tokens that are read at once (`READ_AT_ONCE`). Raises ValueError for an unknown ``cache_type``."""
         self.config = config
         self.device = device
         self.cache_type = check_cache_type(cache_type)
         self.spare, self.block, self.piece = spare, block, piece or READ_AT_ONCE
+        self.checkpointed = checkpointed
         self.lengths = [0] * batch_size
         empty = torch.empty(batch_size, 0, dtype=torch.long, device=device)
         self.positions = {SLIDING: empty, FULL: empty}
@@ -82,8 +84,8 @@ class KVCache:
         other._blocks = list(self._blocks)
         return other
 
-    def reading(self, width: int, lengths: Sequence[int] | None, spans: Spans | None,
-                recomputed: bool) -> Iterator[tuple[slice, _Reading]]:
+    def reading(self, width: int, lengths: Sequence[int] | None,
+                spans: Spans | None) -> Iterator[tuple[slice, _Reading]]:
         """Causal passes over ``width`` tokens in pieces (`dgemma.cache.Cache`)."""
         counts = [width] * self.batch_size if lengths is None else [int(n) for n in lengths]
         if len(counts) != self.batch_size or any(not 0 <= n <= width for n in counts):
@@ -91,11 +93,15 @@ class KVCache:
         for columns in visibility.pieces(width, self.piece, spans):
             count = columns.stop - columns.start
             plan, positions = self.begin([min(max(n - columns.start, 0), count) for n in counts], count)
-            yield columns, _Reading(self, plan, positions, visibility.within(columns, spans), recomputed)
+            yield columns, _Reading(self, plan, positions, visibility.within(columns, spans))
 
-    def denoising(self, width: int, recomputed: bool) -> _Denoising:
+    def denoising(self, width: int) -> _Denoising:
         """A pass over canvases behind what was read (`dgemma.cache.Cache`)."""
-        return _Denoising(self.snapshot() if recomputed else self, width)
+        return _Denoising(self.as_it_is(), width)
+
+    def as_it_is(self) -> KVCache:
+        """What a layer of a pass that begins now runs on, however late it is run again."""
+        return self.snapshot() if self.checkpointed and torch.is_grad_enabled() else self
 
     def begin(self, counts: list[int], width: int) -> tuple[_Plan, Tensor]:
         """Plan an encoder pass over ``width`` columns of which row b uses the first ``counts[b]``.
@@ -111,7 +117,7 @@ class KVCache:
         positions, keep = {}, {}
         for kind, cached in self.positions.items():
             both = torch.cat([cached, new], dim=1)
-            room = _room(self.config, kind, lengths, self.spare)
+            room = visibility.reach(self.config, kind, max(lengths), self.spare)
             if padded:  # sort every row's columns by position, empty ones first, and keep the last
                 keep[kind] = both.argsort(dim=1, stable=True)[:, both.shape[1] - room :]
             else:  # they are sorted: the cached ones always, and the new ones follow on them
@@ -151,7 +157,8 @@ class KVCache:
             if not self.lengths[row] - self.spare <= length <= self.lengths[row]:
                 raise ValueError(f"row {row} of {self.lengths[row]} tokens cannot be cut to {length}: the cache was "
                                  f"made with spare={self.spare}")
-        other = KVCache(self.config, len(rows), self.device, self.cache_type, 0, self.block, self.piece)
+        other = KVCache(self.config, len(rows), self.device, self.cache_type, 0, self.block, self.piece,
+                        self.checkpointed)
         other.lengths = list(lengths)
         chosen = torch.tensor(rows, device=self.device)
         limits = torch.tensor(lengths, device=self.device).unsqueeze(1)
@@ -160,7 +167,8 @@ class KVCache:
             left = positions[chosen]
             left = torch.where(left < limits, left, -1)
             # As `begin` does it: a row's columns by position, empty ones first.
-            keep[kind] = left.argsort(dim=1, stable=True)[:, left.shape[1] - _room(self.config, kind, lengths) :]
+            room = visibility.reach(self.config, kind, max(lengths))
+            keep[kind] = left.argsort(dim=1, stable=True)[:, left.shape[1] - room :]
             other.positions[kind] = left.gather(1, keep[kind])
         for index, (blocks, layer) in enumerate(zip(self._blocks, self.config.layers, strict=True)):
             if blocks:
@@ -181,12 +189,12 @@ class KVCache:
 class _Reading:
     """A causal pass over a piece of a text."""
 
-    def __init__(self, cache: KVCache, plan: _Plan, positions: Tensor, spans: Spans | None, recomputed: bool):
-        self.positions = positions
+    def __init__(self, cache: KVCache, plan: _Plan, positions: Tensor, spans: Spans | None):
+        self.positions, self.checkpointed = positions, cache.checkpointed
         self._cache, self._plan = cache, plan
         self._visible = {kind: visibility.causal(cache.config, kind, positions, seen, spans)
                          for kind, seen in plan.positions.items()}
-        self._before = cache.snapshot() if recomputed else cache
+        self._before = cache.as_it_is()
         self._read: set[int] = set()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -204,7 +212,7 @@ class _Denoising:
     """A pass over canvases of ``width`` tokens."""
 
     def __init__(self, cache: KVCache, width: int):
-        self._cache = cache
+        self._cache, self.checkpointed = cache, cache.checkpointed
         self._visible: dict[str, Visible | None] = {
             kind: visibility.canvas(cache.config, kind, cache.lengths, columns, width)
             for kind, columns in cache.positions.items()}
@@ -244,11 +252,6 @@ def token_bytes(head_dim: int, cache_type: str | int) -> int:
 def _map(block: Block, change) -> Block:
     key, value = block
     return change(key), change(value)
-
-
-def _room(config: ModelConfig, kind: str, lengths: Sequence[int], spare: int = 0) -> int:
-    """The columns that a layer of this kind keeps of rows of these lengths."""
-    return max(lengths) if kind == FULL else min(max(lengths), config.sliding_window - 1 + spare)
 
 
 def _columns(block: Block, keep: Tensor) -> Block:

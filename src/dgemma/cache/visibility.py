@@ -20,9 +20,10 @@ from dgemma.kernels.attention import LAST, Visible
 Spans = Sequence[Sequence[tuple[int, int]]]
 
 
-def reach(config: ModelConfig, kind: str, length: int) -> int:
-    """How many of ``length`` tokens a canvas, or the next token, sees in layers of a kind."""
-    return length if kind == FULL else min(length, config.sliding_window - 1)
+def reach(config: ModelConfig, kind: str, length: int, spare: int = 0) -> int:
+    """How many of ``length`` tokens a canvas, or the next token, sees in layers of a kind; in sliding ones ``spare``
+    more are counted."""
+    return length if kind == FULL else min(length, config.sliding_window - 1 + spare)
 
 
 def causal(config: ModelConfig, kind: str, positions: Tensor, columns: Tensor, spans: Spans | None = None) -> Visible:

@@ -56,29 +56,25 @@ def put_first(messages: Sequence[dict], images: Sequence[Any], videos: Sequence[
     return [*messages[:place], {**messages[place], "content": [*first, *parts]}, *messages[place + 1 :]]
 
 
-def parts_in(messages: Sequence[dict]) -> list[dict]:
-    """The parts of normalised messages that are pictures or films, in order.
+def parts_in(messages: Sequence[dict]) -> list[tuple[dict, str]]:
+    """The parts of normalised messages that are pictures or films, in order, each with the words of its message.
 
-    Warns of one that stands behind words of its message: the model was trained on pictures before them.
+    Warns of one that stands behind these: the model was trained on pictures before words.
     """
     found = []
     for message in messages:
-        words = False
-        for part in message["content"] if isinstance(message["content"], list) else ():
+        parts = message["content"] if isinstance(message["content"], list) else []
+        words = " ".join(part["text"] for part in parts if part["type"] == "text")
+        said = False
+        for part in parts:
             if part["type"] == "text":
-                words = words or bool(part["text"].strip())
+                said = said or bool(part["text"].strip())
                 continue
-            if words:
+            if said:
                 warnings.warn("a picture stands behind the words of its message: the model expects it before them",
                               stacklevel=2)
-            found.append(part)
+            found.append((part, words))
     return found
-
-
-def words_of(messages: Sequence[dict]) -> str:
-    """What the user's last message says."""
-    last = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
-    return last if isinstance(last, str) else " ".join(part["text"] for part in last if part["type"] == "text")
 
 
 def show(part: dict, config: VisionConfig, tokens: int | None = None, fps: float | None = None, words: str = "",
@@ -115,7 +111,7 @@ def budget_for(width: int, height: int, words: str, config: VisionConfig) -> int
     return min(wanted, max(enough, BUDGETS[0]))
 
 
-def place(ids: Sequence[int], media: Sequence[Shown], config: VisionConfig,
+def place_media(ids: Sequence[int], media: Sequence[Shown], config: VisionConfig,
           encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
     """A prompt with room for its pictures: each image token becomes begin, as many image tokens as it has, end.
 

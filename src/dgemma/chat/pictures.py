@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
-from dgemma.fields import read_bytes, shown
+from dgemma.fields import read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image

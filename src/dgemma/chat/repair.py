@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dgemma.chat.call_readers import Guesser, NoCallError, OpenError, Repairer, Weigher
+from dgemma.chat.call_repairer import NoCallError, OpenError, Repairer
+from dgemma.chat.call_strings import Guesser, Weigher
 from dgemma.chat.tools import CLOSE, MAX_DEPTH, NAME, Called, Reading, Tool, Tools, tools_of, well_formed
 
 _BETWEEN = re.compile(rf"(?:[\s,;]|{re.escape(CLOSE)}|<channel\|>)*")  # what may stand between two calls
@@ -146,8 +147,9 @@ def _calls(reader: Repairer, tools: Tools, marked: bool) -> list[Called]:
             listed, at = False, at + 1
     if not calls:
         raise ValueError("no call")
-    reader.incomplete = reader.incomplete or listed
-    return [Called(name, arguments, healed=True) for name, arguments in calls]
+    if listed:
+        reader.leave_open()
+    return [Called(name, arguments, repaired=True) for name, arguments in calls]
 
 
 def _calls_of(value: Any, tools: Tools, marked: bool) -> list[tuple[str, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dgemma.chat import thoughts, tools
@@ -45,8 +45,20 @@ def declared_tools(tokenizer: Tokenizer, prompt_ids: list[int]) -> list[str]:
     return [name.group(1) for name in map(_DECLARED.match, texts) if name]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer: ``text`` is what a user reads; ``reasoning`` is None when there was none."""
+
+    text: str
+    reasoning: str | None
+    tool_calls: list[dict[str, Any]]  # {"name": str, "arguments": dict} each
+    stopped: str | None = None  # the stop string that it ended before
+    thought_tokens: int = 0  # of its tokens, those of thoughts, their marks included
+    rest: list[Piece] = field(default_factory=list, compare=False)  # the last of its pieces, which were held back
+
+
 class ReplyReader:
-    """Reads an answer's tokens as they are committed: `feed` each canvas, then `finish`.
+    """Reads an answer's tokens as they are committed: `feed` each canvas, then `finish`, once.
 
     The pieces of an answer, those of a kind put together, do not depend on how it was cut into canvases. A call is
     given when it is closed; a character when its last byte is there. A call that cannot be read is text, marks and
@@ -74,7 +86,10 @@ class ReplyReader:
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._half: tuple[int, int] | None = None  # the tokens of a character that is not complete
         self._count = 0  # tokens read
+        self._thought_tokens = 0  # of these, those of thoughts that are over
+        self._thought_start = 0  # where one that is open began
         self._pieces: list[Piece] = []
+        self._given: list[Piece] = []  # all that was passed on
 
     @property
     def stopped(self) -> str | None:
@@ -101,13 +116,20 @@ class ReplyReader:
         self._pass_run(final=False)
         return self._taken()
 
-    def finish(self) -> list[Piece]:
-        """What was held back, now that nothing follows."""
+    def finish(self) -> Answer:
+        """All of it, now that nothing follows."""
         self._pass_run(final=True)
+        if self._channel.open and self.stopped is None:
+            self._thought_tokens += self._count - self._thought_start
         self._end_thought()
         self._end_call(final=True)
         self._pieces += self._speech.pause()
-        return self._taken()
+        rest, pieces = self._taken(), self._given
+        return Answer(
+            "".join(piece.text for piece in pieces if isinstance(piece, Said)),
+            "".join(piece.text for piece in pieces if isinstance(piece, Thought)) or None,
+            [{"name": piece.name, "arguments": piece.arguments} for piece in pieces if isinstance(piece, Called)],
+            self.stopped, self._thought_tokens, rest)
 
     def _spell(self, data: bytes, place: int) -> None:
         text = self._bytes.decode(data)
@@ -147,9 +169,11 @@ class ReplyReader:
             self._release_thought()
             self._end_call(final=True)
             self._pieces += self._speech.pause()
+            self._thought_start = self._thought_start if self._channel.open else self._count - 1
             self._channel.enter()
         elif mark.text == thoughts.CLOSE and self._channel.open:
             self._release_thought()
+            self._thought_tokens += self._count - self._thought_start
             self._channel.leave()
             self._speech.begin_afresh()
         elif mark.text == thoughts.CLOSE and self._call is not None:
@@ -233,6 +257,7 @@ class ReplyReader:
                 joined[-1] = Thought(last.text + piece.text)
             else:
                 joined.append(piece)
+        self._given += joined
         return joined
 
 
@@ -243,46 +268,9 @@ def inside_thought(tokenizer: Tokenizer, prompt_ids: list[int]) -> bool:
     return last is not None and last == opened
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer: ``text`` is what a user reads; ``reasoning`` is None when there was none."""
-
-    text: str
-    reasoning: str | None
-    tool_calls: list[dict[str, Any]]  # {"name": str, "arguments": dict} each
-    stopped: str | None = None  # the stop string that it ended before
-
-
-class AnswerReader:
-    """Reads an answer's tokens as they are committed: `feed` each canvas, then `finish`, once."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], tools: DeclaredTools | None = None, **options: Any):
-        """The arguments are those of `ReplyReader`."""
-        self._reader = ReplyReader(tokenizer, prompt_ids, tools, **options)
-        self._pieces: list[Piece] = []
-
-    @property
-    def stop_place(self) -> int | None:
-        """How many of the tokens it took to complete the first stop string; None when none was met."""
-        return self._reader.stop_place
-
-    def feed(self, token_ids: Sequence[int]) -> None:
-        """A canvas' tokens, without the stop token."""
-        self._pieces += self._reader.feed(token_ids)
-
-    def finish(self) -> Answer:
-        """All of it, now that nothing follows."""
-        pieces = [*self._pieces, *self._reader.finish()]
-        return Answer(
-            "".join(piece.text for piece in pieces if isinstance(piece, Said)),
-            "".join(piece.text for piece in pieces if isinstance(piece, Thought)) or None,
-            [{"name": piece.name, "arguments": piece.arguments} for piece in pieces if isinstance(piece, Called)],
-            self._reader.stopped)
-
-
 def read_answer(tokenizer: Tokenizer, prompt_ids: list[int], token_ids: list[int], tools: DeclaredTools | None = None,
                 **options: Any) -> Answer:
     """Read all of an answer's tokens (without the stop token); the arguments are those of `ReplyReader`."""
-    reader = AnswerReader(tokenizer, prompt_ids, tools, **options)
+    reader = ReplyReader(tokenizer, prompt_ids, tools, **options)
     reader.feed(token_ids)
     return reader.finish()

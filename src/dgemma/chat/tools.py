@@ -32,11 +32,11 @@ _SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class Called:
-    """A whole tool call. ``healed``: it was not well formed."""
+    """A whole tool call. ``repaired``: it was not well formed."""
 
     name: str
     arguments: dict[str, Any]
-    healed: bool = False
+    repaired: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,9 @@ def well_formed(source: str, closed: bool, tools: Tools, repeats: bool) -> Calle
     prefix = _PREFIX.match(source)
     if not prefix or not closed:
         raise ValueError("no name or no end")
-    notation = Notation(source)
-    notation.repeats = repeats
     for name, at in names_at(source, prefix.end(), tools):
+        notation = Notation(source, tools[name].parameters or () if tools else (), repeats)
         if source.startswith("{", at := notation.skip(at)):
-            notation.parameters = tools[name].parameters or () if tools else ()
             arguments, at = notation.mapping(at, MAX_DEPTH)
             if at != len(source):
                 raise ValueError("more than a call")
@@ -141,15 +139,15 @@ class Notation:
     """Reads values from a text.
 
     Each method takes a position and returns what stands there and the position after it and the white space behind
-    it; ValueError: it does not stand there.
+    it; ValueError: it does not stand there. ``parameters`` are keys that may stand bare whatever they are made of;
+    ``repeats``: a key may come twice.
     """
 
     words: dict[str, Any] = {"null": None, "true": True, "false": False}  # noqa: RUF012  (never changed)
+    colons: tuple[str, ...] = (":",)  # what may stand between a key and its value
 
-    def __init__(self, text: str):
-        self.text = text
-        self.parameters: tuple[str, ...] = ()  # keys that may stand bare whatever characters they are of
-        self.repeats = False  # a key may come twice
+    def __init__(self, text: str, parameters: tuple[str, ...] = (), repeats: bool = False):
+        self.text, self.parameters, self.repeats = text, parameters, repeats
 
     def value(self, at: int, depth: int) -> tuple[Any, int]:
         """A value of any kind, ``depth`` levels deep at most."""
@@ -195,7 +193,8 @@ class Notation:
     def declared_key(self, at: int) -> tuple[str, int] | None:
         """A declared parameter's name that stands there before a colon: it may hold blanks and signs."""
         for name in self.parameters:
-            if self.text.startswith(name, at) and name and self.text.startswith(":", end := self.skip(at + len(name))):
+            if name and self.text.startswith(name, at) and self.text.startswith(
+                    self.colons, end := self.skip(at + len(name))):
                 return name, end
         return None
 

@@ -57,6 +57,13 @@ class Effort:
         if self.left < 0:
             raise TooLarge(f"the constraint is too large: {ADVICE}")
 
+    def keep(self, automaton: Automaton, otherwise: str) -> Automaton:
+        """An automaton that the constraint holds; raises DgemmaError, saying so, when all have too many states."""
+        self.states -= len(automaton.table)
+        if self.states < 0:
+            raise TooLarge(otherwise)
+        return automaton
+
 
 @dataclass(frozen=True)
 class Automaton:
@@ -126,11 +133,8 @@ def nearest(table: np.ndarray, ends: np.ndarray, detours: Iterable[tuple[int, in
 def compile_language(language: Node, effort: Effort | None = None) -> Automaton:
     """The minimal automaton; raises DgemmaError when it, or the way to it, would be too large."""
     effort = effort or Effort()
-    automaton = compile_part(language, effort)
-    effort.states -= len(automaton.table)
-    if effort.states < 0:
-        raise TooLarge(f"the constraint's definitions need automata of too many states together: {ADVICE}")
-    return automaton
+    return effort.keep(compile_part(language, effort),
+                       f"the constraint's definitions need automata of too many states together: {ADVICE}")
 
 
 def compile_part(language: Node, effort: Effort) -> Automaton:

@@ -71,10 +71,8 @@ def calls_automaton(calls: Calls, form: tuple[Automaton, dict[str, Automaton]] |
             nfa.empty[closed].append(once)
         if form is not None:
             nfa.empty[nfa.embed(form[0], start)].append(end)
-    automaton = nfa.automaton(start, end)
-    effort.states -= len(automaton.table)
-    if effort.states < 0:
-        raise TooLarge("the tools' schemas need automata of too many states together: declare fewer or simpler tools")
+    automaton = effort.keep(nfa.automaton(start, end), "the tools' schemas need automata of too many states together: "
+                            "declare fewer or simpler tools")
     return automaton, rules, max((tools.MAX_DEPTH - max(depths)) // max(depths), 1)
 
 

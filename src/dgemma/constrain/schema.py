@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from itertools import combinations, pairwise, product
+from itertools import product
 from typing import Any
 
 from dgemma.constrain.automaton import Effort, Numbers, TooLarge, compile_part
@@ -29,6 +29,7 @@ from dgemma.constrain.language import (
     parse_regex,
     seq,
 )
+from dgemma.constrain.partition import FIRST, Partition
 from dgemma.constrain.references import Places
 from dgemma.constrain.scalars import (
     FORMATS,
@@ -38,27 +39,20 @@ from dgemma.constrain.scalars import (
     Notation,
     finite,
     fraction,
-    identity,
     integer,
     multiples,
     number,
     string,
 )
-from dgemma.constrain.shape import OPEN, Demand, Demands, Either, Inside, Seen, Shape, value_of, whole_bounds
+from dgemma.constrain.shape import OPEN, Demand, Demands, Either, Seen, Shape, value_of, whole_bounds
 from dgemma.constrain.shapes import MAX_DEPTH, Shapes
 from dgemma.errors import DgemmaError
 
 ANY = "any value"  # the rule of everything
 _EFFORT = 1000  # of one part of a schema
-_LISTED = 64  # values of a type that are told apart one by one
 _SUBSETS = 6  # different values of which every order is kept
 _CELLS = 3000  # copies of what is in an object or array, where its parts are counted
 _TOO_MANY = "the schema counts what is in an object or array in too many ways at once"
-_LETTERS = [f"[{chr(code)}{chr(code - 32)}]" for code in range(97, 123)]
-# How a text begins: no two hold for one.
-_FIRST = ["^$", "^[^a-zA-Z0-9]", *(f"^{digit}" for digit in range(10)), *(f"^{letter}" for letter in _LETTERS)]
-_SECOND = ["($|[^a-zA-Z])", "[a-dA-D]", "[e-hE-H]", "[i-lI-L]", "[m-qM-Q]", "[r-zR-Z]"]
-_BEGINNINGS = [*_FIRST[:12], *(f"^{letter}{second}" for letter in _LETTERS for second in _SECOND)]
 _SAYS_NOTHING = frozenset({"$schema", "$id", "$anchor", "$dynamicAnchor", "$comment", "$defs", "definitions", "title",
                            "description", "default", "examples", "deprecated", "readOnly", "writeOnly"})
 
@@ -92,6 +86,7 @@ class _Compiler:
         self.longest, self.effort, self.notation = longest, effort, notation
         self.places = Places(root)
         self.shapes = Shapes(self.places, effort)
+        self.partition = Partition(self.shapes, longest)
         self.rules: dict[str, Node] = {}
         self._known: dict[Demands, Node] = {}
         self._plain: dict[Shape, Node] = {}  # of strings and numbers: one node each, however often it is met
@@ -173,7 +168,7 @@ class _Compiler:
                 key = said[0]
                 parts = [(Demand(self.places.part(place, part, f"{key}[{index}]")),)
                          for index, part in enumerate(inner)]
-                if len(parts) == 1 or key == "anyOf" or (key == "oneOf" and self._apart(parts)):
+                if len(parts) == 1 or key == "anyOf" or (key == "oneOf" and self.partition.apart(parts)):
                     return Alt(tuple(self.node(part, f"{where}.{key}[{index}]") for index, part in enumerate(parts)))
         forms = self.shapes.of(demands)
         shapes = [shape for kind in KINDS for shape in forms.get(kind, ()) if not self.shapes.nothing(shape)]
@@ -181,10 +176,6 @@ class _Compiler:
         if len(meant) < len(shapes):  # the other types are there for where none of these can be written
             meant = [shape for shape in meant if shape.kind != "string" or self.shapes.writable(shape)]
         return Alt(tuple(self._shape(shape, where) for shape in dict.fromkeys(meant or shapes)))
-
-    def _apart(self, parts: Sequence[Demands]) -> bool:
-        """Whether no value satisfies two of these."""
-        return len(parts) <= _LISTED and all(self.shapes.apart(one, other) for one, other in combinations(parts, 2))
 
     def _shape(self, shape: Shape, where: str) -> Node:
         if shape.fixed is not None:
@@ -316,16 +307,16 @@ class _Compiler:
         Where there are many values, classes come in one order, and two of a class do not come together.
         """
         if not first:
-            values = self._listed(tail)
+            values = self.partition.listed(tail)
             if values is not None:
-                classes = [self._demand({"const": value}, where) for value in values]
+                classes = [self.partition.demand({"const": value}, where) for value in values]
                 return self._counted_items(shape, first, tail, where, classes, len(values) <= _SUBSETS)
-            return self._counted_items(shape, first, tail, where, self._classes(tail, where, 2))
+            return self._counted_items(shape, first, tail, where, self.partition.classes(tail, where))
         size = len(first) if shape.least <= len(first) else shape.least
         each = [first[index] if index < len(first) else tail for index in range(size)]
-        if self._apart(each):
+        if self.partition.apart(each):
             return self._array(replace(shape, unique=False, most=min(size, shape.most or size)), where)
-        listed = [self._listed(demands) for demands in each]
+        listed = [self.partition.listed(demands) for demands in each]
         count = 1
         for values in listed:
             count *= len(values) if values is not None else 10**6
@@ -337,84 +328,13 @@ class _Compiler:
                           if self.shapes.has(replace(shape, level=OPEN), list(values))]
             return finite(found)
         # Each place takes its own share of the classes.
-        classes = self._classes(self._demand(Either(tuple(each)), where), where, 2)
+        classes = self.partition.classes(self.partition.demand(Either(tuple(each)), where), where)
         shared = []
         for index, demands in enumerate(each):
             ways = tuple(merged for one in classes[index % len(classes)::size]
                          if not self.shapes.impossible(merged := (*demands, *one)))
-            shared.append((index, index + 1, self._demand(Either(ways), where)))
+            shared.append((index, index + 1, self.partition.demand(Either(ways), where)))
         return self._array(replace(shape, unique=False, spans=tuple(shared), most=min(size, shape.most or size)), where)
-
-    def _demand(self, schema: Any, where: str) -> Demands:
-        return (Demand(self.shapes.made(schema, self.places[0], where)),)
-
-    def _listed(self, demands: Demands) -> list | None:
-        """All values that satisfy demands, if they are few."""
-        values: dict[Any, Any] = {}
-        for shapes in self.shapes.of(demands).values():
-            for shape in shapes:
-                if shape.fixed is not None:
-                    found = [value_of(text) for text in shape.fixed]
-                elif self.shapes.nothing(shape):
-                    continue
-                elif shape.kind == "number" and shape.whole and None not in (bounds := whole_bounds(shape)) and \
-                        bounds[1] - bounds[0] <= 2 * _LISTED:  # type: ignore[operator]
-                    found = [value for value in range(bounds[0], bounds[1] + 1)  # type: ignore[operator, arg-type]
-                             if self.shapes.has(shape, value)]
-                else:
-                    return None
-                values |= {identity(value): value for value in found}
-        return list(values.values())
-
-    def _classes(self, demands: Demands, where: str, deep: int) -> list[Demands]:
-        """Parts of the values that satisfy demands; none has two of them. The values of no class are left out."""
-        forms, classes = self.shapes.of(demands), []
-        shapes = [shape for kind in KINDS for shape in forms.get(kind, ())]
-        meant = [shape for shape in shapes if shape.level >= OPEN] or shapes
-        kinds = dict.fromkeys(shape.kind for shape in meant)
-        fine = self.longest is None and len(kinds) < 3  # else there are many enough
-        deep = deep if fine else 0
-        for kind in kinds:
-            if kind in ("boolean", "null"):
-                classes += [{"const": value} for value in ((True, False) if kind == "boolean" else (None,))]
-            elif kind == "number":
-                whole = all(shape.whole for shape in meant if shape.kind == kind) and fine
-                tens = [step * size for size in (10, 100, 1000) for step in (range(1, 10) if whole else (1,))]
-                bounds = [*range(1, 10), *tens, *(10**power for power in range(4, 16 if whole else 6))]
-                edges = [*(-bound for bound in reversed(bounds)), 0, *bounds]
-                classes += [{"type": "number", "minimum": low, "exclusiveMaximum": high}
-                            for low, high in pairwise(edges)]
-            elif kind == "string":
-                strings = [shape for shape in meant if shape.kind == kind]
-                plain = fine and not any(shape.forms or shape.patterns for shape in strings)
-                classes += [{"type": "string", "pattern": pattern}
-                            for pattern in (_BEGINNINGS if plain else _FIRST)
-                            if plain or any(self._begins(shape, pattern) for shape in strings)]
-            elif kind == "array":
-                inner = self._classes(self.shapes.item_demands(
-                    next(shape for shape in meant if shape.kind == kind), 0), where, deep - 1) if deep else [()]
-                classes += [{"const": []}, *(Inside(0, one) for one in inner)]
-            elif kind == "object":
-                classes += self._object_classes([shape for shape in meant if shape.kind == kind], where, deep)
-        found = [self._demand(part, where) for part in classes]
-        return [one for one in found if not self.shapes.impossible((*demands, *one))]
-
-    def _begins(self, shape: Shape, pattern: str) -> bool:
-        """Whether a string's shape, its format included, has texts with a beginning."""
-        text = self.shapes.text(replace(shape, patterns=(*shape.patterns, (pattern, True))), self.longest)
-        return bool(compile_part(text, self.effort).accepts.any())
-
-    def _object_classes(self, shapes: Sequence[Shape], where: str, deep: int) -> list[Any]:
-        """Objects are told apart by one property, or by how many they have."""
-        names = [name for shape in shapes for name in (*shape.required, *(name for name, _ in shape.named))]
-        if not names or not deep:
-            return [{"type": "object", "minProperties": size, "maxProperties": size} for size in range(2)]
-        name = names[0]
-        inner: dict[Demands, None] = {}
-        for shape in shapes:
-            inner |= dict.fromkeys(self._classes(self.shapes.value_demands(shape, name), where, deep - 1))
-        lacking = {"type": "object", "properties": {name: False}}
-        return [*(Inside(name, one) for one in inner), lacking]
 
     # Objects
 
@@ -514,7 +434,7 @@ class _Compiler:
     def _distinct(self, values: Sequence[tuple[Node, Node]]) -> list[tuple[Node, bool]]:
         """Properties of which no two have the same name: their first letters ascend."""
         parts: list[tuple[Node, bool]] = []
-        for beginning in _FIRST:
+        for beginning in FIRST:
             begins = parse_regex(beginning, self.notation.chars, search=True)
             pairs = []
             for key, value in values:

@@ -1,10 +1,12 @@
 """What happens while text is denoised: the only way the rest of the program sees it.
 
-Plain values (no tensors), so that an event can be written to a trace, sent over a wire and shown anywhere.
+Plain values (no tensors), so that an event can be written to a trace, sent over a wire and shown anywhere. What was
+read of the tokens goes with them, as their reader (`dgemma.diffusion.reading`) gave it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +67,7 @@ class CanvasCommitted:
     steps: int
     seconds: float  # since the request began
     logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if they were asked for
+    pieces: Sequence[Any] = ()  # what is sure of the answer's text now, and was not before
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Finished:
 
     request: int
     generation: Generation
+    answer: Any = None  # what the reader of its tokens ended with
 
 
 @dataclass(frozen=True)

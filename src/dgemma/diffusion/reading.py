@@ -1,6 +1,7 @@
 """What the sampler needs of whoever reads an answer's tokens as text: where it ends, and what it says.
 
-Knows nothing of tokenizers or of the form of replies (`dgemma.chat.reply` does).
+Knows nothing of tokenizers or of the form of replies (`dgemma.chat.reply` does): what is read of a canvas is handed on
+in the events as it comes.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class TextReader(Protocol):
         """How many of the tokens fed it took to complete the first stop string; None when none was met."""
         ...
 
-    def feed(self, token_ids: Sequence[int]) -> object:
-        """A committed canvas' tokens, without the stop token."""
+    def feed(self, token_ids: Sequence[int]) -> Sequence[object]:
+        """What is sure after a committed canvas' tokens, which come without the stop token."""
         ...
 
     def finish(self) -> ReadText:
@@ -49,8 +50,8 @@ class Unread:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     stop_place: int | None = None
 
-    def feed(self, token_ids: Sequence[int]) -> None:
-        pass
+    def feed(self, token_ids: Sequence[int]) -> Sequence[object]:
+        return ()
 
     def finish(self) -> Unread:
         return self

@@ -122,7 +122,7 @@ class Request:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """What reading the answer needs to know beside the prompt, as keywords of `dgemma.chat.reply.AnswerReader`."""
+        """What reading the answer needs to know beside the prompt, as keywords of `dgemma.chat.reply.ReplyReader`."""
         form = self.constraint is not None and not self.constraint.free
         return {"tools": self.tools, "stop": self.stop, "form": form, "held": self.held}
 

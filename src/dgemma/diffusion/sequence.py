@@ -13,7 +13,7 @@ from dgemma import seeds
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
 from dgemma.diffusion.prompt import Piece, piece_of, prompt_keys
-from dgemma.diffusion.reading import TextReader
+from dgemma.diffusion.reading import ReadText, TextReader
 from dgemma.diffusion.request import Read, Request, canvas_room, unread
 from dgemma.diffusion.sampler import temperature_at
 from dgemma.nn.head import vocab_tiles
@@ -30,17 +30,17 @@ class SequenceState:
     read: Read = unread
     began: float = field(default_factory=time.perf_counter)
     generator: torch.Generator = field(init=False)
-    canvas_index: int = 0
+    canvas_index: int = field(init=False)
     step: int = 0  # denoising steps done on this canvas
     canvas: Tensor = field(init=False)  # [C] what the next step starts from
     draft: Tensor = field(init=False)  # [C] argmax of the last step
     history: Tensor = field(init=False)  # [H, C] argmax canvases that must agree with the next, -1: none yet
     pinned: Tensor | None = None  # [C] bool
-    token_ids: list[int] = field(default_factory=list)  # committed answer tokens
+    token_ids: list[int] = field(init=False)  # committed answer tokens
     context: list[int] = field(init=False)  # every token the cache holds or will hold: prompt and whole canvases
-    steps: list[int] = field(default_factory=list)
-    stop_token_id: int | None = None
-    finish_reason: FinishReason | None = None
+    steps: list[int] = field(init=False)  # of each canvas that was committed
+    stop_token_id: int | None = field(init=False)
+    finish_reason: FinishReason | None = field(init=False)
     redrawn_steps: int | None = None  # of a first canvas that came out empty; None: it did not
     inside_thought: bool = False  # what was committed ends in one
     thought_left: int = 0  # tokens that thoughts may still have, the mark that closes an open one included
@@ -48,16 +48,27 @@ class SequenceState:
 
     def __post_init__(self) -> None:
         self.generator = seeds.generator(self.request.seed)
-        self.context = list(self.request.prompt_ids)
-        self._keys = prompt_keys(self.context, self.request.spans) if self.request.spans else None
+        prompt, spans = self.request.prompt_ids, self.request.spans
+        self._keys = prompt_keys(prompt, spans) if spans else None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing of the answer is there."""
+        self.token_ids, self.context, self.steps = [], list(self.request.prompt_ids), []
+        self.canvas_index, self.stop_token_id, self.finish_reason = 0, None, None
         if (thoughts := self.request.thoughts) is not None:
             self.inside_thought = thoughts.inside
             self.thought_left = thoughts.limit(self.room, self.config.canvas_length)
 
     @functools.cached_property
     def reader(self) -> TextReader:
-        """Has read all committed tokens, till it is asked to finish."""
+        """Has read all committed tokens."""
         return self.read(self.request)
+
+    @functools.cached_property
+    def answer(self) -> ReadText:
+        """What was said in all; nothing may follow once it was asked for."""
+        return self.reader.finish()
 
     @property
     def keys(self) -> list[int]:
@@ -90,8 +101,10 @@ class SequenceState:
                                 entropy_bound=settings.entropy_bound * NARROWER)
 
     def redraw(self) -> None:
-        """Give up the canvas that is open: the next one is drawn in its place, from other noise and narrower."""
+        """Give up an answer of one canvas: the next one is drawn in its place, from other noise and narrower."""
         self.redrawn_steps = self.step
+        del self.reader, self.answer
+        self._begin()
 
     def start_canvas(self, known: list[int | None] | None = None) -> CanvasStarted:
         """Open a canvas of noise; the first one as the request seeds it. Tokens that are ``known`` [C] are pinned."""
@@ -152,29 +165,29 @@ class SequenceState:
         A thought's draft is cut off where its budget is spent. ``least``: tokens that the answer behind it needs. Sets
         ``finish_reason`` unless another canvas follows.
         """
-        kept, self.stop_token_id, self.finish_reason = self.draft_end()
         whole = self.draft.tolist()
+        kept, self.stop_token_id, self.finish_reason = self._end_of(whole)
         before = len(self.token_ids)
         if (cut := self._end_thought(kept, least)) is not None:
             # Where the thought stopped, the next canvas goes on: what stood behind it was never said.
             kept, whole, self.closes_thought = kept[:cut], kept[:cut], True
             self.stop_token_id = self.finish_reason = None
         self.token_ids += kept
-        self.reader.feed(kept)
+        pieces = self.reader.feed(kept)
         if (length := self.reader.stop_place) is not None:
             length = max(length, before)  # it may lie in what was held back as a possible call; that is committed
             kept, self.token_ids = kept[: length - before], self.token_ids[:length]
             self.finish_reason, self.stop_token_id = "stop", None
             self.closes_thought = False
         self.steps.append(self.step)
-        event = CanvasCommitted(self.request.id, self.canvas_index, kept, self.step, self.seconds())
+        event = CanvasCommitted(self.request.id, self.canvas_index, kept, self.step, self.seconds(), pieces=pieces)
         self.context += whole
         self.canvas_index += 1
         return event
 
-    def draft_end(self) -> tuple[list[int], int | None, FinishReason | None]:
-        """What of the draft is the answer's, the stop token behind it, and whether the answer ends with it."""
-        tokens, room = self.draft.tolist(), self.room
+    def _end_of(self, tokens: list[int]) -> tuple[list[int], int | None, FinishReason | None]:
+        """What of a canvas is the answer's, the stop token behind it, and whether the answer ends with it."""
+        room = self.room
         end = next((i for i, token in enumerate(tokens) if token in self.request.settings.eos_token_id), None)
         if end is not None and end <= room:
             return tokens[:end], tokens[end], "stop"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -37,6 +37,8 @@ FORMAT = "dgemma-trace"
 VERSION = 1
 DECIMALS = 4  # of entropies and log-probabilities; the sampler's thresholds are around 0.005 nats
 
+# What was read of an event's tokens is not kept: whoever has them can read them again.
+UNKEPT = {CanvasCommitted: ("pieces",), Finished: ("answer",)}
 Piece = tuple[bytes, bool]  # a token's bytes, and whether it is special
 _CLASSES = {cls.__name__: cls for cls in (CanvasStarted, Denoised, CanvasCommitted, Finished, Failed)}
 
@@ -181,9 +183,13 @@ def _pieces_from(record: dict[str, Any]) -> dict[int, Piece]:
     return pieces
 
 
+def _kept(cls: type) -> list[Field[Any]]:
+    return [field for field in fields(cls) if field.name not in UNKEPT.get(cls, ())]
+
+
 def _fields_of(event: Event | Generation) -> dict[str, Any]:
     record: dict[str, Any] = {}
-    for field in fields(event):
+    for field in _kept(type(event)):
         value = getattr(event, field.name)
         if isinstance(value, Generation):
             value = _fields_of(value)
@@ -225,8 +231,8 @@ def _event_from(record: dict[str, Any]) -> Event:
 
 def _checked(cls: type, record: dict[str, Any]) -> Any:
     """An instance of `cls`, every field of the type that it declares."""
-    kinds = {field.name: str(field.type) for field in fields(cls)}
-    needed = {field.name for field in fields(cls) if field.default is MISSING}
+    kinds = {field.name: str(field.type) for field in _kept(cls)}
+    needed = {field.name for field in _kept(cls) if field.default is MISSING}
     if missing := needed - record.keys():
         raise ValueError(f"{cls.__name__} without {', '.join(sorted(missing))}")
     if unknown := record.keys() - kinds.keys():

@@ -7,10 +7,8 @@ for `read`, which makes a reader of a request's answer.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
-from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +24,8 @@ from dgemma.diffusion.sequence import SequenceState
 from dgemma.engine.fingerprint import fingerprint
 from dgemma.engine.prefixes import Prefix, PrefixStore
 from dgemma.engine.runner import Outcome, Runner, Slot, logprobs_of
-from dgemma.engine.scheduler import FairQueue, Memory, shares
-from dgemma.errors import ContextLengthError, DgemmaError, NotFiniteError
-from dgemma.memory.inference import sequence_bytes, working_bytes
+from dgemma.engine.scheduler import Memory, Scheduler, shares
+from dgemma.errors import DgemmaError, NotFiniteError
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import LowRank
 from dgemma.nn.loaded import LoadedAdapter
@@ -70,10 +67,8 @@ class Engine:
     step; it may `submit`, `cancel` and `retire`. With ``whole_pages`` only these are told of what was read before.
     ``runner`` takes sequences through the network, by default one with ``sampler``.
 
-    A request is promised memory for its prompt and a canvas, and more as canvases follow, to the oldest first; ``lent``
-    bytes of that are the prefixes' as long as nobody needs them. Whoever there is none for waits until others have
-    finished; when all wait the youngest gives way: what it has read is let go, and read again when there is room. It
-    has lost nothing then, and its tokens are the same. An answer ends where the memory of all would end.
+    Who runs, and in what memory, the `Scheduler` says; ``lent`` bytes of that are the prefixes' as long as nobody needs
+    them. An answer ends where the memory of all would end.
 
     Requests of different adapters share steps, but not passes: a pass is of one adapter's requests, which is put on the
     network for it. Between two steps the network is as it was found.
@@ -89,11 +84,8 @@ class Engine:
         self.runner = runner or Runner(network, sampler)
         self.isolate, self.whole_pages, self.between = isolate, whole_pages, between
         self.memory = Memory(memory, lent)
+        self.scheduler = Scheduler(network, self.prefixes, self.memory, max_batch)
         self.counts = Counts()
-        self._waiting = FairQueue()
-        self._slots: list[Slot] = []
-        self._paused: list[Slot] = []  # those that gave way, the oldest first; they come before what waits
-        self._ages = itertools.count()
         self._weights: bytes | None = None  # the network's fingerprint, when it was last looked at
         self._events: list[Event] = []  # of the step that runs
         self._cancelled: set[int] = set()
@@ -106,15 +98,11 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is running or waiting."""
-        return bool(self._slots or self._paused or self._waiting)
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting) + len(self._paused)
+        return self.scheduler.busy
 
     @property
     def running(self) -> int:
-        return len(self._slots)
+        return len(self.scheduler.slots)
 
     def submit(self, request: Request) -> None:
         """Queue a request; raises ValueError as `check` does."""
@@ -123,52 +111,12 @@ class Engine:
 
     def enqueue(self, request: Request) -> None:
         """Queue a request that `check` has found nothing wrong with."""
-        self._waiting.push(SequenceState(self._bounded(request), self.network.config, self.read))
+        self.scheduler.push(SequenceState(self.scheduler.bounded(request), self.network.config, self.read))
 
     def check(self, request: Request) -> None:
         """Raises ValueError when the network cannot run a request, or not in the memory there is."""
         request.check(self.network.config)
-        needed, most = self._memory_for(len(request.prompt_ids)), self.memory.most
-        if most is not None and needed > most:
-            raise ContextLengthError(f"the prompt of {len(request.prompt_ids)} tokens and one canvas need "
-                                     f"{_mib(needed)} of memory; there are {_mib(most)}")
-        bounded = self._bounded(request)
-        if bounded is not request and request.constraint is not None:
-            try:
-                bounded.check(self.network.config)
-            except ValueError as error:
-                raise ContextLengthError(f"in the memory there is ({_mib(most or 0)}) this answer may have "
-                                         f"{bounded.settings.max_tokens} tokens: {error}") from error
-
-    def memory_of(self, request: Request) -> int:
-        """The most memory that a request can come to need, bytes: keys and values, and its part of a pass."""
-        return self._memory_for(self._most_tokens(request))
-
-    def _most_tokens(self, request: Request, max_tokens: int | None = None) -> int:
-        """The most tokens whose keys and values a request can come to hold; with an answer so long, if that is said."""
-        config = self.network.config
-        max_tokens = request.settings.max_tokens if max_tokens is None else max_tokens
-        canvases = -(-max_tokens // config.canvas_length)
-        behind = (canvases - 1) * config.canvas_length
-        if request.thoughts is not None:  # one that is cut off makes room for another canvas
-            behind = max_tokens - 1
-        return min(len(request.prompt_ids) + behind, config.max_position_embeddings)
-
-    def _bounded(self, request: Request) -> Request:
-        """The request, its answer no longer than all the memory there is allows: with it its length, and form, end."""
-        most = self.memory.most
-        if most is None or self.memory_of(request) <= most:
-            return request
-        lengths = range(1, request.settings.max_tokens + 1)
-        length = bisect_right(lengths, most, key=lambda n: self._memory_for(self._most_tokens(request, n)))
-        return replace(request, settings=request.settings.replace(max_tokens=max(length, 1)))
-
-    def _memory_for(self, tokens: int) -> int:
-        config, item = self.network.config, self.network.dtype.itemsize
-        if self.network.device.type != "cpu":  # there a page is memory as soon as it is begun
-            tokens = -(-tokens // self.prefixes.page) * self.prefixes.page
-        return (sequence_bytes(config, tokens, self.network.cache_type or item)
-                + working_bytes(config, config.canvas_length, item))
+        self.scheduler.check(request)
 
     def cancel(self, request_id: int) -> None:
         """End a request before its next denoising step; what it committed stays."""
@@ -183,7 +131,7 @@ class Engine:
     @property
     def room(self) -> int | None:
         """Memory that further adapters may have, bytes: all but what the shortest request needs."""
-        return None if self.memory.limit is None else max(self.memory.limit - self._memory_for(1), 0)
+        return None if self.memory.limit is None else max(self.memory.limit - self.scheduler.memory_for(1), 0)
 
     def adopt(self, adapter: LoadedAdapter) -> None:
         """Take an adapter's memory off what there is for requests, once however often; from any thread."""
@@ -205,8 +153,7 @@ class Engine:
     def _let_go(self) -> None:
         if not self.retired:
             return
-        sequences = [*(slot.sequence for slot in [*self._slots, *self._paused]), *self._waiting]
-        used = {sequence.request.adapter for sequence in sequences}
+        used = {sequence.request.adapter for sequence in self.scheduler.sequences()}
         for adapter in [adapter for adapter in self.retired if adapter not in used]:
             self.retired.remove(adapter)
             with self._adopting:
@@ -237,10 +184,7 @@ class Engine:
 
     def clear(self) -> list[int]:
         """Drop every request, without an event; their ids."""
-        sequences = [slot.sequence for slot in [*self._slots, *self._paused]] + self._waiting.remove(lambda _: True)
-        self._paused.clear()
-        for slot in list(self._slots):
-            self._leave(slot)
+        sequences = self.scheduler.clear()
         self._let_go()
         return [sequence.request.id for sequence in sequences]
 
@@ -271,7 +215,7 @@ class Engine:
 
     def _denoise_all(self) -> None:
         """One denoising step of every open canvas."""
-        opened = [slot for slot in self._slots if slot.soft is not None]
+        opened = [slot for slot in self.scheduler.slots if slot.soft is not None]
         for number, group in enumerate(self._passes(opened)):
             if number and self.between is not None:
                 self.between()
@@ -297,30 +241,13 @@ class Engine:
 
     def _admit(self) -> None:
         """Slot what waits, in order, while there are slots and memory; those that run already come first."""
-        if any(slot.stalled for slot in self._slots):
-            return
         weights: bytes | None = None
-        while len(self._slots) < self.max_batch:
-            sequence = self._paused[0].sequence if self._paused else self._waiting.peek()
-            if sequence is None:
-                return
-            most = self._most_tokens(sequence.request)
-            tokens = min(len(sequence.context) + sequence.config.canvas_length, most)
-            needed = self._memory_for(tokens)
-            if not self.memory.fits(needed):
-                return
+        while (sequence := self.scheduler.following()) is not None:
             # Looking takes some ms: whoever joins others finds the network that they run on.
-            weights = weights or (self._weights if self._slots else None) or self._look_at_weights()
-            prefix = self._prefix(sequence.request, weights)
-            if self._paused:
-                slot = self._paused.pop(0)
-                slot.prefix = prefix
-            else:
-                slot = Slot(self._waiting.pop(), prefix, age=next(self._ages))
+            weights = weights or (self._weights if self.scheduler.slots else None) or self._look_at_weights()
+            if not self.scheduler.paused:
                 self.counts.prompt_tokens += len(sequence.context)
-            slot.memory, slot.tokens, slot.most = needed, tokens, most
-            self._promise(needed)
-            self._slots.append(slot)
+            self.scheduler.admit(self._prefix(sequence.request, weights))
 
     def _prefix(self, request: Request, weights: bytes) -> Prefix:
         return self.prefixes.open((), self.network, request.adapter, request.tenant, request.shared, weights)
@@ -340,53 +267,25 @@ class Engine:
             self._weights = now
         return now
 
-    # Memory: it is promised as it comes to be needed
-
-    def _promise(self, size: int) -> None:
-        """Promise so many bytes more (or fewer), some of those that prefixes are kept in if there are no others."""
-        self.memory.reserved += size
-        if self.memory.lent:
-            self.prefixes.lend(self.memory.borrowed)
-
     def _grow(self) -> None:
-        """Promise what the canvases that follow need, to the oldest request first; see to it that one can go on."""
-        while self._slots:
-            short = False
-            for slot in sorted(self._slots, key=_age):
-                tokens = min(len(slot.sequence.context) + slot.sequence.config.canvas_length, slot.most)
-                slot.stalled = False
-                if tokens <= slot.tokens:
-                    continue
-                needed = self._memory_for(tokens)
-                if short or not self.memory.fits(needed - slot.memory):
-                    short = slot.stalled = True
-                    continue
-                self._promise(needed - slot.memory)
-                slot.memory, slot.tokens = needed, tokens
-            if not all(slot.stalled for slot in self._slots):
-                return
-            youngest = max(self._slots, key=_age)
-            if len(self._slots) > 1:
-                self._give_way(youngest)
+        """See to it that at least one request has the memory to go on."""
+        while (youngest := self.scheduler.grow()) is not None:
+            if self.running > 1:
+                self.scheduler.pause(youngest, self._nothing(youngest.sequence))
+                self.counts.gave_way += 1
                 continue
             # It is alone, and there is less memory than when it came.
             youngest.sequence.finish_reason = "length"
             self._alone(youngest, self._finish)
 
-    def _give_way(self, slot: Slot) -> None:
-        """Let go of what a request has read; it goes on later, from its committed tokens and where its noise stands."""
-        self._leave(slot)
-        slot.prefix, slot.memory, slot.tokens, slot.stalled = self._nothing(slot.sequence), 0, 0, False
-        insort(self._paused, slot, key=_age)
-        self.counts.gave_way += 1
-
     # Reading: prompts, and finished canvases that another one follows
 
     def _read(self) -> None:
         """A causal pass (of each adapter's) over some of what is unread: finished canvases whole, prompts in shares."""
-        work = {slot: slot.unread for slot in self._slots if slot.unread and not (slot.reads_long or slot.stalled)}
+        work = {slot: slot.unread for slot in self.scheduler.slots
+                if slot.unread and not (slot.reads_long or slot.stalled)}
         prompts = self._prompts()
-        opened = sum(slot.soft is not None for slot in self._slots)
+        opened = sum(slot.soft is not None for slot in self.scheduler.slots)
         # Beside canvases to denoise, reading may take a step half as long again.
         budget = max(PIECE, opened * self.network.config.canvas_length // 2)
         for slot, share in zip(prompts, shares([slot.unread for slot in prompts], budget), strict=True):
@@ -413,7 +312,7 @@ class Engine:
     def _prompts(self) -> list[Slot]:
         """Whose prompt is to be read now. Who would read much the same as another waits, and then takes that over."""
         chosen: list[Slot] = []
-        for slot in [slot for slot in self._slots if slot.reads_long and not slot.stalled]:
+        for slot in [slot for slot in self.scheduler.slots if slot.reads_long and not slot.stalled]:
             if not self._alone(slot, self._take_over):
                 continue
             context, request = slot.sequence.keys, slot.sequence.request
@@ -428,7 +327,7 @@ class Engine:
 
     def _open(self) -> None:
         """Open a canvas for every request that has read all it has to, or has it from another one now."""
-        for slot in [slot for slot in self._slots if slot.soft is None and not slot.stalled]:
+        for slot in [slot for slot in self.scheduler.slots if slot.soft is None and not slot.stalled]:
             if slot.reads_long and not self._alone(slot, self._take_over):
                 continue
             if not slot.unread:
@@ -461,12 +360,12 @@ class Engine:
     def _close(self, slot: Slot) -> None:
         """Hand out a finished canvas at once. If another one follows, it is read with the next step's pass."""
         sequence = slot.sequence
+        event = sequence.close_canvas(0 if slot.guide is None else slot.guide.least)
         if self._came_out_empty(slot):
             self.counts.redrawn += 1
             sequence.redraw()
             self._begin_canvas(slot)
             return
-        event = sequence.close_canvas(0 if slot.guide is None else slot.guide.least)
         found = logprobs_of(self.network, slot, len(event.token_ids))
         if found is not None:
             event = replace(event, logprobs=found)
@@ -483,20 +382,16 @@ class Engine:
             self._finish(slot)
 
     def _came_out_empty(self, slot: Slot) -> bool:
-        """Whether the answer would end here, with nothing said, thought or called, and may be drawn once more."""
+        """Whether the answer ends with its first canvas, with nothing said, thought or called, and may be redrawn."""
         sequence = slot.sequence
         request = sequence.request
-        if (not request.redraw_empty or sequence.canvas_index or sequence.redrawn_steps is not None
-                or request.canvas is not None):
+        if sequence.finish_reason is None or sequence.canvas_index > 1 or sequence.redrawn_steps is not None:
+            return False
+        if not request.redraw_empty or request.canvas is not None:
             return False
         if slot.guide is not None and not slot.guide.may_be_empty:
             return False  # its form allows nothing else
-        kept, _, reason = sequence.draft_end()
-        if reason is None:
-            return False
-        reader = self.read(request)
-        reader.feed(kept)
-        answer = reader.finish()
+        answer = sequence.answer
         return not (answer.text.strip() or answer.reasoning or answer.tool_calls)
 
     # Leaving
@@ -504,15 +399,10 @@ class Engine:
     def _drop_cancelled(self) -> None:
         everything, self._stop = self._stop, False
         cancelled, self._cancelled = self._cancelled, set()
-
-        def goes(sequence: SequenceState) -> bool:
-            return everything or sequence.request.id in cancelled
-
-        for sequence in self._waiting.remove(goes):
-            self._slots.append(Slot(sequence, self._nothing(sequence)))
-        self._slots += [slot for slot in self._paused if goes(slot.sequence)]
-        self._paused = [slot for slot in self._paused if not goes(slot.sequence)]
-        for slot in [slot for slot in self._slots if goes(slot.sequence)]:
+        if not (everything or cancelled):
+            return
+        for slot in self.scheduler.recall(lambda sequence: everything or sequence.request.id in cancelled,
+                                          self._nothing):
             slot.sequence.finish_reason = "cancelled"
             if slot.soft is not None and slot.sequence.step:
                 slot.sequence.steps.append(slot.sequence.step)
@@ -520,7 +410,7 @@ class Engine:
 
     def _finish(self, slot: Slot) -> None:
         self._events.append(self._finished(slot))
-        self._leave(slot)
+        self.scheduler.leave(slot)
 
     def _fail(self, slot: Slot, error: Exception) -> None:
         """End a request because of an error of its own."""
@@ -530,7 +420,7 @@ class Engine:
         told = str(error) if isinstance(error, DgemmaError) else None
         self._events.append(Failed(slot.sequence.request.id, f"{type(error).__name__}: {error}", told))
         self.counts.failed += 1
-        self._leave(slot)
+        self.scheduler.leave(slot)
 
     def _not_finite(self, slot: Slot, when: str) -> None:
         """End a request whose numbers are none."""
@@ -539,14 +429,9 @@ class Engine:
             f"the network's numbers are not finite (NaN or infinity) {when}: its weights are probably damaged{half}; "
             "dgemma inspect --check finds out which"))
 
-    def _leave(self, slot: Slot) -> None:
-        self._slots.remove(slot)
-        slot.prefix.close()
-        self._promise(-slot.memory)
-
     def _finished(self, slot: Slot) -> Finished:
         sequence = slot.sequence
-        answer = sequence.reader.finish()
+        answer = sequence.answer
         redrawn = sequence.redrawn_steps or 0
         forwards, reason = sum(sequence.steps) + redrawn, sequence.finish_reason or "stop"
         self.counts.finished += reason != "cancelled"
@@ -557,7 +442,7 @@ class Engine:
             tokens_per_forward=len(sequence.token_ids) / forwards if forwards else 0.0,
             prompt_tokens=len(sequence.request.prompt_ids), seconds=sequence.seconds(), seed=sequence.request.seed,
             stop_token_id=sequence.stop_token_id, cached_tokens=self._told_cached(slot), logprobs=slot.logprobs,
-            redrawn_steps=redrawn))
+            redrawn_steps=redrawn), answer)
 
     def _told_cached(self, slot: Slot) -> int:
         page = self.prefixes.page
@@ -590,14 +475,6 @@ class Engine:
             log.warning("a pass of %d requests failed (%s: %s); trying halves", len(slots), type(error).__name__, error)
             half = len(slots) // 2
             return self._each(slots[:half], work) + self._each(slots[half:], work)
-
-
-def _age(slot: Slot) -> int:
-    return slot.age
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.1f} MiB"
 
 
 def _by_adapter(slots: Iterable[Slot]) -> list[list[Slot]]:

@@ -36,7 +36,6 @@ class Slot:
     prefix: Prefix
     memory: int = 0  # bytes promised to it
     tokens: int = 0  # how many it may hold in these
-    most: int = 0  # how many it can come to hold
     age: int = 0  # whoever came later has a larger one
     stalled: bool = False  # it cannot go on before others have given memory back
     guide: Guide | None = None

@@ -6,7 +6,8 @@ A row of K weights is K / `BlockType.block` blocks of `BlockType.nbytes` bytes, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,10 @@ class BlockType:
         if width % self.block:
             raise ValueError(f"a row of {width} weights is no whole number of {self.name} blocks of {self.block}")
         return width // self.block * self.nbytes
+
+    def tensor_bytes(self, shape: Sequence[int]) -> int:
+        """The bytes of a tensor of this shape; raises ValueError as `row_bytes` does."""
+        return math.prod(shape[:-1]) * self.row_bytes(shape[-1])
 
     def row_width(self, nbytes: int) -> int:
         """The weights in a row of ``nbytes`` bytes."""

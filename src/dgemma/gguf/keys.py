@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from dgemma.config import (
+    ARCHITECTURE,
     FULL,
     LARGEST_SIZE,
     MOST_LAYERS,
@@ -25,7 +26,6 @@ from dgemma.errors import CheckpointError, problems_of, refuse
 from dgemma.fields import is_number, is_whole, shown
 from dgemma.tokenizer_files import STOPS
 
-ARCHITECTURE = "diffusion-gemma"
 ROPE_FREQS = "rope_freqs.weight"
 UNROTATED = 1e30  # what a frequency is divided by where a head does not turn
 

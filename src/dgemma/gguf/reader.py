@@ -9,7 +9,6 @@ outwards, block type, offset); padding; the tensors' data, each at a multiple of
 
 from __future__ import annotations
 
-import math
 import mmap
 import struct
 import sys
@@ -149,7 +148,7 @@ def read_tensor(tensor: GGUFTensor) -> Tensor | None:
         with tensor.file.open("rb") as file:
             file.seek(tensor.offset)
             data = bytearray(file.read(tensor.nbytes))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # the last two: a place beyond what any file can have
         raise CheckpointError(f"{tensor.file}: cannot be read ({error})") from error
     return torch.frombuffer(data, dtype=torch.uint8) if data and len(data) == tensor.nbytes else None
 
@@ -261,7 +260,7 @@ def _parse(reader: _Reader) -> GGUFFile:
             if shape[-1] % kind.block:
                 raise reader.corrupt(f"rows of {shape[-1]} numbers are no whole number of {kind.name} blocks of "
                                      f"{kind.block}")
-            nbytes = math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
+            nbytes = kind.tensor_bytes(shape)
         type_name = kind.name if kind else _OTHER_TYPES.get(code, f"type {code}")
         tensors[name] = GGUFTensor(name, kind, type_name, shape, path, start + offset, nbytes)
     _check_apart(reader, tensors)

@@ -31,7 +31,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        return self.weights // self.shape[-1] * self.type.row_bytes(self.shape[-1]) if self.weights else 0
+        return self.type.tensor_bytes(self.shape)
 
 
 def padding(nbytes: int) -> int:

@@ -11,15 +11,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dgemma.cache.pages import PAGE
 from dgemma.cache.store import READ_AT_ONCE, token_bytes
-from dgemma.config import FULL, SLIDING, ModelConfig
+from dgemma.cache.visibility import reach
+from dgemma.config import ModelConfig
 from dgemma.kernels.attention import COLUMNS, SCORES
 from dgemma.kernels.experts import DENSE_EXPERTS
-from dgemma.memory.machine import machine_memory
+from dgemma.memory.machine import available_memory
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.head import VOCAB_TILE
 
@@ -69,9 +69,7 @@ def kv_cache_bytes(config: ModelConfig, tokens: int, cache_type: str | int) -> i
     For every layer a key and a value of ``heads · head_dim`` for each token it keeps: sliding layers the last
     ``sliding_window - 1``, full layers all. Nothing is reserved beyond.
     """
-    kept = {SLIDING: min(tokens, config.sliding_window - 1), FULL: tokens}
-    return sum(2 * layer.num_key_value_heads * token_bytes(layer.head_dim, cache_type) * kept[layer.kind]
-               for layer in config.layers)
+    return sum(_cache_bytes(config, tokens, cache_type))
 
 
 def sequence_bytes(config: ModelConfig, tokens: int, cache_type: str | int) -> int:
@@ -80,10 +78,14 @@ def sequence_bytes(config: ModelConfig, tokens: int, cache_type: str | int) -> i
     Sliding layers hold up to a page more than their window, and the context of one layer at a time may be copied into
     the blocks that attention wants. ``cache_type`` as in `token_bytes`.
     """
-    kept = {SLIDING: min(tokens, config.sliding_window - 1 + PAGE - 1), FULL: tokens}
-    layers = [2 * layer.num_key_value_heads * token_bytes(layer.head_dim, cache_type) * kept[layer.kind]
-              for layer in config.layers]
+    layers = _cache_bytes(config, tokens, cache_type, spare=PAGE - 1)
     return sum(layers) + max(layers)
+
+
+def _cache_bytes(config: ModelConfig, tokens: int, cache_type: str | int, spare: int = 0) -> list[int]:
+    """Keys and values of one row, layer by layer."""
+    return [2 * layer.num_key_value_heads * token_bytes(layer.head_dim, cache_type)
+            * reach(config, layer.kind, tokens, spare) for layer in config.layers]
 
 
 def working_bytes(config: ModelConfig, tokens: int, item_size: int) -> int:
@@ -119,12 +121,9 @@ def request_memory(network: DiffusionTransformer, available: int | None = None) 
     Four fifths of what is free once the network is there, with all its weights in memory; ``available`` is what a CPU's
     machine has (None: what it has now).
     """
-    if network.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(network.device)
-        free += torch.cuda.memory_reserved(network.device) - torch.cuda.memory_allocated(network.device)
-    else:
-        available = machine_memory()[0] if available is None else available
-        free = (8 << 30 if available is None else available) - mapped_bytes(network)
+    if available is None or network.device.type == "cuda":
+        available = available_memory(network.device)
+    free = (8 << 30 if available is None else available) - mapped_bytes(network)
     return max(free * 4 // 5, 64 << 20)
 
 

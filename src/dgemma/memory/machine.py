@@ -1,6 +1,7 @@
 """What memory this machine has, and about what a program with a model takes of it.
 
-Standard library only: it is asked before torch is needed. `memory.inference` counts what a network takes exactly.
+Standard library only (but for a GPU's memory): it is asked before torch is needed. `memory.inference` and
+`memory.training` count what a network takes exactly.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,16 @@ def machine_memory(proc: Path = Path("/proc")) -> tuple[int | None, int | None]:
         available = left if available is None else min(available, left)
         total = limit if total is None else min(total, limit)
     return available, total
+
+
+def available_memory(device: torch.device) -> int | None:
+    """The bytes that may be taken on a device now; None where nobody can tell."""
+    if device.type != "cuda":
+        return machine_memory()[0]
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _own_groups(proc: Path) -> Iterator[tuple[Path, _Names]]:

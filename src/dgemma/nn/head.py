@@ -16,6 +16,9 @@ from dgemma.kernels import Weight, linear, mix_rows, native
 
 # Part of what a seed means: the sample of a position is drawn tile by tile, so another width draws other tokens.
 VOCAB_TILE = 4096
+# Most logits of a loss that exist at a time: 32 MB in float32, and a few times that while they are worked on.
+LOGITS = 1 << 23
+_LEAST_TILE = 256  # tokens of the vocabulary in a tile of a loss, however many rows there are
 
 
 @dataclass
@@ -36,6 +39,16 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
 def vocab_tiles(vocab_size: int) -> int:
     """How many tiles the vocabulary is walked in."""
     return -(-vocab_size // VOCAB_TILE)
+
+
+def fits_whole(tokens: int, vocab: int) -> bool:
+    """Whether so many tokens' logits are few enough to be held at once."""
+    return tokens * vocab <= LOGITS
+
+
+def tile_width(tokens: int, vocab: int, most: int = LOGITS) -> int:
+    """How many tokens of the vocabulary there are in a tile of a loss, for the logits of so many tokens."""
+    return min(vocab, max(min(_LEAST_TILE, most), most // max(tokens, 1)))
 
 
 @torch.no_grad()

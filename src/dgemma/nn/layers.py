@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -60,6 +60,11 @@ class Packable(nn.Module):
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
         return PackedWeight(cast(Tensor, found), self.packed[name]) if name in self.packed else found
+
+
+def multiplies(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is a matrix that inputs are multiplied with, or a stack of them: not the embedding table."""
+    return len(shape) >= 2 and "embed_tokens" not in name
 
 
 class Embedding(Packable, nn.Embedding):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,10 @@ from dgemma.nn.layers import Embedding, RMSNorm, SelfConditioning, rope_tables
 class DiffusionTransformer(nn.Module):
     """One set of weights, two passes."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, cache_type: str | None = None):
+        """``cache_type``: what caches keep keys and values in (`CACHE_TYPES`; None: the dtype they are computed in)."""
         super().__init__()
-        self.config = config
-        # What new caches keep keys and values in (`CACHE_TYPES`); None: the dtype they are computed in.
-        self.cache_type: str | None = None
-        # Activation checkpointing: with gradients, only every block's input is kept, the rest is made again. A set of
-        # layers: in these only.
-        self.checkpointing: bool | frozenset[int] = False
+        self.config, self.cache_type = config, cache_type
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.self_conditioning = SelfConditioning(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
@@ -50,9 +47,9 @@ class DiffusionTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def new_cache(self, batch_size: int = 1, spare: int = 0, **sizes: int) -> KVCache:
+    def new_cache(self, batch_size: int = 1, spare: int = 0, **settings: Any) -> KVCache:
         """An empty cache for ``batch_size`` rows, of the network's ``cache_type``; the rest as `KVCache` has it."""
-        return KVCache(self.config, batch_size, self.device, self.cache_type, spare, **sizes)
+        return KVCache(self.config, batch_size, self.device, self.cache_type, spare, **settings)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [B, T] -> embeddings times √D, [B, T, D]."""
@@ -70,7 +67,7 @@ class DiffusionTransformer(nn.Module):
         if batch != cache.batch_size:
             raise ValueError(f"token_ids have {batch} rows, the cache {cache.batch_size}")
         outputs = []
-        for columns, reading in cache.reading(width, lengths, spans, self._recomputes()):
+        for columns, reading in cache.reading(width, lengths, spans):
             piece = inputs[:, columns]
             x = piece if piece.is_floating_point() else self.embed(piece)
             outputs.append(self._layers(x, reading, encoding=True))
@@ -89,19 +86,14 @@ class DiffusionTransformer(nn.Module):
             raise ValueError(f"canvas_ids have {batch} rows, the cache {cache.batch_size}")
         x = self.embed(canvas_ids)
         x = self.self_conditioning(x, torch.zeros_like(x) if soft is None else soft.to(x.dtype))
-        return self.norm(self._layers(x, cache.denoising(width, self._recomputes()), encoding=False))
-
-    def _recomputes(self) -> bool:
-        """Whether layers of a pass will run again for their gradients."""
-        return bool(self.checkpointing) and torch.is_grad_enabled()
+        return self.norm(self._layers(x, cache.denoising(width), encoding=False))
 
     def _layers(self, x: Tensor, run: Pass, encoding: bool) -> Tensor:
-        """Every layer over x [B, T, D]."""
+        """Every layer over x [B, T, D]; checkpointed ones keep their input only and run again for gradients."""
         ropes = self._ropes(run.positions)
         for index, (block, layer) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             arguments = (x, ropes[layer.kind], partial(run.attend, index), encoding)
-            chosen = self.checkpointing
-            again = (chosen if isinstance(chosen, bool) else index in chosen) and torch.is_grad_enabled()
+            again = index in run.checkpointed and torch.is_grad_enabled()
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return x
 

@@ -9,15 +9,14 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dgemma.chat.reply import Called, ReplyReader, Thought, inside_thought
-from dgemma.chat.thoughts import CLOSE, OPEN
+from dgemma.chat.reply import Called, Piece, Thought
 from dgemma.chat.tokenizer import Tokenizer
-from dgemma.diffusion.events import CanvasCommitted, Denoised, Event, Failed, Finished, Generation, TokenLogprob
+from dgemma.diffusion.events import CanvasCommitted, Denoised, Event, Failed, Finished, TokenLogprob
 from dgemma.diffusion.request import Request
 from dgemma.engine.service import RequestEvents
 from dgemma.serve.usage import request_usage
@@ -26,13 +25,6 @@ log = logging.getLogger("dgemma.serve")
 
 _IN_THE_LOG = "the server's log says why"
 LEAST_LOGPROB = -9999.0  # what OpenAI writes for a token that cannot be: JSON has no -inf
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """A stretch of what the model thinks."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -92,11 +84,11 @@ class Done:
     seed: int
 
 
-Delta = Reasoning | Text | ToolCall | Draft | Done
+Delta = Thought | Text | ToolCall | Draft | Done
 
 
 @dataclass
-class Answer:
+class WholeAnswer:
     """An answer's pieces put together."""
 
     done: Done
@@ -120,13 +112,13 @@ class CutAnswerError(Exception):
         super().__init__("the server is stopping and has cut off this answer")
 
 
-def put_together(pieces: Iterable[Delta]) -> Answer:
+def put_together(pieces: Iterable[Delta]) -> WholeAnswer:
     """The whole answer; the pieces are all there are."""
     *pieces, done = pieces
     assert isinstance(done, Done)
-    answer = Answer(done)
+    answer = WholeAnswer(done)
     for piece in pieces:
-        if isinstance(piece, Reasoning):
+        if isinstance(piece, Thought):
             answer.reasoning += piece.text
         elif isinstance(piece, Text):
             answer.text += piece.text
@@ -145,22 +137,21 @@ async def deltas(events: RequestEvents, request: Request, tokenizer: Tokenizer, 
     At most so many Drafts come in a second (0: none). ``heard`` is told of every event. Raises `BrokenAnswerError` for
     an answer that the engine could not finish, `CutAnswerError` for one that it gave up.
     """
-    reader = ReplyReader(tokenizer, request.prompt_ids, **request.reading)
     logprobs: list[TokenLogprob] = []
     calls = 0
     clock = asyncio.get_running_loop().time
     next_draft = clock() if drafts_per_second else float("inf")
     async for event in events:
         heard(event)
-        pieces = []
+        pieces: Sequence[Piece] = ()
         if isinstance(event, Denoised) and clock() >= next_draft:
             next_draft = clock() + 1 / drafts_per_second
             yield draft_of(event, request, tokenizer)
         elif isinstance(event, CanvasCommitted):
             logprobs += event.logprobs or []
-            pieces = reader.feed(event.token_ids)
+            pieces = event.pieces
         elif isinstance(event, Finished):
-            pieces = reader.finish()
+            pieces = event.answer.rest
         elif isinstance(event, Failed):
             log.error("an answer could not be finished: %s", event.error)  # an exception's words: not for clients
             raise BrokenAnswerError(event.told)
@@ -171,15 +162,15 @@ async def deltas(events: RequestEvents, request: Request, tokenizer: Tokenizer, 
                 calls += 1
                 if (used := request_usage.get()) is not None:
                     used.calls += 1
-                    used.healed_calls += piece.healed
+                    used.repaired_calls += piece.repaired
             elif isinstance(piece, Thought):
-                yield Reasoning(piece.text)
+                yield piece
             else:
                 entries = None if request.logprobs is None else [
                     logprob_entry(tokenizer, entry) for entry in logprobs[piece.tokens[0]:piece.tokens[1]]]
                 yield Text(piece.text, entries)
         if isinstance(event, Finished):
-            yield _done(event.generation, request, tokenizer, reader.stopped, calls > 0)
+            yield _done(event, calls > 0)
 
 
 async def first_call_only(stream: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
@@ -213,23 +204,13 @@ def _logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, A
     return {"token": spelt.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(spelt)}
 
 
-def _done(generation: Generation, request: Request, tokenizer: Tokenizer, stopped: str | None, called: bool) -> Done:
-    reason = "stop" if stopped is not None else generation.finish_reason
+def _done(event: Finished, called: bool) -> Done:
+    generation, read = event.generation, event.answer
+    reason = "stop" if read.stopped is not None else generation.finish_reason
     if reason == "cancelled":
         raise CutAnswerError
     if reason == "stop" and called:
         reason = "tool_calls"
-    thought = sum(_in_thought(tokenizer, request.prompt_ids, generation.token_ids))
-    usage = AnswerUsage(generation.prompt_tokens, len(generation.token_ids), thought, generation.cached_tokens,
-                  sum(generation.steps) + generation.redrawn_steps)
-    return Done(reason, usage, stopped, generation.seed)
-
-
-def _in_thought(tokenizer: Tokenizer, prompt_ids: list[int], token_ids: list[int]) -> Iterator[bool]:
-    """For every answer token whether it belongs to a thought; the prompt may have left one open."""
-    opened, closed = tokenizer.token_to_id(OPEN), tokenizer.token_to_id(CLOSE)
-    inside = inside_thought(tokenizer, prompt_ids)
-    for token in token_ids:
-        inside = inside or token == opened
-        yield inside
-        inside = inside and token != closed
+    usage = AnswerUsage(generation.prompt_tokens, len(generation.token_ids), read.thought_tokens,
+                        generation.cached_tokens, sum(generation.steps) + generation.redrawn_steps)
+    return Done(reason, usage, read.stopped, generation.seed)

@@ -69,8 +69,8 @@ class Metrics:
                             registry=self.registry)
 
     def count_calls(self, used: RequestUsage) -> None:
-        self.calls.labels("false").inc(used.calls - used.healed_calls)
-        self.calls.labels("true").inc(used.healed_calls)
+        self.calls.labels("false").inc(used.calls - used.repaired_calls)
+        self.calls.labels("true").inc(used.repaired_calls)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
         return Histogram(name, text, registry=self.registry, buckets=buckets)

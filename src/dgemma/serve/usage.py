@@ -20,7 +20,7 @@ class RequestUsage:
     spoke: float | None = None  # until its first canvas was committed
     seconds: float = 0.0  # until its last answer was over
     calls: int = 0  # of tools
-    healed_calls: int = 0  # of these, mended
+    repaired_calls: int = 0  # of these, not well formed
     error: str | None = None  # what went wrong: as the client was told, or as the engine says
     answers: list[dict[str, Any]] | None = None  # what was asked of the model and came of it; None: nobody wants it
     body: bytes = field(default=b"", repr=False)  # what the client sent, where ``answers`` are wanted

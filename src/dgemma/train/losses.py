@@ -14,22 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dgemma.kernels import PackedWeight, Weight, embedding, linear, mix_rows
-from dgemma.nn.head import soft_cap
+from dgemma.nn.head import LOGITS, soft_cap, tile_width
 
-# Most logits that exist at a time: 32 MB in float32, and a few times that while they are worked on.
-LOGITS = 1 << 23
 _CACHED = 1 << 18  # logits that are worked on at a time, few enough for the processor's cache
-_LEAST_TILE = 256  # tokens of the vocabulary in a tile, however many rows there are
-
-
-def fits_whole(tokens: int, vocab: int) -> bool:
-    """Whether so many tokens' logits are few enough to be held at once."""
-    return tokens * vocab <= LOGITS
-
-
-def tile_width(tokens: int, vocab: int, most: int = LOGITS) -> int:
-    """How many tokens of the vocabulary there are in a tile, for the logits of so many tokens."""
-    return min(vocab, max(min(_LEAST_TILE, most), most // max(tokens, 1)))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, observed: Tensor | None = None,

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from dgemma.diffusion.sampler import accept, renoise, token_entropy
 from dgemma.nn import CanvasStats, DiffusionTransformer, KVCache
-from dgemma.nn.head import vocab_tiles
+from dgemma.nn.head import fits_whole, vocab_tiles
 from dgemma.nn.passes import Passes
 from dgemma.train.batch import Batch
-from dgemma.train.losses import chunked_cross_entropy, cross_entropy, fits_whole
+from dgemma.train.losses import chunked_cross_entropy, cross_entropy
 from dgemma.train.noise import WHOLE_VOCAB, Noise, corrupt
 
 PREDICTIONS = ("denoiser", "leave_one_out")
@@ -142,11 +142,12 @@ def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective
 def read(network: DiffusionTransformer, batch: Batch, passes: Passes) -> tuple[Tensor, KVCache]:
     """Every row of the context read once -> its hidden states [R, T, D] and a cache of R rows."""
     if batch.owners is None:
-        cache = network.new_cache(len(batch.context))
+        cache = network.new_cache(len(batch.context), checkpointed=passes.checkpointed)
         return passes.encode(batch.context, cache, batch.lengths), cache
     whole = [batch.before[index] for index in batch.last]
     cache = network.new_cache(len(whole), max(whole[row] - before for row, before in
-                                              zip(batch.rows, batch.before, strict=True)))
+                                              zip(batch.rows, batch.before, strict=True)),
+                              checkpointed=passes.checkpointed)
     return passes.encode(batch.context, cache, whole), cache
 
 

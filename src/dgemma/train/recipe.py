@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from dgemma.config import generation_config_from_dict, model_config_from_dict
+from dgemma.config import MODEL_TYPE, generation_config_from_dict, model_config_from_dict
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig
 from dgemma.tasks.extraction import KEYS, MOST_DISTRACTORS
@@ -304,7 +304,7 @@ def recipe_of(data: Mapping[str, Any], path: Path, where: str | None = None) -> 
     elif recipe.fresh:
         if recipe.adapter is not None:
             raise DgemmaError(f"{where}: adapter: there is nothing to adapt in a model of random weights")
-        config = model_config_from_dict({"model_type": "diffusion_gemma", **recipe.model},  # type: ignore[dict-item]
+        config = model_config_from_dict({"model_type": MODEL_TYPE, **recipe.model},  # type: ignore[dict-item]
                                         f"{where}: model")
         generation_config_from_dict(recipe.generation, config, f"{where}: generation")
     if recipe.adapter is not None and recipe.freeze is not None:

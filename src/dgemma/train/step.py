@@ -106,7 +106,7 @@ class Compiled:
             soft = torch.zeros(*canvas_ids.shape, hidden_size, device=canvas_ids.device) if soft is None else soft
             return denoise(canvas_ids, cache, soft.float())
 
-        self._compiled = Passes(_compiled(passes.encode), conditioned)
+        self._compiled = Passes(_compiled(passes.encode), conditioned, passes.checkpointed)
         shapes = Counter(map(_shape, batches))
         shape, count = shapes.most_common(1)[0]
         self.shape = shape if 2 * count >= shapes.total() else None

@@ -28,9 +28,9 @@ from torch import Tensor
 from dgemma.errors import DgemmaError
 from dgemma.files import make_folder
 from dgemma.formats import size_text
-from dgemma.memory import release_freed
+from dgemma.memory import available_memory, release_freed
 from dgemma.model import Parts
-from dgemma.train.checks.plan import MemoryPlan, available_memory, recipe_plan
+from dgemma.train.checks.plan import MemoryPlan, recipe_plan
 from dgemma.train.checks.preflight import require, run_preflight
 from dgemma.train.data.examples import Example
 from dgemma.train.data.sources import Listed, fingerprint, longest_context, source_of
@@ -155,7 +155,7 @@ class Trainer:
         whole_on = ranks.device if ranks.world == 1 or parts.gguf is not None else torch.device("cpu")
         self.state = begin(recipe, parts, whole_on, lambda done, total: self._tell(events.Loading(done, total)))
         self.network = self.state.network
-        self.passes = shard(self.network, ranks)
+        self.passes = shard(self.network, ranks, recipe.checkpointing)
         self._check()
         self.optimizers = Optimizers(self.network, recipe.optimizer)
         self.stepper = Stepper(recipe, self.network, self.passes, self.source, self.optimizers, ranks, self.max_steps)

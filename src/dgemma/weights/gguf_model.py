@@ -30,7 +30,7 @@ from dgemma.gguf.keys import (
 from dgemma.gguf.reader import GGUFFile, GGUFTensor, map_tensors, read_gguf, read_tensor
 from dgemma.kernels.packed import PackedWeight
 from dgemma.nn import DiffusionTransformer
-from dgemma.weights.load import DTYPES, Shape, check_dtype, empty_network, tensor_shapes
+from dgemma.weights.load import DTYPES, Shape, check_dtype, empty_network, network_shapes
 
 _PIECE = 16 << 20  # bytes unpacked at a time
 _MOST_FREQS = 1 << 16
@@ -136,27 +136,29 @@ def _wrong_shape(tensor: GGUFTensor, expected: Shape) -> str:
 
 def load_gguf_network(model: GGUFModel, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
                       progress: Callable[[int, int], None] | None = None, *,
-                      keep_packed: bool = False) -> DiffusionTransformer:
+                      keep_packed: bool = False, cache_type: str | None = None) -> DiffusionTransformer:
     """The text network of a GGUF file, in eval mode, without gradients.
 
     On the CPU, packed matrices stay as they are in the memory-mapped file and are computed with as they are:
     activations are float32 then, and so is everything that is not a matrix. ``dtype`` means nothing there: it is for
     files without packed matrices, where None is the embedding's, and for other devices, where everything is unpacked
     into it, tensor by tensor (None is bfloat16 if anything was packed); unless they are to ``keep_packed``, for
-    training an adapter, where memory counts more than speed. ``progress(done, total)`` counts bytes of the file.
+    training an adapter, where memory counts more than speed. ``cache_type`` is the network's; None is "bf16" if
+    matrices stay packed. ``progress(done, total)`` counts bytes of the file.
     Raises CheckpointError with everything that is wrong, ValueError for a ``dtype`` other than float32, bfloat16 and
     float16.
     """
     check_dtype(dtype)
     device = torch.device(device)
     progress = progress or (lambda done, total: None)
-    network = empty_network(model.config)
-    shapes = tensor_shapes(network)
+    shapes = network_shapes(model.config)
     chosen, problems = match_gguf(model, shapes)
     refuse(problems, f"{model.file.path}: this GGUF file cannot be loaded")
     types = {name: parts[0].type for name, parts in chosen.items() if is_matrix(name, shapes[name])}
     packed = any(kind is not None and kind.name not in DTYPES for kind in types.values())
-    if packed and (device.type == "cpu" or keep_packed):
+    stays = packed and (device.type == "cpu" or keep_packed)
+    network = empty_network(model.config, cache_type or ("bf16" if stays else None))
+    if stays:
         from dgemma.nn.packed import set_weights
 
         weights = packed_weights(model, chosen, shapes, progress)
@@ -164,7 +166,6 @@ def load_gguf_network(model: GGUFModel, device: torch.device | str = "cpu", dtyp
             weights = {name: PackedWeight(weight.data.to(device), weight.type) if isinstance(weight, PackedWeight)
                        else weight.to(device) for name, weight in weights.items()}
         set_weights(network, weights)
-        network.cache_type = "bf16"
     else:
         embedding = types["embed_tokens.weight"]
         dtype = dtype or (torch.bfloat16 if packed or embedding is None else DTYPES[embedding.name])

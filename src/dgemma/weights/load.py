@@ -75,22 +75,22 @@ class Contents:
 
 
 def load_network(folder: Path, config: ModelConfig, device: torch.device | str = "cpu",
-                 dtype: torch.dtype | None = None,
-                 progress: Callable[[int, int], None] | None = None) -> DiffusionTransformer:
+                 dtype: torch.dtype | None = None, progress: Callable[[int, int], None] | None = None, *,
+                 cache_type: str | None = None) -> DiffusionTransformer:
     """The text network of a checkpoint folder, in eval mode, without gradients.
 
     ``dtype`` None means the stored one (that of config.json, else that of the embedding). On the CPU, tensors that
     are stored in that dtype stay in the memory-mapped file (privately: writing to them leaves the file alone), the
-    others are converted piece by piece, so memory stays within the size of the weights.
-    ``progress(done, total)`` is told the bytes read of the file, from (0, total) to (total, total). A warning tells of
-    weights in the folder that do not count.
+    others are converted piece by piece, so memory stays within the size of the weights. ``cache_type`` is the
+    network's. ``progress(done, total)`` is told the bytes read of the file, from (0, total) to (total, total). A
+    warning tells of weights in the folder that do not count.
     Raises CheckpointError, with everything that is wrong, when files or tensors are missing, damaged or do not fit
     ``config``; ValueError for a ``dtype`` other than float32, bfloat16 and float16.
     """
     check_dtype(dtype)
     folder, device = Path(folder), torch.device(device)
     contents = read_headers(folder)
-    network = empty_network(config)
+    network = empty_network(config, cache_type)
     chosen, problems = match(contents, tensor_shapes(network))
     refuse(problems, f"{folder}: this checkpoint cannot be loaded")
     dtype = dtype or stored_dtype(folder, config, chosen)
@@ -130,10 +130,10 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}")
 
 
-def empty_network(config: ModelConfig) -> DiffusionTransformer:
+def empty_network(config: ModelConfig, cache_type: str | None = None) -> DiffusionTransformer:
     """A network of this shape without any memory behind its tensors (on the ``meta`` device), no gradients."""
     with _OnMeta():
-        return DiffusionTransformer(config).requires_grad_(False)
+        return DiffusionTransformer(config, cache_type).requires_grad_(False)
 
 
 def tensor_shapes(network: nn.Module) -> dict[str, Shape]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgemma.config import load_generation_config, load_model_config
+from dgemma.config import ARCHITECTURE, load_generation_config, load_model_config
 from dgemma.errors import CheckpointError, DgemmaError, refuse
 from dgemma.files import atomic_write, free_space, read_pieces
 from dgemma.formats import size_text
@@ -297,7 +297,7 @@ def _open_folder(folder: Path) -> _Opened:
         tensors.insert(0, _Stored(keys.ROPE_FREQS, (len(freqs),), BLOCK_TYPES["F32"], folder, 0, keys.ROPE_FREQS,
                                   bytearray(struct.pack(f"<{len(freqs)}f", *freqs))))
     metadata = {
-        keys.ARCHITECTURE_KEY: keys.ARCHITECTURE,
+        keys.ARCHITECTURE_KEY: ARCHITECTURE,
         "general.type": "model",
         "general.name": _folder_name(folder),
         **keys.config_metadata(config, generation),

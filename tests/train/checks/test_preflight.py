@@ -69,7 +69,7 @@ def test_the_network_and_the_optimizer_are_left_as_they_were(network):
     after = network.state_dict(), optimizer.state_dict()
     assert all(torch.equal(after[0][name], tensor) for name, tensor in before[0].items())
     assert after[1]["state"] == before[1]["state"] == {}
-    assert set(vars(network)) == attributes and not network.checkpointing
+    assert set(vars(network)) == attributes
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
@@ -143,9 +143,8 @@ def test_it_takes_no_more_memory_than_a_training_step(checkpointing, most):
     bench = Bench(network, Passes.of(network), collate(examples), Objective())
     with Saved() as step:
         bench.gradients()
-    network.checkpointing = checkpointing
     with Saved() as checks:
-        run_preflight(network, examples)
+        run_preflight(network, examples, passes=Passes.of(network, checkpointing))
     assert 0 < checks.most <= most * step.most
 
 
@@ -291,7 +290,7 @@ def test_catches_an_objective_that_feeds_mean_embeddings_where_nothing_is_condit
 def test_catches_checkpointing_that_drops_the_cache(network):
     def dropped(token_ids, cache, lengths=None):
         x = network.encode(token_ids, cache, lengths)
-        if network.checkpointing:
+        if cache.checkpointed:
             cache._blocks = [[tuple(torch.zeros_like(side) for side in block) for block in old]
                              for old in cache._blocks]
         return x

@@ -50,7 +50,6 @@ class Case:
 
     def network(self, ranks):
         network = random_network(tiny_config(num_hidden_layers=2, layer_types=[SLIDING, FULL]))
-        network.checkpointing = self.checkpointing
         if self.kind == "full":
             network.requires_grad_(True)
             for layer in network.layers:
@@ -60,7 +59,7 @@ class Case:
                 network.to(torch.bfloat16)
             targets = ("attention", "mlp") if "dora" in self.kind else ("attention", "mlp", "experts")
             attach(network, AdapterConfig(r=4, targets=targets, dora="dora" in self.kind))
-        passes = shard(network, ranks)
+        passes = shard(network, ranks, self.checkpointing)
         # A large eps: Adam makes rounding errors of a tiny gradient as large as any other number.
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=2e-3, eps=1e-3)
         return network, passes, optimizer

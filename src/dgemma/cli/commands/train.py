@@ -121,7 +121,7 @@ def _needs_extra() -> None:
 
 
 def _show_plan(recipe: Path, device: str | None) -> None:
-    from dgemma.train.checks.plan import available_memory
+    from dgemma.memory import available_memory
     from dgemma.train.parallel.distributed import joined
     from dgemma.train.trainer import plans
 

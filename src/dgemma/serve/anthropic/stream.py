@@ -10,7 +10,8 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
-from dgemma.serve.deltas import Delta, Done, Reasoning, Text, ToolCall
+from dgemma.chat.reply import Thought
+from dgemma.serve.deltas import Delta, Done, Text, ToolCall
 from dgemma.serve.respond import Made, Rendering
 
 # The field that a block's text stands in, and the kind of delta that adds to it.
@@ -39,7 +40,7 @@ class MessageRendering(Rendering):
         yield {"type": "message_start", "message": {**self.made, "content": []}}
 
     def feed(self, index: int, delta: Delta) -> Iterator[Made]:
-        if isinstance(delta, Reasoning):
+        if isinstance(delta, Thought):
             yield from self._grow("thinking", delta.text if self.thoughts else "")
         elif isinstance(delta, Text):
             yield from self._grow("text", delta.text)

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.responses import PlainTextResponse, Response
 
 from dgemma import __version__
-from dgemma.config import SAMPLER_SETTINGS
+from dgemma.config import ARCHITECTURE, SAMPLER_SETTINGS
 from dgemma.serve.ask import engine_request, prompt_tokens
 from dgemma.serve.backend import Serving
 from dgemma.serve.errors import ApiError, JsonResponse, error_docs
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 # The version of Ollama whose API this is: its clients compare it with what they need.
 API_VERSION = "0.40.0"
-_FAMILY = "diffusion-gemma"
 _LATEST = ":latest"  # what Ollama's clients put behind a name without a tag
 _FOREVER = "9999-12-31T23:59:59Z"
 
@@ -226,21 +225,22 @@ class Cards:
             "modelfile": f"# served by dgemma {__version__}\nFROM {model.name}\n",
             "parameters": "\n".join(f"{name} {value}" for name, value in sampler.items()),
             "template": templates.get("default", ""), "details": self._details(name),
-            "model_info": {"general.architecture": _FAMILY, "general.parameter_count": self._weights.parameters,
-                           f"{_FAMILY}.context_length": self._serving.context_limit,
-                           f"{_FAMILY}.embedding_length": config.hidden_size,
-                           f"{_FAMILY}.block_count": config.num_hidden_layers,
-                           f"{_FAMILY}.attention.head_count": config.num_attention_heads,
-                           f"{_FAMILY}.expert_count": config.num_experts,
-                           f"{_FAMILY}.expert_used_count": config.top_k_experts,
+            "model_info": {"general.architecture": ARCHITECTURE, "general.parameter_count": self._weights.parameters,
+                           f"{ARCHITECTURE}.context_length": self._serving.context_limit,
+                           f"{ARCHITECTURE}.embedding_length": config.hidden_size,
+                           f"{ARCHITECTURE}.block_count": config.num_hidden_layers,
+                           f"{ARCHITECTURE}.attention.head_count": config.num_attention_heads,
+                           f"{ARCHITECTURE}.expert_count": config.num_experts,
+                           f"{ARCHITECTURE}.expert_used_count": config.top_k_experts,
                            "diffusion.canvas_length": config.canvas_length},
             "capabilities": capabilities, "modified_at": self._since}
 
     def _details(self, name: str) -> dict[str, Any]:
         served, kind = self._serving.settings.served_names, self._weights.type
         return {"parent_model": "" if name in served else served[0],
-                "format": "gguf" if kind not in ("F32", "F16", "BF16") else "safetensors", "family": _FAMILY,
-                "families": [_FAMILY], "parameter_size": _short(self._weights.parameters), "quantization_level": kind}
+                "format": "gguf" if kind not in ("F32", "F16", "BF16") else "safetensors", "family": ARCHITECTURE,
+                "families": [ARCHITECTURE], "parameter_size": _short(self._weights.parameters),
+                "quantization_level": kind}
 
 
 def _short(count: int) -> str:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dgemma.serve.deltas import Delta, Done, Reasoning, Text, ToolCall, put_together
+from dgemma.chat.reply import Thought
+from dgemma.serve.deltas import Delta, Done, Text, ToolCall, put_together
 from dgemma.serve.errors import to_json
 from dgemma.serve.respond import Made, Rendering
 from dgemma.serve.usage import request_usage
@@ -34,7 +35,7 @@ class Lines(Rendering):
             yield self._line() | self._end(delta)
         elif isinstance(delta, Text):
             yield self._line(delta.text, logprobs=delta.logprobs)
-        elif isinstance(delta, Reasoning):
+        elif isinstance(delta, Thought):
             yield self._line(thinking=delta.text)
         elif isinstance(delta, ToolCall):
             yield self._line(calls=[delta])

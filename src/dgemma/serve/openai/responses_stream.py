@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from dgemma.serve.deltas import BrokenAnswerError, CutAnswerError, Delta, Done, Reasoning, Text, ToolCall
+from dgemma.chat.reply import Thought
+from dgemma.serve.deltas import BrokenAnswerError, CutAnswerError, Delta, Done, Text, ToolCall
 from dgemma.serve.respond import Made, Rendering
 
 # What an item that grows holds, and the start of the names of the events that grow it.
@@ -39,7 +40,7 @@ class ResponseRendering(Rendering):
         yield from self._finish("failed", error={"code": "server_error", "message": str(error)})
 
     def feed(self, index: int, delta: Delta) -> Iterator[Made]:
-        if isinstance(delta, Reasoning):
+        if isinstance(delta, Thought):
             yield from self._grow("reasoning", delta.text, None)
         elif isinstance(delta, Text):
             yield from self._grow("message", delta.text, delta.logprobs)

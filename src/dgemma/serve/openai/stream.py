@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from dgemma import __version__
-from dgemma.serve.deltas import Answer, AnswerUsage, Delta, Done, Draft, Reasoning, Text, ToolCall, put_together
+from dgemma.chat.reply import Thought
+from dgemma.serve.deltas import AnswerUsage, Delta, Done, Draft, Text, ToolCall, WholeAnswer, put_together
 from dgemma.serve.respond import Made, Rendering
 
 
@@ -172,15 +173,15 @@ class ChatRendering(Rendering):
         """What a choice begins with, as `piece`."""
         return [{"delta": {"role": "assistant", "content": ""}}]
 
-    def piece(self, piece: Reasoning | Text | ToolCall | Done) -> dict[str, Any]:
+    def piece(self, piece: Thought | Text | ToolCall | Done) -> dict[str, Any]:
         """What an entry of a chunk's ``choices`` says of a piece."""
-        if isinstance(piece, Reasoning):
+        if isinstance(piece, Thought):
             return {"delta": {"reasoning_content": piece.text, "reasoning": piece.text}}
         if isinstance(piece, ToolCall):
             return {"delta": {"tool_calls": [{"index": piece.index, **_call(piece)}]}}
         return {"delta": {"content": piece.text} if isinstance(piece, Text) else {}}
 
-    def shown(self, index: int, answer: Answer) -> dict[str, Any]:
+    def shown(self, index: int, answer: WholeAnswer) -> dict[str, Any]:
         """What an entry of ``choices`` says of a whole answer."""
         message: dict[str, Any] = {
             "role": "assistant", "content": answer.text if answer.text or not answer.tool_calls else None,
@@ -217,13 +218,13 @@ class TextRendering(ChatRendering):
     def opening(self, index: int) -> list[dict[str, Any]]:
         return [{"text": self.echo[index]}] if self.echo else []
 
-    def piece(self, piece: Reasoning | Text | ToolCall | Done) -> dict[str, Any]:
-        if isinstance(piece, Reasoning):
+    def piece(self, piece: Thought | Text | ToolCall | Done) -> dict[str, Any]:
+        if isinstance(piece, Thought):
             return {"text": "", "reasoning": piece.text}
         return {"text": piece.text if isinstance(piece, Text) else _call_text(piece)
                 if isinstance(piece, ToolCall) else ""}
 
-    def shown(self, index: int, answer: Answer) -> dict[str, Any]:
+    def shown(self, index: int, answer: WholeAnswer) -> dict[str, Any]:
         text = (self.echo[index] if self.echo else "") + answer.text + "".join(map(_call_text, answer.tool_calls))
         return {"text": text, "reasoning": answer.reasoning or None}
 

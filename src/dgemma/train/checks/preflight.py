@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -200,19 +200,15 @@ def checkpointing_changes_nothing(bench: Bench) -> Finding:
 
     A run with checkpointing may not have the memory to do without: then it is left out in one block of each kind only.
     """
-    network, was = bench.network, bench.network.checkpointing
-    everywhere = frozenset(range(len(network.layers)))
-    kinds = {layer: index for index, layer in enumerate(network.config.layers)}  # the last block of each geometry
-    without = [everywhere - {index} for index in kinds.values()] if was else [frozenset[int]()]
-    distances, problem = {}, ""
+    everywhere = frozenset(range(len(bench.network.layers)))
+    kinds = {layer: index for index, layer in enumerate(bench.network.config.layers)}  # each geometry's last block
+    without = [everywhere - {index} for index in kinds.values()] if bench.passes.checkpointed else [frozenset[int]()]
+    checkpointed, distances, problem = everywhere, {}, ""
     try:
         for batch in (bench.batch, *beyond_the_window(bench)) if bench.past_window else (bench.batch,):
-            part = dataclasses.replace(bench, batch=batch)
-            network.checkpointing = True
-            found = part.gradients()
-            for layers in without:
-                network.checkpointing = layers
-                wanted = part.gradients()
+            found = _checkpointed(bench, batch, checkpointed := everywhere).gradients()
+            for checkpointed in without:
+                wanted = _checkpointed(bench, batch, checkpointed).gradients()
                 for name in wanted.keys() | found.keys():
                     both = name in wanted and name in found
                     distance = distance_of(found[name], wanted[name]) if both else float("inf")
@@ -220,17 +216,19 @@ def checkpointing_changes_nothing(bench: Bench) -> Finding:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # torch compares what a block made the first and the second time, in part
-        if not network.checkpointing:
+        if not checkpointed:
             raise
         problem = f"; running a block again failed: {error}"
-    finally:
-        network.checkpointing = was
     worst = max(distances, key=lambda name: distances[name], default="none")
     largest = distances.get(worst, 0.0)
-    return Finding("checkpointing changes nothing", not problem and largest <= tolerance_of(network),
+    return Finding("checkpointing changes nothing", not problem and largest <= tolerance_of(bench.network),
                    f"gradients differ by {largest:.2g} of their size at most{problem}",
                    f"a block that is run again for its gradient sees other keys and values than before (worst: "
                    f"{worst}); train without checkpointing until that is mended")
+
+
+def _checkpointed(bench: Bench, batch: Batch, layers: Collection[int]) -> Bench:
+    return dataclasses.replace(bench, batch=batch, passes=dataclasses.replace(bench.passes, checkpointed=layers))
 
 
 @torch.no_grad()
@@ -344,7 +342,7 @@ def run_preflight(network: DiffusionTransformer, examples: Sequence[Example], ob
                   past_window: bool = True) -> list[Finding]:
     """All checks on a few examples, with the run's own objective.
 
-    They take no more memory than a training step on these examples, with checkpointing where the network has it on;
+    They take no more memory than a training step on these examples, with checkpointing where ``passes`` have it;
     with ``past_window`` (contexts of this run may be longer than the sliding window) than one on a context so long.
     On several processes all of them come here, after the network was sharded, with the same examples. ``passes``,
     ``loss_of`` and ``optimizers`` (of which none may hold what is frozen) are the run's where they are not the

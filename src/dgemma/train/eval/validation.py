@@ -45,7 +45,7 @@ def in_use(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes.items():
-            module.training = training
+            module.train(training)  # its parts, too, whose own modes come after it
 
 
 class Sums:

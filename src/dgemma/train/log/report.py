@@ -1,8 +1,7 @@
 """The page that a training run ends with, and the one that sets several runs beside each other.
 
-Works on run folders. Knows nothing of networks. A page is one static file that needs no network and follows the
-reader's light or dark; the same folder gives the same bytes. What a run did not record is left out. Names of values
-lose what repeats the kind of their record: ``task/exact`` is ``exact`` here.
+Works on what runs left in their folders (`history`). Knows nothing of networks. A page is one static file that needs no
+network and follows the reader's light or dark; the same folder gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from dgemma.errors import DgemmaError
-from dgemma.fields import parse_json_value
 from dgemma.files import atomic_write
-from dgemma.formats import long_duration_text, number_text, percent_text, short_count, size_text
+from dgemma.formats import long_duration_text, number_text, short_count, size_text
 from dgemma.train.log.figures import COLOURS, Axis, Curve, draw, scale_of, smoothed
-from dgemma.train.log.journal import Record, read_journal
+from dgemma.train.log.history import COSTS, Run, bounds_text, interval, read_run
+from dgemma.train.log.journal import Record
 
 FILE = "report.html"
 SAMPLES = 12
@@ -35,7 +34,6 @@ _DIFFERENCE_CHARACTERS = 1500  # longer texts are not compared letter by letter
 _RECIPE_CHARACTERS = 60_000
 _NOTES = 200
 _TIMES = 5  # of the run at which loss by noise level is shown
-_COSTS = ("steps_per_canvas", "tokens_per_forward", "seconds_per_answer", "failed", "max_steps")
 _WORDS = {"tokens_per_forward": "tokens per forward pass", "failed": "failed requests", "max_steps": "steps at most"}
 _STEP = Axis("step")
 # Control characters that HTML cannot hold, as their pictures.
@@ -91,145 +89,11 @@ def _write(path: Path, template: str, page: Mapping[str, Any]) -> Path:
     return path
 
 
-# ---- what a run left in its folder -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run. ``records`` are in order of steps; of two with the same step and kind (and of a sweep the same number of
-    denoising steps) the later one holds."""
-
-    folder: Path
-    records: list[Record]
-    info: dict[str, Any] = field(default_factory=dict)  # run.json
-    recipe: str = ""
-    plan: dict[str, Any] = field(default_factory=dict)
-    checks: list[dict[str, Any]] = field(default_factory=list)  # preflight.json
-
-    @property
-    def name(self) -> str:
-        return str(self.info.get("name") or self.folder.resolve().name)
-
-    @property
-    def last_step(self) -> int:
-        return max(record.step for record in self.records)
-
-    def of(self, kind: str, name: str | None = None) -> list[Record]:
-        """The records of a kind, or those that have a value of that name."""
-        return [record for record in self.records if record.kind == kind and (name is None or name in record.values)]
-
-    def names(self, kind: str) -> list[str]:
-        """The values that records of a kind hold, in the order of their first appearance."""
-        return list(dict.fromkeys(name for record in self.of(kind) for name in record.values))
-
-    def series(self, kind: str, name: str) -> tuple[list[float], list[float]]:
-        """Steps, and the value after each."""
-        found = self.of(kind, name)
-        return [float(record.step) for record in found], [record.values[name] for record in found]
-
-    def main(self) -> str | None:
-        """The task's value that the best checkpoint is chosen by."""
-        for record in reversed(self.of("task")):
-            if record.extra.get("main") in record.values:
-                return record.extra["main"]
-        return next((name for name in self.names("task") if name not in _COSTS), None)
-
-    def best(self) -> Record | None:
-        """The task record of the best checkpoint: the last one that was called the best, or else the last."""
-        records = self.of("task")
-        called = [record for record in records if record.extra.get("best") is True]
-        return (called or records or [None])[-1]
-
-    def is_share(self, name: str) -> bool:
-        """Whether a task's value is a share of answers: those, and only those, have intervals within 0 and 1."""
-        bounds = [pair for record in (*self.of("task"), *self.of("sweep")) if (pair := _interval(record, name))]
-        return bool(bounds) and all(0 <= value <= 1 for pair in bounds for value in pair)
-
-    def text(self, name: str, value: float) -> str:
-        """A task's value as it is written."""
-        if name in ("steps_per_canvas", "tokens_per_forward"):
-            return f"{value:.1f}" if math.isfinite(value) else "–"
-        return percent_text(value) if self.is_share(name) else number_text(value)
-
-    def with_interval(self, record: Record, name: str) -> str:
-        """A record's value and its interval; "–" where it has none."""
-        if name not in record.values:
-            return "–"
-        text, pair = self.text(name, record.values[name]), _interval(record, name)
-        if pair is None:
-            return text
-        return f"{text} ({_bounds(pair)})" if self.is_share(name) else f"{text} ({pair[0]:.4g}–{pair[1]:.4g})"
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run's folder. Only the journal must be there.
-
-    Raises DgemmaError naming the file that is missing, damaged or empty.
-    """
-    latest: dict[tuple[int, str, float], Record] = {}
-    for record in read_journal(folder):
-        prefix, extra = "task/" if record.kind == "sweep" else f"{record.kind}/", dict(record.extra)
-        if isinstance(extra.get("main"), str):
-            extra["main"] = extra["main"].removeprefix("task/")
-        intervals = extra.get("intervals")
-        extra["intervals"] = _short(prefix, intervals) if isinstance(intervals, dict) else {}
-        record = replace(record, values=_short(prefix, record.values), extra=extra)
-        key = (record.step, record.kind, record.values.get("max_steps", 0.0))
-        if record.kind == "note":
-            key = (record.step, f"note {len(latest)}", 0.0)  # all of them
-        latest.pop(key, None)
-        latest[key] = record
-    if not latest:
-        raise DgemmaError(f"{folder / 'metrics.jsonl'}: holds no records yet; there is nothing to report")
-    records = sorted(latest.values(), key=lambda record: record.step)
-    return Run(folder, records, _json(folder / "run.json", dict), _text(folder / "recipe.yaml"),
-               _json(folder / "plan.json", dict), _json(folder / "preflight.json", list))
-
-
-def _short(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in values.items()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    except OSError as error:
-        raise DgemmaError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _json(path: Path, kind: type) -> Any:
-    """A JSON file's value, which must be of a kind; an empty one where there is no file."""
-    text = _text(path)
-    if not text:
-        return kind()
-    try:
-        data = parse_json_value(text, str(path), DgemmaError, halves=True)
-    except DgemmaError as error:
-        raise DgemmaError(f"{path}: not a JSON value ({error.__cause__ or error}); take the file away to report "
-                          "without it") from error
-    if not isinstance(data, kind):
-        raise DgemmaError(f"{path}: expected a JSON {'object' if kind is dict else 'array'}; take the file away to "
-                          "report without it")
-    return data
-
-
-def _interval(record: Record, name: str) -> tuple[float, float] | None:
-    """The interval of a record's value, if it has one."""
-    pair = record.extra.get("intervals", {}).get(name)
-    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(x, (int, float)) for x in pair):
-        return None
-    return float(pair[0]), float(pair[1])
-
-
-def _bounds(pair: tuple[float, float]) -> str:
-    return f"{100 * pair[0]:.1f}–{100 * pair[1]:.1f}"
+# ---- in words ----------------------------------------------------------------------------------------
 
 
 def _words(name: str) -> str:
     return _WORDS.get(name, name.replace("_", " "))
-
-
-# ---- in words ----------------------------------------------------------------------------------------
 
 
 def _about(run: Run) -> str:
@@ -248,8 +112,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     first = next(iter(run.of("task")), None)
     before = {} if first is best or first is None else first.values
     if best is not None and main in best.values:
-        pair = _interval(best, main)
-        detail = [f"{_bounds(pair)} %"] if pair and run.is_share(main) else []
+        pair = interval(best, main)
+        detail = [f"{bounds_text(pair)} %"] if pair and run.is_share(main) else []
         detail.append(f"{'best, ' if best.extra.get('best') else ''}step {best.step:,}")
         if first is not None and main in before:
             detail.append(f"from {run.text(main, before[main])} at step {first.step:,}")
@@ -356,7 +220,7 @@ def _columns(mains: Sequence[str]) -> dict[str, Callable[[Run], str]]:
         best, name = run.best(), run.main()
         if best is None or name is None or name not in best.values:
             return "–"
-        return run.with_interval(best, name) + (f" {name}" if len(mains) > 1 else "")
+        return run.withinterval(best, name) + (f" {name}" if len(mains) > 1 else "")
 
     def of_best(name: str) -> Callable[[Run], str]:
         return lambda run: run.text(name, best.values[name]) if (best := run.best()) and name in best.values else "–"
@@ -397,7 +261,7 @@ def _kind(run: Run, name: str) -> str:
 
 def _banded(records: Sequence[Record], name: str, x: Sequence[float], label: str, **look: Any) -> Curve:
     """A value of some records, with its intervals where there are any."""
-    values, pairs = [record.values[name] for record in records], [_interval(record, name) for record in records]
+    values, pairs = [record.values[name] for record in records], [interval(record, name) for record in records]
     low, high = ([pair[side] if pair else value for pair, value in zip(pairs, values, strict=True)] if any(pairs)
                  else () for side in (0, 1))
     return Curve(label, x, values, low=low, high=high, **look)
@@ -418,7 +282,7 @@ def _task_figures(run: Run) -> list[Any]:
         kind = _kind(run, main)
         pictures += _picture(f"{main} over steps", [_task_curve(run, main, _words(main))], _STEP,
                              Axis(_words(main), kind))
-        others = [name for name in run.names("task") if name not in (*_COSTS, main) and _kind(run, name) == kind]
+        others = [name for name in run.names("task") if name not in (*COSTS, main) and _kind(run, name) == kind]
         curves = [_task_curve(run, name, _words(name), index) for index, name in enumerate(others[: COLOURS - 1], 1)]
         pictures += _picture("the other figures of the task over steps", curves, _STEP, Axis("also measured", kind))
     for colour, name in enumerate(("steps_per_canvas", "tokens_per_forward"), start=2):
@@ -467,7 +331,7 @@ def _levels_figure(run: Run) -> list[Any]:
 
 def _swept(run: Run) -> tuple[str | None, dict[int, list[Record]]]:
     """The main value of the run's sweeps, and the first and the last of them by the step that they were made after."""
-    names = [name for name in run.names("sweep") if name not in _COSTS]
+    names = [name for name in run.names("sweep") if name not in COSTS]
     main = run.main() if run.main() in names else next(iter(names), None)
     times = sorted({record.step for record in run.of("sweep")})
     return main, {time: sorted((record for record in run.of("sweep") if record.step == time),
@@ -496,7 +360,7 @@ def _sweep(run: Run) -> dict[str, Any] | None:
     there = {name for record in sweeps[last] for name in record.values} - {"max_steps"}
     names = sorted(filter(there.__contains__, run.names("sweep")), key=lambda name: name != main)
     rows = [[number_text(record.values.get("max_steps", math.nan)),
-             *(run.with_interval(record, name) for name in names)] for record in sweeps[last]]
+             *(run.withinterval(record, name) for name in names)] for record in sweeps[last]]
     return {"step": last, "figures": _sweep_picture(main, curves, _kind(run, main)),
             "header": [_words("max_steps"), *map(_words, names)], "rows": rows}
 

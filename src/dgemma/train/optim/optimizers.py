@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dgemma.errors import DgemmaError
+from dgemma.nn.layers import multiplies
 from dgemma.train.recipe import OptimizerSettings
 
 # Coefficients of the quintic that drives all singular values towards 1 (same source).
@@ -44,7 +45,7 @@ class Optimizers:
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.masters = {name: p if p.dtype in (torch.float32, torch.float64) else
                         nn.Parameter(p.detach().float()) for name, p in self.parameters.items()}
-        matrices = {name for name, p in self.masters.items() if is_matrix(name, p.shape)}
+        matrices = {name for name, p in self.masters.items() if multiplies(name, p.shape)}
         muon = matrices if settings.kind == "muon" else set()
         self.all: list[torch.optim.Optimizer] = []
         if muon:
@@ -184,8 +185,3 @@ class Muon(torch.optim.Optimizer):
                 for (parameter, _), direction in zip(parameters, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * scale)
-
-
-def is_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Whether a parameter is one for Muon: a matrix, or a stack of them, but not the embedding table."""
-    return len(shape) >= 2 and "embed_tokens" not in name

@@ -122,9 +122,9 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def shard(network: DiffusionTransformer, ranks: Ranks) -> Passes:
-    """Keep only this rank's part of every parameter, on its device -> the passes to train with; in a single process
-    the network stays whole, and they are its own.
+def shard(network: DiffusionTransformer, ranks: Ranks, checkpointing: bool = False) -> Passes:
+    """Keep only this rank's part of every parameter, on its device -> the passes to train with (`Passes.of`); in a
+    single process the network stays whole, and they are its own.
 
     Comes after adapters are attached and what is trained is chosen, and before the optimizer is made. Each block is
     gathered when it runs and let go of again; embedding table, self-conditioning and final norm, which losses read by
@@ -133,7 +133,7 @@ def shard(network: DiffusionTransformer, ranks: Ranks) -> Passes:
     parameters: each rank holds all of them.
     """
     if ranks.world == 1:
-        return Passes.of(network)
+        return Passes.of(network, checkpointing)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -146,7 +146,7 @@ def shard(network: DiffusionTransformer, ranks: Ranks) -> Passes:
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor, even of 1
     for name in ("encode", "denoise"):
         register_fsdp_forward_method(network, name)
-    return _in_step(Passes.of(network))
+    return _in_step(Passes.of(network, checkpointing))
 
 
 def _in_step(passes: Passes) -> Passes:
@@ -177,7 +177,7 @@ def _in_step(passes: Passes) -> Passes:
             waiting.clear()
         return hidden
 
-    return Passes(padded_encode, tied_denoise)
+    return Passes(padded_encode, tied_denoise, passes.checkpointed)
 
 
 class _Tied(torch.autograd.Function):

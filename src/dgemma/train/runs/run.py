@@ -33,7 +33,7 @@ RECIPE = "recipe.yaml"
 
 
 class RunFolder:
-    """A run's folder as the run writes it (`dgemma.train.log.report` reads it): its files and its lock."""
+    """A run's folder as the run writes it (`dgemma.train.log.history` reads it): its files and its lock."""
 
     def __init__(self, folder: Path, recipe: Recipe):
         self.folder, self._recipe = folder, recipe

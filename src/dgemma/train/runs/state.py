@@ -20,6 +20,7 @@ from torch import Tensor
 from dgemma import seeds
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import (
+    MODEL_TYPE,
     GenerationConfig,
     generation_config_from_dict,
     model_config_from_dict,
@@ -155,7 +156,6 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device,
         attach(network, recipe.adapter, recipe.seed)
     else:
         _train_everything(state)
-    network.checkpointing = recipe.checkpointing
     network.train()
     return state
 
@@ -231,7 +231,7 @@ def _swap(new: Path, folder: Path) -> None:
 
 def _config_dict(recipe: Recipe) -> dict[str, Any]:
     assert isinstance(recipe.model, dict)
-    return {"model_type": "diffusion_gemma", "architectures": ["DiffusionGemmaForBlockDiffusion"], **recipe.model}
+    return {"model_type": MODEL_TYPE, "architectures": ["DiffusionGemmaForBlockDiffusion"], **recipe.model}
 
 
 def _generation_dict(recipe: Recipe) -> dict[str, Any]:

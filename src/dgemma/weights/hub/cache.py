@@ -14,11 +14,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgemma.config import MODEL_TYPE
+from dgemma.config import ARCHITECTURE, MODEL_TYPE
 from dgemma.errors import CheckpointError
 from dgemma.fields import read_json
 from dgemma.files import atomic_write, json_bytes
-from dgemma.gguf.keys import ARCHITECTURE, ARCHITECTURE_KEY
+from dgemma.gguf.keys import ARCHITECTURE_KEY
 from dgemma.weights.files import (
     bundled_models,
     bundled_path,

@@ -1,24 +1,19 @@
-"""Readers of calls that are nearly right.
+"""The reader of calls that are nearly right, whose strings end at the first sign of the kind that opened them.
 
-Three, each tried where the one before finds nothing (by `repair`). `Repairer`: a string ends at the first sign of the
-kind that opened it. `Weigher`: it may hold such signs, and commas may be missing; every way to read it all is tried,
-and one only must be left. `Guesser`: a string's end is missing or of the wrong kind.
-
-Work on text. Each method takes a position, as those of `Notation` do, and raises ValueError where nothing stands there.
+Works on text. Each method takes a position, as those of `Notation` do, and raises ValueError where nothing stands
+there. `call_strings` has the readers of strings that end elsewhere.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dgemma.chat.tools import CLOSE, MAX_DEPTH, NUMBER, QUOTE, Notation, Tool, Tools, names_at
 
-_PRIVATE = "\ue000-\uf8fe"
-_KEY = re.compile(rf"[^\s{{}}\[\](),:;=<>\"'`{_PRIVATE}]+")
+BARE_KEY = re.compile(r"[^\s{}\[\](),:;=<>\"'`\ue000-\uf8fe]+")
 _PREFIX = re.compile(r"call\s*:\s*")
 # What Gemma's family writes around a call in Python, and what other makers' models put before a tool's name.
 _PRINT = re.compile(r"print\s*\(\s*")
@@ -27,18 +22,14 @@ _NAME_QUOTES = (QUOTE, '"', "'", "`")
 _SIGNS = (QUOTE, '"""', "'''", '"', "'")  # what opens a string, the longest first
 _SPACE = re.compile(r"(?:\s|<channel\|>)*")  # that mark closes a thought; where none is open it means nothing
 _LEFT_OVER = re.compile(rf"(?:[\s}}\]),;]|{re.escape(CLOSE)}|<channel\|>)*")
-_ANY_LEFT_OVER = re.compile(_LEFT_OVER.pattern + rf"(?:{re.escape(QUOTE)}|[\"'])?\s*")
-_QUOTES = re.compile(re.escape(QUOTE) + r"""|["']""")
 _BARE_END = re.compile(re.escape(QUOTE) + r"|[,}\]]")
 _BARE_END_IN_PARENS = re.compile(re.escape(QUOTE) + r"|[,}\])]")
-_TO_NEXT = re.compile(r",\s*(?:[^\s{}\[\],:<>]+\s*:\s*)?")  # what stands between a value and the next one
-_TO_NEXT_ARGUMENT = re.compile(r"[\s}\])]*,\s*")
 _LOST_COMMA = re.compile(r"\s[^\s:]+\s*:(?!//)")  # a key within what should be one value
 _LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[xob][\da-f_]*|[\d._]*\d[\d._]*(?:e[-+]?\d*)?|nan|inf(?:inity)?)", re.IGNORECASE)
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2}|\r\n|[\s\S])")
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"', "'": "'",
             "\n": "", "\r\n": ""}
-_PLAIN_ARGUMENT = re.compile(_KEY.pattern + rf"""["']?\s*:\s*(?:{re.escape(QUOTE)}|["'{{\[\d]|null|true|false)""")
+
 
 class NoCallError(ValueError):
     """It can be read, and is no call."""
@@ -56,6 +47,7 @@ class Repairer(Notation):
     """
 
     words = {**Notation.words, "None": None, "True": True, "False": False}  # noqa: RUF012
+    colons = (":", "=")
     left_over = _LEFT_OVER
 
     def __init__(self, text: str, closed: bool):
@@ -72,6 +64,10 @@ class Repairer(Notation):
         self._level = 0  # brackets around what is read
         self._tool: Tool | None = None
         self._named = ""  # the parameter whose value is read
+
+    def leave_open(self) -> None:
+        """Know of a bracket that is open to the end."""
+        self.incomplete = True
 
     def call(self, at: int, tools: Tools, marked: bool = True) -> tuple[str, dict[str, Any], int]:
         """A call that stands at a position: its name, its arguments, and the position behind it."""
@@ -160,20 +156,19 @@ class Repairer(Notation):
             key, end = self.key(at)
         except ValueError:
             return None
-        return (key, end) if self.text.startswith((":", "="), end) else None
+        return (key, end) if self.text.startswith(self.colons, end) else None
 
     def mapping(self, at: int, depth: int) -> tuple[dict[str, Any], int]:
-        outer, self._listing = self._listing, False
-        self._level += 1
-        found = super().mapping(at, depth)
-        self._level -= 1
-        self._listing = outer
-        return found
+        return self._within(super().mapping, at, depth, listing=False)
 
     def items(self, at: int, depth: int) -> tuple[list[Any], int]:
-        outer, self._listing = self._listing, True
+        return self._within(super().items, at, depth, listing=True)
+
+    def _within(self, read: Callable[[int, int], tuple[Any, int]], at: int, depth: int,
+                listing: bool) -> tuple[Any, int]:
+        outer, self._listing = self._listing, listing
         self._level += 1
-        found = super().items(at, depth)
+        found = read(at, depth)
         self._level -= 1
         self._listing = outer
         return found
@@ -196,16 +191,9 @@ class Repairer(Notation):
             if end is None:
                 raise OpenError("a key without end")
             return self._content(start, end, sign), self.skip(end + len(sign))
-        if bare := _KEY.match(self.text, at):
+        if bare := BARE_KEY.match(self.text, at):
             return bare.group(), self.skip(bare.end())
         raise ValueError("no key")
-
-    def declared_key(self, at: int) -> tuple[str, int] | None:
-        for name in self.parameters:
-            if name and self.text.startswith(name, at) and self.text.startswith(
-                    (":", "="), end := self.skip(at + len(name))):
-                return name, end
-        return None
 
     def colon(self, at: int, depth: int) -> int:
         return self.sign(at, "=" if self.text.startswith("=", at) else ":", depth)
@@ -303,10 +291,12 @@ class Repairer(Notation):
     def _next_key(self, at: int) -> bool:
         """Whether a key and a colon stand there."""
         at = self.skip(at)
-        if self.opens_string(at):
-            return True
-        key = _KEY.match(self.text, at)
-        return bool(key) and self.text.startswith((":", "="), self.skip(key.end()))
+        return self.opens_string(at) or self._names_next(at)
+
+    def _names_next(self, at: int) -> bool:
+        """Whether a key without quotes and its colon stand there."""
+        key = BARE_KEY.match(self.text, at)
+        return bool(key) and self.text.startswith(self.colons, self.skip(key.end()))
 
     def _ends(self, at: int) -> bool:
         """Whether a value may end before this position."""
@@ -319,166 +309,6 @@ class Repairer(Notation):
 
     def skip(self, at: int) -> int:
         return _SPACE.match(self.text, at).end()  # type: ignore[union-attr]
-
-
-class Weigher(Repairer):
-    """Reads strings that hold signs like the one that ends them, and values with no comma between.
-
-    Where a string could end in several places ``way`` says which of them it does, choice by choice; past its end the
-    first is taken. ``paired``: signs within a string open and close something there. ``declared``: a comma is missing
-    before a parameter that is declared only.
-    """
-
-    def __init__(self, text: str, closed: bool, way: Sequence[int], paired: bool, declared: bool):
-        super().__init__(text, closed)
-        self._way, self._paired, self._declared = way, paired, declared
-        self._taken: list[int] = []
-        self._quoted_at = -1  # the position behind the last string or bracket, where a comma may be missing
-
-    def next_way(self) -> list[int] | None:
-        """The way to try after this one; None when there is no other."""
-        return [*self._taken[:-1], self._taken[-1] + 1] if self._taken else None
-
-    def string(self, at: int) -> tuple[str, int]:
-        start, sign = self._opening(at)
-        choice = self._way[len(self._taken)] if len(self._taken) < len(self._way) else 0
-        end = next(islice(self._possible_ends(start, sign), choice, None), None)
-        if end is None:
-            if choice == 0:
-                raise OpenError("a string without end")
-            raise ValueError("no other end")  # nothing was taken: the choice before this one is the next to change
-        self._taken.append(choice)
-        self._quoted_at = self.skip(end + len(sign))
-        return self._content(start, end, sign), self._quoted_at
-
-    def _possible_ends(self, start: int, sign: str) -> Iterator[int]:
-        inside, balanced = False, True
-        for at in self._signs(start, sign):
-            after = self.skip(at + len(sign))
-            doubled = sign == QUOTE and self.text.startswith(QUOTE, start) and self.text.endswith(QUOTE, start, at)
-            before = self.text[at - 1] if at > start else ""
-            behind = self.text[at + len(sign) : at + len(sign) + 1]
-            apostrophe = sign == "'" and before.isalnum() and behind.isalnum()
-            whole = (balanced and not inside) or not (self._paired or sign == QUOTE)
-            if whole and not doubled and (self._ends(after) or (
-                    self._declared_next(after) if apostrophe else self._lost_comma(after))):
-                yield at
-            further = _TO_NEXT_ARGUMENT.match(self.text, after)
-            if further and self._declared_next(further.end()):
-                return  # what would be within the string is another argument
-            if apostrophe:
-                continue
-            opens, closes = not (before.isalnum() or behind.isspace()), not (before.isspace() or behind.isalnum())
-            balanced = balanced and (closes if inside else opens)
-            inside = not inside
-            if not balanced and (self._paired or sign == QUOTE):
-                return
-
-    def _bare(self, at: int) -> tuple[Any, int]:
-        value, end = super()._bare(at)
-        if self.text.endswith(QUOTE, at, end):
-            raise ValueError("a stray quote beside other damage")
-        return value, end
-
-    def _content(self, start: int, end: int, sign: str) -> str:
-        """A mark within a string is how the model spells a quotation mark there."""
-        content = self.text[start:end].replace(QUOTE, '"')
-        return content if sign == QUOTE else unescaped(content)
-
-    def mapping(self, at: int, depth: int) -> tuple[dict[str, Any], int]:
-        found, self._quoted_at = super().mapping(at, depth)
-        return found, self._quoted_at
-
-    def items(self, at: int, depth: int) -> tuple[list[Any], int]:
-        found, self._quoted_at = super().items(at, depth)
-        return found, self._quoted_at
-
-    def comma(self, at: int, depth: int) -> int:
-        return at if at == self._quoted_at and self._lost_comma(at) else super().comma(at, depth)
-
-    def _lost_comma(self, at: int) -> bool:
-        """Whether what stands there can only be the next key, or in a list the next value."""
-        if self._listing:
-            return self.text.startswith((QUOTE, '"', "'", "{", "["), at)
-        if self._declared and self._level == 1 and self._tool is not None and self._tool.parameters:
-            return self._declared_next(at)
-        if self.opens_string(at):
-            start, sign = self._opening(at)
-            end = next(self._signs(start, sign), None)
-            return end is not None and self.text.startswith((":", "="), self.skip(end + len(sign)))
-        key = _KEY.match(self.text, at)
-        return bool(key) and self.text.startswith((":", "="), self.skip(key.end()))
-
-    def _declared_next(self, at: int) -> bool:
-        """Whether a declared parameter stands there, or another key with a colon and what can only be its value."""
-        start, sign = self._opening(at) if self.opens_string(at) else (at, "")
-        for name in self.parameters:
-            if self.text.startswith(name + sign, start) and self.text.startswith(
-                    (":", "="), self.skip(start + len(name + sign))):
-                return True
-        return _PLAIN_ARGUMENT.match(self.text, start) is not None
-
-
-class Guesser(Repairer):
-    """Reads strings whose end is missing, doubled, or of another kind than their beginning."""
-
-    left_over = _ANY_LEFT_OVER
-
-    def _any_key(self, at: int) -> tuple[str, int]:
-        if self.opens_string(at):
-            return self.string(at)
-        key, at = super()._any_key(at)
-        return key, self.skip(at + len(QUOTE)) if self.text.startswith(QUOTE, at) else at
-
-    def string(self, at: int) -> tuple[str, int]:
-        if self.text.startswith(QUOTE, at):
-            content, end = self._marked(at + len(QUOTE))
-        else:
-            start, sign = self._opening(at)
-            content, end = self._quoted(start, sign)
-        if QUOTE in content:
-            raise ValueError("a quote within a string")
-        return content, self.skip(end)
-
-    def _marked(self, start: int) -> tuple[str, int]:
-        """A string that a mark opened: up to the next mark, to the next value's, or to a quote of another kind."""
-        text = self.text
-        for mark in self._quotes(start, (QUOTE,)):
-            if self._ends(self.skip(mark.end())):
-                return text[start : mark.start()].removeprefix(QUOTE).removesuffix(QUOTE), mark.end()
-            comma = text.rfind(",", start, mark.start())
-            if comma >= 0 and _TO_NEXT.fullmatch(text, comma, mark.start()):
-                content = text[start:comma].rstrip()
-                # An even quote belongs to one within the string; an odd one was to end it.
-                return content.removesuffix('"') if content.count('"') % 2 else content, comma
-        for quote in self._quotes(start, ('"',)):
-            if self._ends(self.skip(quote.end())):
-                return text[start : quote.start()], quote.end()
-        if not self.closed:
-            raise ValueError("a string cut short")
-        end = len(text.rstrip("}] \n\t" + (")" if self._parens else "")))
-        if end <= start or "{" in text[start:] or "[" in text[start:] or (self._parens and "(" in text[start:]):
-            raise ValueError("a string without end")
-        return text[start:end], end
-
-    def _quoted(self, start: int, sign: str) -> tuple[str, int]:
-        """A string between quotes, as in JSON or Python; a mark may close it too."""
-        for quote in self._quotes(start, (QUOTE, sign)):
-            if self._ends(self.skip(quote.end())):
-                return unescaped(self.text[start : quote.start()]), quote.end()
-        raise ValueError("a string without end")
-
-    def _quotes(self, start: int, kinds: tuple[str, ...]) -> Iterator[re.Match[str]]:
-        """The quotes of these kinds from a position on, without those behind a backslash."""
-        for quote in _QUOTES.finditer(self.text, start):
-            at = quote.start()
-            while at > start and self.text[at - 1] == "\\":
-                at -= 1
-            if quote.group() in kinds and (quote.group() == QUOTE or (quote.start() - at) % 2 == 0):
-                yield quote
-
-    def _ends(self, at: int) -> bool:
-        return super()._ends(at) or self.text.startswith(":", at)
 
 
 def _bound(values: list[Any], named: dict[str, Any], tool: Tool | None) -> dict[str, Any]:
@@ -517,7 +347,7 @@ def _fits(value: Any, types: frozenset[str] | None) -> bool:
 
 
 def _word(text: str, at: int) -> str:
-    word = _KEY.match(text, at)
+    word = BARE_KEY.match(text, at)
     return word.group() if word else ""
 
 

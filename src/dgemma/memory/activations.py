@@ -1,9 +1,10 @@
 """What a training step holds beside weights: the tensors autograd keeps, and what is worked with at the widest moment.
 
-Works on a network's shape and on how a step is made (`Step`); no tensor is made and no network is needed. Every number
-follows `nn/block.py`, `kernels/attention.py`, `kernels/experts.py`, `nn/adapters.py` and `train/losses.py` line by
-line: when those keep something else, the tests that compare with autograd's own saved tensors say so. Knows nothing of
-weights, optimizers or devices but whether attention is fused there.
+Works on a network's shape and on how a step is made (`Step`); no tensor is made and no network is needed. What the
+cache takes `inference` counts; every other number follows `nn/block.py`, `kernels/attention.py`, `kernels/experts.py`,
+`nn/adapters.py` and `train/losses.py` line by line: when those keep something else, the tests that compare with
+autograd's own saved tensors say so. Knows nothing of weights, optimizers or devices but whether attention is fused
+there.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dgemma.cache.store import READ_AT_ONCE
-from dgemma.config import FULL, LayerConfig, ModelConfig
+from dgemma.cache.visibility import reach
+from dgemma.config import ModelConfig
 from dgemma.kernels.experts import DENSE_EXPERTS, ROW_BLOCK
 from dgemma.kernels.products import PIECE
-from dgemma.train.losses import fits_whole, tile_width
+from dgemma.memory.inference import kv_cache_bytes
+from dgemma.nn.head import fits_whole, tile_width
 
 WIDE = 4  # bytes of a float32: norms, routing, sums over experts and adapters work in it
 
@@ -82,17 +85,12 @@ def canvas_passes(step: Step) -> list[Pass]:
             + [Pass(length, step.context, True)] * step.causal_canvas)
 
 
-def cached_columns(config: ModelConfig, layer: LayerConfig, tokens: int) -> int:
-    """How many of so many tokens a layer's cache keeps."""
-    return tokens if layer.kind == FULL else min(tokens, config.sliding_window - 1)
-
-
 def kept_by_block(step: Step, index: int, part: Pass) -> dict[str, int]:
     """The bytes that autograd keeps of one block over one pass, by what they belong to; its input is in "norms"."""
     config, layer = step.config, step.config.layers[index]
     rows = step.batch * part.tokens
     hidden, inner = rows * config.hidden_size, rows * config.intermediate_size
-    columns = cached_columns(config, layer, part.seen) + part.tokens
+    columns = reach(config, layer.kind, part.seen) + part.tokens
     queries = rows * config.num_attention_heads * layer.head_dim
     keys = rows * layer.num_key_value_heads * layer.head_dim
 
@@ -135,7 +133,7 @@ def block_working(step: Step, index: int, part: Pass) -> int:
     """The most that the backward pass through one block holds beside what was kept: gradients on their way."""
     config, layer = step.config, step.config.layers[index]
     rows = step.batch * part.tokens
-    columns = cached_columns(config, layer, part.seen) + part.tokens
+    columns = reach(config, layer.kind, part.seen) + part.tokens
     scores = rows * columns * config.num_attention_heads * (0 if step.fused else step.attention)
     routed = rows * config.top_k_experts * config.hidden_size * WIDE
     if _is_dense(config):
@@ -211,8 +209,7 @@ def widest(step: Step, gradients: int, first: int, optimizer: int) -> Moment:
 
 def _cache(step: Step, tokens: int) -> int:
     """Keys and values of so many tokens a row, in all layers."""
-    return sum(2 * step.cached * step.batch * layer.num_key_value_heads * layer.head_dim
-               * cached_columns(step.config, layer, tokens) for layer in step.config.layers)
+    return step.batch * kv_cache_bytes(step.config, tokens, step.cached)
 
 
 def _is_dense(config: ModelConfig) -> bool:
