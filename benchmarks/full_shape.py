@@ -30,7 +30,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -332,7 +332,8 @@ def part_transformers(setup: Setup) -> dict[str, Any]:
     return {"seconds": seconds, "seconds_30_layers": whole}
 
 
-PARTS: dict[str, Callable[[Setup], dict[str, Any]]] = {
+Part = Callable[[Setup], dict[str, Any]]
+PARTS: dict[str, Part] = {
     "file": part_file, "floors": part_floors, "load": part_load, "memory": part_memory, "steps": part_steps,
     "growth": part_growth, "cold": part_cold, "squeeze": part_squeeze, "llamacpp": part_llamacpp,
     "transformers": part_transformers,
@@ -357,10 +358,10 @@ def keep(setup: Setup, name: str, result: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None, parts: Mapping[str, Part] = PARTS) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/full-shape"), help="for the files; they are kept")
-    parser.add_argument("--only", default=",".join(PARTS), help="some of the parts, with commas between")
+    parser.add_argument("--only", default=",".join(parts), help="some of the parts, with commas between")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--mix", choices=random_gguf.MIXES, default="q4_k_m")
     parser.add_argument("--threads", type=int, default=usable_cores())
@@ -368,26 +369,26 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=0.6, help="memory for squeeze, as a part of the file's size")
     parser.add_argument("--llama-bench", type=Path, help="a llama-bench program of your own build, measured as well")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.child:
         settings = json.loads(arguments.child)
         print(json.dumps(measure(Path(settings.pop("path")), **settings)))
         return
     names = arguments.only.split(",")
-    unknown = sorted(set(names) - set(PARTS))
+    unknown = sorted(set(names) - set(parts))
     if unknown:
-        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(parts)}")
     shape = random_gguf.Shape(layers=arguments.layers)
     setup = Setup(arguments.dir, shape, arguments.mix, arguments.threads, arguments.steps, arguments.limit,
                   arguments.llama_bench)
     print(describe("dgemma", "transformers", "xllamacpp"))
     failed = False
-    for name in (part for part in PARTS if part in names):
+    for name in (part for part in parts if part in names):
         print(f"\n[{name}]", flush=True)
         try:
             if name in ON_THE_FILE:
                 ensure_file(setup)
-            keep(setup, name, PARTS[name](setup))
+            keep(setup, name, parts[name](setup))
         except CannotRun as error:
             failed = True
             print(f"not run: {error}", flush=True)

@@ -62,12 +62,12 @@ def test_the_floor_of_a_step_is_not_the_sum_of_its_parts():
     assert bench.floors(parts, 10, 20) == {"a": 10, "b": 5, "step": 10}
 
 
-def test_the_command_prints_a_table_and_json():
-    command = [sys.executable, "-m", "dgemma.cli.main", "bench", "sudoku", "--steps", "1", "--context", "3"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_command_prints_a_table_and_json(dgemma_command):
+    command = ["bench", "sudoku", "--steps", "1", "--context", "3"]
+    shown = dgemma_command(*command).out
     assert "; how threads wait: " in shown.splitlines()[0]
     assert "x floor" in shown and "soft embedding" in shown and "tokens/s" in shown
-    data = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    data = json.loads(dgemma_command(*command, "--json").out)
     assert data["machine"] == shown.splitlines()[0]
     assert data["context"] == 3 and data["seconds_per_step"] > 0 and data["floors"]["step"] > 0
 
@@ -93,10 +93,9 @@ class TestBesideBusyPrograms:
         psutil.wait_procs([psutil.Process(pid) for pid in map(int, told.split()) if psutil.pid_exists(pid)], timeout=20)
         assert not any(psutil.pid_exists(pid) for pid in map(int, told.split()))
 
-    def test_what_waiting_costs_is_what_the_lost_share_does_not_explain(self, monkeypatch):
+    def test_what_waiting_costs_is_what_the_lost_share_does_not_explain(self):
         seconds, rates = iter([1.0, 4.0, 1.0, 6.0, 2.0, 12.0]), iter([8.0, 4.0, 4.0, 8.0, 3.0, 5.0, 8.0, 4.0, 4.0])
-        monkeypatch.setattr(bench, "_free_rate", lambda threads: next(rates))
-        found = bench.beside_busy_loops(lambda: next(seconds), loops=1)
+        found = bench.beside_busy_loops(lambda: next(seconds), loops=1, free_rate=lambda threads: next(rates))
         assert (found.quiet_seconds, found.busy_seconds) == (1.0, 6.0)
         assert (found.slowdown, found.explained, found.ratio) == (6.0, 2.0, 3.0)
 

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,7 +45,9 @@ def test_a_python_example_runs(code):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_commands_run_in_order(tmp_path):
+def test_the_commands_run_in_order(tmp_path, dgemma_command, working_folder):
+    """In one process: each of them alone takes seconds to start."""
+    working_folder(tmp_path)
     (tmp_path / "puzzle.txt").write_text(PUZZLE)
     for name in ("mails", "conversations"):
         (tmp_path / f"{name}.jsonl").write_text('{"prompt": "Is it open?", "response": "Yes."}\n' * 4)
@@ -56,12 +56,10 @@ def test_the_commands_run_in_order(tmp_path):
     assert len(lines) >= 5
     for line in lines:
         words = shlex.split(line.split(" | ")[0], comments=True)
-        stdin = tmp_path / words.pop() if "<" in words else None
-        words = [word for word in words if word != "<"]
-        done = subprocess.run([sys.executable, "-m", "dgemma.cli.main", *words[1:]], cwd=tmp_path, text=True,
-                              capture_output=True, stdin=stdin.open() if stdin else subprocess.DEVNULL, check=False)
-        assert done.returncode == 0, (line, done.stderr)
-        assert done.stdout.strip(), line
+        stdin = (tmp_path / words.pop()).read_text() if "<" in words else ""
+        outcome = dgemma_command(*(word for word in words[1:] if word != "<"), stdin=stdin)
+        assert outcome.code == 0, (line, outcome.err)
+        assert outcome.out.strip(), line
 
 
 def test_links_between_pages_lead_somewhere():

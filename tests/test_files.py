@@ -137,8 +137,8 @@ def test_the_mode_is_the_umask_s_whatever_the_writer_does(tmp_path, umask):
 
 
 @pytest.mark.parametrize("path", ["", ".", "..", "/", "folder", "folder/"])
-def test_a_folder_is_refused(tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)
+def test_a_folder_is_refused(tmp_path, working_folder, path):
+    working_folder(tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(DgemmaError, match="this is a folder") as caught:
         write(path, "")

@@ -24,14 +24,14 @@ SKIPPED = ("serve", "recipes/", "runs/extraction/")  # only read; recipes that o
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, working_folder):
     """A folder with conversations and the page's recipe."""
     for name in ("mails", "conversations"):
         (tmp_path / f"{name}.jsonl").write_text("".join(
             json.dumps({"prompt": f"Is {i} odd?", "response": "yes" if i % 2 else "no"}) + "\n" for i in range(10)))
     few = RECIPE.replace(MODEL, "sudoku").replace("epochs: 3", "max_steps: 1").replace("r: 16", "r: 2")
     (tmp_path / "mails.yaml").write_text(few.replace("batch_size: 8 ", "batch_size: 2 "))
-    monkeypatch.chdir(tmp_path)
+    working_folder(tmp_path)
     return tmp_path
 
 

@@ -37,8 +37,8 @@ def python(code, **settings):
 SHOW = f"print(json.dumps({{name: os.environ.get(name) for name in {openmp.SETTINGS!r}}}))"
 
 
-@pytest.mark.parametrize("entry", ["import dgemma", "import dgemma.cli.main", "import dgemma.kernels",
-                                   "import dgemma.serve.app", "import dgemma.train.trainer"])
+@pytest.mark.parametrize("entry", ["import dgemma", "import dgemma.cli.main",
+                                   "import dgemma.train.trainer, dgemma.serve.app, dgemma.kernels"])
 def test_every_way_in_has_threads_sleep(entry):
     assert python(f"{entry}\n{SHOW}") == openmp.PASSIVE | {"GOMP_SPINCOUNT": None}
 

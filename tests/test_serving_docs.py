@@ -70,8 +70,8 @@ def text_of(body):
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL),
                          ids=["openai", "anthropic", "ollama", "drafts"])
-def test_an_example_runs(code, port, capsys, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
+def test_an_example_runs(code, port, capsys, environment):
+    environment(NO_PROXY="localhost,127.0.0.1")
     exec(compile(code.replace("localhost:8000", f"localhost:{port}"), "example", "exec"), {})
     said = capsys.readouterr().out
     assert ("534678912" in said) or ("Sudoku" in said) or ("48" in said)

@@ -187,18 +187,20 @@ class Busy:
     ratio: float
 
 
-def beside_busy_loops(work: Callable[[], float], loops: int, rounds: int = 3) -> Busy:
+def beside_busy_loops(work: Callable[[], float], loops: int, rounds: int = 3,
+                      free_rate: Callable[[int], float] | None = None) -> Busy:
     """Measure ``work``, which returns its seconds, quietly and beside ``loops`` busy programs in turn.
 
-    What else runs on the machine counts as quiet.
+    ``free_rate`` measures what so many threads get done that wait for nobody. What else runs on the machine counts as
+    quiet.
     """
-    threads = torch.get_num_threads()
+    threads, rate = torch.get_num_threads(), free_rate or _free_rate
     pairs = []
     for _ in range(rounds):
-        before, quiet = _free_rate(threads), work()
+        before, quiet = rate(threads), work()
         with busy_loops(loops):
-            first, busy = _free_rate(threads), work()
-            pairs.append((quiet, busy, busy / quiet, before / statistics.mean((first, _free_rate(threads)))))
+            first, busy = rate(threads), work()
+            pairs.append((quiet, busy, busy / quiet, before / statistics.mean((first, rate(threads)))))
     quiet, busy, slowdown, explained = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(slower / lost for _, _, slower, lost in pairs)
     return Busy(loops, threads, quiet, busy, slowdown, explained, ratio)

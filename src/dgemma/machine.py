@@ -32,14 +32,14 @@ def signals_handled(handler: Callable[[int, FrameType | None], Any], *numbers: i
             signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
-def peak_memory() -> int:
+def peak_memory(platform: str = sys.platform) -> int:
     """The most bytes of memory that this process has held so far; 0 where the system does not tell (Windows)."""
     try:
         import resource
     except ImportError:
         return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024  # bytes there, KiB elsewhere
+    return most if platform == "darwin" else most * 1024  # bytes there, KiB elsewhere
 
 
 def usable_cores() -> int:

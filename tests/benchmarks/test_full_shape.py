@@ -66,15 +66,12 @@ def test_less_memory_than_the_file_makes_it_slower_not_dead(tmp_path):
     assert eater.returncode != 0
 
 
-def test_a_part_that_cannot_run_says_why_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+def test_a_part_that_cannot_run_says_why_and_the_others_go_on(tmp_path, capsys):
     def cannot(setup):
         raise CannotRun("no such thing here")
 
-    monkeypatch.setitem(full_shape.PARTS, "floors", cannot)
-    monkeypatch.setitem(full_shape.PARTS, "llamacpp", lambda setup: {"seconds": 1})
-    monkeypatch.setattr(sys, "argv", ["full_shape.py", "--dir", str(tmp_path), "--only", "floors,llamacpp"])
     with pytest.raises(SystemExit) as ended:
-        full_shape.main()
+        full_shape.main(["--dir", str(tmp_path)], {"floors": cannot, "llamacpp": lambda setup: {"seconds": 1}})
     assert ended.value.code == 1
     assert "not run: no such thing here" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
@@ -82,8 +79,8 @@ def test_a_part_that_cannot_run_says_why_and_the_others_go_on(tmp_path, monkeypa
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(full_shape.shutil, "disk_usage", lambda path: full_shape.shutil._ntuple_diskusage(1, 1, 10**9))
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, free_space):
+    free_space(10**9)
     setup = full_shape.Setup(tmp_path, Shape(), "q4_k_m", 1, 1, 0.6, None)
     with pytest.raises(CannotRun, match=r"1\.0 GB free, the file takes 16\.8 GB"):
         full_shape.ensure_file(setup)

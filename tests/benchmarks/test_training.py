@@ -4,7 +4,6 @@ import pytest
 import torch
 import training
 
-from dgemma.train import objective as objective_module
 from dgemma.train.batch import Batch
 from dgemma.train.noise import draw_noise
 from support.reference import SHAPES, network_like, reference_model
@@ -14,10 +13,8 @@ CONTEXT, ROWS = 11, 2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-@pytest.mark.parametrize("whole", [True, False], ids=["whole-logits", "tiles"])
 @pytest.mark.parametrize("name", ["alternating", "seventeen-experts"])
-def test_loss_and_gradients_are_the_rivals(name, whole, checkpointing, monkeypatch):
-    monkeypatch.setattr(objective_module, "fits_whole", lambda tokens, vocab: whole)
+def test_loss_and_gradients_are_the_rivals(name, checkpointing):
     shape = SHAPES[name] | {"sliding_window": 64, "tie_word_embeddings": True}
     theirs = reference_model(shape, seed=2)
     ours = network_like(theirs)

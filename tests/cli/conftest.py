@@ -3,12 +3,9 @@
 And for the commands' tests a real model, tiny and random, and the command line run in this process.
 """
 
-import io
 import math
 import random
 import re
-import sys
-from dataclasses import dataclass
 
 import pytest
 from rich.cells import cell_len
@@ -213,50 +210,11 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-@dataclass
-class Outcome:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Stream(io.TextIOWrapper):
-    """A standard stream in memory, of a pipe or of a terminal."""
-
-    def __init__(self, data: bytes = b"", terminal: bool = False, encoding: str = "utf-8"):
-        super().__init__(io.BytesIO(data), encoding=encoding, newline="\n")
-        self.terminal = terminal
-
-    def isatty(self) -> bool:
-        return self.terminal
-
-    def text(self) -> str:
-        self.flush()
-        return self.buffer.getvalue().decode()
-
-
 @pytest.fixture
-def dgemma_command(monkeypatch):
-    """A function that runs the `dgemma` command in this process: arguments, stdin; what comes of it."""
-    from dgemma.cli.main import main
+def machine_memory(monkeypatch):
+    """A function that lets the commands find so much memory, available and in all."""
+    def have(available, total):
+        for module in ("dgemma.cli.commands.models", "dgemma.cli.doctor", "dgemma.memory"):
+            monkeypatch.setattr(f"{module}.machine_memory", lambda: (available, total))
 
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments, stdin: str | bytes = "", terminal: bool = False, encoding: str = "utf-8") -> Outcome:
-        data = stdin if isinstance(stdin, bytes) else stdin.encode()
-        out, err = Stream(terminal=terminal, encoding=encoding), Stream(encoding=encoding)
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["dgemma", *map(str, arguments)])
-            patch.setattr(sys, "stdin", Stream(data))
-            patch.setattr(sys, "stdout", out)
-            patch.setattr(sys, "stderr", err)
-            code = 0
-            try:
-                main()
-            except SystemExit as error:
-                code = error.code or 0
-        return Outcome(code, out.text(), err.text())
-
-    return run
+    return have

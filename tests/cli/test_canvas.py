@@ -8,9 +8,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from dgemma.cli.terminal import canvas as canvas_module
 from dgemma.cli.terminal.canvas import LiveCanvas
 from dgemma.diffusion.events import CanvasCommitted, Denoised
+from support.clock import Clock
 
 SUDOKU = "534678912\n672195348\n198342567\n859761423\n426853791\n713924856\n961537284\n287419635\n345286179"
 PROSE = (
@@ -32,15 +32,10 @@ def terminal(width=80, height=24, **options):
     return Console(file=io.StringIO(), width=width, height=height, legacy_windows=False, _environ={}, **options)
 
 
-@pytest.fixture
-def no_throttle(monkeypatch):
-    monkeypatch.setattr(canvas_module, "FRAME_SECONDS", 0.0)
-
-
 def play(events, piece_of, screen, console):
-    """Shows the events; the screen after each of them."""
+    """Shows the events, and time enough between them to draw each; the screen after each of them."""
     read = 0
-    with LiveCanvas(console, piece_of) as live:
+    with LiveCanvas(console, piece_of, clock=Clock(tick=1)) as live:
         for event in events:
             live.show(event)
             written = console.file.getvalue()
@@ -58,7 +53,7 @@ def show_all(events, piece_of, console, **options):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_frame_fits_and_steers_nothing(name, size, fake, screen, no_throttle):
+def test_every_frame_fits_and_steers_nothing(name, size, fake, screen):
     made = fake(TEXTS[name], words=name in ("prose", "code"), canvas=96, steps=6)
     console, seen = terminal(*size), screen(*size)
     for event in play(made.events(), made.piece_of, seen, console):
@@ -76,7 +71,7 @@ def test_every_frame_fits_and_steers_nothing(name, size, fake, screen, no_thrott
 
 @pytest.mark.parametrize("size", SIZES[:4], ids=str)
 @pytest.mark.parametrize("name", ["sudoku", "prose", "code", "wide"])
-def test_the_end_is_the_text_once_and_copies_whole(name, size, fake, screen, no_throttle):
+def test_the_end_is_the_text_once_and_copies_whole(name, size, fake, screen):
     made = fake(TEXTS[name], words=name in ("prose", "code"), canvas=96, steps=5)
     seen = screen(*size)
     for _ in play(made.events(), made.piece_of, seen, terminal(*size)):
@@ -90,7 +85,7 @@ def test_the_end_is_the_text_once_and_copies_whole(name, size, fake, screen, no_
         assert "\n".join(text) == TEXTS[name]
 
 
-def test_committed_canvases_scroll_away_and_stay(fake, screen, no_throttle):
+def test_committed_canvases_scroll_away_and_stay(fake, screen):
     made = fake(PROSE, canvas=64, steps=4)
     seen = screen(60, 10)
     committed = 0
@@ -127,29 +122,26 @@ def test_an_interruption_keeps_what_was_committed(fake, screen):
     assert seen.x == 0
 
 
-def test_frames_are_throttled_but_the_last_step_is_drawn(fake, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(canvas_module.time, "monotonic", lambda: now[0])
+def test_frames_are_throttled_but_the_last_step_is_drawn(fake):
+    clock = Clock()
     made = fake(SUDOKU, words=False, canvas=96, steps=40)
     console = terminal()
-    with LiveCanvas(console, made.piece_of) as live:
+    with LiveCanvas(console, made.piece_of, clock=clock) as live:
         for event in made.events():
-            now[0] += 0.01
+            clock.sleep(0.01)
             live.show(event)
     drawn = [int(step) for step in re.findall(r"step (\d+)/", re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue()))]
     assert drawn[-1] == 40
     assert 9 <= len(drawn) <= 13
 
 
-def test_slow_motion_shows_every_step(fake, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(canvas_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(canvas_module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+def test_slow_motion_shows_every_step(fake):
+    clock = Clock()
     made = fake(SUDOKU, words=False, canvas=96, steps=10)
     console = terminal()
-    show_all(made.events(), made.piece_of, console, min_frame_seconds=0.5)
+    show_all(made.events(), made.piece_of, console, min_frame_seconds=0.5, clock=clock)
     assert len(re.findall(r"step \d+/", console.file.getvalue())) == 11
-    assert now[0] == pytest.approx(0.5 * 11)
+    assert clock.now == pytest.approx(0.5 * 11)
 
 
 def test_plain_terminals(fake):

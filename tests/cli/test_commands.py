@@ -23,6 +23,7 @@ from dgemma.diffusion.trace import TraceWriter, read_trace
 from dgemma.engine import Engine
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
+from support.threads import in_thread
 
 STEERING = "\x1b[2Ja\r\n  日本\x07 \u202eb\n\nc "  # what no terminal should get, and no pipe should lose
 
@@ -179,17 +180,13 @@ def test_a_trace_replays_the_same_text(run, dgemma_command, tmp_path):
 # which model
 
 
-def test_an_unknown_model_lists_those_there_are(dgemma_command, tmp_path, monkeypatch):
-    for name in ("sudoku", "chess"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-    monkeypatch.setattr("dgemma.weights.files.BUNDLED_FOLDER", tmp_path)
+def test_an_unknown_model_lists_those_there_are(dgemma_command, bundled):
     refused(dgemma_command("run", "-m", "sudoko", "hello"), "sudoko", "bundled: chess, sudoku")
 
 
 @pytest.mark.parametrize("command", [("run", "hello"), ("chat",), ("eval", "sudoku"), ("inspect",)])
-def test_an_empty_model_name_is_not_the_bundled_model(dgemma_command, checkpoint, monkeypatch, command):
-    monkeypatch.chdir(checkpoint)
+def test_an_empty_model_name_is_not_the_bundled_model(dgemma_command, checkpoint, working_folder, command):
+    working_folder(checkpoint)
     model = [""] if command == ("inspect",) else ["-m", ""]
     refused(dgemma_command(*command, *model), "the model's name is empty")
 
@@ -259,8 +256,8 @@ MISTAKES = [
 ]
 
 
-def test_mistakes_do_not_end_a_conversation_but_count(chat, submitted, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_mistakes_do_not_end_a_conversation_but_count(chat, submitted, tmp_path, working_folder):
+    working_folder(tmp_path)
     outcome = chat(*MISTAKES, "hello")
     errors = outcome.err.splitlines()
     assert len(errors) == len(MISTAKES)
@@ -404,11 +401,18 @@ SOLVED = "5346789126721953481983425678597614234268537917139248569615372842874196
 
 
 @pytest.mark.parametrize("missing", ["yaml", "tensorboard"])
-def test_training_without_its_extra(dgemma_command, monkeypatch, missing):
-    monkeypatch.setitem(sys.modules, missing, None)
-    for name in [name for name in sys.modules if name.startswith("dgemma.train.")]:
-        monkeypatch.delitem(sys.modules, name)
+def test_training_without_its_extra(dgemma_command, not_installed, missing):
+    not_installed(missing, room="dgemma.train")
     refused(dgemma_command("train", "none.yaml"), missing, "pip install 'dgemma[train]'")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["run", "hi", "--max-denoising-steps", "1"], ["run", "hi", "--json", "--max-denoising-steps", "1"], ["models"],
+    ["inspect", "sudoku"], ["chat", "--max-denoising-steps", "1"],
+])
+def test_a_command_runs_in_a_thread(dgemma_command, arguments):
+    outcome = in_thread(lambda: dgemma_command(*arguments, stdin="hi\n"))
+    assert outcome.code == 0 and outcome.out
 
 
 def python(code, **options):

@@ -2,23 +2,13 @@
 
 import json
 import shutil
-from collections import namedtuple
 from importlib import metadata
 
 import pytest
 import torch
 
 from dgemma import openmp
-from dgemma.cli import doctor
 from dgemma.kernels import native
-from support.hub_server import HubServer, connect, demo_repos
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer(demo_repos(1000)) as server:
-        connect(monkeypatch, server, tmp_path / "hub")
-        yield server
 
 
 @pytest.fixture
@@ -48,7 +38,7 @@ def test_all_is_looked_at(examined, hub):
         assert (check["mend"] is None) == (check["state"] == "ok"), check
 
 
-def test_on_a_terminal_and_in_a_pipe(hub, dgemma_command, monkeypatch):
+def test_on_a_terminal_and_in_a_pipe(hub, dgemma_command):
     hub.__exit__()
     piped, seen = dgemma_command("doctor"), dgemma_command("doctor", terminal=True)
     assert piped.code == seen.code == 0
@@ -60,7 +50,7 @@ def test_on_a_terminal_and_in_a_pipe(hub, dgemma_command, monkeypatch):
     assert "\x1b[" not in piped.out and "\x1b[32mModels run here." in seen.out
 
 
-def test_a_part_that_is_missing_has_its_line(examined, monkeypatch, tmp_path):
+def test_a_part_that_is_missing_has_its_line(examined, free_space, monkeypatch):
     real = metadata.version
 
     def version(name):
@@ -68,13 +58,12 @@ def test_a_part_that_is_missing_has_its_line(examined, monkeypatch, tmp_path):
             raise metadata.PackageNotFoundError(name)
         return real(name)
 
-    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(openmp, "waiting", lambda: "spinning")
     monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(native, "why_absent", lambda: "not built here (…)")
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 10**9))
+    free_space(10**9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -118,6 +107,6 @@ def test_a_cache_that_cannot_be_written(examined, monkeypatch):
     assert found["disk"]["state"] == "broken" and "HF_HOME" in found["disk"]["mend"]
 
 
-def test_memory_is_the_control_group_s(examined, monkeypatch):
-    monkeypatch.setattr(doctor, "machine_memory", lambda: (3_000_000_000, 4_000_000_000))
+def test_memory_is_the_control_group_s(examined, machine_memory):
+    machine_memory(3_000_000_000, 4_000_000_000)
     assert examined()[0]["memory"]["found"].startswith("3.0 GB of 4.0 GB available")

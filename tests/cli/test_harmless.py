@@ -2,7 +2,7 @@
 
 import json
 import re
-import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -167,20 +167,13 @@ def test_a_server(dgemma_command, options, command):
     assert not shown(outcome)
 
 
-def test_warnings_are_one_harmless_line(capsys, monkeypatch):
-    import warnings
-
-    from dgemma.cli.main import main
-
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr(sys, "argv", ["dgemma", "--version"])
-    with pytest.raises(SystemExit):
-        main()
-    capsys.readouterr()
-    warnings.showwarning(UserWarning(EVIL), UserWarning, "lib/dgemma/x.py", 1)
-    assert capsys.readouterr().err == f"Note: {printable(EVIL)}\n"
-    warnings.showwarning(UserWarning(EVIL), UserWarning, "x.py", 1)
-    assert printable(EVIL) in capsys.readouterr().err
+def test_warnings_are_one_harmless_line(capsys, dgemma_command):
+    with warnings.catch_warnings():  # which puts back how they are shown
+        dgemma_command("--version")
+        warnings.showwarning(UserWarning(EVIL), UserWarning, "lib/dgemma/x.py", 1)
+        assert capsys.readouterr().err == f"Note: {printable(EVIL)}\n"
+        warnings.showwarning(UserWarning(EVIL), UserWarning, "x.py", 1)
+        assert printable(EVIL) in capsys.readouterr().err
 
 
 def test_errors_of_the_library_keep_what_was_there():

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +14,10 @@ from dgemma.cli.commands import models as models_command
 from dgemma.memory import program_bytes
 from dgemma.weights.files import bundled_path
 from dgemma.weights.hub.cache import LocalModel
-from support.hub_server import COMMIT, HubServer, connect, demo_repos, environment, gguf
+from support.hub_server import COMMIT, HubServer, demo_repos, environment_of, gguf
 
 GGUF = "org/diffuse-GGUF"
 COMMAND = [sys.executable, "-c", "from dgemma.cli.main import main; main()"]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer(demo_repos()) as server:
-        connect(monkeypatch, server, tmp_path / "hub")
-        yield server
 
 
 def test_pull(hub, dgemma_command, tmp_path):
@@ -72,8 +64,8 @@ def test_pull_refused(hub, dgemma_command, arguments, words):
     assert outcome.err.count("\n") == 1
 
 
-def test_pull_on_a_full_disk(hub, dgemma_command, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+def test_pull_on_a_full_disk(hub, dgemma_command, free_space):
+    free_space(1000)
     outcome = dgemma_command("pull", GGUF)
     assert outcome.code == 1
     assert "300.0 kB are needed, 1.0 kB are free" in outcome.err
@@ -94,7 +86,7 @@ def test_ctrl_c_and_going_on_in_processes_of_their_own(tmp_path):
     """As a user would: the hub's address and the cache from the environment, a slow line, Ctrl-C, once more."""
     with HubServer(demo_repos(1_000_000)) as hub:
         hub.switches.chunk, hub.switches.delay = 50_000, 0.2
-        settings = environment(hub, tmp_path / "home")
+        settings = environment_of(hub, tmp_path / "home")
         process = subprocess.Popen([*COMMAND, "pull", GGUF], env=settings, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, start_new_session=True,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
@@ -120,8 +112,8 @@ def test_ctrl_c_and_going_on_in_processes_of_their_own(tmp_path):
         assert path.read_bytes() == hub.repos[GGUF]["diffuse-Q4_K_M.gguf"]
 
 
-def test_models(hub, dgemma_command, monkeypatch, tmp_path):
-    monkeypatch.setattr(models_command, "machine_memory", lambda: (16_000_000_000, 32_000_000_000))
+def test_models(hub, dgemma_command, machine_memory, tmp_path):
+    machine_memory(16_000_000_000, 32_000_000_000)
     empty = dgemma_command("models")
     assert empty.code == 0
     assert empty.out.splitlines()[0].split() == ["model", "kind", "size", "needs", "fits"]
@@ -141,16 +133,16 @@ def test_models(hub, dgemma_command, monkeypatch, tmp_path):
     assert f"{GGUF}:Q4_K_M" in terminal.out
 
 
-def test_models_on_a_narrow_terminal(hub, dgemma_command, monkeypatch):
+def test_models_on_a_narrow_terminal(hub, dgemma_command, environment):
     dgemma_command("pull", GGUF)
-    monkeypatch.setenv("COLUMNS", "50")
+    environment(COLUMNS="50")
     lines = re.sub(r"\x1b\[[\d;]*m", "", dgemma_command("models", terminal=True).out).splitlines()
     at = lines.index(f"{GGUF}:Q4_K_M")
     assert "GGUF, 300.0 kB, needs 592.8 MB, fits: " in lines[at + 1]
 
 
-def test_models_as_json(hub, dgemma_command, monkeypatch):
-    monkeypatch.setattr(models_command, "machine_memory", lambda: (400_000_000, 32_000_000_000))
+def test_models_as_json(hub, dgemma_command, machine_memory):
+    machine_memory(400_000_000, 32_000_000_000)
     dgemma_command("pull", GGUF)
     found = json.loads(dgemma_command("models", "--json").out)
     assert (found["memory_available"], found["memory_total"]) == (400_000_000, 32_000_000_000)
@@ -202,13 +194,10 @@ def test_remove_says_what_is_left_where_it_is(hub, dgemma_command):
 
 
 @pytest.mark.parametrize(("answer", "left"), [("y", 1), ("n", 2), ("", 2)])
-def test_remove_asks(hub, dgemma_command, monkeypatch, answer, left):
+def test_remove_asks(hub, dgemma_command, answer, left):
     dgemma_command("pull", GGUF)
-    asked = []
-    monkeypatch.setattr(models_command, "_can_ask", lambda: True)
-    monkeypatch.setattr(models_command.typer, "confirm", lambda text: bool(asked.append(text)) or answer == "y")
-    outcome = dgemma_command("models", "remove", f"{GGUF}:Q4_K_M")
-    assert asked == [f"Delete {GGUF}:Q4_K_M (300.0 kB) from this machine?"]
+    outcome = dgemma_command("models", "remove", f"{GGUF}:Q4_K_M", stdin=f"{answer}\n", asked=True)
+    assert f"Delete {GGUF}:Q4_K_M (300.0 kB) from this machine?" in outcome.out
     assert outcome.code == (0 if answer == "y" else 1)
     assert len(json.loads(dgemma_command("models", "--json").out)["models"]) == left
 

@@ -26,9 +26,8 @@ OURS = [{"id": "sudoku", "owned_by": "dgemma"}]
 
 
 @pytest.fixture(autouse=True)
-def no_keys(monkeypatch):
-    for name in ("DGEMMA_API_KEY", "OPENAI_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
+def no_keys(environment):
+    environment(DGEMMA_API_KEY=None, OPENAI_API_KEY=None)
 
 
 @pytest.fixture
@@ -106,14 +105,13 @@ def test_json_has_the_shape_of_a_local_answer_and_null_for_what_is_not_known(run
     assert json.loads(run("hi", "--json", "--seed", 3).out)["seed"] == 3
 
 
-def test_the_key_is_sent(run, server, monkeypatch):
+def test_the_key_is_sent(run, server, environment):
     server.key = "s3cret"
     failed(run("hi"), "API key", "--api-key", "Incorrect API key provided")
     assert run("hi", "--api-key", "s3cret").code == 0
-    monkeypatch.setenv("OPENAI_API_KEY", "not this one")
-    monkeypatch.setenv("DGEMMA_API_KEY", "s3cret\n")  # as `$(cat file)` or an editor leaves it
+    environment(OPENAI_API_KEY="not this one", DGEMMA_API_KEY="s3cret\n")  # as `$(cat file)` or an editor leaves it
     assert run("hi").code == 0
-    monkeypatch.delenv("DGEMMA_API_KEY")
+    environment(DGEMMA_API_KEY=None)
     failed(run("hi"), "characters that no key can have")
     assert "Bearer s3cret" in server.keys
 
@@ -255,10 +253,8 @@ def test_a_stop_comes_never_too_early(server):
     assert [event.generation.finish_reason for event in events] == ["cancelled"]
 
 
-def test_a_server_on_this_machine_is_not_asked_for_through_a_proxy(run, monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
+def test_a_server_on_this_machine_is_not_asked_for_through_a_proxy(run, environment):
+    environment(HTTP_PROXY="http://127.0.0.1:1", NO_PROXY=None, no_proxy=None)
     assert run("hi").code == 0
 
 

@@ -6,11 +6,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dgemma.cli.commands import replay as replay_module
-from dgemma.cli.commands.replay import replay
+from dgemma.cli.commands.replay import replay, show
+from dgemma.cli.terminal.canvas import LiveCanvas
 from dgemma.cli.terminal.console import SafeConsole
-from dgemma.diffusion.trace import TraceWriter
+from dgemma.diffusion.trace import TraceWriter, read_trace
 from dgemma.errors import DgemmaError
+from support.clock import Clock
 
 TEXT = "The first line.\nThe second \x1b[2J."
 
@@ -42,14 +43,11 @@ def test_errors(trace, tmp_path):
     assert "--speed" in str(run(trace, "--speed", 0).exception)
 
 
-def test_on_a_terminal_time_passes(trace, monkeypatch):
-    now = [0.0]
-    file = io.StringIO()
-    monkeypatch.setattr(replay_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(replay_module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr(replay_module, "SafeConsole", lambda **_: SafeConsole(
-        file=file, force_terminal=True, width=60, height=20, _environ={}))
-    replay(trace, speed=0.5)
-    assert now[0] == pytest.approx((0.2 + 3 * 0.05) / 0.5)
+def test_on_a_terminal_time_passes(trace):
+    clock, file, recorded = Clock(), io.StringIO(), read_trace(trace)
+    console = SafeConsole(file=file, force_terminal=True, width=60, height=20, _environ={})
+    with LiveCanvas(console, recorded.pieces.__getitem__, clock=Clock(tick=1)) as canvas:
+        show(recorded, canvas, 0.5, clock)
+    assert clock.now == pytest.approx((0.2 + 3 * 0.05) / 0.5)
     assert "step 3/48" in file.getvalue().replace("\x1b[0m", "").replace("\x1b[2m", "")
     assert "\x1b[2J" not in file.getvalue()

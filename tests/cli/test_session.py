@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 import dgemma
-from dgemma import memory
 from dgemma.cli import session
 from dgemma.cli.session import follow
 from dgemma.cli.terminal.canvas import LiveCanvas
@@ -31,19 +30,19 @@ from dgemma.weights.quantize import convert
 
 
 @pytest.mark.parametrize("quantised", [False, True])
-def test_weights_that_memory_cannot_hold_are_told(quantised, monkeypatch, capsys, tmp_path):
+def test_weights_that_memory_cannot_hold_are_told(quantised, machine_memory, capsys, tmp_path):
     """Mapped ones, packed or not, with room for a conversation beside them."""
     path = bundled_path("sudoku")
     if quantised:
         path = tmp_path / "m.gguf"
         convert(bundled_path("sudoku"), path, "Q8_0")
-    available = [1 << 40]
-    monkeypatch.setattr(memory, "machine_memory", lambda: (available[0], 1 << 40))
+    machine_memory(1 << 40, 1 << 40)
     network = session.load_model(str(path)).network
     assert "Note:" not in capsys.readouterr().err
     mapped = mapped_bytes(network)
     assert mapped > 1_000_000
-    for available[0], told in ((mapped * 11 // 10, False), (mapped, True)):
+    for available, told in ((mapped * 11 // 10, False), (mapped, True)):
+        machine_memory(available, 1 << 40)
         session.load_model(str(path))
         assert ("Note: this model wants about" in capsys.readouterr().err) == told
 
@@ -227,8 +226,8 @@ class Terminal:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals differ")
-def test_a_conversation_on_a_terminal(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_conversation_on_a_terminal(checkpoint, tmp_path, working_folder):
+    working_folder(tmp_path)
     options = ("--seed", 3, "--pace", 0.01, "--confidence-threshold", 1e-9, "--stability-threshold", 50)
     with Terminal("chat", "-m", checkpoint, *options) as terminal:
         terminal.expect(">>> ")

@@ -1,6 +1,7 @@
 """Standard streams as shells really give them: marked, in UTF-16, closed, broken; the answer, or one line."""
 
 import codecs
+import contextlib
 import json
 import os
 import subprocess
@@ -129,7 +130,7 @@ def test_help_tells_how(dgemma_command):
     assert "is sent with //" in dgemma_command("chat", stdin="/help\n").out
 
 
-def test_json_on_a_terminal_is_json_and_harmless(dgemma_command, monkeypatch):
+def test_json_on_a_terminal_is_json_and_harmless():
     from dgemma.cli import streams
 
     class Terminal:
@@ -146,8 +147,7 @@ def test_json_on_a_terminal_is_json_and_harmless(dgemma_command, monkeypatch):
 
     for text in ("plain é", "\x1b]52;c;x\x07 \x9b2J \u202e \x7f"):
         terminal = Terminal()
-        monkeypatch.setattr(sys, "stdout", terminal)
-        streams.print_json({"text": text})
-        monkeypatch.undo()
+        with contextlib.redirect_stdout(terminal):
+            streams.print_json({"text": text})
         assert json.loads(terminal.written) == {"text": text}
         assert not {*"\x1b\x07\x9b\u202e\x7f"} & {*terminal.written} or text == "plain é"

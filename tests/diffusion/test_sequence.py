@@ -6,7 +6,7 @@ import torch
 from dgemma.config import GenerationConfig
 from dgemma.diffusion.request import Request
 from dgemma.diffusion.sequence import SequenceState
-from dgemma.nn import head as head_module
+from dgemma.nn.head import VOCAB_TILE
 from support.reference import tiny_config
 
 CONFIG = tiny_config()
@@ -89,9 +89,8 @@ def test_only_the_first_canvas_is_seeded():
     assert (started.canvas, started.context_tokens) == (1, 3 + C)
 
 
-def test_a_step_s_noise_has_two_numbers_for_every_tile(monkeypatch):
-    monkeypatch.setattr(head_module, "VOCAB_TILE", 20)
-    uniform, fresh = sequence().draw_noise()
+def test_a_step_s_noise_has_two_numbers_for_every_tile():
+    uniform, fresh = SequenceState(request(), tiny_config(vocab_size=2 * VOCAB_TILE + 1)).draw_noise()
     assert uniform.shape == (C, 3, 2)
     assert fresh.shape == (C,)
     assert ((uniform >= 0) & (uniform < 1)).all()

@@ -175,7 +175,7 @@ def test_a_full_disk_never_costs_an_older_trace(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_a_disk_that_is_full_at_the_end(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_at_the_end(tmp_path):
     path = write(tmp_path / "a.jsonl")
     writer = TraceWriter(path, model="m", prompt="", piece_of=PIECES.__getitem__)
 

@@ -9,7 +9,6 @@ import torch
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Finished
 from dgemma.diffusion.sampler import EntropyBoundSampler, temperature_at
 from dgemma.engine import Engine, PrefixStore
-from dgemma.engine import engine as engine_module
 from support.engine_requests import PROMPT, C, mixed_requests, tokens_of
 from support.passes import watched
 from support.readers import reading
@@ -252,8 +251,7 @@ def test_everything_can_be_cancelled_at_once(engine_of, ask):
     assert again.generation.finish_reason == "length"  # the engine goes on being of use
 
 
-def test_a_long_prompt_can_be_cancelled_while_it_is_read(engine_of, ask, tiny_network, monkeypatch):
-    monkeypatch.setattr(engine_module, "PIECE", 4)
+def test_a_long_prompt_can_be_cancelled_while_it_is_read(engine_of, ask, tiny_network):
     pieces = []
 
     def spy(inputs, cache):
@@ -261,18 +259,17 @@ def test_a_long_prompt_can_be_cancelled_while_it_is_read(engine_of, ask, tiny_ne
         if len(pieces) == 2:
             engine.cancel_all()
 
-    engine = engine_of(passes=watched(tiny_network, encode=spy))
+    engine = engine_of(passes=watched(tiny_network, encode=spy), piece=4)
     events = list(engine.run([ask(range(30), id=0), ask(range(10, 50), id=1)]))
     assert pieces == [[2, 2], [2, 2]]
     assert [(event.request, event.generation.finish_reason) for event in events] == [(0, "cancelled"), (1, "cancelled")]
     assert not engine.busy
 
 
-def test_a_prompt_read_in_pieces_gives_the_same_answer(engine_of, ask, answer, monkeypatch):
+def test_a_prompt_read_in_pieces_gives_the_same_answer(engine_of, ask, answer):
     request = ask(range(30), max_tokens=2 * C)
     whole = answer(engine_of(), request)
-    monkeypatch.setattr(engine_module, "PIECE", 4)
-    assert tokens_of([answer(engine_of(), request)]) == tokens_of([whole])
+    assert tokens_of([answer(engine_of(piece=4), request)]) == tokens_of([whole])
 
 
 def test_cancelling_what_is_not_there_does_nothing(engine_of, ask, answer):

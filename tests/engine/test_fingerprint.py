@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from dgemma.engine import PrefixStore
-from dgemma.engine import fingerprint as fingerprint_module
 from dgemma.engine.fingerprint import fingerprint
 from dgemma.nn.adapters import AdapterConfig, adapters, attach, detach, install, merge
 from support.engine_requests import PROMPT, C, tokens_of
@@ -156,12 +155,11 @@ def test_dora_s_lengths_follow_the_weights_they_are_of(network, engine_of, ask, 
         assert tokens_of([after]) == tokens_of([answer(engine_of(network), request)])
 
 
-def test_of_a_large_network_a_change_of_a_whole_tensor_is_seen(network, monkeypatch):
-    monkeypatch.setattr(fingerprint_module, "WHOLE", 0)
-    seen = {fingerprint(network)}
+def test_of_a_large_network_a_change_of_a_whole_tensor_is_seen(network):
+    seen = {fingerprint(network, whole=0)}
     for tensor in [*network.parameters(), *network.buffers()]:
         tensor.data.mul_(1.5)
-        seen.add(fingerprint(network))
+        seen.add(fingerprint(network, whole=0))
     assert len(seen) == 1 + len([*network.parameters(), *network.buffers()])
 
 

@@ -6,6 +6,7 @@ step of its own (acceptance, renoising, stopping, commits) must lead to the same
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -31,7 +32,17 @@ class Record:
     generation: Generation | None = None
 
 
-def run_ours(network, requests, monkeypatch) -> list[Record]:
+@pytest.fixture
+def ours(monkeypatch):
+    return partial(run_ours, monkeypatch)
+
+
+@pytest.fixture
+def theirs(monkeypatch):
+    return partial(run_theirs, monkeypatch)
+
+
+def run_ours(monkeypatch, network, requests) -> list[Record]:
     """Run all requests in one batch and record their noise."""
     records = {request.id: Record() for request in requests}
     drawn, sampled = [], []
@@ -105,7 +116,7 @@ class Replay:
         return tokens.view(-1, 1)
 
 
-def run_theirs(reference, prompts, records, settings, monkeypatch):
+def run_theirs(monkeypatch, reference, prompts, records, settings):
     """The reference's `generate` on the recorded noise."""
     from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
         DiffusionGemmaGenerationConfig,
@@ -165,19 +176,19 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_answers_of_several_canvases_are_the_reference_s(pair, name, monkeypatch):
+def test_answers_of_several_canvases_are_the_reference_s(pair, name, ours, theirs):
     reference, network = pair
     canvas = network.config.canvas_length
     settings = SETTINGS[name].replace(max_tokens=3 * canvas - list(SETTINGS).index(name))
     prompt = prompt_of(network.config.sliding_window + 4, seed=len(name))
-    (record,) = run_ours(network, [Request(0, prompt, settings, seed=11)], monkeypatch)
-    theirs = run_theirs(reference, [prompt], [record], settings, monkeypatch)
-    tokens = theirs.sequences[0, len(prompt) :]
+    (record,) = ours(network, [Request(0, prompt, settings, seed=11)])
+    found = theirs(reference, [prompt], [record], settings)
+    tokens = found.sequences[0, len(prompt) :]
     assert len(tokens) == 3 * canvas
     assert_same_answer(record.generation, tokens, settings)
     # Both took the same number of steps.
     forwards = sum(record.generation.steps)
-    assert theirs.tokens_per_forward.item() == pytest.approx((tokens != PAD).sum().item() / forwards)
+    assert found.tokens_per_forward.item() == pytest.approx((tokens != PAD).sum().item() / forwards)
     # The comparison means something: many tokens, partly accepted canvases, and adaptive stops where there should be.
     assert len(set(record.generation.token_ids)) > canvas
     assert 0 < min(sum(mask) for steps in record.accepted for mask in steps) < canvas
@@ -189,34 +200,34 @@ def test_answers_of_several_canvases_are_the_reference_s(pair, name, monkeypatch
 
 
 @pytest.mark.parametrize("turn", [0, 1, 2])
-def test_an_answer_with_a_stop_token_is_the_reference_s(pair, turn, monkeypatch):
+def test_an_answer_with_a_stop_token_is_the_reference_s(pair, turn, ours, theirs):
     """The stop token is one that the free answer has in canvas `turn` and not before."""
     reference, network = pair
     canvas, settings = network.config.canvas_length, SETTINGS["settled"]
     prompt = prompt_of(9, seed=3)
     settings = settings.replace(max_tokens=4 * canvas)
-    (free,) = run_ours(network, [Request(0, prompt, settings, seed=2)], monkeypatch)
+    (free,) = ours(network, [Request(0, prompt, settings, seed=2)])
     tokens = free.generation.token_ids
     place = next(i for i in range(turn * canvas + canvas // 3, (turn + 1) * canvas) if tokens[i] not in tokens[:i])
     settings = settings.replace(eos_token_id=(159 if tokens[place] != 159 else 158, tokens[place]))
-    (record,) = run_ours(network, [Request(0, prompt, settings, seed=2)], monkeypatch)
-    theirs = run_theirs(reference, [prompt], [record], settings, monkeypatch)
+    (record,) = ours(network, [Request(0, prompt, settings, seed=2)])
+    found = theirs(reference, [prompt], [record], settings)
     assert record.generation.finish_reason == "stop"
-    assert theirs.sequences.shape == (1, len(prompt) + (len(record.generation.token_ids) // canvas + 1) * canvas)
-    assert_same_answer(record.generation, theirs.sequences[0, len(prompt) :], settings)
+    assert found.sequences.shape == (1, len(prompt) + (len(record.generation.token_ids) // canvas + 1) * canvas)
+    assert_same_answer(record.generation, found.sequences[0, len(prompt) :], settings)
 
 
-def test_a_batch_is_the_reference_s(pair, monkeypatch):
+def test_a_batch_is_the_reference_s(pair, ours, theirs):
     """Rows that settle and stop at different times: frozen in the reference, gone on or left in ours."""
     reference, network = pair
     canvas = network.config.canvas_length
     settings = SETTINGS["settled"].replace(max_tokens=3 * canvas)
     prompts = [prompt_of(13, seed=seed) for seed in (21, 22, 23)]
-    free = run_ours(network, [Request(i, p, settings, seed=i) for i, p in enumerate(prompts)], monkeypatch)
+    free = ours(network, [Request(i, p, settings, seed=i) for i, p in enumerate(prompts)])
     stop = free[0].generation.token_ids[canvas + 1]  # ends the first row in its second canvas, at the latest
     settings = settings.replace(eos_token_id=(stop,))
-    records = run_ours(network, [Request(i, p, settings, seed=i) for i, p in enumerate(prompts)], monkeypatch)
-    theirs = run_theirs(reference, prompts, records, settings, monkeypatch)
+    records = ours(network, [Request(i, p, settings, seed=i) for i, p in enumerate(prompts)])
+    found = theirs(reference, prompts, records, settings)
     assert len({tuple(record.generation.steps) for record in records}) > 1
-    for record, row in zip(records, theirs.sequences, strict=True):
+    for record, row in zip(records, found.sequences, strict=True):
         assert_same_answer(record.generation, row[13:], settings)

@@ -5,7 +5,6 @@ import torch
 
 from dgemma.diffusion.prompt import SoftSpan
 from dgemma.engine import PrefixStore
-from dgemma.engine import engine as engine_module
 from support.engine_requests import C, tokens_of
 from support.reference import random_network, tiny_config
 
@@ -40,12 +39,11 @@ def test_a_picture_is_read_again_only_where_it_is_the_same(engine_of, ask, answe
         b"a", start=7))] == [0, len(PROMPT), 6, 6, 7]
 
 
-def test_a_picture_is_read_in_one_pass_however_little_is_read_at_a_time(engine_of, ask, answer, encoded, monkeypatch):
+def test_a_picture_is_read_in_one_pass_however_little_is_read_at_a_time(engine_of, ask, answer, encoded):
     request = ask(PROMPT, max_tokens=2 * C, spans=(picture(b"a"),))
     whole = answer(engine_of(), request)
     encoded.clear()
-    monkeypatch.setattr(engine_module, "PIECE", 4)
-    pieces = answer(engine_of(), request)
+    pieces = answer(engine_of(piece=4), request)
     assert encoded[:3] == [[4], [10], [4]]
     assert tokens_of([pieces]) == tokens_of([whole])
 

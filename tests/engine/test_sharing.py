@@ -11,7 +11,6 @@ from dgemma.cache.pages import Page
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Failed, Finished
 from dgemma.diffusion.request import SamplingParams, Thoughts
 from dgemma.engine import Engine, PrefixStore
-from dgemma.engine import engine as engine_module
 from dgemma.errors import NotFiniteError
 from dgemma.nn.passes import Passes
 from support.engine_requests import PROMPT, C, mixed_requests, tokens_of
@@ -20,9 +19,8 @@ from support.readers import reading
 from support.reference import random_network, tiny_config
 
 
-def test_a_long_prompt_does_not_stall_who_is_denoising(engine_of, ask, monkeypatch, encoded):
-    monkeypatch.setattr(engine_module, "PIECE", 4)
-    engine = engine_of()
+def test_a_long_prompt_does_not_stall_who_is_denoising(engine_of, ask, encoded):
+    engine = engine_of(piece=4)
     engine.submit(ask(id=0, max_tokens=4 * C))
     engine.step()
     engine.submit(ask([1 + i % 40 for i in range(60)], id=1))
@@ -35,9 +33,8 @@ def test_a_long_prompt_does_not_stall_who_is_denoising(engine_of, ask, monkeypat
     assert engine.counts.denoised > steps  # the other one went on meanwhile
 
 
-def test_a_short_prompt_overtakes_a_long_one(engine_of, ask, monkeypatch):
-    monkeypatch.setattr(engine_module, "PIECE", 8)
-    events = engine_of().run([ask([1 + i % 40 for i in range(80)], id=0), ask([9, 9, 9], id=1)])
+def test_a_short_prompt_overtakes_a_long_one(engine_of, ask):
+    events = engine_of(piece=8).run([ask([1 + i % 40 for i in range(80)], id=0), ask([9, 9, 9], id=1)])
     assert [event.request for event in events if isinstance(event, Finished)] == [1, 0]
 
 
@@ -237,19 +234,18 @@ def test_pins_and_a_constraint_together_are_refused(engine_of, ask):
         engine_of().submit(ask(canvas=[3], pinned=[True], constraint=Anything()))
 
 
-def test_a_step_of_several_passes_hears_of_cancels_between_them(engine_of, ask, monkeypatch):
-    monkeypatch.setattr(engine_module, "CACHED", 1)  # every canvas is a pass of its own
-    engine = engine_of(between=lambda: engine.cancel(2))
+def test_a_step_of_several_passes_hears_of_cancels_between_them(engine_of, ask):
+    engine = engine_of(cached=1, between=lambda: engine.cancel(2))  # every canvas is a pass of its own
     events = list(engine.run([ask([3 + i], id=i) for i in range(3)]))
     assert [event for event in events if isinstance(event, Denoised) and event.request == 2] == []
     assert {e.request: e.generation.finish_reason for e in events if isinstance(e, Finished)} == {
         0: "length", 1: "length", 2: "cancelled"}
 
 
-def test_passes_of_any_size_give_the_same_answers(engine_of, ask, answer, monkeypatch):
+def test_passes_of_any_size_give_the_same_answers(engine_of, ask, answer):
     together = answer(engine_of(), *mixed_requests(ask))
-    monkeypatch.setattr(engine_module, "CACHED", 2 * C * tiny_config().hidden_size)
-    assert tokens_of(answer(engine_of(), *mixed_requests(ask))) == tokens_of(together)
+    two = 2 * C * tiny_config().hidden_size
+    assert tokens_of(answer(engine_of(cached=two), *mixed_requests(ask))) == tokens_of(together)
 
 
 # Memory that grows with the answers
@@ -333,11 +329,10 @@ def test_a_request_that_gave_way_goes_on_although_nothing_of_it_was_kept(engine_
     assert engine.counts.gave_way > 0
 
 
-def test_what_gave_way_is_read_again_in_pieces(engine_of, ask, answer, monkeypatch, encoded):
-    monkeypatch.setattr(engine_module, "PIECE", C)
+def test_what_gave_way_is_read_again_in_pieces(engine_of, ask, answer, encoded):
     requests = long_requests(ask, 3)
     alone = [answer(engine_of(), request) for request in requests]
-    engine = engine_of(memory=memory_for(engine_of(), requests[0], 2, 2), prefixes=PrefixStore(0))
+    engine = engine_of(memory=memory_for(engine_of(), requests[0], 2, 2), prefixes=PrefixStore(0), piece=C)
     encoded.clear()
     assert tokens_of(run_to_the_end(engine, requests)) == tokens_of(alone)
     assert engine.counts.gave_way > 0

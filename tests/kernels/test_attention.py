@@ -1,24 +1,24 @@
 """Grouped-query attention against repeated key-value heads and a softmax written out."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dgemma.kernels import attention, grouped_attention, q8_0
-from dgemma.kernels.attention import LAST, Visible, working_dtype
+from dgemma.kernels.attention import LAST, TileSize, Visible, working_dtype
 
 HEADS = [(1, 1), (4, 4), (4, 2), (6, 2), (8, 1)]
 BATCH, LENGTH, SEEN, DIM = 2, 11, 29, 8
 
 
-@pytest.fixture(params=["one-tile", "small-tiles"], autouse=True)
-def tile_size(request, monkeypatch):
+@pytest.fixture(params=["one-tile", "small-tiles"])
+def attend(request):
     """Every test twice: as one tile, and in tiles of 5 columns and a few queries."""
-    if request.param == "small-tiles":
-        monkeypatch.setattr(attention, "COLUMNS", 5)
-        monkeypatch.setattr(attention, "SCORES", 1)
-        monkeypatch.setattr(attention, "_LEAST_ROWS", 3)
+    tile = TileSize() if request.param == "one-tile" else TileSize(columns=5, scores=1, rows=3)
+    return partial(grouped_attention, tile=tile)
 
 
 def inputs(heads: int, kv_heads: int, dtype=torch.float32):
@@ -83,11 +83,11 @@ def test_the_masks_are_those_of_the_words():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_the_softmax_written_out(heads, kind, training):
+def test_the_softmax_written_out(heads, kind, training, attend):
     query, key, value = (tensor.requires_grad_(training) for tensor in inputs(*heads))
     with torch.set_grad_enabled(training):
-        whole = grouped_attention(query, [(key, value)], visible(kind))
-        blocks = grouped_attention(query, in_blocks(key, value), visible(kind))
+        whole = attend(query, [(key, value)], visible(kind))
+        blocks = attend(query, in_blocks(key, value), visible(kind))
     wanted = naive(query, key, value, visible(kind))
     for out in (whole, blocks):
         assert out.requires_grad == training
@@ -95,30 +95,30 @@ def test_the_softmax_written_out(heads, kind, training):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_training_path_has_the_right_gradients(kind):
+def test_the_training_path_has_the_right_gradients(kind, attend):
     def gradients(function):
         leaves = [tensor.requires_grad_() for tensor in inputs(6, 2)]
         function(*leaves).square().sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    ours = gradients(lambda query, key, value: grouped_attention(query, in_blocks(key, value), visible(kind)))
+    ours = gradients(lambda query, key, value: attend(query, in_blocks(key, value), visible(kind)))
     theirs = gradients(lambda query, key, value: naive(query, key, value, visible(kind)))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_hidden_does_not_matter():
+def test_what_is_hidden_does_not_matter(attend):
     query, key, value = inputs(4, 2)
     with torch.no_grad():
-        before = grouped_attention(query, in_blocks(key, value), visible("window"))
+        before = attend(query, in_blocks(key, value), visible("window"))
         key[:, :, : SEEN - LENGTH - 5], value[:, :, : SEEN - LENGTH - 5] = 1e4, 1e4
-        assert torch.equal(grouped_attention(query, in_blocks(key, value), visible("window")), before)
+        assert torch.equal(attend(query, in_blocks(key, value), visible("window")), before)
 
 
-def test_large_scores_do_not_overflow():
+def test_large_scores_do_not_overflow(attend):
     query, key, value = inputs(4, 2)
     with torch.no_grad():
-        out = grouped_attention(query * 100, in_blocks(key, value), visible("causal"))
+        out = attend(query * 100, in_blocks(key, value), visible("causal"))
     torch.testing.assert_close(out, naive(query * 100, key, value, visible("causal")), atol=1e-3, rtol=1e-3)
 
 
@@ -126,7 +126,7 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", ["f32", "f16", "bf16", "q8_0"])
-def test_keys_of_another_type_than_the_query(stored, query_dtype, kind, fast, monkeypatch):
+def test_keys_of_another_type_than_the_query(stored, query_dtype, kind, fast, attend, monkeypatch):
     monkeypatch.setattr(attention, "fast_bf16", lambda: fast)
     query, key, value = inputs(8, 2)
     query = query.to(query_dtype)
@@ -135,21 +135,20 @@ def test_keys_of_another_type_than_the_query(stored, query_dtype, kind, fast, mo
     blocks = [tuple(q8_0.pack(t) if stored == "q8_0" else t.to(dtypes[stored]) for t in block)
               for block in in_blocks(key, value)]
     with torch.no_grad():
-        out = grouped_attention(query, blocks, visible(kind))
+        out = attend(query, blocks, visible(kind))
     assert out.dtype == query_dtype
     torch.testing.assert_close(out.float(), wanted, atol=0.05, rtol=0.02)
 
 
-def test_products_are_as_narrow_as_is_fast(monkeypatch):
+def test_products_are_as_narrow_as_is_fast():
     wide, narrow = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
-    monkeypatch.setattr(attention, "fast_bf16", lambda: True)
-    assert working_dtype(wide, torch.float32) == torch.float32
+    assert working_dtype(wide, torch.float32, fast=True) == torch.float32
     for query, stored in ((wide, torch.bfloat16), (wide, torch.int8), (narrow, torch.bfloat16), (narrow, torch.int8)):
-        assert working_dtype(query, stored) == torch.bfloat16
-    assert working_dtype(wide, torch.float16) == torch.float32
-    monkeypatch.setattr(attention, "fast_bf16", lambda: False)
+        assert working_dtype(query, stored, fast=True) == torch.bfloat16
+    assert working_dtype(wide, torch.float16, fast=True) == torch.float32
     for query in (wide, narrow):
-        assert working_dtype(query, torch.bfloat16) == working_dtype(query, torch.int8) == torch.float32
+        for stored in (torch.bfloat16, torch.int8):
+            assert working_dtype(query, stored, fast=False) == torch.float32
     assert isinstance(attention.fast_bf16(), bool)
 
 
@@ -166,10 +165,10 @@ def test_narrow_scores_are_as_exact_as_wide_ones():
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_bfloat16_is_close_to_float32(training):
+def test_bfloat16_is_close_to_float32(training, attend):
     narrow = [tensor.requires_grad_(training) for tensor in inputs(8, 2, dtype=torch.bfloat16)]
     with torch.set_grad_enabled(training):
-        out = grouped_attention(narrow[0], in_blocks(*narrow[1:]), visible("window"))
+        out = attend(narrow[0], in_blocks(*narrow[1:]), visible("window"))
     assert out.dtype == torch.bfloat16
     wanted = naive(*(tensor.float() for tensor in narrow), visible("window"))
     torch.testing.assert_close(out.float(), wanted, atol=0.05, rtol=0.05)
@@ -190,11 +189,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("stored", ["f32", "bf16", "q8_0"])
-def test_nothing_grows_with_the_context(stored, monkeypatch):
+def test_nothing_grows_with_the_context(stored):
     """8 times the context, the same largest tensor; and nothing like queries × context."""
-    monkeypatch.setattr(attention, "COLUMNS", 64)
-    monkeypatch.setattr(attention, "SCORES", 1 << 14)
-    monkeypatch.setattr(attention, "_LEAST_ROWS", 16)
+    tile = TileSize(columns=64, scores=1 << 14)
     sizes = []
     for seen in (512, 4096):
         query = torch.randn(1, 256, 4, 16)
@@ -204,7 +201,7 @@ def test_nothing_grows_with_the_context(stored, monkeypatch):
         positions = torch.arange(seen).unsqueeze(0)
         with torch.no_grad(), Largest() as largest:
             grouped_attention(query, [(key, value)] * (seen // 64),
-                              Visible(torch.zeros(1, 256, dtype=torch.long), positions[:, -256:], positions))
+                              Visible(torch.zeros(1, 256, dtype=torch.long), positions[:, -256:], positions), tile)
         sizes.append(largest.elements)
     assert sizes[0] == sizes[1] <= 256 * 4 * 64
 

@@ -51,6 +51,15 @@ def test_a_part_of_a_page_is_read_as_it_lies():
                                                                           for part in parts]))
 
 
+def test_rows_of_one_head_are_read_wherever_they_lie():
+    """As a transposed projection gives them: torch counts any stride of a dimension of size 1 as contiguous."""
+    query, page = draw(2, 1, 9, 64, scale=0.125), [draw(2, 40, 1, 64, seed=n).transpose(1, 2) for n in (3, 4)]
+    assert page[0].is_contiguous() and page[0].stride(1) != page[0].stride(0)
+    for stop in (40, 17):
+        blocks = [tuple(side[:, :, :stop] for side in page)]
+        assert close(native.attend(query, blocks), exact(query, blocks))
+
+
 @pytest.mark.parametrize("reach", [5, 80, 1000])
 def test_bounds_mask_columns_by_position(reach):
     batch, tokens, group, columns, dim = 2, 45, 3, 190, 64

@@ -27,19 +27,16 @@ def normal(*shape, seed=0):
 
 
 @pytest.fixture
-def environment(monkeypatch):
+def look_again(environment, monkeypatch):
     """A function that makes `native` look for the library anew with these variables; afterwards all is as it was."""
     before = native.isa()
 
-    def look_again(**variables):
-        for name in ("DGEMMA_ISA", "DGEMMA_NATIVE"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+    def look(**variables):
+        environment(**{"DGEMMA_ISA": None, "DGEMMA_NATIVE": None, **variables})
         native._find.cache_clear()
         products._say_slow.cache_clear()
 
-    yield look_again
+    yield look
     monkeypatch.undo()
     for cached in (native._find, products._say_slow):
         cached.cache_clear()
@@ -48,8 +45,8 @@ def environment(monkeypatch):
 
 
 @pytest.fixture
-def without_library(environment):
-    environment(DGEMMA_ISA="torch")
+def without_library(look_again):
+    look_again(DGEMMA_ISA="torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -140,11 +137,11 @@ def test_experts_take_a_type_each(path, gate_up, down):
 
 @compiled
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
-def test_both_paths_agree_on_nan_and_infinity(environment, name):
+def test_both_paths_agree_on_nan_and_infinity(look_again, name):
     weight, x = packed(name, 20, 512), normal(5, 512)
     x[1, 3], x[2, 300], x[3] = math.nan, math.inf, 0.0
     ours = linear(x, weight)
-    environment(DGEMMA_ISA="torch")
+    look_again(DGEMMA_ISA="torch")
     with pytest.warns(UserWarning, match="switched off"):
         theirs = linear(x, weight)
     assert ours.isnan().all(1).tolist() == [False, True, True, False, False]
@@ -179,13 +176,13 @@ def test_norm_with_and_without_gradient():
 
 
 @compiled
-def test_every_instruction_set_can_be_forced(environment):
+def test_every_instruction_set_can_be_forced(look_again):
     wanted = linear(normal(3, 256), packed("Q5_K", 20, 256))
     for isa in native.isas():
-        environment(DGEMMA_ISA=isa)
+        look_again(DGEMMA_ISA=isa)
         assert native.isa() == isa
         torch.testing.assert_close(linear(normal(3, 256), packed("Q5_K", 20, 256)), wanted, atol=1e-4, rtol=1e-5)
-    environment(DGEMMA_ISA="torch")
+    look_again(DGEMMA_ISA="torch")
     assert (native.isa(), native.isas(), native.available()) == ("torch", [], False)
 
 
@@ -196,43 +193,43 @@ def warned(call):
     return [str(warning.message) for warning in caught]
 
 
-def test_switched_off_it_says_so_once(environment):
-    environment(DGEMMA_ISA="torch")
+def test_switched_off_it_says_so_once(look_again):
+    look_again(DGEMMA_ISA="torch")
     call = functools.partial(linear, normal(2, 32), packed("Q8_0", 4, 32))
     (message,) = warned(lambda: [call() for _ in range(3)])
     assert "switched off by DGEMMA_ISA=torch" in message and "many times slower" in message
     assert warned(call) == []
 
 
-def test_not_built_it_says_so_once(environment, monkeypatch):
+def test_not_built_it_says_so_once(look_again, monkeypatch):
     monkeypatch.setattr(native, "_installed", lambda name: None)
-    environment()
+    look_again()
     call = functools.partial(linear, normal(2, 32), packed("Q8_0", 4, 32))
     (message,) = warned(lambda: [call(), embedding(torch.tensor([1]), packed("Q8_0", 4, 32)), call()])
     assert "not built here (install a C++ compiler" in message
     assert not native.available()
-    environment(DGEMMA_ISA="avx2")
+    look_again(DGEMMA_ISA="avx2")
     with pytest.raises(DgemmaError, match="DGEMMA_ISA=avx2: the CPU kernels are not built here"):
         native.available()
 
 
-def test_a_library_that_is_none(environment, monkeypatch, tmp_path):
+def test_a_library_that_is_none(look_again, monkeypatch, tmp_path):
     """A file that cannot be loaded: an error when it was asked for, else a warning that gives the cause."""
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")
-    environment(DGEMMA_NATIVE=str(broken))
+    look_again(DGEMMA_NATIVE=str(broken))
     with pytest.raises(DgemmaError, match="DGEMMA_NATIVE: the CPU kernels are not to be loaded"):
         native.available()
     monkeypatch.setattr(native, "_installed", lambda name: broken)
-    environment()
+    look_again()
     (message,) = warned(lambda: linear(normal(2, 32), packed("Q8_0", 4, 32)))
     assert "broken.so" in message
 
 
 @compiled
-def test_a_library_of_another_version(environment, monkeypatch):
+def test_a_library_of_another_version(look_again, monkeypatch):
     monkeypatch.setattr(native, "ABI", 0)
-    environment()
+    look_again()
     (message,) = warned(lambda: linear(normal(2, 32), packed("Q8_0", 4, 32)))
     assert "of another version of dgemma" in message
 
@@ -262,7 +259,7 @@ def test_a_wrong_name_on_the_command_line():
 SUDOKU = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 
 
-def test_the_bundled_model_says_the_same_without_the_library(environment, tmp_path):
+def test_the_bundled_model_says_the_same_without_the_library(look_again, tmp_path):
     """Packed as Q8_0, for one seed: the same text from the kernels and from plain torch, and one warning from torch."""
     import dgemma
     from dgemma.weights.files import bundled_path
@@ -275,11 +272,11 @@ def test_the_bundled_model_says_the_same_without_the_library(environment, tmp_pa
         model = dgemma.load(tmp_path / "sudoku.gguf")
         answers.append(model.generate(f"Please solve this Sudoku: {SUDOKU}", seed=1))
 
-    environment(DGEMMA_ISA="torch")
+    look_again(DGEMMA_ISA="torch")
     (message,) = warned(ask)
     assert "DGEMMA_ISA=torch" in message
     assert answers[0].text.replace(" ", "").startswith("534678912")
-    environment()
+    look_again()
     if native.available():
         assert warned(ask) == []
         assert answers[1].token_ids == answers[0].token_ids

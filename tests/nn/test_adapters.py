@@ -235,10 +235,9 @@ def packed():
 
 
 @pytest.fixture(params=["kernels", "plain-torch"])
-def kernels(request, monkeypatch):
+def kernels(request, plain_torch):
     if request.param == "plain-torch":
-        for module in ("products", "experts"):
-            monkeypatch.setattr(f"dgemma.kernels.{module}.on_native", lambda weight: False)
+        plain_torch()
 
 
 def unpacked(network):

@@ -51,11 +51,6 @@ def networks(request):
     return with_weights(weights), with_weights(plain)
 
 
-def without_kernels(monkeypatch):
-    for module in ("products", "experts"):
-        monkeypatch.setattr(f"dgemma.kernels.{module}.on_native", lambda weight: False)
-
-
 @torch.no_grad()
 def passes(network, ids):
     """What every pass gives: of the encoder on two prompts, of the decoder, logits, and the head's sums."""
@@ -84,7 +79,7 @@ def test_every_pass_is_that_of_the_plain_network(networks, random_ids):
     assert found["entropy"] < 0.1 and found["soft"] < 0.1, found
 
 
-def test_kernels_and_plain_torch_agree(networks, random_ids, monkeypatch):
+def test_kernels_and_plain_torch_agree(networks, random_ids, plain_torch):
     """The same arithmetic but for the order of float32 sums: a token's states agree to seven digits.
 
     Unless an activation lay on a rounding tie and fell the other way: then that token, and those that see it, are as
@@ -93,7 +88,7 @@ def test_kernels_and_plain_torch_agree(networks, random_ids, monkeypatch):
     packed, _ = networks
     ids = [random_ids(2, 20), random_ids(2, 8)]
     ours = passes(packed, lambda rows, width: ids[width < 20])
-    without_kernels(monkeypatch)
+    plain_torch()
     wanted = passes(packed, lambda rows, width: ids[width < 20])
     of_tokens = (ours["encoded"] - wanted["encoded"]).norm(dim=-1) / wanted["encoded"].norm(dim=-1)
     assert of_tokens.median() < 2e-6

@@ -11,7 +11,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import dgemma
 from dgemma.cli.main import app
 from dgemma.engine.service import Service
 from dgemma.errors import DgemmaError
@@ -302,11 +301,11 @@ def test_of_two_that_come_at_once_the_one_that_does_not_fit_any_more_is_refused(
     (["--adapter", "FOLDER/sql", "--adapters-from", "FOLDER"], "always on"),
     (["--adapters-from", "FOLDER/nowhere"], "is no folder"),
 ])
-def test_the_command_says_at_once_what_cannot_be(folder, monkeypatch, arguments, message):
-    monkeypatch.setattr(dgemma, "load", None)
+def test_the_command_says_at_once_what_cannot_be(folder, arguments, message):
     arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
     with pytest.raises(DgemmaError, match=message):
-        CliRunner().invoke(app, ["serve", "--port", "0", *arguments], catch_exceptions=False)
+        CliRunner().invoke(app, ["serve", "-m", "no-such-model", "--served-model-name", "sudoku", "--port", "0",
+                                 *arguments], catch_exceptions=False)
 
 
 def test_the_command_serves_adapters_by_name_and_one_for_all(folder, texts):

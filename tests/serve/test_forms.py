@@ -1,6 +1,5 @@
 """Working out a form takes time: the request's own, and nobody else's."""
 
-import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,15 +78,8 @@ def test_many_slow_forms_do_not_hold_up_those_who_ask_for_none(scripted, slow_fo
         assert {one.result().status_code for one in waiting} == {200}
 
 
-def test_a_stream_has_the_requests_time_once(scripted, monkeypatch):
+def test_a_stream_has_the_requests_time_once(scripted):
     """Not once till it begins and once more for what it says."""
-    http, service = scripted(["begun", "too late"], settings=Settings(("sudoku",), timeout=1.0), seconds=0.4)
-    admit = service.admit
-
-    async def slowly(request):
-        await asyncio.sleep(0.4)
-        return await admit(request)
-
-    monkeypatch.setattr(service, "admit", slowly)
+    http, _ = scripted(["begun", "too late"], settings=Settings(("sudoku",), timeout=1.0), seconds=0.4, admission=0.4)
     said = http.post("/v1/messages", json={**TEXT, "model": "sudoku", "stream": True}).text
     assert "begun" in said and "too late" not in said and "event: error" in said

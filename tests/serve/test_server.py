@@ -1,6 +1,5 @@
 """`dgemma serve` as a process: starting, stopping, being killed."""
 
-import importlib.util
 import json
 import os
 import re
@@ -16,7 +15,6 @@ import httpx2 as httpx
 import pytest
 from typer.testing import CliRunner
 
-import dgemma
 from dgemma.cli.main import app
 from dgemma.errors import DgemmaError
 from dgemma.serve.app import create_app
@@ -88,10 +86,9 @@ def test_a_killed_server_starts_again_as_the_command_says_and_loses_no_answer_wh
     (("--host", "0.0.0.0"), "--api-key"), (("--host", "no.such.host.invalid", "--api-key", "k"), "no address"),
     (("--api-key", ""), "must not be empty"), (("--served-model-name", ""), "needs a name"),
 ])
-def test_a_command_that_is_wrong_is_refused_before_a_model_is_loaded(arguments, message, monkeypatch):
-    monkeypatch.setattr(dgemma, "load", None)
+def test_a_command_that_is_wrong_is_refused_before_a_model_is_loaded(arguments, message):
     with pytest.raises(DgemmaError, match=message):
-        CliRunner().invoke(app, ["serve", "--port", "0", *arguments], catch_exceptions=False)
+        CliRunner().invoke(app, ["serve", "-m", "no-such-model", "--port", "0", *arguments], catch_exceptions=False)
 
 
 def test_a_port_that_is_taken_is_named():
@@ -142,8 +139,7 @@ def test_help_does_not_load_what_only_the_server_needs():
     assert json.loads(done.stdout.replace("'", '"')) == []
 
 
-def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else find(name))
+def test_without_the_extra_the_command_says_what_to_install(not_installed):
+    not_installed("uvicorn")
     with pytest.raises(DgemmaError, match=r'uvicorn: pip install "dgemma\[serve\]"'):
         CliRunner().invoke(app, ["serve"], catch_exceptions=False)

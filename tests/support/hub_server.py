@@ -268,7 +268,7 @@ def connect(monkeypatch: Any, server: HubServer, cache: Path) -> None:
     monkeypatch.setattr(transfer, "_WAIT", 0.01)
 
 
-def environment(server: HubServer, home: Path) -> dict[str, str]:
+def environment_of(server: HubServer, home: Path) -> dict[str, str]:
     """The same for another process."""
     return {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "",
             "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": "0"}

@@ -153,9 +153,9 @@ class RoutingMargin:
 
 
 def random_network(config: ModelConfig, seed: int = 0, cache_type: str | None = None,
-                   **strengths: float) -> DiffusionTransformer:
-    """Our network alone, randomised."""
-    network = DiffusionTransformer(config, cache_type).eval().requires_grad_(False)
+                   kind: type[DiffusionTransformer] = DiffusionTransformer, **strengths: float) -> DiffusionTransformer:
+    """Our network alone, randomised; of a ``kind`` that may do something else than ours."""
+    network = kind(config, cache_type).eval().requires_grad_(False)
     randomise(network, seed, **strengths)
     return network
 

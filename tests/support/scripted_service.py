@@ -39,17 +39,18 @@ class ScriptedService:
     """A `Backend` that answers every request with the next of ``answers``, the last one again and again.
 
     An answer is a string (control tokens as they are spelt), a list of them, one per canvas, or an exception:
-    `Overloaded` is raised, any other makes the request fail. ``requests`` are those that came, ``closed`` counts
+    `Overloaded` is raised, any other makes the request fail. A request is admitted after ``admission`` seconds, and
+    every canvas takes ``seconds``. ``requests`` are those that came, ``closed`` counts
     those whose caller went away before the end.
     """
 
     healthy = True
 
     def __init__(self, model: Model, *answers: str | Sequence[str] | Exception, finish: FinishReason = "stop",
-                 seconds: float = 0, cached_tokens: int = 0):
+                 seconds: float = 0, admission: float = 0, cached_tokens: int = 0):
         self.model, self.answers = model, answers
         self.finish: FinishReason = finish
-        self.seconds, self.cached_tokens = seconds, cached_tokens
+        self.seconds, self.admission, self.cached_tokens = seconds, admission, cached_tokens
         self.requests: list[Request] = []
         self.closed = 0
         self.adapters = AdapterRegistry(model.network)
@@ -70,6 +71,7 @@ class ScriptedService:
     async def admit(self, request: Request) -> RequestEvents:
         answer = self.answers[min(len(self.requests), len(self.answers) - 1)]
         self.requests.append(request)
+        await asyncio.sleep(self.admission)
         if isinstance(answer, Overloaded):
             raise answer
         return Answering(self, self._events(request, answer))
@@ -118,7 +120,24 @@ def served(app: Any, **options: Any) -> Iterator[str]:
     """The app behind a real server on a free port; its URL."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", **options))
+    class Server(uvicorn.Server):
+        """Ends when it is told to and its requests are over: uvicorn looks for both ten times a second."""
+
+        async def main_loop(self) -> None:
+            self.loop, self.told = asyncio.get_running_loop(), asyncio.Event()
+            await self.on_tick(0)
+            await self.told.wait()
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            for listener in self.servers:
+                listener.close()
+            state = self.server_state
+            for connection in list(state.connections):
+                connection.shutdown()
+            while state.connections or state.tasks:
+                await asyncio.sleep(0.002)
+
+    server = Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 10
@@ -130,4 +149,5 @@ def served(app: Any, **options: Any) -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.should_exit = True
+        server.loop.call_soon_threadsafe(server.told.set)
         thread.join(10)

@@ -50,11 +50,11 @@ def test_the_base_is_trained_first_and_all_variants_are_compared(whole, tuned, t
     assert "all variants are done" in told.notes.splitlines()[-1]
 
 
-def test_what_is_finished_is_not_trained_again(tuned, tmp_path, monkeypatch):
+def test_what_is_finished_is_not_trained_again(tuned, tmp_path, working_folder):
     """Not where its file has another name, nor where settings did not exist when it was trained."""
     train(tuned, tmp_path / "tuned", RANKS)
     told = Told()
-    monkeypatch.chdir(tuned.parent)
+    working_folder(tuned.parent)
     assert train(Path(tuned.name), tmp_path / "tuned", RANKS, [told])
     for path in tmp_path.glob("**/recipe.yaml"):
         settings = yaml.safe_load(path.read_text())

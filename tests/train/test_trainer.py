@@ -1,11 +1,9 @@
 """A run: it resumes as if it had never stopped, leaves what loads, and loses nothing to a full disk or a kill."""
 
 import dataclasses
+import itertools
 import json
-import subprocess
-import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from dgemma.model import read_parts
 from dgemma.nn.adapters import AdapterConfig, adapters
 from dgemma.nn.passes import Passes
 from dgemma.train import trainer as trainer_module
-from dgemma.train.eval import evaluation as evaluation_module
 from dgemma.train.log.events import Ended, Loading, Noted, Saved, Started, Working
 from dgemma.train.log.journal import read_journal
 from dgemma.train.parallel.distributed import Ranks
@@ -25,6 +22,7 @@ from dgemma.train.recipe import ConversationData, Evaluation, Recipe, load_recip
 from dgemma.train.runs import state as state_module
 from dgemma.train.runs.run import STATE, RunFolder
 from dgemma.train.trainer import Trainer
+from support.killed_run import kill_after_a_save
 from support.told import StopAt, Told, stepped, working
 
 RANKS = Ranks(torch.device("cpu"))
@@ -143,19 +141,9 @@ def test_a_damaged_state_is_named(recipe, tmp_path):
         trainer(recipe, tmp_path / "run")
 
 
-def test_a_full_disk_costs_one_save_and_not_the_run(recipe, tmp_path, monkeypatch):
-    import safetensors.torch
-
-    original, calls = safetensors.torch.save_file, []
-
-    def full(tensors, path, metadata=None):
-        if STATE in str(path):
-            calls.append(path)
-            if len(calls) == 2:
-                raise safetensors.SafetensorError("No space left on device (os error 28)")
-        original(tensors, path, metadata=metadata)
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+def test_a_full_disk_costs_one_save_and_not_the_run(recipe, tmp_path, full_disk):
+    saves = itertools.count(1)
+    full_disk(lambda path: STATE in path and next(saves) == 2)
     told = Told()
     assert trainer(dataclasses.replace(recipe, save_every=1), tmp_path / "run", told).train()
     assert "No space left on device" in told.notes
@@ -164,19 +152,12 @@ def test_a_full_disk_costs_one_save_and_not_the_run(recipe, tmp_path, monkeypatc
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
-def test_a_full_disk_at_the_end_is_an_error_and_the_last_good_state_stays(recipe, tmp_path, monkeypatch):
-    import safetensors.torch
-
+def test_a_full_disk_at_the_end_is_an_error_and_the_last_good_state_stays(recipe, tmp_path, full_disk):
     trainer(dataclasses.replace(recipe, max_steps=2), tmp_path / "run").train()
-
-    def full(*_, **__):
-        raise safetensors.SafetensorError("No space left on device")
-
     longer = trainer(recipe, tmp_path / "run")
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    full_disk()
     with pytest.raises(DgemmaError, match="No space left"):
         longer.train()
-    monkeypatch.undo()
     assert trainer(recipe, tmp_path / "run").step == 2
     assert dgemma.load(tmp_path / "run" / "best").network
 
@@ -202,14 +183,27 @@ def test_the_preflight_stops_a_run_that_would_go_wrong(whole, recipe, tmp_path, 
         trainer(recipe, tmp_path / "run")
 
 
-def test_the_best_checkpoint_is_that_of_the_best_evaluation(recipe, tmp_path, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(evaluation_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
-    exported = []
-    monkeypatch.setattr(state_module.TrainState, "export", lambda self, folder, tensors: exported.append(folder.name))
-    run = trainer(dataclasses.replace(recipe, evaluation=Evaluation(every=2)), tmp_path / "run")
+class Given(Trainer):
+    """A run whose evaluations find these losses, and that keeps the names of what it exported."""
+
+    def __init__(self, *arguments, losses, **options):
+        self.losses, self.exported = iter(losses), []
+        super().__init__(*arguments, ranks=RANKS, **options)
+
+    def _measured(self):
+        values, score = super()._measured()
+        return values | {"validation/loss": next(self.losses)}, score
+
+    def _export(self, name, tensors, required=True):
+        self.exported.append(name)
+        return super()._export(name, tensors, required)
+
+
+def test_the_best_checkpoint_is_that_of_the_best_evaluation(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, evaluation=Evaluation(every=2))
+    run = Given(recipe, tmp_path / "run", losses=[3.0, 1.0, 2.0])
     run.train()
-    assert exported == ["best", "best", "last"]  # before the first step, after two, and the end
+    assert run.exported == ["best", "best", "last"]  # before the first step, after two, and the end
     assert run.best == -1.0
 
 
@@ -337,21 +331,22 @@ def test_a_run_that_is_longer_than_it_has_to_be_is_finished(recipe, tmp_path):
     ({"metric": "exact", "settings": {"entropy_bound": -1.0}}, "evaluation: settings: entropy_bound"),
     ({"metric": "exact", "settings": {"temperature": "hot"}}, "evaluation: settings: temperature must be"),
 ])
-def test_a_metric_that_cannot_work_is_told_before_weights_are_read(conversations, tmp_path, monkeypatch, evaluation,
-                                                                   message):
-    monkeypatch.setattr(trainer_module, "begin", lambda *_, **__: pytest.fail("weights were read"))
-    with pytest.raises(DgemmaError, match=message):
-        trainer(tuned(conversations, evaluation=Evaluation(**evaluation)), tmp_path / "run")
-
-
-def test_the_memory_is_told_before_weights_are_read(conversations, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise DgemmaError("out of memory")
-
-    monkeypatch.setattr(trainer_module, "begin", full)
+def test_a_metric_that_cannot_work_is_told_before_weights_are_read(conversations, tmp_path, evaluation, message):
     told = Told()
+    with pytest.raises(DgemmaError, match=message):
+        trainer(tuned(conversations, evaluation=Evaluation(**evaluation)), tmp_path / "run", told)
+    assert not any(isinstance(event, Loading) for event in told.events)
+
+
+def test_the_memory_is_told_before_weights_are_read(conversations, tmp_path):
+    told = Told()
+
+    def full(event):
+        if isinstance(event, Loading):
+            raise DgemmaError("out of memory")
+
     with pytest.raises(DgemmaError, match="out of memory"):
-        trainer(tuned(conversations), tmp_path / "run", told)
+        trainer(tuned(conversations), tmp_path / "run", told, full)
     assert "memory: about" in told.notes
     assert "it never gets to its full height" in told.notes
 
@@ -395,11 +390,9 @@ def test_questions_think_as_the_recipe_says(conversations, tmp_path):
     assert all(question.thinking for question in run.evaluator.questions)
 
 
-def test_of_equal_checkpoints_the_one_with_the_lower_loss_is_the_best(conversations, tmp_path, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(evaluation_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
+def test_of_equal_checkpoints_the_one_with_the_lower_loss_is_the_best(conversations, tmp_path):
     recipe = tuned(conversations, evaluation=Evaluation(every=2, metric="exact", count=1))
-    trainer(recipe, tmp_path / "run").train()
+    Given(recipe, tmp_path / "run", losses=[3.0, 1.0, 2.0]).train()
     records = [(r.step, r.extra["best"]) for r in read_journal(tmp_path / "run") if r.kind == "task"]
     assert records == [(0, True), (2, True), (4, False)]
 
@@ -421,40 +414,29 @@ def test_with_another_metric_or_other_data_the_best_is_chosen_anew(conversations
     assert "the conversations to train on have changed" in told.notes
 
 
-def test_a_best_checkpoint_that_cannot_be_written_costs_no_run(recipe, tmp_path, monkeypatch):
-    original, calls = state_module.TrainState.export, []
-
-    def full(self, folder, tensors):
-        calls.append(folder.name)
-        if calls == ["best", "best"]:
-            raise DgemmaError("No space left on device")
-        original(self, folder, tensors)
-
-    monkeypatch.setattr(state_module.TrainState, "export", full)
-    losses = iter([3.0, 2.0, 1.0])
-    monkeypatch.setattr(evaluation_module, "validation_losses", lambda *_, **__: {"validation/loss": next(losses)})
-    told = Told()
-    assert trainer(dataclasses.replace(recipe, evaluation=Evaluation(every=2)), tmp_path / "run", told).train()
-    assert calls == ["best", "best", "best", "last"]
+def test_a_best_checkpoint_that_cannot_be_written_costs_no_run(recipe, tmp_path, full_disk):
+    exports = itertools.count(1)
+    full_disk(lambda path: "best" in path.removeprefix(str(tmp_path)) and next(exports) == 2)
+    told, recipe = Told(), dataclasses.replace(recipe, evaluation=Evaluation(every=2))
+    run = Given(recipe, tmp_path / "run", losses=[3.0, 2.0, 1.0], listeners=[told])
+    assert run.train()
+    assert run.exported == ["best", "best", "best", "last"]
     assert "going on without this checkpoint" in told.notes
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_resumes_and_ends_the_same(recipe_data, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_and_ends_the_same(talk_data, tmp_path):
     """SIGKILL, several times over; the last good state is never lost."""
-    recipe_data |= {"max_steps": 40, "save_every": 1, "evaluation": {"every": 7, "examples": 2}}
+    talk_data |= {"max_steps": 40, "save_every": 1, "evaluation": {"every": 7, "examples": 2}}
     path = tmp_path / "r.yaml"
-    path.write_text(yaml.safe_dump(recipe_data))
-    command = [sys.executable, "-m", "dgemma.cli.main", "train", str(path), "--out", str(tmp_path / "run")]
-    for seconds in (6.0, 7.3, 8.1):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds)
-        process.kill()
-        process.wait()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=200)
+    path.write_text(yaml.safe_dump(talk_data))
+    for seconds in (0.0, 0.03, 0.11, 0.2):
+        kill_after_a_save(path, tmp_path / "run", seconds)
+    again = trainer(load_recipe(path)[""], tmp_path / "run")
+    assert 4 <= again.step < 40
+    again.train()
     whole = trainer(load_recipe(path)[""], tmp_path / "whole")
     whole.train()
-    again = trainer(load_recipe(path)[""], tmp_path / "run")
     assert again.step == 40
     assert torch.equal(weights(again), weights(whole))
 

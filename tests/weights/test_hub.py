@@ -1,9 +1,6 @@
 """Choosing, fetching and finding models of the hub, against a stand-in for it on loopback."""
 
 import errno
-import shutil
-import socket
-import sys
 import threading
 from pathlib import Path
 
@@ -15,16 +12,9 @@ from dgemma.weights.hub.cache import cached_path, find_local, local_models, note
 from dgemma.weights.hub.locate import locate
 from dgemma.weights.hub.repository import NotThereError, fetch, locate_on_hub, plan_pull
 from dgemma.weights.hub.transfer import ProgressLines
-from support.hub_server import COMMIT, HubServer, blob_of, connect, demo_repos, gguf
+from support.hub_server import COMMIT, HubServer, blob_of, gguf
 
 GGUF, PLAIN = "org/diffuse-GGUF", "org/diffuse"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer(demo_repos()) as server:
-        connect(monkeypatch, server, tmp_path / "hub")
-        yield server
 
 
 class Notes(transfer.Listener):
@@ -229,11 +219,7 @@ def test_tiny_files(hub, size):
     assert pull("org/tiny").stat().st_size == size
 
 
-def test_where_links_cannot_be_made_the_file_itself_takes_its_place(hub, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EPERM, "no links here")
-
-    monkeypatch.setattr(Path, "symlink_to", refuse)
+def test_where_links_cannot_be_made_the_file_itself_takes_its_place(hub, without_links):
     path = pull(GGUF, "Q4_K_M")
     assert not path.is_symlink()
     assert path.stat().st_size == 300_000
@@ -307,9 +293,10 @@ def test_a_server_without_ranges_starts_again(hub):
     assert pull(GGUF, "Q4_K_M").read_bytes() == hub.repos[GGUF]["diffuse-Q4_K_M.gguf"]
 
 
-def test_very_large_files_are_asked_for_in_pieces(hub, monkeypatch):
-    monkeypatch.setattr(transfer, "_MOST_AT_ONCE", 120_000)
-    assert pull(GGUF, "Q4_K_M").read_bytes() == hub.repos[GGUF]["diffuse-Q4_K_M.gguf"]
+def test_very_large_files_are_asked_for_in_pieces(hub, tmp_path):
+    url = f"{hub.url}/{GGUF}/resolve/{COMMIT}/diffuse-Q4_K_M.gguf"
+    transfer.download(url, tmp_path / "x.gguf", 300_000, Notes(), at_once=120_000)
+    assert (tmp_path / "x.gguf").read_bytes() == hub.repos[GGUF]["diffuse-Q4_K_M.gguf"]
     assert [wanted for _, wanted in hub.downloads()] == ["bytes=0-119999", "bytes=120000-239999", "bytes=240000-299999"]
 
 
@@ -524,31 +511,26 @@ def test_a_repository_that_is_not_there(hub):
     assert "and the Hugging Face hub has no such repository" in message
 
 
-def test_a_token_is_sent_to_the_hub_alone(hub, monkeypatch):
+def test_a_token_is_sent_to_the_hub_alone(hub, environment):
     hub.switches.token = "hf_secret"
     assert "no such repository (a private one needs `hf auth login`)" in refusal(plan_pull, GGUF)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    environment(HF_TOKEN="hf_secret", NO_PROXY="127.0.0.1,localhost")
     with HubServer(hub.repos) as elsewhere:
         hub.switches.redirect = elsewhere.url.replace("127.0.0.1", "localhost")
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         assert pull(GGUF, "Q4_K_M").read_bytes() == hub.repos[GGUF]["diffuse-Q4_K_M.gguf"]
         assert hub.tokens[-1] == "Bearer hf_secret"
         assert elsewhere.tokens == [None]
 
 
-def test_offline(hub, monkeypatch):
-    from huggingface_hub import constants
-
+def test_offline(hub):
     pull(GGUF, "Q4_K_M")
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
-        assert locate(GGUF).is_file()
-        with pytest.raises(NotThereError, match="not complete in the local cache, and the Hugging Face hub cannot be"):
-            plan_pull(PLAIN)
-        message = refusal(locate, f"{GGUF}:Q8_0")
-        assert "no such folder, no bundled model" in message
-        assert ", not complete in the local cache, and the Hugging Face hub cannot be reached from here" in message
+    hub.__exit__()
+    assert locate(GGUF).is_file()
+    with pytest.raises(NotThereError, match="not complete in the local cache, and the Hugging Face hub cannot be"):
+        plan_pull(PLAIN)
+    message = refusal(locate, f"{GGUF}:Q8_0")
+    assert "no such folder, no bundled model" in message
+    assert ", not complete in the local cache, and the Hugging Face hub cannot be reached from here" in message
 
 
 def test_switched_off(hub, monkeypatch):
@@ -584,14 +566,8 @@ def test_a_name_that_the_hub_s_library_refuses(hub):
 # ---- the disk ----
 
 
-def test_too_little_space_is_said_before_anything_is_fetched(hub, monkeypatch, tmp_path):
-    seen = []
-
-    def disk_usage(path):
-        seen.append(path)
-        return shutil._ntuple_diskusage(10**12, 0, 100_000)
-
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+def test_too_little_space_is_said_before_anything_is_fetched(hub, free_space, tmp_path):
+    seen = free_space(100_000)
     message = refusal(pull, GGUF, "Q4_K_M")
     assert message.startswith(f"{GGUF}: not enough space on the disk of {tmp_path / 'hub'}: 300.0 kB are needed, "
                               "100.0 kB are free")
@@ -601,11 +577,11 @@ def test_too_little_space_is_said_before_anything_is_fetched(hub, monkeypatch, t
     assert not repo_folder(GGUF).exists()
 
 
-def test_what_is_here_needs_no_space(hub, monkeypatch):
+def test_what_is_here_needs_no_space(hub, free_space):
     pull(GGUF, "Q4_K_M")
     with pytest.raises(KeyboardInterrupt):
         pull(GGUF, "Q8_0", Notes(stop_at=500_000))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 150_000))
+    free_space(150_000)
     assert pull(GGUF, "Q4_K_M").is_file()
     assert pull(GGUF, "Q8_0").is_file()  # most of it had arrived
 
@@ -812,8 +788,8 @@ def test_bars_that_are_switched_off(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_bundled_names_need_no_hub(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+def test_bundled_names_need_no_hub(not_installed):
+    not_installed("huggingface_hub")
     assert locate("sudoku").name == "sudoku"
 
 

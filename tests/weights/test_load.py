@@ -12,7 +12,7 @@ import torch
 from dgemma.config import load_model_config
 from dgemma.errors import CheckpointError
 from dgemma.nn import DiffusionTransformer
-from dgemma.weights.load import empty_network, load_network
+from dgemma.weights.load import _fill, empty_network, load_network, read_headers
 from dgemma.weights.save import save_checkpoint
 
 
@@ -89,11 +89,18 @@ def test_conversion_is_torch_s_own(sharded, dtype):
         assert torch.equal(tensor, plain.state_dict()[name].to(dtype)), name
 
 
-def test_conversion_in_several_pieces(single, monkeypatch):
-    monkeypatch.setattr("dgemma.weights.load._PIECE", 1000)
+def test_conversion(single):
     plain, converted = load(single), load(single, dtype=torch.bfloat16)
     assert all(torch.equal(a, b.bfloat16()) for a, b in
                zip(converted.state_dict().values(), plain.state_dict().values(), strict=True))
+
+
+def test_conversion_in_several_pieces(single):
+    stored = max(read_headers(single).tensors.values(), key=lambda tensor: tensor.nbytes)
+    one, many = (torch.empty(stored.nbytes // 4, dtype=torch.bfloat16) for _ in range(2))
+    assert len(list(_fill(one, stored))) == 1
+    assert len(list(_fill(many, stored, most=1000))) > 10
+    assert torch.equal(one, many)
 
 
 def test_default_dtype_is_that_of_config_then_of_the_tensors(single, copy_of, rewrite):

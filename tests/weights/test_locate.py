@@ -8,16 +8,7 @@ from dgemma.errors import CheckpointError
 from dgemma.weights.files import bundled_models, find_tagged, gguf_models, hub_name, tag_of, weight_files
 from dgemma.weights.hub.locate import locate
 
-
-@pytest.fixture(autouse=True)
-def bundled(tmp_path, monkeypatch):
-    """Two bundled models, and a folder that is none."""
-    for name in ("sudoku", "chess"):
-        (tmp_path / "models" / name).mkdir(parents=True)
-        (tmp_path / "models" / name / "config.json").write_text("{}")
-    (tmp_path / "models" / "__pycache__").mkdir()
-    monkeypatch.setattr("dgemma.weights.files.BUNDLED_FOLDER", tmp_path / "models")
-    return tmp_path / "models"
+pytestmark = pytest.mark.usefixtures("bundled")
 
 
 @pytest.fixture
@@ -44,20 +35,20 @@ def test_bundled_names(bundled):
     assert locate("sudoku") == bundled / "sudoku"
 
 
-def test_a_bundled_name_wins_over_a_folder_but_not_over_a_path(bundled, tmp_path, monkeypatch):
+def test_a_bundled_name_wins_over_a_folder_but_not_over_a_path(bundled, tmp_path, working_folder):
     (tmp_path / "sudoku").mkdir()
-    monkeypatch.chdir(tmp_path)
+    working_folder(tmp_path)
     assert locate("sudoku") == bundled / "sudoku"
     assert locate("./sudoku").resolve() == tmp_path / "sudoku"
     assert locate(Path("sudoku")).resolve() == tmp_path / "sudoku"
 
 
-def test_folders(tmp_path, monkeypatch):
+def test_folders(tmp_path, working_folder, environment):
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert locate(tmp_path / "org") == tmp_path / "org"
-    monkeypatch.chdir(tmp_path)
+    working_folder(tmp_path)
     assert locate("org/name") == Path("org/name")  # before the hub
-    monkeypatch.setenv("HOME", str(tmp_path))
+    environment(HOME=str(tmp_path))
     assert locate("~/org") == tmp_path / "org"
 
 
@@ -79,8 +70,8 @@ def test_a_gguf_file_that_is_not_there(name):
     assert refusal(name) == f"{Path(name)}: no such file"
 
 
-def test_no_name_is_not_the_present_folder(folder, monkeypatch):
-    monkeypatch.chdir(folder("config.json", "model.safetensors"))
+def test_no_name_is_not_the_present_folder(folder, working_folder):
+    working_folder(folder("config.json", "model.safetensors"))
     for name in ("", "  "):
         assert refusal(name) == "the model's name is empty"
     assert locate(".") == Path()

@@ -433,8 +433,8 @@ def test_where_nothing_can_be_written(checkpoint, tmp_path):
         convert(checkpoint, tmp_path / "out.gguf", "Q3_K")
 
 
-def test_a_full_disk_is_found_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 100_000))
+def test_a_full_disk_is_found_before_anything_is_written(checkpoint, tmp_path, free_space):
+    free_space(100_000)
     with pytest.raises(DgemmaError, match=r"\d\.\d MB are needed, and 100\.0 kB are free on that disk"):
         convert(checkpoint, tmp_path / "out.gguf")
     assert not list(tmp_path.iterdir())

@@ -3,7 +3,6 @@
 Nothing here writes them but llama.cpp, so the weights are random bytes; the `gguf` package says what they stand for.
 """
 
-import builtins
 import subprocess
 import sys
 
@@ -70,7 +69,7 @@ def logits(network, random_ids):
 
 @pytest.mark.parametrize("kinds", [*([kind] for kind in RARE), ["IQ3_S", "Q4_K", "IQ3_XXS", "Q6_K", "IQ4_NL"]],
                          ids=lambda kinds: "-".join(kinds))
-def test_a_model_is_that_of_its_numbers_and_stays_packed(kinds, tmp_path, random_ids, monkeypatch):
+def test_a_model_is_that_of_its_numbers_and_stays_packed(kinds, tmp_path, random_ids, plain_torch, monkeypatch):
     first, second = (dgemma.load(path) for path in files(tmp_path, kinds))
     ids = [random_ids(1, 12), random_ids(1, 8)]
     ours, wanted = (logits(model.network, lambda _, width: ids[width < 12]) for model in (first, second))
@@ -85,8 +84,7 @@ def test_a_model_is_that_of_its_numbers_and_stays_packed(kinds, tmp_path, random
         return [model.generate("the", seed=seed, max_tokens=16, max_denoising_steps=1).token_ids for seed in range(3)]
 
     assert answers(first) == answers(first)
-    for module in ("products", "experts"):
-        monkeypatch.setattr(f"dgemma.kernels.{module}.on_native", lambda weight: False)
+    plain_torch()
     monkeypatch.setattr("dgemma.kernels.products.as_int8", lambda x: x)
     assert answers(first) == answers(second)  # but for the rounding of activations, the same to the token
 
@@ -106,16 +104,9 @@ class TestWithoutTheGgufPackage:
     """It is needed for codebooks only, and asked for before anything is computed."""
 
     @pytest.fixture(autouse=True)
-    def absent(self, iq3_file, monkeypatch):
+    def absent(self, iq3_file, not_installed):
         codebooks.grid.cache_clear()
-        real = builtins.__import__
-
-        def no_gguf(name, *arguments, **options):
-            if name.partition(".")[0] == "gguf":
-                raise ImportError("No module named 'gguf'")
-            return real(name, *arguments, **options)
-
-        monkeypatch.setattr(builtins, "__import__", no_gguf)
+        not_installed("gguf")
         yield
         codebooks.grid.cache_clear()
 

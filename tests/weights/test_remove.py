@@ -1,38 +1,24 @@
 """Removing a model takes its own files from the hub's cache and nothing else, however the cache came to be."""
 
-import errno
 import json
 import os
-from pathlib import Path
 
 import pytest
 
 from dgemma.weights.hub.cache import cache_folder, files_beside, find_local, local_models, remove_model, repo_folder
 from dgemma.weights.hub.repository import fetch, plan_pull
 from dgemma.weights.hub.transfer import Listener
-from support.hub_server import COMMIT, HubServer, connect, demo_repos, gguf
+from support.hub_server import COMMIT, demo_repos, gguf
 
 GGUF, PLAIN = "org/diffuse-GGUF", "org/diffuse"
 NEWER = "d" * 40
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer(demo_repos(30_000)) as server:
-        connect(monkeypatch, server, tmp_path / "hub")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", True)
-        yield server
-
-
-@pytest.fixture
-def without_links(monkeypatch):
-    """As on Windows: what would be a link is the file."""
-    def refuse(*_, **__):
-        raise OSError(errno.EPERM, "no links here")
-
-    monkeypatch.setattr(os, "symlink", refuse)
-    monkeypatch.setattr(Path, "symlink_to", refuse)
-    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *_, **__: False)
+def hub(hub):
+    """The same with smaller files."""
+    hub.repos.update(demo_repos(30_000))
+    return hub
 
 
 def download(hub, repo):
@@ -246,7 +232,7 @@ def test_a_link_out_of_the_cache_is_removed_and_what_it_leads_to_is_not(hub, tmp
     assert names() == [f"{GGUF}:Q8_0"]
 
 
-def test_a_cache_that_is_itself_a_link(hub, tmp_path, monkeypatch):
+def test_a_cache_that_is_itself_a_link(hub, tmp_path):
     download(hub, GGUF)
     real = tmp_path / "elsewhere"
     (tmp_path / "hub").rename(real)

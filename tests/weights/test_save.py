@@ -51,17 +51,11 @@ def test_what_is_written(network, tmp_path):
     assert load_network(folder, config).state_dict().keys() == network.state_dict().keys()
 
 
-def test_a_failure_leaves_the_old_checkpoint(network, tmp_path, monkeypatch):
-    import safetensors.torch
-
+def test_a_failure_leaves_the_old_checkpoint(network, tmp_path, full_disk):
     save(network, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise safetensors.SafetensorError("I/O error: No space left on device")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    full_disk()
     with pytest.raises(DgemmaError, match=r"model\.safetensors: cannot be written \(I/O error: No space left"):
         save(network, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

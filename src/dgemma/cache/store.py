@@ -157,8 +157,8 @@ class KVCache:
             if not self.lengths[row] - self.spare <= length <= self.lengths[row]:
                 raise ValueError(f"row {row} of {self.lengths[row]} tokens cannot be cut to {length}: the cache was "
                                  f"made with spare={self.spare}")
-        other = KVCache(self.config, len(rows), self.device, self.cache_type, 0, self.block, self.piece,
-                        self.checkpointed)
+        other = type(self)(self.config, len(rows), self.device, self.cache_type, 0, self.block, self.piece,
+                           self.checkpointed)
         other.lengths = list(lengths)
         chosen = torch.tensor(rows, device=self.device)
         limits = torch.tensor(lengths, device=self.device).unsqueeze(1)

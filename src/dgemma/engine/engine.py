@@ -65,7 +65,8 @@ class Engine:
     tip a choice). ``prefixes`` may outlive the engine. With ``isolate``, whatever goes wrong inside a
     request ends that one with a Failed event; without, it is raised. ``between`` is called between the passes of a
     step; it may `submit`, `cancel` and `retire`. With ``whole_pages`` only these are told of what was read before.
-    ``runner`` takes sequences through the network, by default one with ``sampler``.
+    ``runner`` takes sequences through the network, by default one with ``sampler``; ``piece`` and ``cached`` bound what
+    a step reads and what a pass on a CPU works on.
 
     Who runs, and in what memory, the `Scheduler` says; ``lent`` bytes of that are the prefixes' as long as nobody needs
     them. An answer ends where the memory of all would end.
@@ -78,11 +79,12 @@ class Engine:
                  prefixes: PrefixStore | None = None, sampler: Sampler | None = None, *,
                  memory: int | None = None, lent: int = 0, isolate: bool = False,
                  whole_pages: bool = False, between: Callable[[], None] | None = None,
-                 runner: Runner | None = None):
+                 runner: Runner | None = None, piece: int = PIECE, cached: int = CACHED):
         self.network, self.read, self.max_batch = network, read, max_batch
         self.prefixes = prefixes or PrefixStore()
         self.runner = runner or Runner(network, sampler)
         self.isolate, self.whole_pages, self.between = isolate, whole_pages, between
+        self.piece, self.cached = piece, cached
         self.memory = Memory(memory, lent)
         self.scheduler = Scheduler(network, self.prefixes, self.memory, max_batch)
         self.counts = Counts()
@@ -235,7 +237,7 @@ class Engine:
         """The slots that share a forward pass: all of an adapter's, but on a CPU no more than its caches can hold."""
         config, together = self.network.config, len(slots)
         if self.network.device.type == "cpu":
-            together = max(CACHED // (config.canvas_length * config.hidden_size), 1)
+            together = max(self.cached // (config.canvas_length * config.hidden_size), 1)
         return [group[start : start + together] for group in _by_adapter(slots)
                 for start in range(0, len(group), together)]
 
@@ -287,7 +289,7 @@ class Engine:
         prompts = self._prompts()
         opened = sum(slot.soft is not None for slot in self.scheduler.slots)
         # Beside canvases to denoise, reading may take a step half as long again.
-        budget = max(PIECE, opened * self.network.config.canvas_length // 2)
+        budget = max(self.piece, opened * self.network.config.canvas_length // 2)
         for slot, share in zip(prompts, shares([slot.unread for slot in prompts], budget), strict=True):
             work[slot] = uncut(slot.sequence.request.spans, slot.prefix.cache.length, share) if share else 0
         for group in _by_adapter([slot for slot, count in work.items() if count]):

@@ -19,12 +19,12 @@ WHOLE = 16 << 20  # bytes of plain weights up to which every number of them coun
 SAMPLES = 16  # numbers of each tensor that count beyond
 
 
-def fingerprint(network: DiffusionTransformer) -> bytes:
+def fingerprint(network: DiffusionTransformer, whole: int = WHOLE) -> bytes:
     """Another one as soon as the network's weights, adapters or what it keeps keys and values in have changed.
 
     It sees which modules and tensors there are, where their memory is, how often autograd saw them change, and numbers
-    of them: all of a small network (`WHOLE`), `SAMPLES` of each tensor of a large one. So it misses only what changes
-    few numbers of a large network behind autograd's back (``weight.data[0, 0] = 1``, numpy): who does that says
+    of them: all of a network of up to ``whole`` bytes, `SAMPLES` of each tensor of a larger one. So it misses only what
+    changes few numbers of a large network behind autograd's back (``weight.data[0, 0] = 1``, numpy): who does that says
     ``model.prefixes.clear()``. An adapter that takes turns with others on the network must not be on it meanwhile.
     """
     marks: list[Any] = [network.cache_type]
@@ -40,7 +40,7 @@ def fingerprint(network: DiffusionTransformer) -> bytes:
                           tensor.dtype, tuple(tensor.shape), tensor.stride()))
             if name not in getattr(module, "packed", ()):  # of a mapped file, each number would be a read of the disk
                 plain.append(tensor)
-    return hashlib.blake2b(repr([marks, _sums(plain)]).encode(), digest_size=16).digest()
+    return hashlib.blake2b(repr([marks, _sums(plain, whole)]).encode(), digest_size=16).digest()
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -56,12 +56,12 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _sums(tensors: list[Tensor]) -> list[list[int]]:
+def _sums(tensors: list[Tensor], most: int) -> list[list[int]]:
     """Two sums over the numbers that count, as their bytes are, for each device and type.
 
     In the second each word stands with an odd factor of its own, modulo 2^64: no change of one goes unnoticed.
     """
-    whole = sum(tensor.nbytes for tensor in tensors) <= WHOLE
+    whole = sum(tensor.nbytes for tensor in tensors) <= most
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.device.type != "meta" and tensor.numel():

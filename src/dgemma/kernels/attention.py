@@ -22,10 +22,21 @@ from dgemma.kernels.q8_0 import unpack
 
 COLUMNS = 2048  # the most columns of a tile; keys and values are widened so many at a time
 SCORES = 1 << 21  # the most scores of a tile, over all heads and rows of the batch (8 MB in float32)
-_LEAST_ROWS = 16  # but so many queries, however large the batch
 
 Blocks = Sequence[tuple[Tensor, Tensor]]  # keys and values [B, Hkv, S_i, d], int8 for q8_0: S columns together
 LAST = torch.iinfo(torch.long).max
+
+
+@dataclass(frozen=True)
+class TileSize:
+    """The most columns and scores of a tile, but at least so many queries, however large the batch."""
+
+    columns: int = COLUMNS
+    scores: int = SCORES
+    rows: int = 16
+
+
+_TILE = TileSize()
 
 
 @dataclass(frozen=True)
@@ -59,14 +70,14 @@ class Visible:
         positions = self.positions[:, columns].unsqueeze(1)
         return (self.first[:, rows].unsqueeze(2) <= positions) & (positions <= self.last[:, rows].unsqueeze(2))
 
-    def tiles(self, widths: Sequence[int], queries: int, step: int) -> list[Tile]:
+    def tiles(self, widths: Sequence[int], queries: int, step: int, most: int = COLUMNS) -> list[Tile]:
         """The tiles in which anything is seen, each cut to the columns that are; made once for all layers of a pass.
 
         Not on a GPU, which would have to wait for what is seen: there they are all tiles, every one masked.
         """
-        key = (*widths, queries, step)
+        key = (*widths, queries, step, most)
         if key not in self._plans:
-            tiles = _split(widths, queries, step)
+            tiles = _split(widths, queries, step, most)
             self._plans[key] = self._plan(tiles) if self.positions.device.type == "cpu" else [
                 replace(tile, masked=True) for tile in tiles]
         return self._plans[key]
@@ -93,11 +104,11 @@ class Visible:
         return plan
 
 
-def grouped_attention(query: Tensor, blocks: Blocks, visible: Visible | None) -> Tensor:
+def grouped_attention(query: Tensor, blocks: Blocks, visible: Visible | None, tile: TileSize = _TILE) -> Tensor:
     """Softmax attention with scale 1.0, each key-value head shared by a group of query heads.
 
     query [B, T, Hq, d]; ``blocks`` are the columns' keys and values; ``visible`` None means that every query sees every
-    column. Returns [B, T, Hq * d] in the query's dtype.
+    column; ``tile`` bounds what is made at a time. Returns [B, T, Hq * d] in the query's dtype.
 
     Narrow keys are multiplied as they are where that is fast, and widened a tile at a time where it is not (see
     `working_dtype`); scores and sums are float32 in any case. The group is folded into the query rows, so keys and
@@ -117,14 +128,15 @@ def grouped_attention(query: Tensor, blocks: Blocks, visible: Visible | None) ->
         out = native.attend(folded, narrow, group, bounds)
     else:
         widths = [key.shape[2] for key, _ in blocks]
-        widest = min(COLUMNS, max(*widths, 1))
-        fused = (dtype == torch.float32 or query.device.type != "cpu") and len(widths) == 1 and widths[0] <= COLUMNS
-        if fused and (visible is None or batch * length * group * widest <= 4 * SCORES):
+        widest = min(tile.columns, max(*widths, 1))
+        fused = (dtype == torch.float32 or query.device.type != "cpu") and len(widths) == 1
+        if fused and widths[0] <= tile.columns and (
+                visible is None or batch * length * group * widest <= 4 * tile.scores):
             out = _attend_at_once(folded, blocks[0], visible, group, dtype)
         else:
-            step = min(length, max(_LEAST_ROWS, SCORES // (batch * heads * widest)))
-            tiles = _split(widths, length, step) if visible is None else visible.tiles(widths, length, step)
-            out = _attend(folded, blocks, visible, group, dtype, tiles)
+            step = min(length, max(tile.rows, tile.scores // (batch * heads * widest)))
+            tiles = (_split if visible is None else visible.tiles)(widths, length, step, tile.columns)
+            out = _attend(folded, blocks, visible, group, dtype, tiles, tile.columns)
     out = out.to(query.dtype).view(batch, kv_heads, length, group, dim).transpose(1, 2)
     return out.reshape(batch, length, heads * dim)
 
@@ -135,15 +147,17 @@ def attends_natively(query: Tensor, stored: torch.dtype) -> bool:
             and native.can_attend(query.shape[-1]))
 
 
-def working_dtype(query: Tensor, stored: torch.dtype) -> torch.dtype:
-    """The dtype of the products: the narrower of the query's and the keys', but float32 on a CPU that has no fast bf16.
+def working_dtype(query: Tensor, stored: torch.dtype, fast: bool | None = None) -> torch.dtype:
+    """The dtype of the products: the narrower of the query's and the keys', but float32 on a CPU that has no fast bf16
+    (``fast`` says whether it does, by default `fast_bf16`).
 
     int8 (q8_0) counts as bfloat16. On a CPU float16 is widened, too.
     """
     narrow = query.dtype
     if narrow == torch.float32:
         narrow = torch.bfloat16 if stored == torch.int8 else stored
-    if query.device.type == "cpu" and narrow != torch.float64 and not (narrow == torch.bfloat16 and fast_bf16()):
+    if query.device.type == "cpu" and narrow != torch.float64 and not (
+            narrow == torch.bfloat16 and (fast_bf16() if fast is None else fast)):
         return torch.float32
     return narrow
 
@@ -157,12 +171,12 @@ def fast_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _split(widths: Sequence[int], queries: int, step: int) -> list[Tile]:
+def _split(widths: Sequence[int], queries: int, step: int, most: int) -> list[Tile]:
     """All queries and all columns in tiles, a tile's columns for all queries before the next ones."""
     tiles, first = [], 0
     for block, width in enumerate(widths):
-        for start in range(0, width, COLUMNS):
-            stop = min(start + COLUMNS, width)
+        for start in range(0, width, most):
+            stop = min(start + most, width)
             tiles += [Tile(slice(row, min(row + step, queries)), block, first, start, stop, False)
                       for row in range(0, queries, step)]
         first += width
@@ -170,8 +184,9 @@ def _split(widths: Sequence[int], queries: int, step: int) -> list[Tile]:
 
 
 def _attend(query: Tensor, blocks: Blocks, visible: Visible | None, group: int, dtype: torch.dtype,
-            tiles: Sequence[Tile]) -> Tensor:
-    """query [B, Hkv, T * group, d] -> the same shape, float32; the softmax of each row summed up tile by tile."""
+            tiles: Sequence[Tile], most: int) -> Tensor:
+    """query [B, Hkv, T * group, d] -> the same shape, float32; the softmax of each row summed up tile by tile, of at
+    ``most`` so many columns."""
     batch, kv_heads, rows, dim = query.shape
     total = torch.zeros(batch, kv_heads, rows, dim, device=query.device)  # Σ e^(score - peak) · value
     norm = torch.zeros(batch, kv_heads, rows, 1, device=query.device)  # Σ e^(score - peak)
@@ -180,10 +195,10 @@ def _attend(query: Tensor, blocks: Blocks, visible: Visible | None, group: int, 
     scratch = _Scratch(query)
     widened: tuple[tuple[int, int] | None, Tensor, Tensor] = (None, query, query)
     for tile in tiles:
-        part = tile.start // COLUMNS
-        begin = part * COLUMNS
+        part = tile.start // most
+        begin = part * most
         if widened[0] != (tile.block, part):  # once for all queries
-            key, value = (_widen(t[:, :, begin : begin + COLUMNS], dim, dtype) for t in blocks[tile.block])
+            key, value = (_widen(t[:, :, begin : begin + most], dim, dtype) for t in blocks[tile.block])
             widened = ((tile.block, part), key, value)
         columns = slice(tile.start - begin, tile.stop - begin)
         key, value = (t[:, :, columns].flatten(0, 1) for t in widened[1:])

@@ -325,7 +325,7 @@ def attend(query: Tensor, blocks: list[tuple[Tensor, Tensor]], group: int = 1,
     keys = (ctypes.c_void_p * count)(*(key.data_ptr() for key, _ in kept))
     values = (ctypes.c_void_p * count)(*(value.data_ptr() for _, value in kept))
     columns = (_LONG * count)(*(key.shape[2] for key, _ in kept))
-    strides = (_LONG * count)(*(key.stride(1) for key, _ in kept))
+    strides = (_LONG * count)(*(key.stride(1 if key.shape[1] > 1 else 0) for key, _ in kept))
     pointers = dict(zip(("first", "last", "positions"), (t.data_ptr() for t in limits), strict=False))
     out = torch.empty(batch, heads, rows, dim)
     task = _Attention(heads=batch * heads, rows=rows, dim=dim, blocks=count, heads_per_batch=heads, group=group,
@@ -336,9 +336,12 @@ def attend(query: Tensor, blocks: list[tuple[Tensor, Tensor]], group: int = 1,
 
 
 def _in_rows(key: Tensor, value: Tensor) -> bool:
-    """Whether keys and values [B, H, S, d] can be read as they lie: a head's columns together, heads evenly apart."""
+    """Whether keys and values [B, H, S, d] can be read as they lie: a head's columns together, heads evenly apart.
+
+    The stride of a dimension of size 1 means nothing.
+    """
     return key.stride() == value.stride() and key.stride()[2:] == (key.shape[3], 1) and (
-        len(key) == 1 or key.stride(0) == key.shape[1] * key.stride(1))
+        1 in key.shape[:2] or key.stride(0) == key.shape[1] * key.stride(1))
 
 
 def _loaded() -> ctypes.CDLL:

@@ -36,9 +36,9 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return torch.tanh(logits / cap) * cap
 
 
-def vocab_tiles(vocab_size: int) -> int:
+def vocab_tiles(vocab_size: int, tile: int = VOCAB_TILE) -> int:
     """How many tiles the vocabulary is walked in."""
-    return -(-vocab_size // VOCAB_TILE)
+    return -(-vocab_size // tile)
 
 
 def fits_whole(tokens: int, vocab: int) -> bool:
@@ -54,12 +54,13 @@ def tile_width(tokens: int, vocab: int, most: int = LOGITS) -> int:
 @torch.no_grad()
 def canvas_stats(hidden: Tensor, embedding: Weight, temperature: Tensor, noise: Tensor, cap: float,
                  embed_scale: float, sharpness: Tensor | None = None,
-                 mix: Callable[[Tensor, Tensor, Tensor, Weight], None] = mix_rows) -> CanvasStats:
-    """Predictions of a canvas from its hidden states, a tile of the vocabulary at a time.
+                 mix: Callable[[Tensor, Tensor, Tensor, Weight], None] = mix_rows,
+                 tile: int = VOCAB_TILE) -> CanvasStats:
+    """Predictions of a canvas from its hidden states, ``tile`` tokens of the vocabulary at a time.
 
-    hidden [B, C, D]; embedding [V, D]; temperature [B]; noise [B, C, vocab_tiles(V), 2], uniform in [0, 1). The sample
-    is drawn from the probabilities to the power of ``sharpness`` [B] (None: 1), renormalised. ``mix`` sums up the soft
-    embeddings, as `mix_rows` does.
+    hidden [B, C, D]; embedding [V, D]; temperature [B]; noise [B, C, vocab_tiles(V, tile), 2], uniform in [0, 1). The
+    sample is drawn from the probabilities to the power of ``sharpness`` [B] (None: 1), renormalised. ``mix`` sums up
+    the soft embeddings, as `mix_rows` does.
 
     The sample is a Gumbel-max over tiles, each standing for its total mass, with an inverse-CDF draw inside the
     winning one: the largest of a tile's perturbed logits is itself Gumbel-distributed around the log of its mass, so
@@ -75,10 +76,10 @@ def canvas_stats(hidden: Tensor, embedding: Weight, temperature: Tensor, noise: 
     sums = _Sums(rows, hidden.device, None if sharpness is None else sharpness.float().repeat_interleave(canvas))
     soft = flat.new_zeros(rows, width, dtype=torch.float32)  # Σ e^(l/T - best) · embedding
     add_tile = sums.add_tile_natively if hidden.device.type == "cpu" and native.available() else sums.add_tile
-    for tile, start in enumerate(range(0, embedding.shape[0], VOCAB_TILE)):
-        table = embedding[start : start + VOCAB_TILE]
+    for index, start in enumerate(range(0, embedding.shape[0], tile)):
+        table = embedding[start : start + tile]
         scores = linear(flat, table).float()
-        add_tile(scores, start, cap, inverse_t, gumbel[tile], inside[tile])
+        add_tile(scores, start, cap, inverse_t, gumbel[index], inside[index])
         mix(soft, sums.decay, scores, table)
 
     entropy = (sums.mass.log() - sums.weighted / sums.mass).clamp(min=0)

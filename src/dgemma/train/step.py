@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,15 +99,16 @@ class Compiled:
     float32 of ``hidden_size``: one piece of code.
     """
 
-    def __init__(self, passes: Passes, hidden_size: int, batches: Iterable[Batch]):
+    def __init__(self, passes: Passes, hidden_size: int, batches: Iterable[Batch],
+                 compile: Callable[..., Any] = torch.compile):
         self._plain = passes
-        denoise = _compiled(passes.denoise)
+        denoise = _compiled(passes.denoise, compile)
 
         def conditioned(canvas_ids: Tensor, cache: KVCache, soft: Tensor | None = None) -> Tensor:
             soft = torch.zeros(*canvas_ids.shape, hidden_size, device=canvas_ids.device) if soft is None else soft
             return denoise(canvas_ids, cache, soft.float())
 
-        self._compiled = Passes(_compiled(passes.encode), conditioned, passes.checkpointed)
+        self._compiled = Passes(_compiled(passes.encode, compile), conditioned, passes.checkpointed)
         shapes = Counter(map(_shape, batches))
         shape, count = shapes.most_common(1)[0]
         self.shape = shape if 2 * count >= shapes.total() else None
@@ -116,8 +118,8 @@ class Compiled:
         return self._plain if self.shape is None or _shape(batch) != self.shape else self._compiled
 
 
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    compiled = torch.compile(function, dynamic=False)
+def _compiled(function: Callable[..., Tensor], compile: Callable[..., Any]) -> Callable[..., Tensor]:
+    compiled = compile(function, dynamic=False)
 
     def called(*arguments: object) -> Tensor:
         try:

@@ -38,8 +38,8 @@ class Finiteness:
 
 
 def check_finite(tensors: Iterable[StoredTensor | GGUFTensor],
-                 progress: Callable[[int, int], None] | None = None) -> Finiteness:
-    """Read every tensor's data. ``progress(done, total)`` counts bytes.
+                 progress: Callable[[int, int], None] | None = None, piece: int = _PIECE) -> Finiteness:
+    """Read every tensor's data, at most ``piece`` bytes at a time. ``progress(done, total)`` counts bytes.
 
     Raises CheckpointError when a file cannot be read, or ends before a tensor does.
     """
@@ -66,7 +66,7 @@ def check_finite(tensors: Iterable[StoredTensor | GGUFTensor],
             progress(done, total)
             continue
         found = 0
-        for data in read_pieces(tensor.file, tensor.offset, tensor.nbytes, max(_PIECE // size, 1) * size, tensor.name):
+        for data in read_pieces(tensor.file, tensor.offset, tensor.nbytes, max(piece // size, 1) * size, tensor.name):
             found += count_in(torch.frombuffer(data, dtype=torch.uint8))
             done += len(data)
             progress(done, total)

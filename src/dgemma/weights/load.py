@@ -324,10 +324,13 @@ def _read(chosen: Mapping[str, StoredTensor], device: torch.device, dtype: torch
     return read
 
 
-def _fill(target: Tensor, stored: StoredTensor) -> Iterator[int]:
-    """Fill ``target`` [numel] from a file, converting; yields the bytes read so far. Its buffer goes when it ends."""
+def _fill(target: Tensor, stored: StoredTensor, most: int = _PIECE) -> Iterator[int]:
+    """Fill ``target`` [numel] from a file, converting ``most`` bytes at a time; yields the bytes read so far.
+
+    Its buffer goes when it ends.
+    """
     first = 0
-    for piece in read_pieces(stored.file, stored.offset, stored.nbytes, _PIECE, stored.name):
+    for piece in read_pieces(stored.file, stored.offset, stored.nbytes, most, stored.name):
         numbers = torch.frombuffer(piece, dtype=DTYPES[stored.dtype])
         target[first : first + len(numbers)].copy_(numbers)
         first += len(numbers)

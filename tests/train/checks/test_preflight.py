@@ -8,7 +8,7 @@ import torch
 
 from dgemma.config import FULL
 from dgemma.errors import DgemmaError
-from dgemma.nn import KVCache
+from dgemma.nn import DiffusionTransformer, KVCache
 from dgemma.nn.adapters import AdapterConfig, LowRank, attach, merge
 from dgemma.nn.passes import Passes
 from dgemma.train.batch import collate
@@ -30,6 +30,15 @@ EXAMPLES = [example(4), example(5, real=3), example(3)]  # all within the window
 @pytest.fixture
 def network():
     return random_network(tiny_config()).requires_grad_(True)
+
+
+def network_with(cache):
+    """The network, but its caches are of this kind."""
+    class Network(DiffusionTransformer):
+        def new_cache(self, batch_size=1, spare=0, **sizes):
+            return cache(self.config, batch_size, self.device, self.cache_type, spare, **sizes)
+
+    return random_network(tiny_config(), kind=Network).requires_grad_(True)
 
 
 def failed(network, examples=EXAMPLES, objective=None, **arguments):
@@ -174,31 +183,27 @@ def test_catches_an_objective_that_passes_on_the_noise_alone(network):
     assert "canvas is used" in failed(network, loss_of=wrong)
 
 
-def test_catches_contexts_that_lose_their_prefix_past_the_window(network, monkeypatch):
-    begin = KVCache.begin
+def test_catches_contexts_that_lose_their_prefix_past_the_window():
+    class Cut(KVCache):
+        def begin(self, counts, width):  # full layers, too, keep no more than sliding ones
+            plan, positions = super().begin(counts, width)
+            keep = plan.keep[FULL]
+            plan.keep[FULL] = min(keep, WINDOW - 1) if isinstance(keep, int) else keep[:, -(WINDOW - 1) :]
+            return plan, positions
 
-    def cut(self, counts, width):  # full layers, too, keep no more than sliding ones
-        plan, positions = begin(self, counts, width)
-        keep = plan.keep[FULL]
-        plan.keep[FULL] = min(keep, WINDOW - 1) if isinstance(keep, int) else keep[:, -(WINDOW - 1) :]
-        return plan, positions
-
-    monkeypatch.setattr(KVCache, "begin", cut)
-    assert failed(network) == {"training equals sampling"}
+    assert failed(network_with(Cut)) == {"training equals sampling"}
 
 
-def test_catches_a_canvas_that_overwrites_the_prompts_cache(network, monkeypatch):
-    with_canvas = KVCache.with_canvas
+def test_catches_a_canvas_that_overwrites_the_prompts_cache():
+    class Overwritten(KVCache):
+        def with_canvas(self, layer, key, value):
+            blocks = super().with_canvas(layer, key, value)
+            self._blocks[layer] = [tuple(torch.cat([new, old[:, :, new.shape[2]:]], dim=2)[:, :, : old.shape[2]]
+                                         for old, new in zip(block, (key, value), strict=True))
+                                   for block in self._blocks[layer]]
+            return blocks
 
-    def overwrite(self, layer, key, value):
-        blocks = with_canvas(self, layer, key, value)
-        self._blocks[layer] = [tuple(torch.cat([new, old[:, :, new.shape[2]:]], dim=2)[:, :, : old.shape[2]]
-                                     for old, new in zip(block, (key, value), strict=True))
-                               for block in self._blocks[layer]]
-        return blocks
-
-    monkeypatch.setattr(KVCache, "with_canvas", overwrite)
-    assert "training equals sampling" in failed(network)
+    assert "training equals sampling" in failed(network_with(Overwritten))
 
 
 def test_catches_a_canvas_that_is_read_before_it_is_predicted(network):
@@ -211,33 +216,27 @@ def test_catches_a_canvas_that_is_read_before_it_is_predicted(network):
 
 
 @pytest.mark.parametrize("examples", [EXAMPLES, turn()], ids=["no-such-turns", "a-turn"])
-def test_catches_a_canvas_that_sees_a_later_one_of_its_turn(network, monkeypatch, examples):
-    select = KVCache.select
+def test_catches_a_canvas_that_sees_a_later_one_of_its_turn(examples):
+    class Whole(KVCache):
+        def select(self, rows, lengths):  # every canvas reads all of its row, in full layers at least
+            cut = super().select(rows, [self.lengths[row] for row in rows])
+            cut.lengths = list(lengths)
+            return cut
 
-    def whole(self, rows, lengths):  # every canvas reads all of its row, in full layers at least
-        cut = select(self, rows, [self.lengths[row] for row in rows])
-        cut.lengths = list(lengths)
-        return cut
-
-    monkeypatch.setattr(KVCache, "select", whole)
-    assert {"no target leaks", "training equals sampling"} <= failed(network, examples)
+    assert {"no target leaks", "training equals sampling"} <= failed(network_with(Whole), examples)
 
 
-def test_catches_sliding_layers_that_lost_what_an_early_canvas_sees(network, monkeypatch):
-    begin = KVCache.begin
+def test_catches_sliding_layers_that_lost_what_an_early_canvas_sees():
+    class Narrow(KVCache):
+        def begin(self, counts, width):
+            self.spare = 0
+            return super().begin(counts, width)
 
-    def narrow(self, counts, width):
-        monkeypatch.setattr(self, "spare", 0)
-        return begin(self, counts, width)
+        def select(self, rows, lengths):
+            self.spare = max(self.lengths)  # not found out
+            return super().select(rows, lengths)
 
-    def unchecked(self, rows, lengths):
-        self.spare = max(self.lengths)
-        return select(self, rows, lengths)
-
-    select = KVCache.select
-    monkeypatch.setattr(KVCache, "begin", narrow)
-    monkeypatch.setattr(KVCache, "select", unchecked)
-    assert "training equals sampling" in failed(network)
+    assert "training equals sampling" in failed(network_with(Narrow))
 
 
 def test_catches_an_adapter_that_is_applied_twice(network, monkeypatch):
@@ -302,9 +301,12 @@ def test_catches_checkpointing_that_drops_the_cache(network):
 # ---- and what else goes wrong ----------------------------------------------------------------------
 
 
-def test_catches_checkpointing_that_runs_a_block_on_the_cache_of_later(network, monkeypatch):
-    monkeypatch.setattr(KVCache, "snapshot", lambda self: self)
-    assert failed(network) == {"checkpointing changes nothing"}
+def test_catches_checkpointing_that_runs_a_block_on_the_cache_of_later():
+    class Later(KVCache):
+        def snapshot(self):
+            return self
+
+    assert failed(network_with(Later)) == {"checkpointing changes nothing"}
 
 
 def test_catches_a_frozen_weight_that_moves(network):

@@ -189,8 +189,8 @@ def test_wandb_gets_one_run_that_goes_on(tmp_path, monkeypatch):
     assert first.logged == [({"validation/loss": 0.5, "validation/t=0.5": 1.0}, 5)] and first.finished
 
 
-def test_wandb_is_asked_for_only_where_the_recipe_does(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+def test_wandb_is_asked_for_only_where_the_recipe_does(tmp_path, not_installed):
+    not_installed("wandb")
     [writer] = writers_for(tmp_path, 0)
     writer.close()
     with pytest.raises(DgemmaError, match=r"W&B project 'mine', but wandb is not installed: pip install wandb"):

@@ -82,6 +82,8 @@ CASES = {
     "dora on bfloat16": Case("bf16 dora", checkpointing=True, examples=3),
     "contexts of several pieces": Case("lora", checkpointing=True, causal_weight=0.0, examples=4, piece=4),
 }
+# Pieces are for reading only: the preflight of that case is that of other adapters.
+CHECKED = [name for name, case in CASES.items() if case.piece == Case.piece]
 RESUMED = ("full", "adapters, fewer examples than processes")
 # In float32 sums in another order are all that differs; bfloat16 rounds what they change.
 CLOSE = {name: 1e-2 if "bfloat16" in name else 1e-5 for name in CASES}
@@ -149,7 +151,8 @@ def alone_while_gathered(ranks):
 def preflights(ranks):
     """The preflight of sharded networks: what it found, a loss before and after, and the step after it."""
     found = {}
-    for name, case in CASES.items():
+    for name in CHECKED:
+        case = CASES[name]
         network, passes, optimizer = case.network(ranks)
         before = state_of(network, optimizer, ranks)
         checks = run_preflight(network, case.batch(0)[:2], Objective(causal_weight=case.causal_weight), passes=passes)
@@ -237,7 +240,7 @@ def test_while_gathered_each_process_computes_and_saves_by_itself(two):
     torch.testing.assert_close(two[1]["gathered"][2], after, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CHECKED)
 def test_the_preflight_looks_at_a_sharded_network_and_leaves_it_as_it_was(one, two, name):
     for checks, same, step in (found["preflights"][name] for found in two):
         assert len(checks) == 7 and all(found is True for found in checks.values()), checks
@@ -267,17 +270,15 @@ def test_shares_are_equally_many_small_enough_and_hold_everything_once(count, wo
     assert all(items[part.start] == part.items[0] for part in real)
 
 
-def test_a_single_process_needs_no_environment(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_a_single_process_needs_no_environment(environment):
+    environment(WORLD_SIZE=None)
     with joined("cpu") as ranks:
         assert (ranks.rank, ranks.world, ranks.is_main) == (0, 1, True)
         assert agreements(ranks)["main"] == "rank 0"
 
 
-def test_half_an_environment_is_an_error(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_half_an_environment_is_an_error(environment):
+    environment(RANK=None, LOCAL_RANK=None, MASTER_ADDR=None, MASTER_PORT=None, WORLD_SIZE="2")
     with pytest.raises(DgemmaError, match="WORLD_SIZE=2 but not RANK.*torchrun"), joined("cpu"):
         pass
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dgemma.cli.streams import print_text
 from dgemma.cli.terminal.console import SafeConsole
+
+if TYPE_CHECKING:
+    from dgemma.cli.terminal.canvas import Clock, LiveCanvas
+    from dgemma.diffusion.trace import Trace
 
 LONGEST_GAP = 1.0  # seconds between two events of a replay, whatever happened in between
 
@@ -37,15 +41,19 @@ def replay(
     if not (visual and console.is_terminal and not console.is_dumb_terminal):
         print_text(_text_of(trace))
         return
-    happened = 0.0
     with LiveCanvas(console, trace.pieces.__getitem__) as canvas:
-        due = time.monotonic()
-        for event in trace.events:
-            seconds = getattr(event, "seconds", happened)
-            due = max(due + min((seconds - happened) / speed, LONGEST_GAP), time.monotonic())
-            happened = seconds
-            time.sleep(max(0.0, due - time.monotonic()))
-            canvas.show(event)
+        show(trace, canvas, speed)
+
+
+def show(trace: Trace, canvas: LiveCanvas, speed: float, clock: Clock = time) -> None:
+    """Show a trace's events one after the other, ``speed`` times as fast as they happened."""
+    happened, due = 0.0, clock.monotonic()
+    for event in trace.events:
+        seconds = getattr(event, "seconds", happened)
+        due = max(due + min((seconds - happened) / speed, LONGEST_GAP), clock.monotonic())
+        happened = seconds
+        clock.sleep(max(0.0, due - clock.monotonic()))
+        canvas.show(event)
 
 
 def _text_of(trace) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from itertools import groupby
+from typing import Protocol
 
 from rich.console import Console
 from rich.segment import Segment
@@ -23,6 +24,14 @@ from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Ev
 FRAME_SECONDS = 1 / 30
 
 
+class Clock(Protocol):
+    """What time it is, and how to let it pass: `time`, or a test's own."""
+
+    def monotonic(self) -> float: ...
+    def sleep(self, seconds: float, /) -> None: ...
+
+
+
 class LiveCanvas:
     """Shows one request's events as they come; a context manager.
 
@@ -31,16 +40,18 @@ class LiveCanvas:
     and the terminal is as it was. On a dumb terminal only what is committed is printed.
     """
 
-    def __init__(self, console: Console, piece_of: PieceOf, *, min_frame_seconds: float = 0.0) -> None:
+    def __init__(self, console: Console, piece_of: PieceOf, *, min_frame_seconds: float = 0.0,
+                 clock: Clock = time) -> None:
         """`piece_of`: a token's bytes and whether it is special.
 
         `min_frame_seconds`: show every step, each for so long at least (for models that are faster than the eye);
-        `show` waits meanwhile. Without it steps are left out so that at most 30 frames a second are drawn.
+        `show` waits meanwhile. Without it steps are left out so that at most 30 frames a second are drawn, by
+        the `clock`.
         """
         self.console = console
         self._view = CanvasView(piece_of)
         self._region = LiveRegion(console)
-        self._min_frame_seconds = min_frame_seconds
+        self._min_frame_seconds, self._clock = min_frame_seconds, clock
         self._drawn_at = float("-inf")
         self._due = False  # a step has come that was not drawn
         self._height = 0
@@ -57,7 +68,7 @@ class LiveCanvas:
         self._view.apply(event)
         if isinstance(event, Denoised):
             self._due = True
-            if self._min_frame_seconds or time.monotonic() - self._drawn_at >= FRAME_SECONDS:
+            if self._min_frame_seconds or self._clock.monotonic() - self._drawn_at >= FRAME_SECONDS:
                 self._draw()
         elif isinstance(event, (CanvasStarted, CanvasCommitted)):
             self._draw()
@@ -71,9 +82,9 @@ class LiveCanvas:
             self._region.stop()
 
     def _draw(self) -> None:
-        wait = self._drawn_at + self._min_frame_seconds - time.monotonic()
+        wait = self._drawn_at + self._min_frame_seconds - self._clock.monotonic()
         if wait > 0:
-            time.sleep(wait)
+            self._clock.sleep(wait)
         width, height = self.console.size
         rows = self._view.take_rows(width)
         lines = self._view.frame(width, height)
@@ -83,7 +94,7 @@ class LiveCanvas:
         self._region.draw([*lines[:-1], *blank, *lines[-1:]], _permanent(rows))
         self._view.drawn()
         self._due = False
-        self._drawn_at = time.monotonic()
+        self._drawn_at = self._clock.monotonic()
 
     def _close(self) -> None:
         """Leave what was committed, and the summary if the answer is finished."""

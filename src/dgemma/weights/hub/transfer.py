@@ -113,8 +113,9 @@ class TransferError(Exception):
     """A file that did not arrive, or not as it should be; the message is the cause in a few words."""
 
 
-def download(url: str, target: Path, size: int, listener: Listener) -> None:
+def download(url: str, target: Path, size: int, listener: Listener, at_once: int = _MOST_AT_ONCE) -> None:
     """Make ``target`` the ``size`` bytes that stand at ``url``; those that it holds already are not fetched again.
+    No request asks for more than ``at_once`` of them.
 
     Tries again by itself when the connection breaks; whatever ends it, what has arrived stays in ``target``, and no
     byte is added that the server does not say belongs there. Raises TransferError when nothing more arrives, the HTTP
@@ -126,7 +127,7 @@ def download(url: str, target: Path, size: int, listener: Listener) -> None:
     failures, ranges = 0, True
     while (before := size_of(target)) < size:
         try:
-            trouble = _stream(url, target, before, size, listener, ranges)
+            trouble = _stream(url, target, before, size, listener, at_once if ranges else None)
         except _WrongAnswerError as error:  # whoever cannot do ranges may have the whole file
             trouble, ranges = str(error), not ranges
         if trouble is None:
@@ -178,19 +179,19 @@ def is_network_trouble(error: BaseException) -> bool:
             or any(kind.__name__ == "TransportError" for kind in type(error).__mro__))
 
 
-def _stream(url: str, target: Path, start: int, size: int, listener: Listener, ranges: bool) -> str | None:
+def _stream(url: str, target: Path, start: int, size: int, listener: Listener, most: int | None) -> str | None:
     """Append to ``target`` what one request brings; what went wrong with the network, None if nothing did.
 
-    Without ``ranges`` the whole file is asked for. Raises _WrongAnswerError, with nothing written, for an answer that
-    is not it.
+    ``most`` is how many bytes may be asked for; None asks for the whole file. Raises _WrongAnswerError, with nothing
+    written, for an answer that is not it.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     headers: dict[str, Any] = build_hf_headers(library_name="dgemma", library_version=__version__)
     headers["Accept-Encoding"] = "identity"  # a range of a compressed file would be of no use
-    end = min(size, start + _MOST_AT_ONCE)
-    if ranges and (start or end < size):
+    end = min(size, start + (most or size))
+    if most is not None and (start or end < size):
         headers["Range"] = f"bytes={start}-{end - 1}"
     try:
         with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
