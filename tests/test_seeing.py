@@ -1,26 +1,15 @@
 """`dgemma.load(…).generate(…, images=…)`: pictures wherever they stand in a prompt, and what is said of bad ones."""
 
 import base64
-import json
 
 import pytest
 
 import dgemma
 from dgemma.errors import DgemmaError
-from dgemma.train.data import tokenizer as bundled_tokenizer
 from support.films import film
 from support.pictures import as_file, random_picture
-from support.reference import SHAPES, reference_model
-from support.vision import SMALL
+from support.seeing import save_seeing
 
-TEMPLATE = """{% for message in messages %}<|turn>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}
-{% if part.type == 'image' %}<|image|>{% elif part.type == 'video' %}<|video|>{% else %}{{ part.text }}{% endif %}
-{% endfor %}{% endif %}<turn|>
-{% endfor %}<|turn>model
-"""
-IDS = {"boi_token_id": "<|image>", "image_token_id": "<|image|>", "eoi_token_id": "<image|>",
-       "video_token_id": "<|video|>"}
 IMAGE = random_picture(60, 50)
 SETTINGS = {"max_tokens": 16, "seed": 1, "max_denoising_steps": 2, "image_tokens": 70, "eos_token_id": ()}
 TOKENS = 9 * 7  # of a picture of 60 × 50 pixels, of 70 that it may have
@@ -28,16 +17,7 @@ TOKENS = 9 * 7  # of a picture of 60 × 50 pixels, of 70 that it may have
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny random checkpoint with a tower, whose template knows pictures."""
-    folder = tmp_path_factory.mktemp("seeing")
-    shape = SHAPES["alternating"] | {"vocab_size": bundled_tokenizer.VOCAB_SIZE, "max_position_embeddings": 1000}
-    reference_model(shape, vision=SMALL | {"position_embedding_size": 256}).save_pretrained(folder)
-    bundled_tokenizer.save(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {name: bundled_tokenizer.SPECIAL_IDS[token] for name, token in IDS.items()}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
+    return save_seeing(tmp_path_factory.mktemp("seeing"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from dgemma.cache import check_cache_type
-from dgemma.chat.media import Shown, parts_in, place_media, put_first, show
+from dgemma.chat.media import parts_in, place_media, put_first, show
 from dgemma.chat.messages import normalise_messages, normalise_tools
+from dgemma.chat.pictures import Picture
 from dgemma.chat.reply import ReplyReader, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.chat.tokenizer import Tokenizer
@@ -56,6 +57,11 @@ class Model:
     @property
     def config(self) -> ModelConfig:
         return self.network.config
+
+    @property
+    def sees(self) -> bool:
+        """Whether it takes pictures and films."""
+        return self.pictures is not None
 
     def generate(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                  thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
@@ -105,26 +111,46 @@ class Model:
                 engine.cancel_all()
 
     def prompt_ids(self, prompt: Prompt, *, thinking: bool = False, system: str | None = None,
-                   tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """The token ids that a prompt becomes: through the checkpoint's chat template unless it is ids already."""
-        given: Any = prompt
-        if isinstance(given, (torch.Tensor, np.ndarray)):
-            if given.ndim != 1 or "int" not in str(given.dtype):
-                raise DgemmaError(f"a prompt of token ids is one-dimensional integers, got {tuple(given.shape)} of "
-                                  f"{given.dtype}")
-            return given.tolist()
+                   tools: list[dict[str, Any]] | None = None, **media: Any) -> list[int]:
+        """The token ids that a prompt becomes: through the checkpoint's chat template unless it is ids already.
+
+        ``media``: its pictures and film, as in `request`. Raises DgemmaError.
+        """
+        return self._prompt(prompt, thinking, system, shown_tools(normalise_tools(tools), ToolChoice()), **media).ids
+
+    def _prompt(self, prompt: Prompt, thinking: bool, system: str | None, tools: list[dict[str, Any]] | None, *,
+                images: Sequence[Any] | None = None, video: Any = None, image_tokens: int | None = None,
+                fps: float | None = None) -> _PromptIds:
+        """A prompt with room for its pictures, which the tower has not seen yet."""
+        if images is not None and not isinstance(images, (list, tuple)):
+            raise DgemmaError(f"images must be a list of pictures, not {type(images).__name__}")
+        media = list(images or ()), [] if video is None else [video]
         if _is_ids(prompt):
-            numbers = [_plain_number(item) for item in given]
-            if not all(map(is_whole, numbers)):
-                raise DgemmaError("a prompt of token ids holds whole numbers only")
-            return numbers
-        if not isinstance(prompt, (str, list, tuple)):
+            parts = parts_in(put_first([{"role": "user", "content": ""}], *media))
+            ids = _ids_of(prompt)
+        elif isinstance(prompt, (str, list, tuple)):
+            conversation: Any = prompt if isinstance(prompt, str) else list(prompt)
+            messages = put_first(normalise_messages(conversation, system=system), *media)
+            parts = parts_in(messages)
+            self._check_seen(parts)
+            ids = self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
+        else:
             raise DgemmaError(f"a prompt is text, a list of messages or a list of token ids, not "
                               f"{type(prompt).__name__}")
-        conversation: Any = prompt if isinstance(prompt, str) else list(prompt)
-        messages = normalise_messages(conversation, system=system)
-        shown = shown_tools(normalise_tools(tools), ToolChoice())
-        return self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=shown)
+        pictures = self._check_seen(parts)
+        if pictures is None:
+            return _PromptIds(ids)
+        config = pictures.config
+        shown = [show(part, config, _plain_number(image_tokens), _plain_number(fps), words, f"{part['type']} {number}")
+                 for number, (part, words) in enumerate(parts, 1)]
+        ids, starts = place_media(ids, shown, config, self.tokenizer.encode)
+        return _PromptIds(ids, [picture for part in shown for picture in part.pictures], starts)
+
+    def _check_seen(self, parts: Sequence[Any]) -> PictureEncoder | None:
+        """What sees these parts, if there are any; raises DgemmaError where nothing does."""
+        if parts and self.pictures is None:
+            raise DgemmaError("this model sees no pictures: it has no vision tower")
+        return self.pictures if parts else None
 
     def request(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                 thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
@@ -164,7 +190,6 @@ class Model:
         ``max_tokens`` where that is less than two). ``redraw_empty``: an answer that comes out empty at its first
         canvas is drawn once more, narrower and from other noise.
         """
-        prompt, parts = self._with_media(prompt, images, video)
         given = (seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget)
         seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget = map(_plain_number, given)
         settings = {name: _plain_number(value) for name, value in settings.items()}
@@ -179,13 +204,9 @@ class Model:
             raise DgemmaError(f"reasoning_budget must be a whole number of at least 0, got {reasoning_budget!r}")
         thinking = thinking and reasoning_budget != 0
         choice, declared = read_tool_choice(tool_choice), normalise_tools(tools)
-        prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=shown_tools(declared, choice))
-        media: list[Shown] = []
-        starts: list[int] = []
-        if self.pictures is not None and parts:
-            media = [show(part, self.pictures.config, _plain_number(image_tokens), _plain_number(fps), words,
-                          f"{part['type']} {number}") for number, (part, words) in enumerate(parts, 1)]
-            prompt_ids, starts = place_media(prompt_ids, media, self.pictures.config, self.tokenizer.encode)
+        given_prompt = self._prompt(prompt, thinking, system, shown_tools(declared, choice), images=images, video=video,
+                                    image_tokens=image_tokens, fps=fps)
+        prompt_ids = given_prompt.ids
         canvas = None if canvas is None else [_plain_number(item) for item in canvas]
         constraint = None
         try:
@@ -220,27 +241,9 @@ class Model:
             raise
         except (TypeError, ValueError) as error:
             raise DgemmaError(str(error)) from error
-        if self.pictures is not None and media:  # now that it is known that they can be read
-            seen = [picture for shown in media for picture in shown.pictures]
-            request = replace(request, spans=self.pictures.spans(seen, starts))
+        if self.pictures is not None and given_prompt.pictures:  # now that it is known that they can be read
+            request = replace(request, spans=self.pictures.spans(given_prompt.pictures, given_prompt.starts))
         return request
-
-    def _with_media(self, prompt: Prompt, images: Sequence[Any] | None, video: Any) -> tuple[Prompt, list]:
-        """The prompt with these pictures and this film in its messages, and all such parts of it (`parts_in`)."""
-        if images is not None and not isinstance(images, (list, tuple)):
-            raise DgemmaError(f"images must be a list of pictures, not {type(images).__name__}")
-        pictures, films = list(images or ()), [] if video is None else [video]
-        if isinstance(prompt, str) and (pictures or films):
-            prompt = [{"role": "user", "content": prompt}]
-        if _is_ids(prompt) or not isinstance(prompt, (list, tuple)):
-            parts = parts_in(put_first([{"role": "user", "content": ""}], pictures, films))
-        else:
-            conversation: Any = list(prompt)
-            prompt = put_first(normalise_messages(conversation), pictures, films)
-            parts = parts_in(prompt)
-        if parts and self.pictures is None:
-            raise DgemmaError("this model sees no pictures: it has no vision tower")
-        return prompt, parts
 
     def _thoughts(self, inside: bool, budget: int | None) -> Thoughts | None:
         """How this model's thoughts are told from what it says; None where it has no marks for them."""
@@ -261,6 +264,28 @@ class Model:
     def reader(self, request: Request) -> ReplyReader:
         """What reads a request's answer: its text, reasoning and tool calls, and where a stop string ends it."""
         return ReplyReader(self.tokenizer, request.prompt_ids, **request.reading)
+
+
+@dataclass(frozen=True)
+class _PromptIds:
+    """A prompt's token ids, its pictures, and where their soft tokens start."""
+
+    ids: list[int]
+    pictures: list[Picture] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+
+
+def _ids_of(prompt: Any) -> list[int]:
+    """A prompt of token ids as a list. Raises DgemmaError for what are none."""
+    if isinstance(prompt, (torch.Tensor, np.ndarray)):
+        if prompt.ndim != 1 or "int" not in str(prompt.dtype):
+            raise DgemmaError(f"a prompt of token ids is one-dimensional integers, got {tuple(prompt.shape)} of "
+                              f"{prompt.dtype}")
+        return prompt.tolist()
+    numbers = [_plain_number(item) for item in prompt]
+    if not all(map(is_whole, numbers)):
+        raise DgemmaError("a prompt of token ids holds whole numbers only")
+    return numbers
 
 
 def _is_ids(prompt: Any) -> bool:

@@ -424,12 +424,15 @@ PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "image/pn
     ("/v1/responses", {"input": [{"role": "user", "content": [
         {"type": "input_file", "file_data": "data:application/pdf;base64,AAAA"}]}]}, "input[0].content[0]"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content"),
+        {"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content[0]"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
-     "messages[0].content")])
-def test_pictures_and_the_like_are_refused_readably_everywhere(server, path, fields, where):
+     "messages[0].content[0]"),
+    ("/api/chat", {"messages": [{"role": "user", "content": "What?", "images": ["AAAA"]}]}, "messages[0].images[0]")])
+def test_a_model_that_sees_nothing_says_so_of_pictures_and_the_like_everywhere(server, path, fields, where):
     message, param = refusal(ask(server, path, **fields))
-    assert message.startswith(f"{where}: this server reads text only") and param in (where, None)
+    assert re.match(re.escape(where) + r"(\.source)?: (this (model|server) reads text only|\w+ is (not read|read in))",
+                    message)
+    assert param is None or param.startswith(where)
 
 
 # ---- prompts that are too long ---------------------------------------------------------------------

@@ -81,11 +81,13 @@ def show(part: dict, config: VisionConfig, tokens: int | None = None, fps: float
          name: str = "the picture") -> Shown:
     """A part made ready for the tower.
 
-    It has its picture under "image" (a film: "video") or "path", or as a data URL under "url", and its own number of
-    soft tokens under "tokens" if not ``tokens``; None is automatic (`budget_for`, of ``words``). ``fps`` are a film's
-    frames a second. Raises DgemmaError for what is no picture or film, and for a URL that would have to be fetched.
+    It has its picture under "image" (a film: "video") or "path", or as a data URL under "url"; under "tokens" its own
+    number of soft tokens, if not ``tokens``. None is automatic: `budget_for`, of ``words``. ``fps`` are a film's frames
+    a second; ``name`` is what it is called in errors, unless it has a "name". Raises DgemmaError for what is no picture
+    or film, and for a URL that would have to be fetched.
     """
     kind = part["type"]
+    name = part.get("name", name)
     source = next((part[key] for key in (kind, "path") if part.get(key) is not None), None)
     source = _of_url(part.get("url"), kind, name) if source is None else source
     named = None if isinstance(source, (str, Path)) else name

@@ -10,8 +10,9 @@ import binascii
 import ipaddress
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 from dgemma.serve.errors import ApiError
@@ -42,6 +43,35 @@ class MediaRules:
 def addresses_of(host: str, port: int) -> list[str]:
     """What a name stands for, asked once."""
     return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def media_in(prompt: Any) -> Iterator[Mapping[str, Any]]:
+    """The parts of a conversation that are to be seen (`dgemma.serve.bodies.media`)."""
+    for message in prompt if isinstance(prompt, list) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        yield from (part for part in (content if isinstance(content, list) else ()) if _is_media(part))
+
+
+def with_media(prompt: Any, rules: MediaRules, resolve: Resolve = addresses_of) -> Any:
+    """A conversation with the bytes of its pictures and films in place of their URLs; other prompts as they are.
+
+    Raises `ApiError`, naming the field that a part came in.
+    """
+    if next(media_in(prompt), None) is None:
+        return prompt
+
+    def fetched(part: Any) -> Any:
+        if not _is_media(part):
+            return part
+        kept = {name: value for name, value in part.items() if name != "url"}
+        return kept | {part["type"]: media_bytes(part["url"], rules, part["name"], resolve)}
+
+    return [{**message, "content": [fetched(part) for part in message["content"]]}
+            if isinstance(message.get("content"), list) else message for message in prompt]
+
+
+def _is_media(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in ("image", "video")
 
 
 def media_bytes(url: str, rules: MediaRules, where: str, resolve: Resolve = addresses_of) -> bytes:
