@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,15 @@ import torch
 
 from dgemma.cache import check_cache_type
 from dgemma.chat.messages import normalise_messages, normalise_tools
-from dgemma.chat.pictures import Picture, place_pictures, prepare, put_first, sources_in
+from dgemma.chat.pictures import (
+    PICTURE_TOKENS,
+    Picture,
+    place_pictures,
+    prepare,
+    put_first,
+    sources_in,
+    with_picture_tokens,
+)
 from dgemma.chat.reply import AnswerReader, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.chat.tokenizer import Tokenizer
@@ -26,7 +35,7 @@ from dgemma.diffusion.events import Event, Finished, Generation
 from dgemma.diffusion.request import Request, SamplingParams, Thoughts
 from dgemma.engine import Engine, PrefixStore
 from dgemma.engine.pictures import PictureEncoder
-from dgemma.errors import ContextLengthError, DgemmaError
+from dgemma.errors import CheckpointError, ContextLengthError, DgemmaError
 from dgemma.fields import is_whole
 from dgemma.memory.inference import request_memory
 from dgemma.nn import DiffusionTransformer
@@ -34,6 +43,7 @@ from dgemma.nn import DiffusionTransformer
 if TYPE_CHECKING:
     from dgemma.weights.gguf_model import GGUFModel
     from dgemma.weights.hub.transfer import Downloads
+    from dgemma.weights.towers import Tower
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | torch.Tensor | np.ndarray
 
@@ -290,7 +300,8 @@ def parse_device(name: str | torch.device | None) -> torch.device:
 
 
 def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-         cache_type: str | None = None, adapter: str | Path | None = None,
+         cache_type: str | None = None, adapter: str | Path | None = None, mmproj: str | Path | None = None,
+         vision: str | Path | None = None,
          progress: Callable[[int, int], None] | None = None, downloads: Downloads | None = None) -> Model:
     """Load a model: a bundled name ("sudoku"), a checkpoint folder, a GGUF file, or a hub id.
 
@@ -298,11 +309,17 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     own; it is not for a quantised GGUF on the CPU, whose weights stay packed. ``cache_type`` is what keys and values
     are kept in ("f32", "f16", "bf16", "q8_0"; None: what they are computed in, "bf16" for packed weights).
     ``adapter`` is one for this model in PEFT's format: its folder, or the .safetensors file in it.
+
+    What sees pictures is the checkpoint's own vision tower, or for a GGUF file what lies beside it: of several
+    ``mmproj*.gguf`` that fit, the one named after the model (mmproj-NAME.gguf for NAME.gguf), else BF16 before F16,
+    F32 and Q8_0. ``mmproj`` is another such file, ``vision`` a checkpoint folder or hub repository of which the tower
+    is taken and nothing else. It is read when the first picture comes.
+
     ``progress(done_bytes, total_bytes)`` is called while weights are read; ``downloads()`` makes who is told of what
     is fetched from the hub (None: lines on stderr). Raises CheckpointError, naming file
     and cause, when it cannot be used.
     """
-    from dgemma.weights.load import load_network, load_vision
+    from dgemma.weights.load import load_network
 
     try:
         check_cache_type(cache_type)
@@ -315,23 +332,44 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     target = parse_device(device)
     parts = read_parts(name, downloads)
     assert parts.source is not None
+    config, tower = _seeing(parts, mmproj, vision, downloads)
     if parts.gguf is not None:
         from dgemma.weights.gguf_model import load_gguf_network
 
-        network = load_gguf_network(parts.gguf, device=target, dtype=dtype, progress=progress)
+        network = load_gguf_network(replace(parts.gguf, config=config), device=target, dtype=dtype, progress=progress)
         network.cache_type = cache_type or network.cache_type
     else:
-        network = load_network(parts.source, parts.config, device=target, dtype=dtype, progress=progress)
+        network = load_network(parts.source, config, device=target, dtype=dtype, progress=progress)
         network.cache_type = cache_type
     pictures = None
-    if parts.config.vision is not None:  # of a checkpoint folder: GGUF files have no tower
-        pictures = PictureEncoder(network, parts.config.vision,
-                                  partial(load_vision, parts.source, parts.config, target, dtype))
+    if tower is not None and config.vision is not None:
+        pictures = PictureEncoder(network, config.vision, partial(tower.load, target, dtype))
     if adapter is not None:
         from dgemma.weights.adapters import load_adapter
 
         load_adapter(network, adapter)
     return Model(network, parts.tokenizer, parts.generation_config, str(name), pictures)
+
+
+def _seeing(parts: Parts, mmproj: str | Path | None, vision: str | Path | None,
+            downloads: Downloads | None) -> tuple[ModelConfig, Tower | None]:
+    """The model's config with that of the vision tower it sees with, and the tower; as they are without one."""
+    from dgemma.weights.towers import find_tower
+
+    assert parts.source is not None
+    tower = find_tower(parts.source, parts.config, mmproj, vision, downloads)
+    if tower is None:
+        return parts.config, None
+    own = parts.config.vision
+    seeing = with_picture_tokens(tower.config, parts.tokenizer.token_to_id) if own is None else replace(
+        tower.config, **{name: getattr(own, name) for name in PICTURE_TOKENS})
+    if seeing is not None:
+        return replace(parts.config, vision=seeing), tower
+    why = f"{tower.path}: this vision tower cannot be used: the model's tokenizer has no tokens for pictures"
+    if mmproj is not None or vision is not None:
+        raise CheckpointError(why)
+    warnings.warn(why, stacklevel=3)
+    return parts.config, None
 
 
 @dataclass(frozen=True)
