@@ -15,46 +15,20 @@ from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.gguf.vision import check_mmproj, gguf_name, gguf_shape, read_vision_config, vision_metadata
 from dgemma.kernels import PackedWeight
 from dgemma.nn.packed import all_packed
-from dgemma.train.data import tokenizer as bundled_tokenizer
 from dgemma.weights.gguf_vision import load_mmproj, open_mmproj, pixel_order, plane_order, tower_beside
 from dgemma.weights.load import empty_vision, load_vision, tensor_shapes
 from dgemma.weights.quantize import convert
 from support.gguf_files import write
 from support.pictures import random_picture
-from support.reference import SHAPES, reference_model
-from support.vision import SMALL, random_pictures
+from support.vision import SEEING_WIDTH, random_pictures, save_seeing_model
 
-WIDTH = SHAPES["alternating"]["hidden_size"]
-VISION = SMALL | {"hidden_size": 64, "head_dim": 16, "intermediate_size": 80, "position_embedding_size": 256,
-                  "standardize": True}
-IDS = {"boi_token_id": "<|image>", "image_token_id": "<|image|>", "eoi_token_id": "<image|>",
-       "video_token_id": "<|video|>"}
-TEMPLATE = """{% for message in messages %}<|turn>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}
-{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}
-{% endfor %}{% endif %}<turn|>
-{% endfor %}<|turn>model
-"""
 IMAGE = random_picture(60, 50)
 SETTINGS = {"max_tokens": 16, "seed": 1, "max_denoising_steps": 2, "image_tokens": 70, "eos_token_id": ()}
 
 
-def save_model(folder, seed=0, **vision):
-    """A tiny random checkpoint with a tower, which bf16 holds exactly."""
-    shape = SHAPES["alternating"] | {"vocab_size": bundled_tokenizer.VOCAB_SIZE, "max_position_embeddings": 1000}
-    model = reference_model(shape, vision=VISION | vision, seed=seed).bfloat16().float()
-    model.save_pretrained(folder)
-    bundled_tokenizer.save(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {name: bundled_tokenizer.SPECIAL_IDS[token] for name, token in IDS.items()}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("seeing"))
+    return save_seeing_model(tmp_path_factory.mktemp("seeing"))
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +52,11 @@ def original(folder):
 
 
 def opened(path):
-    return open_mmproj(path, WIDTH)
+    return open_mmproj(path, SEEING_WIDTH)
 
 
 def loaded(path, **options):
-    return load_mmproj(opened(path), WIDTH, **options)
+    return load_mmproj(opened(path), SEEING_WIDTH, **options)
 
 
 def rewritten(path, out, edit=lambda metadata, tensors: None):
@@ -159,7 +133,7 @@ def test_the_gguf_package_reads_what_is_written(towers, original):
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.architecture"] == "clip" and fields["general.type"] == "mmproj"
     assert fields["clip.has_vision_encoder"] is True and fields["clip.vision.projector_type"] == "gemma4v"
-    assert (fields["clip.vision.block_count"], fields["clip.vision.projection_dim"]) == (3, WIDTH)
+    assert (fields["clip.vision.block_count"], fields["clip.vision.projection_dim"]) == (3, SEEING_WIDTH)
     assert fields["clip.vision.image_mean"] == [0.0] * 3 and fields["general.file_type"] == 7
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
@@ -179,7 +153,7 @@ def test_patches_go_both_ways():
 
 
 def test_towers_without_standardising_and_with_bounds_go_both_ways(tmp_path):
-    folder = save_model(tmp_path / "other", standardize=False, use_clipped_linears=True)
+    folder = save_seeing_model(tmp_path / "other", standardize=False, use_clipped_linears=True)
     convert(folder, tmp_path / "m.gguf", "Q8_0", tower="F32")
     read, exact = loaded(tmp_path / "mmproj-m.gguf"), load_vision(folder, load_model_config(folder))
     assert read.config.use_clipped_linears and not read.config.standardize
@@ -217,7 +191,8 @@ def test_what_is_no_vision_tower_is_said(quantized, towers, tmp_path):
 
 
 def test_a_tower_for_a_model_of_another_width_is_refused(towers):
-    with pytest.raises(CheckpointError, match=f"another model: what it makes is {WIDTH} wide, .* embeddings are 1,000"):
+    said = f"another model: what it makes is {SEEING_WIDTH} wide, .* embeddings are 1,000"
+    with pytest.raises(CheckpointError, match=said):
         open_mmproj(towers["F32"], 1000)
 
 
@@ -278,7 +253,7 @@ def test_of_several_towers_its_own_comes_first_and_then_what_loses_least(quantiz
     shutil.copy(quantized["F32"] / "model.gguf", model)
 
     def chosen():
-        found = tower_beside(model, WIDTH)
+        found = tower_beside(model, SEEING_WIDTH)
         return found and found.file.path.name
 
     assert chosen() is None
