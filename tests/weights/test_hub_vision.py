@@ -113,13 +113,13 @@ def test_an_interrupted_download_goes_on(hub, folder, monkeypatch):
     with pytest.raises(CheckpointError, match="connection"):
         locate_tower(REPO, Listener)
     part = next((repo_folder(REPO) / "vision" / COMMIT).glob("model-*-of-*.*[0-9]"))
-    assert part.stat().st_size == 50_000
-    first = int(part.suffix[1:])
+    assert 0 < part.stat().st_size <= 50_000
+    kept = int(part.suffix[1:]) + part.stat().st_size
     hub.requests.clear()
     hub.switches.cuts = 0
     assert same_tower(locate_tower(REPO, Listener), folder)
     wanted = [wanted for _, wanted in hub.downloads()]
-    assert wanted[0].startswith(f"bytes={first + 50_000}-")  # neither config, index nor headers again
+    assert wanted[0].startswith(f"bytes={kept}-")  # neither config, index nor headers again
 
 
 def test_what_it_cannot_be_taken_from_is_said(hub, repository):
