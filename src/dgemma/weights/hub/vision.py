@@ -92,7 +92,8 @@ def _plan(repo: str, commit: str, files: Mapping[str, HubFile], folder: Path, li
     for name in [name for name in names if name in files] or [name for name in (SINGLE_FILE,) if name in files]:
         header = folder / f"{name.replace('/', '--')}.header"
         url, shard = file_url(repo, name, commit), files[name]
-        download(url, header, min(8, shard.size), listener, whole=shard.size)
+        if size_of(header) < 8:
+            download(url, header, min(8, shard.size), listener, whole=shard.size)
         length = int.from_bytes(header.read_bytes()[:8], "little")
         if 8 + length <= min(shard.size, 1 << 27):  # if not, reading it says what is wrong
             download(url, header, 8 + length, listener, whole=shard.size)
