@@ -22,7 +22,7 @@ from dgemma.kernels.norm import Rope, rotate
 from dgemma.nn.layers import Linear, RMSNorm
 
 MOST_PATCHES = 10_080  # that go through together, unless one picture has more: those of 1,120 soft tokens
-_ROWS = 2048  # patches in an MLP at a time: what it needs in between is four times as wide as they are
+ROWS = 2048  # patches in an MLP at a time: what it needs in between is four times as wide as they are
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class VisionMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, D] -> [N, D]."""
         return torch.cat([self.down_proj(F.gelu(self.gate_proj(some), approximate="tanh") * self.up_proj(some))
-                          for some in x.split(_ROWS)])
+                          for some in x.split(ROWS)])
 
 
 class VisionBlock(nn.Module):

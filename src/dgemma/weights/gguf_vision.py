@@ -99,10 +99,18 @@ def open_mmproj(path: str | Path, width: int) -> Mmproj:
 
 
 def tower_beside(model: Path, width: int) -> Mmproj | None:
+    """The vision tower that `search_beside` finds; a warning tells when there are some and none can be used."""
+    found, refused = search_beside(model, width)
+    if refused:
+        warnings.warn(refused, stacklevel=3)
+    return found
+
+
+def search_beside(model: Path, width: int) -> tuple[Mmproj | None, str | None]:
     """The vision tower that belongs to a GGUF file by lying beside it (or at the top of its hub repository).
 
     Of several that fit, the one named after the model (`files.tower_name`), else by type as `files.TOWER_TYPES` has
-    them, else the first by name. A warning tells when there are some and none can be used.
+    them, else the first by name. If there are some and none fits, what to say of them.
     """
     top = next((folder for folder in model.parents if folder.parent.name == "snapshots"), model.parent)
     names = {path.relative_to(top).as_posix() for folder in {top, model.parent} for path in folder.glob("*")
@@ -113,12 +121,12 @@ def tower_beside(model: Path, width: int) -> Mmproj | None:
             fitting.append(open_mmproj(top / name, width))
         except CheckpointError as error:
             refused.append(str(error))
-    if refused and not fitting:
-        warnings.warn(f"pictures cannot be seen: no vision tower beside {model.name} fits it:\n" + "\n".join(refused),
-                      stacklevel=3)
     own = tower_name(model.name).lower()
-    return min(fitting, key=lambda found: (found.file.path.name.lower() != own, tower_rank(found.type_name)),
-               default=None)
+    found = min(fitting, key=lambda found: (found.file.path.name.lower() != own, tower_rank(found.type_name)),
+                default=None)
+    if found is not None or not refused:
+        return found, None
+    return None, f"pictures cannot be seen: no vision tower beside {model.name} fits it:\n" + "\n".join(refused)
 
 
 def load_mmproj(mmproj: Mmproj, width: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
