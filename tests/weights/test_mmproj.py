@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import shutil
 
 import gguf
@@ -147,6 +148,19 @@ def test_the_gguf_package_reads_what_is_written(towers, original):
     assert torch.equal(torch.from_numpy(patches[:, 2, 5, 9].copy()), pixel)
 
 
+def test_names_and_keys_are_those_that_the_gguf_package_knows(towers):
+    reader = gguf.GGUFReader(towers["BF16"])
+    known = {template.format(bid=layer) for template in gguf.TENSOR_NAMES.values() for layer in range(3)}
+    assert {name.removesuffix(".weight") for name in tensors_of(towers["BF16"])} <= known
+    keys = {value for part in (gguf.Keys.Clip, gguf.Keys.ClipVision, gguf.Keys.ClipVision.Attention,
+                               gguf.Keys.ClipVision.Projector) for value in vars(part).values()}
+    assert {name for name in reader.fields if name.startswith("clip.")} <= keys
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 3)
+    for name in ("vision_tower.patch_embedder.input_proj", "embed_vision.embedding_projection"):
+        assert gguf_name(f"{name}.weight") == f"{mapping.get_name(f'model.{name}')}.weight"
+    assert reader.fields["clip.vision.projector_type"].contents() == gguf.VisionProjectorType.GEMMA4V
+
+
 def test_patches_go_both_ways():
     matrix = torch.randn(5, 3 * 4 * 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(pixel_order(plane_order(matrix, 4)), matrix)
@@ -233,6 +247,36 @@ def test_a_truncated_file_is_said(towers, tmp_path):
         opened(tmp_path / "m.gguf")
 
 
+def test_any_byte_of_a_header_may_be_another(towers, tmp_path):
+    """It opens, or it is refused in words; seeded, some hundreds of ways."""
+    data, chance, path = towers["Q8_0"].read_bytes(), random.Random(0), tmp_path / "m.gguf"
+    refused = []
+    for _ in range(400):
+        broken = bytearray(data)
+        for _ in range(chance.choice((1, 1, 2, 8))):
+            broken[chance.randrange(8, 5000)] = chance.choice((0, 1, 3, 64, 127, 128, 255))
+        path.write_bytes(broken)
+        try:
+            load_mmproj(opened(path), SEEING_WIDTH)
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert 0 < len(refused) < 400 and all(str(path) in said for said in refused)
+
+
+@pytest.mark.parametrize("key", ["attention.head_count", "embedding_length", "feed_forward_length", "block_count",
+                                 "projection_dim", "patch_size", "projector.scale_factor",
+                                 "attention.layer_norm_epsilon"])
+def test_any_value_of_a_key_is_refused_or_fits(key, towers, tmp_path):
+    for value in (0, 1, 1 << 19, (1 << 32) - 1, -1.0, float("nan"), "x", True, [1, 2]):
+        path = rewritten(towers["F32"], tmp_path / "m.gguf", lambda keys, _, value=value: keys.update(
+            {f"clip.vision.{key}": value}))
+        try:
+            opened(path)
+        except CheckpointError:
+            continue
+        assert key in ("projector.scale_factor", "attention.layer_norm_epsilon")  # no tensor tells
+
+
 # Finding it.
 
 def test_a_model_finds_the_tower_beside_it_and_sees_what_the_checkpoint_sees(folder, quantized):
@@ -246,6 +290,14 @@ def test_a_model_finds_the_tower_beside_it_and_sees_what_the_checkpoint_sees(fol
     assert blind.pictures is None and blind.config.vision is None
     with pytest.raises(DgemmaError, match="sees no pictures"):
         blind.generate("What is this?", images=[IMAGE], **SETTINGS)
+
+
+def test_packed_text_sees_with_a_packed_tower(folder, tmp_path):
+    convert(folder, tmp_path / "model.gguf", "Q8_0", tower="Q8_0")
+    model = dgemma.load(tmp_path / "model.gguf")
+    seen = model.generate("What is this?", images=[IMAGE], **SETTINGS)
+    other = model.generate("What is this?", images=[random_picture(60, 50, seed=1)], **SETTINGS)
+    assert seen.prompt_tokens == other.prompt_tokens and seen.token_ids != other.token_ids
 
 
 def test_of_several_towers_its_own_comes_first_and_then_what_loses_least(quantized, towers, tmp_path):

@@ -102,7 +102,7 @@ def read_vision_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[i
     heads, hidden = keys.size("attention.head_count"), keys.size("embedding_length")
     head_dim = shapes.get("v.blk.0.attn_q_norm.weight", (hidden // heads,))[0]
     kv_heads = shapes.get("v.blk.0.attn_k.weight", (heads * head_dim,))[0] // max(head_dim, 1)
-    if not keys.missing and (head_dim < 1 or head_dim % 4 or not kv_heads or heads % kv_heads):
+    if not keys.missing and (not 4 <= head_dim <= LARGEST_SIZE or head_dim % 4 or not kv_heads or heads % kv_heads):
         keys.wrong.append(f"{keys.full('attention.head_count')} {heads}, with heads of {head_dim} and {kv_heads} for "
                           "keys and values: a head is a multiple of 4 numbers, and those for keys divide the others")
     table = shapes.get(POSITIONS, ())

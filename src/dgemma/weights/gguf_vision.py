@@ -38,10 +38,10 @@ class Mmproj:
 
     @property
     def type_name(self) -> str:
-        """What most of it is stored as."""
+        """What most of its matrices are stored as."""
         sizes: Counter[str] = Counter()
         for tensor in self.tensors.values():
-            sizes[tensor.type_name] += tensor.nbytes
+            sizes[tensor.type_name] += tensor.nbytes * (len(tensor.shape) == 2)  # not positions, nor norms: always F32
         return sizes.most_common(1)[0][0]
 
     @property

@@ -135,8 +135,8 @@ def convert(source: Path, out: Path, mixture: str = "Q4_K_M", *, name: str | Non
         _check_out(source, beside, force)
         types = {tensor.name: BLOCK_TYPES[tower_type(tensor.name, tensor.shape, tower)] for tensor in seeing.tensors}
         file_type = _file_type(next(kind.file_type for kind in (*MIXTURES.values(), *_TOWERS) if kind.name == tower))
-        files.append(_Target(beside, {**seeing.metadata, "general.name": metadata["general.name"], **file_type},
-                             seeing.tensors, types))
+        named = {key: metadata[key] for key in ("general.name",) if key in metadata}
+        files.append(_Target(beside, {**seeing.metadata, **named, **file_type}, seeing.tensors, types))
     check_space(out, sum(target.size for target in files))
     tell, done = progress or (lambda name, done, total: None), 0
     total = sum(tensor.nbytes for target in files for tensor in target.tensors)
@@ -344,13 +344,18 @@ def _open_gguf(path: Path) -> _Opened:
     model = open_gguf(path)
     _, problems = match_gguf(model, network_shapes(model.config))
     refuse(problems, f"{path}: this checkpoint cannot be converted")
-    dropped = ("split.", "quantize.", "general.alignment")
-    metadata = {key: value for key, value in model.file.metadata.items() if not key.startswith(dropped)}
+    metadata = _kept(model.file.metadata)
     if types := mended_types(metadata):
         metadata[keys.TOKEN_TYPES] = types
     tensors = [_Stored(name, tensor.shape, tensor.type, tensor.file, tensor.offset, name)
                for name, tensor in model.file.tensors.items() if tensor.type is not None]
     return _Opened(metadata, tensors)
+
+
+def _kept(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of itself, but for how it lies there."""
+    return {key: value for key, value in metadata.items()
+            if not key.startswith(("split.", "quantize.", "general.alignment"))}
 
 
 def _open_folder(folder: Path) -> _Opened:
@@ -384,7 +389,7 @@ def _tower_of_gguf(path: Path) -> _Opened | None:
         return None
     tensors = [_Stored(tensor.name, tensor.shape, tensor.type, tensor.file, tensor.offset, tensor.name)
                for tensor in found.tensors.values() if tensor.type is not None]
-    return _Opened(dict(found.file.metadata), tensors, file=found.file.path)
+    return _Opened(_kept(found.file.metadata), tensors, file=found.file.path)
 
 
 def _tower_of_folder(folder: Path) -> _Opened | None:
