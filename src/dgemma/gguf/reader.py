@@ -149,7 +149,7 @@ def read_tensor(tensor: GGUFTensor) -> Tensor | None:
         with tensor.file.open("rb") as file:
             file.seek(tensor.offset)
             data = bytearray(file.read(tensor.nbytes))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # the last two for numbers beyond any file
         raise CheckpointError(f"{tensor.file}: cannot be read ({error})") from error
     return torch.frombuffer(data, dtype=torch.uint8) if data and len(data) == tensor.nbytes else None
 
