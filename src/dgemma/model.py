@@ -8,7 +8,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -313,7 +312,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     What sees pictures is the checkpoint's own vision tower, or for a GGUF file what lies beside it: of several
     ``mmproj*.gguf`` that fit, the one named after the model (mmproj-NAME.gguf for NAME.gguf), else BF16 before F16,
     F32 and Q8_0. ``mmproj`` is another such file, ``vision`` a checkpoint folder or hub repository of which the tower
-    is taken and nothing else. It is read when the first picture comes.
+    is taken and nothing else. It is read when the first picture comes, with ``vision`` at once.
 
     ``progress(done_bytes, total_bytes)`` is called while weights are read; ``downloads()`` makes who is told of what
     is fetched from the hub (None: lines on stderr). Raises CheckpointError, naming file
@@ -343,7 +342,10 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
         network.cache_type = cache_type
     pictures = None
     if tower is not None and config.vision is not None:
-        pictures = PictureEncoder(network, config.vision, partial(tower.load, target, dtype))
+        # With ``vision`` it is asked for, so it is there before the first picture.
+        asked = None if vision is None else tower.load(target, dtype)
+        pictures = PictureEncoder(network, config.vision,
+                                  lambda: tower.load(target, dtype) if asked is None else asked)
     if adapter is not None:
         from dgemma.weights.adapters import load_adapter
 

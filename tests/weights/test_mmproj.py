@@ -341,6 +341,7 @@ def test_a_tower_is_taken_from_a_checkpoint(folder, quantized, tmp_path):
     alone = tmp_path / "alone.gguf"
     shutil.copy(quantized["F32"] / "model.gguf", alone)
     model = dgemma.load(alone, dtype="float32", vision=folder)
+    assert model.pictures.load() is model.pictures.load()  # read already: it was asked for
     exact = dgemma.load(folder)
     assert model.generate("What?", images=[IMAGE], **SETTINGS).token_ids == \
         exact.generate("What?", images=[IMAGE], **SETTINGS).token_ids
