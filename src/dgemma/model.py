@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from dgemma.cache import check_cache_type
 from dgemma.chat.media import parts_in, place_media, put_first, show
 from dgemma.chat.messages import normalise_messages, normalise_tools
-from dgemma.chat.pictures import Picture
+from dgemma.chat.pictures import PICTURE_TOKENS, Picture, with_picture_tokens
 from dgemma.chat.reply import ReplyReader, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.chat.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from dgemma.diffusion.events import Event, Finished, Generation
 from dgemma.diffusion.request import Request, SamplingParams, Thoughts
 from dgemma.engine import Engine, PrefixStore
 from dgemma.engine.pictures import PictureEncoder
-from dgemma.errors import ContextLengthError, DgemmaError
+from dgemma.errors import CheckpointError, ContextLengthError, DgemmaError
 from dgemma.fields import is_whole
 from dgemma.memory.inference import request_memory
 from dgemma.nn import DiffusionTransformer
@@ -35,6 +35,7 @@ from dgemma.nn import DiffusionTransformer
 if TYPE_CHECKING:
     from dgemma.weights.gguf_model import GGUFModel
     from dgemma.weights.hub.transfer import Downloads
+    from dgemma.weights.towers import Tower
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | torch.Tensor | np.ndarray
 
@@ -314,7 +315,8 @@ def parse_device(name: str | torch.device | None) -> torch.device:
 
 
 def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-         cache_type: str | None = None, adapter: str | Path | None = None,
+         cache_type: str | None = None, adapter: str | Path | None = None, mmproj: str | Path | None = None,
+         vision: str | Path | None = None,
          progress: Callable[[int, int], None] | None = None, downloads: Downloads | None = None) -> Model:
     """Load a model: a bundled name ("sudoku"), a checkpoint folder, a GGUF file, or a hub id.
 
@@ -322,11 +324,17 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     own; it is not for a quantised GGUF on the CPU, whose weights stay packed. ``cache_type`` is what keys and values
     are kept in ("f32", "f16", "bf16", "q8_0"; None: what they are computed in, "bf16" for packed weights).
     ``adapter`` is one for this model in PEFT's format: its folder, or the .safetensors file in it.
+
+    What sees pictures is the checkpoint's own vision tower, or for a GGUF file what lies beside it: of several
+    ``mmproj*.gguf`` that fit, the one named after the model (mmproj-NAME.gguf for NAME.gguf), else BF16 before F16,
+    F32 and Q8_0. ``mmproj`` is another such file, ``vision`` a checkpoint folder or hub repository of which the tower
+    is taken and nothing else. It is read when the first picture comes, with ``vision`` at once.
+
     ``progress(done_bytes, total_bytes)`` is called while weights are read; ``downloads()`` makes who is told of what
     is fetched from the hub (None: lines on stderr). Raises CheckpointError, naming file
     and cause, when it cannot be used.
     """
-    from dgemma.weights.load import load_network, load_vision
+    from dgemma.weights.load import load_network
 
     try:
         check_cache_type(cache_type)
@@ -339,23 +347,47 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     target = parse_device(device)
     parts = read_parts(name, downloads)
     assert parts.source is not None
+    config, tower = _seeing(parts, mmproj, vision, downloads)
     if parts.gguf is not None:
         from dgemma.weights.gguf_model import load_gguf_network
 
-        network = load_gguf_network(parts.gguf, device=target, dtype=dtype, progress=progress,
+        network = load_gguf_network(replace(parts.gguf, config=config), device=target, dtype=dtype, progress=progress,
                                     cache_type=cache_type)
     else:
-        network = load_network(parts.source, parts.config, device=target, dtype=dtype, progress=progress,
+        network = load_network(parts.source, config, device=target, dtype=dtype, progress=progress,
                                cache_type=cache_type)
     pictures = None
-    if parts.config.vision is not None:  # of a checkpoint folder: GGUF files have no tower
-        pictures = PictureEncoder(network, parts.config.vision,
-                                  partial(load_vision, parts.source, parts.config, target, dtype))
+    if tower is not None and config.vision is not None:
+        # With ``vision`` it is asked for, so it is there before the first picture.
+        asked = None if vision is None else tower.load(target, dtype)
+        pictures = PictureEncoder(network, config.vision,
+                                  lambda: tower.load(target, dtype) if asked is None else asked)
     if adapter is not None:
         from dgemma.weights.adapters import load_adapter
 
         load_adapter(network, adapter)
     return Model(network, parts.tokenizer, parts.generation_config, str(name), pictures)
+
+
+def _seeing(parts: Parts, mmproj: str | Path | None, vision: str | Path | None,
+            downloads: Downloads | None) -> tuple[ModelConfig, Tower | None]:
+    """The model's config with that of the vision tower it sees with, and the tower; as they are without one."""
+    from dgemma.weights.towers import find_tower
+
+    assert parts.source is not None
+    tower = find_tower(parts.source, parts.config, mmproj, vision, downloads)
+    if tower is None:
+        return parts.config, None
+    own = parts.config.vision
+    seeing = with_picture_tokens(tower.config, parts.tokenizer.token_to_id) if own is None else replace(
+        tower.config, **{name: getattr(own, name) for name in PICTURE_TOKENS})
+    if seeing is not None:
+        return replace(parts.config, vision=seeing), tower
+    why = f"{tower.path}: this vision tower cannot be used: the model's tokenizer has no tokens for pictures"
+    if mmproj is not None or vision is not None:
+        raise CheckpointError(why)
+    warnings.warn(why, stacklevel=3)
+    return parts.config, None
 
 
 @dataclass(frozen=True)

@@ -494,7 +494,8 @@ def test_a_request_that_memory_has_no_room_for_is_too_long_as_well(serve_model, 
     ("/v1/messages", {"messages": [{"role": "robot", "content": "x"}]},
      "messages[0].role: must be 'user', 'assistant' or 'system', not \"robot\""),
     ("/v1/messages", {"messages": [{"role": "user", "content": [{"type": "poem"}]}]},
-     "messages[0].content[0].type: must be 'text', 'image', 'document', 'search_result' or 'tool_result', not \"poem\""),
+     "messages[0].content[0].type: must be 'text', 'image', 'document', 'search_result' or 'tool_result', "
+     'not "poem"'),
     ("/v1/messages", {"tools": [{"name": "f"}]}, "tools[0].input_schema is missing"),
     ("/v1/messages", {"max_tokens": "many"}, 'max_tokens: must be a whole number or -1, not "many"'),
 ], ids=repr)

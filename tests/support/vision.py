@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dgemma.config import VisionConfig, model_config_from_dict
 from dgemma.nn.vision import Vision
-from support.reference import randomise
+from dgemma.train.data import tokenizer as bundled_tokenizer
+from support.reference import SHAPES, randomise, reference_model
 
 TEXT_WIDTH = 40
 SMALL: dict[str, Any] = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
                              num_key_value_heads=4, head_dim=12, position_embedding_size=64)
+
+
+# What `save_seeing_model` makes: the width of its embeddings, its tower, its template and its tokens for pictures.
+SEEING_WIDTH: int = SHAPES["alternating"]["hidden_size"]
+_SEEING = SMALL | {"hidden_size": 64, "head_dim": 16, "position_embedding_size": 256, "standardize": True}
+_TEMPLATE = """{% for message in messages %}<|turn>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}
+{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}
+{% endfor %}{% endif %}<turn|>
+{% endfor %}<|turn>model
+"""
+_IDS = {"boi_token_id": "<|image>", "image_token_id": "<|image|>", "eoi_token_id": "<image|>",
+        "video_token_id": "<|video|>"}
+
+
+def save_seeing_model(folder: Path, seed: int = 0, **vision: Any) -> Path:
+    """A tiny random checkpoint with a tower, a tokenizer and a template; float32 numbers that bfloat16 holds."""
+    shape = SHAPES["alternating"] | {"vocab_size": bundled_tokenizer.VOCAB_SIZE, "max_position_embeddings": 1000}
+    reference_model(shape, vision=_SEEING | vision, seed=seed).bfloat16().float().save_pretrained(folder)
+    bundled_tokenizer.save(folder)
+    (folder / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {name: bundled_tokenizer.SPECIAL_IDS[token] for name, token in _IDS.items()}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 class ReferenceVision(torch.nn.Module):

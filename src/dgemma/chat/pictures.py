@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,9 @@ _MARKUP = {b"<svg": "an SVG drawing: convert it to PNG", b"<html": "a web page, 
            b"<!doctype html": "a web page, not a picture"}
 _ORIENTATION = 0x0112  # EXIF's tag
 _GEMMA = VisionConfig()
+# What a config calls a picture's tokens, and how Gemma's vocabulary spells them.
+PICTURE_TOKENS = {"boi_token_id": "<|image>", "image_token_id": "<|image|>", "eoi_token_id": "<image|>",
+                  "video_token_id": "<|video|>"}
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,15 @@ def open_picture(source: str | Path | bytes | Image, name: str | None = None) ->
         raise DgemmaError(f"{name}: {error}") from error
     except Exception as error:  # damaged data makes Pillow's decoders raise anything
         raise DgemmaError(f"{name}: this picture is damaged or cut off ({error or type(error).__name__})") from error
+
+
+def with_picture_tokens(config: VisionConfig, token_to_id: Callable[[str], int | None]) -> VisionConfig | None:
+    """A tower's config with the ids that a vocabulary has for picture tokens; None where it has none of them.
+
+    For models whose files name no ids. Tokens of videos may be missing.
+    """
+    ids = {name: found for name, token in PICTURE_TOKENS.items() if (found := token_to_id(token)) is not None}
+    return replace(config, **ids) if {*PICTURE_TOKENS} - {*ids} <= {"video_token_id"} else None
 
 
 def _pillow() -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dgemma.config import ModelConfig
+from dgemma.config import ModelConfig, VisionConfig
 from dgemma.errors import CheckpointError, Problem, problems_of, refuse
 from dgemma.fields import is_whole, parse_json_value, shown
 from dgemma.files import read_pieces
@@ -112,16 +112,21 @@ def load_vision(folder: Path, config: ModelConfig, device: torch.device | str = 
     folder, device = Path(folder), torch.device(device)
     if config.vision is None:
         raise CheckpointError(f"{folder}: this checkpoint has no vision tower: its config.json has no vision_config")
-    contents = read_headers(folder)
-    if not any(map(is_vision, (*contents.tensors, *(contents.unread or ())))) and not contents.damaged:
-        raise CheckpointError(f"{folder}: the vision tower is not in this checkpoint, only its config is")
-    with _OnMeta():
-        vision = Vision(config.vision, config.hidden_size).requires_grad_(False)
-    chosen, problems = match(contents, tensor_shapes(vision), vision=True)
-    refuse(problems, f"{folder}: the vision tower cannot be loaded")
+    vision = empty_vision(config.vision, config.hidden_size)
+    chosen = match_vision(folder, vision)
     dtype = dtype or DTYPES[chosen["embed_vision.embedding_projection.weight"].dtype]
     vision.load_state_dict(_read(chosen, device, dtype, progress or (lambda done, total: None)), assign=True)
     return vision.eval()
+
+
+def match_vision(folder: Path, vision: Vision) -> dict[str, StoredTensor]:
+    """The tensor of a checkpoint folder for every name of ours of a tower; CheckpointError unless all are there."""
+    contents = read_headers(folder)
+    if not any(map(is_vision, (*contents.tensors, *(contents.unread or ())))) and not contents.damaged:
+        raise CheckpointError(f"{folder}: the vision tower is not in this checkpoint, only its config is")
+    chosen, problems = match(contents, tensor_shapes(vision), vision=True)
+    refuse(problems, f"{folder}: the vision tower cannot be loaded")
+    return chosen
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -134,6 +139,12 @@ def empty_network(config: ModelConfig, cache_type: str | None = None) -> Diffusi
     """A network of this shape without any memory behind its tensors (on the ``meta`` device), no gradients."""
     with _OnMeta():
         return DiffusionTransformer(config, cache_type).requires_grad_(False)
+
+
+def empty_vision(config: VisionConfig, text_width: int) -> Vision:
+    """A vision tower of this shape, like `empty_network`."""
+    with _OnMeta():
+        return Vision(config, text_width).requires_grad_(False)
 
 
 def tensor_shapes(network: nn.Module) -> dict[str, Shape]:
@@ -157,7 +168,7 @@ def read_headers(folder: Path) -> Contents:
     damaged = []
     for path, listed in files.items():
         try:
-            entries, complaint = _read_header(path)
+            entries, complaint = read_header(path)
         except CheckpointError as error:
             damaged.append(str(error))
             unread = None if unread is None or not listed else unread.union(listed)
@@ -204,14 +215,16 @@ def match(contents: Contents, expected: Mapping[str, Shape],
     return chosen, problems_of(found)
 
 
-def _read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+def read_header(path: Path, size: int | None = None) -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors that a safetensors file's header describes, and what is wrong with the file's size if anything.
+
+    ``size`` is the whole file's where no more than its header is here. Raises CheckpointError.
 
     The format: 8 bytes little-endian header length N, N bytes of JSON, data; offsets count from the data's start.
     """
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
+            size = file.seek(0, 2) if size is None else size
             file.seek(0)
             start, header = _parse_header(file, size, path)
     except FileNotFoundError as error:

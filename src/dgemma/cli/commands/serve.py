@@ -21,7 +21,7 @@ _ACCESS = "Access"
 _ADAPTERS = "Adapters"
 
 
-@options.with_options(local=options.LOADING)
+@options.with_options(local=options.LOADING | options.TOWER)
 def serve(
     model: options.ModelOption = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.",
