@@ -6,7 +6,7 @@ import pytest
 
 from dgemma.cli.commands.quantize import TowerType
 from dgemma.weights.files import TOWER_TYPES
-from support.hub_server import HubServer, connect, gguf
+from support.hub_server import gguf
 from support.vision import save_seeing_model
 
 
@@ -49,12 +49,10 @@ def test_a_tower_is_named_for_every_command_that_loads(dgemma_command, seeing, t
     assert outcome.code == 1 and "--mmproj is for a model on this machine" in outcome.err
 
 
-def test_pull_takes_the_tower_along(dgemma_command, monkeypatch, tmp_path):
-    repository = {"x-Q4_K_M.gguf": gguf(300_000), "mmproj-F16.gguf": gguf(500, "clip"),
-                  "mmproj-BF16.gguf": gguf(600, "clip")}
-    with HubServer({"org/x": repository}) as hub:
-        connect(monkeypatch, hub, tmp_path / "hub")
-        outcome = dgemma_command("pull", "org/x")
-        assert outcome.code == 0
-        assert "mmproj-BF16.gguf" in outcome.out and "mmproj-F16.gguf" not in outcome.out
-        assert [name for name, _ in hub.downloads()] == ["mmproj-BF16.gguf", "x-Q4_K_M.gguf"]
+def test_pull_takes_the_tower_along(hub, dgemma_command):
+    hub.repos["org/x"] = {"x-Q4_K_M.gguf": gguf(300_000), "mmproj-F16.gguf": gguf(500, "clip"),
+                          "mmproj-BF16.gguf": gguf(600, "clip")}
+    outcome = dgemma_command("pull", "org/x")
+    assert outcome.code == 0
+    assert "mmproj-BF16.gguf" in outcome.out and "mmproj-F16.gguf" not in outcome.out
+    assert [name for name, _ in hub.downloads()] == ["mmproj-BF16.gguf", "x-Q4_K_M.gguf"]

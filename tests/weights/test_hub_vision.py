@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save
 import dgemma
 from dgemma.config import load_model_config
 from dgemma.errors import CheckpointError
-from dgemma.weights.hub import transfer
 from dgemma.weights.hub.cache import local_models, repo_folder
 from dgemma.weights.hub.repository import NotThereError, fetch, plan_pull
 from dgemma.weights.hub.transfer import Listener
@@ -19,7 +18,7 @@ from dgemma.weights.hub.vision import locate_tower
 from dgemma.weights.load import load_vision
 from dgemma.weights.names import is_vision
 from dgemma.weights.quantize import convert
-from support.hub_server import COMMIT, HubServer, connect
+from support.hub_server import COMMIT
 from support.vision import save_seeing_model
 
 REPO = "org/sees"
@@ -49,10 +48,9 @@ def repository(folder):
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path, repository):
-    with HubServer({REPO: dict(repository)}) as server:
-        connect(monkeypatch, server, tmp_path / "hub")
-        yield server
+def hub(hub, repository):
+    hub.repos = {REPO: dict(repository)}
+    return hub
 
 
 def same_tower(found, folder):
@@ -107,11 +105,16 @@ def test_a_server_that_cannot_do_ranges_is_read_as_far_as_needed(hub, folder):
     assert same_tower(locate_tower(REPO, Listener), folder)
 
 
-def test_an_interrupted_download_goes_on(hub, folder, monkeypatch):
-    monkeypatch.setattr(transfer, "TRIES", 1)
+def test_an_interrupted_download_goes_on(hub, folder):
+    class Unlucky(Listener):
+        """Whose connection brings nothing more once it has broken."""
+
+        def note(self, text):
+            hub.switches.cut_after = 0
+
     hub.switches.cut_after, hub.switches.cuts = 50_000, 1000
     with pytest.raises(CheckpointError, match="connection"):
-        locate_tower(REPO, Listener)
+        locate_tower(REPO, Unlucky)
     parts = (repo_folder(REPO) / "vision" / COMMIT).glob("model-00002-of-*.safetensors.*[0-9]")
     part = max(parts, key=lambda path: int(path.suffix[1:]))
     assert 0 < part.stat().st_size <= 50_000

@@ -130,7 +130,7 @@ def memory() -> Check:
     if available is None or total is None:
         return Check("memory", OK, "this system does not tell")
     return Check("memory", OK, f"{size_text(available)} of {size_text(total)} available (a 26B model in Q4_K_M takes "
-                               "18 GB, with pictures 19.5 GB)")
+                               "18 GB, with pictures 19.6 GB)")
 
 
 def disk() -> Check:

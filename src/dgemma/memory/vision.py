@@ -23,17 +23,23 @@ class TowerSize:
     item_size: int
 
     def needed(self, dtype: str) -> int:
-        """The bytes it takes with a picture in it when the network is run in ``dtype``, or as stored ("packed")."""
+        """The bytes it takes with a picture in it when the network is run in ``dtype``, or as stored ("packed").
+
+        What is run as stored is run on a CPU; else it may be a GPU, which takes more patches at a time.
+        """
         item = ITEM_SIZES.get(dtype)
-        weights = self.nbytes if item is None else self.parameters * item
-        return weights + tower_working_bytes(self.config, self.item_size if item is None else item)
+        if item is None:
+            return self.nbytes + tower_working_bytes(self.config, self.item_size)
+        return self.parameters * item + tower_working_bytes(self.config, item, tile=MOST_PATCHES)
 
 
-def tower_working_bytes(config: VisionConfig, item_size: int, patches: int = MOST_PATCHES) -> int:
-    """An estimate of what a pass over ``patches`` (None more than one pack) takes beside weights, at its widest moment.
+def tower_working_bytes(config: VisionConfig, item_size: int, patches: int = MOST_PATCHES, tile: int = CPU_ROWS) -> int:
+    """An estimate of what a pass over ``patches`` (none more than one pack) takes beside weights, at its widest moment.
 
-    N·D·(2e + 20) for N patches (e: bytes per number; pixels and what is normed and rotated are float32), measured with
-    the published tower's width, and 3·R·I·e of an MLP, which takes R patches at a time.
+    Of all N patches: N·(D·(6e + 4) + 8·3p²), what a block takes and gives, keys and values among it, and the pixels
+    twice in float32. Of a tile's R: R·(3·I·e + 10·D), an MLP and what is normed in float32 (e: bytes per number).
+    Measured with two layers of the published tower's width.
     """
-    return (patches * config.hidden_size * (2 * item_size + 20)
-            + 3 * min(CPU_ROWS, patches) * config.intermediate_size * item_size)
+    rows = min(tile, patches)
+    return (patches * (config.hidden_size * (6 * item_size + 4) + 8 * 3 * config.patch_size**2)
+            + rows * (3 * config.intermediate_size * item_size + 10 * config.hidden_size))
