@@ -89,6 +89,11 @@ def test_what_cannot_be_shown_is_said(run, arguments, words):
     assert outcome.err.startswith("Error: ") and words in outcome.err
 
 
+def test_what_is_no_picture_is_said_before_a_model_is_loaded(dgemma_command):
+    outcome = dgemma_command("run", "-m", "no-such-model", "--image", __file__, "Hi")
+    assert outcome.code == 1 and "test_media.py" in outcome.err
+
+
 def test_a_model_without_a_tower_says_so(dgemma_command, checkpoint, chat, picture):
     outcome = dgemma_command("run", "-m", checkpoint, "--image", picture, "Hi")
     assert outcome.code == 1 and "sees no pictures" in outcome.err

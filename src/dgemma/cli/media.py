@@ -98,9 +98,9 @@ def said_of(parts: Sequence[Mapping[str, Any]], words: str) -> dict[str, Any]:
     return {"role": "user", "content": [*parts, {"type": "text", "text": words}] if parts else words}
 
 
-def waiting(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+def waiting(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A conversation up to what is shown at its end and no word has been said of yet, and the parts that are."""
-    last = messages[-1] if messages else {}
+    last: Mapping[str, Any] = messages[-1] if messages else {}
     content = last.get("content")
     shown = isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") in ("image", "video")
                                               for part in content)

@@ -57,6 +57,11 @@ def run(
         settings["redraw_empty"] = False
     shown = _shown(prompt, image or [], video, fps, image_tokens)
     text = _prompt_text(prompt)
+    if url is None and image:
+        from dgemma.chat.pictures import open_picture
+
+        for part in shown[: len(image)]:  # before a model is loaded for nothing
+            open_picture(part.get("image") or part["path"], part.get("name"))
 
     from dgemma.cli.remote.model import RemoteModel, known, refuse_with_url
     from dgemma.cli.session import follow, open_model
@@ -78,7 +83,7 @@ def run(
 
 def _shown(prompt: str | None, images: list[Path], video: Path | None, fps: float | None,
            image_tokens: int | None) -> list[dict[str, Any]]:
-    """The parts of the message that show something. Raises DgemmaError before a model is loaded for nothing."""
+    """The parts of the message that show something, pictures first. Raises DgemmaError."""
     if fps is not None and video is None:
         raise DgemmaError("--fps is for a film: give one with --video")
     if image_tokens is not None:
