@@ -9,7 +9,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dgemma.errors import CheckpointError
 from dgemma.fields import Fields, is_number, is_there, is_whole, read_json, shown
@@ -74,11 +74,17 @@ class VisionConfig:
     video_token_id: int = 258_884  # stands for each soft token of a frame
 
 
+PictureAttention = Literal["sliding", "full", "causal"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a DiffusionGemma; field names are those of ``config.json``.
 
     ``vision`` is None where the checkpoint describes no vision tower; a checkpoint that describes one need not hold it.
+    ``picture_attention`` is in which layers a picture's soft tokens see all of their picture: "sliding" ones, within
+    the window, as in Google's own code (gemma, `gm/nn`); "full", in both kinds, whatever the window, as `transformers`'
+    `DiffusionGemma.generate` has it; "causal", in none.
     """
 
     vocab_size: int
@@ -97,6 +103,7 @@ class ModelConfig:
     eos_token_id: tuple[int, ...] = (1,)
     dtype: str | None = None
     vision: VisionConfig | None = None
+    picture_attention: PictureAttention = "sliding"
 
     @property
     def num_hidden_layers(self) -> int:
@@ -175,7 +182,8 @@ def model_config_from_dict(data: dict[str, Any], source: str = "config.json") ->
     text = top.within("text_config")
     if text is None:
         raise CheckpointError(f"{source}: 'text_config' is missing")
-    if text.text("use_bidirectional_attention") == "all":
+    bidirectional = text.text("use_bidirectional_attention")
+    if bidirectional == "all":
         raise CheckpointError(f"{source}: use_bidirectional_attention 'all' is not supported (the encoder must be "
                               "causal over text)")
     if text.flag("attention_bias"):
@@ -211,6 +219,7 @@ def model_config_from_dict(data: dict[str, Any], source: str = "config.json") ->
         eos_token_id=_token_ids(both) or (1,),
         dtype=both.text("dtype") or both.text("torch_dtype"),
         vision=_vision_config(top),
+        picture_attention="sliding" if bidirectional == "vision" else "causal",
     )
     for index, layer in enumerate(config.layers):
         if config.num_attention_heads % layer.num_key_value_heads:

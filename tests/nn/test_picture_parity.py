@@ -4,6 +4,8 @@ The masks are handed to transformers: its `forward` makes none with pictures in 
 see itself in full layers, too, which Google's own code does not.
 """
 
+import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,30 +76,34 @@ def embedded(seeing, ids, images):
     return placed, inputs, spans
 
 
-def masks(seeing, past, width, spans):
-    """What transformers is to see, by kind of layer: additive, [1, 1, width, columns]."""
+def masks(seeing, past, width, spans, how="sliding"):
+    """What transformers is to see, by kind of layer: additive, [1, 1, width, columns]; ``how`` pictures see all."""
     first = {FULL: 0, SLIDING: max(0, past - (seeing.window - 1))}  # its cache keeps no more of sliding layers
     found = {}
     for kind, begin in first.items():
         query = torch.arange(past, past + width).unsqueeze(1)
         key = torch.arange(begin, past + width).unsqueeze(0)
         seen = key <= query
-        if kind == SLIDING:
-            for start, stop in spans:
-                inside = [(part >= start) & (part < stop) for part in (query, key)]
-                seen = seen | (inside[0] & inside[1])
-            seen = seen & (key > query - seeing.window)
+        picture = torch.zeros_like(seen)
+        for start, stop in spans:
+            inside = [(part >= start) & (part < stop) for part in (query, key)]
+            picture = picture | (inside[0] & inside[1])
+        near = (key > query - seeing.window) | (kind == FULL)
+        if how == "full":
+            seen = (seen & near) | picture
+        else:
+            seen = (seen | picture if how == kind.removesuffix("_attention") else seen) & near
         found[kind] = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
     return found
 
 
-def read_by_reference(seeing, placed, spans, images, cache):
+def read_by_reference(seeing, placed, spans, images, cache, how="sliding"):
     inputs = {}
     if images:
         processed = reference_processor()(images, max_soft_tokens=BUDGET, return_tensors="pt")
         inputs = {"pixel_values": processed["pixel_values"], "image_position_ids": processed["image_position_ids"]}
     return seeing.reference.model.encoder(
-        input_ids=torch.tensor([placed]), attention_mask=masks(seeing, cache.get_seq_length(), len(placed), spans),
+        input_ids=torch.tensor([placed]), attention_mask=masks(seeing, cache.get_seq_length(), len(placed), spans, how),
         cache=cache, **inputs).last_hidden_state
 
 
@@ -127,6 +133,31 @@ def test_prompts_with_pictures_are_read_and_answered_as_in_transformers(seeing, 
         pytest.fail("no input leaves every router decided")
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["full", "causal"])
+def test_other_masks_are_those_of_transformers_as_well(seeing, how):
+    """"full" is what its `DiffusionGemma.generate` makes; the answer to what was read, too."""
+    network = copy.deepcopy(seeing.network)
+    network.config = dataclasses.replace(network.config, picture_attention=how)
+    for seed in range(30):
+        with RoutingMargin(network, network.config.top_k_experts) as margin:
+            theirs_cache = DynamicCache(config=seeing.reference.config.get_text_config(decoder=True))
+            ours_cache = network.new_cache(1)
+            placed, inputs, spans = embedded(seeing, prompt_of([2, 9, 10], seed), PICTURES[::-1])
+            ours = network.encode(inputs, ours_cache, spans=[spans])
+            theirs = read_by_reference(seeing, placed, spans, PICTURES[::-1], theirs_cache, how)
+            canvas = torch.arange(network.config.canvas_length).unsqueeze(0)
+            answers = (network.denoise(canvas, ours_cache),
+                       seeing.reference.model.decoder(decoder_input_ids=canvas, cache=theirs_cache).last_hidden_state)
+        if margin.least > 3e-5:
+            break
+    else:
+        pytest.fail("no input leaves every router decided")
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=0)
+    usual = seeing.network.encode(inputs, seeing.network.new_cache(1), spans=[spans])
+    assert (usual - ours).abs().max() > 0.01
 
 
 def test_the_mask_counts(seeing):

@@ -172,7 +172,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
     text = dict(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=2, head_dim=8, global_head_dim=12, num_global_key_value_heads=1,
                 layer_types=[SLIDING, SLIDING, FULL], sliding_window=6, num_experts=4, top_k_experts=2,
-                moe_intermediate_size=16)
+                moe_intermediate_size=16, use_bidirectional_attention="vision")
     canvas_length = changes.pop("canvas_length", 8)
     return model_config_from_dict({"model_type": "diffusion_gemma", "canvas_length": canvas_length,
                                    "text_config": text | changes})
