@@ -27,7 +27,7 @@ from machine import describe
 
 from dgemma.config import GenerationConfig, model_config_from_dict
 from dgemma.diffusion.events import CanvasCommitted, Finished
-from dgemma.diffusion.request import Request, unread
+from dgemma.diffusion.request import Request, no_reader
 from dgemma.engine.service import Service
 from dgemma.model import Model
 from dgemma.nn import DiffusionTransformer
@@ -62,8 +62,8 @@ def slice_requests(count: int, steps: int) -> list[Request]:
 
 async def drive(model: Model, requests: list[Request], users: int) -> dict[str, float]:
     """So many users, each with one request after the other; what they saw."""
-    read = unread if model.tokenizer is None else model.reader
-    service = Service(model.network, read, model.prefixes, max_num_seqs=users)
+    make_reader = no_reader if model.tokenizer is None else model.reader
+    service = Service(model.network, make_reader, model.prefixes, max_num_seqs=users)
     model.prefixes.clear()
     service.start()
     waiting, first, tokens = iter(requests), [], 0

@@ -4,7 +4,7 @@
 // 4i..4i+3, the order that dot-product instructions want; `scale[g]` and `offset[g]` hold each row's numbers of group g.
 // A weight is scale · (q - ZERO) + offset, q unsigned. Rows lie row_bytes apart; their 32-bit words are brought into
 // lanes by `Isa::transpose4` before any bit is unpacked, while they are still small. Layouts after ggml-common.h.
-// The rarer types are in coded.h.
+// The rarer types are in coded.h; types.h chooses among all of them.
 #pragma once
 #include "vec.h"
 

@@ -1,5 +1,6 @@
 // The products, written once over an instruction set `Isa`, which supplies `transpose4` (words of 16 rows into lanes),
-// `lookup` (a table of sixteen bytes), `gather` (any table), `peak` and `Products<Isa, T>`, whose `block` multiplies up to ROWS rows with two panels.
+// `lookup` (a table of sixteen bytes), `gather` (any table), `peak` and `Products<Isa, T>`, whose `block` multiplies up
+// to ROWS rows with two panels. Beside them the head's sums, norms and rotary embedding of plain tensors.
 //
 // Activations are quantised to int8 with one scale per row and 256 weights; products are exact in int32 within a
 // weight's group and summed in float32. A result depends on its own row and column only, never on the other rows, the
@@ -12,7 +13,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
-#include "coded.h"
+#include "types.h"
 
 // Everything here is compiled once per instruction set, so nothing may be shared between the copies by the linker: all
 // of it is in an unnamed namespace, and the standard library's templates are kept out.

@@ -114,10 +114,10 @@ class ModelConfig:
 class GenerationConfig:
     """Sampler settings under the checkpoint's own names (facts: ``generation_config.json``).
 
-    ``t_min``/``t_max`` are softmax temperatures, ``entropy_bound`` and ``confidence_threshold`` are in nats,
-    ``stability_threshold`` counts earlier steps whose argmax canvas must equal the current one. ``max_tokens`` is the
-    checkpoint's ``max_new_tokens`` where nothing else has been asked for; it is told, and evaluations that must end
-    use it, but it is no default of `Model.generate`: there an answer may go on to the end of the context.
+    ``t_min``/``t_max`` are softmax temperatures (a training objective's are noise levels), ``entropy_bound`` and
+    ``confidence_threshold`` are in nats, ``stability_threshold`` counts earlier steps whose argmax canvas must equal
+    the current one. ``max_tokens`` is the checkpoint's ``max_new_tokens`` where nothing else has been asked for;
+    evaluations that must end use it, but an answer of `Model.generate` may go on to the end of the context.
     """
 
     max_denoising_steps: int = 48

@@ -22,8 +22,8 @@ def engine_of(tiny_network, encoded):
     def make(network=None, passes=None, sampler=None, **options):
         network = network or tiny_network
         passes = passes or watched(network, encode=lambda inputs, cache: encoded.append(list(cache.counts)))
-        read = reading(lambda request, tokens: (f"{len(tokens)} tokens", None, []))
-        return Engine(network, **{"read": read, "runner": Runner(network, sampler, passes)} | options)
+        make_reader = reading(lambda request, tokens: (f"{len(tokens)} tokens", None, []))
+        return Engine(network, **{"make_reader": make_reader, "runner": Runner(network, sampler, passes)} | options)
 
     return make
 

@@ -111,6 +111,7 @@ class _Guide:
     count: int = 0
     rooms: list = field(default_factory=list)
     least = 1
+    may_be_empty = False
 
     @property
     def finished(self):

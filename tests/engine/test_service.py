@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dgemma.diffusion.events import CanvasCommitted, Denoised, Failed, Finished
-from dgemma.diffusion.request import unread
+from dgemma.diffusion.request import no_reader
 from dgemma.engine import PrefixStore
 from dgemma.engine.service import Overloaded, Service
 from dgemma.nn import DiffusionTransformer
@@ -25,7 +25,7 @@ def service_of(tiny_network):
     """A function that makes a service over the tiny network, whose answers nobody reads."""
 
     def make(network=tiny_network, prefixes=None, **options):
-        return Service(network, unread, prefixes or PrefixStore(), memory=1 << 28, **options)
+        return Service(network, no_reader, prefixes or PrefixStore(), memory=1 << 28, **options)
 
     return make
 

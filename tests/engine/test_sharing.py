@@ -120,7 +120,7 @@ def test_a_stop_string_ends_the_answer(engine_of, ask, answer):
         return C + 3 if len(tokens) > C else None
 
     read = reading(lambda request, tokens: ("", None, []), stop)
-    generation = answer(engine_of(read=read), ask(max_tokens=3 * C, stop=("x",)))
+    generation = answer(engine_of(make_reader=read), ask(max_tokens=3 * C, stop=("x",)))
     assert fed == [C, 2 * C]  # each canvas once
     assert generation.token_ids == free[: C + 3]
     assert (generation.finish_reason, generation.stop_token_id, len(generation.steps)) == ("stop", None, 2)

@@ -16,8 +16,8 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload([__name__])  # imported once for all of them
 
 
-def _train(path: Path, out: Path) -> None:
-    torch.set_num_threads(1)
+def _train(path: Path, out: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
     train(path, out, Ranks(torch.device("cpu")))
 
 
@@ -27,7 +27,7 @@ def kill_after_a_save(path: Path, out: Path, seconds: float) -> None:
         return (out / STATE).stat().st_mtime_ns if (out / STATE).exists() else 0
 
     before = saved()
-    process = _PROCESSES.Process(target=_train, args=(path, out))
+    process = _PROCESSES.Process(target=_train, args=(path, out, torch.get_num_threads()))  # sums depend on it
     process.start()
     while saved() == before:
         assert process.is_alive(), "it ended before it had saved"

@@ -1,14 +1,14 @@
 """Readers of answers for engines over networks whose tokens are no text."""
 
-from dgemma.diffusion.reading import Unread
+from dgemma.diffusion.reading import NoReader
 
 
 def reading(answer, stop=lambda tokens: None):
-    """A `Read`: ``answer(request, tokens)`` is (text, reasoning, tool calls); ``stop(tokens)`` is where they end.
+    """A `MakeReader`: ``answer(request, tokens)`` is (text, reasoning, tool calls); ``stop(tokens)`` is where they end.
 
     Each canvas is a piece.
     """
-    class Reader(Unread):
+    class Reader(NoReader):
         def __init__(self, request):
             super().__init__()
             self.request, self.tokens = request, []
@@ -19,6 +19,6 @@ def reading(answer, stop=lambda tokens: None):
             return [list(token_ids)]
 
         def finish(self):
-            return Unread(*answer(self.request, self.tokens[: self.stop_place]))
+            return NoReader(*answer(self.request, self.tokens[: self.stop_place]))
 
     return Reader

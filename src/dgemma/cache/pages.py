@@ -2,9 +2,9 @@
 
 A `Page` is memory for the keys and values of some tokens, at an address that never changes: what is read is written
 where it stays, and whoever goes on from somebody else's tokens has the same pages in his table. `Paged` is what one
-sequence has read. `PagedBatch` takes several of them through the network together: read, all their tokens stand behind
-one another in one row; every weight is used once for all of them, and only attention looks at each by itself. Nothing
-is padded, reserved or copied when a sequence comes or goes.
+sequence has read. `PagedBatch` takes several of them through the network together (read, their tokens stand behind one
+another in one row; denoised, they are a row each): a pass uses every weight once for all of them, and attention looks
+at each by itself, or at small ones in one padded call. Nothing is reserved or copied when a sequence comes or goes.
 """
 
 from __future__ import annotations

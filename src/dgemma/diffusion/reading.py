@@ -42,7 +42,7 @@ class TextReader(Protocol):
 
 
 @dataclass
-class Unread:
+class NoReader:
     """Reads nothing, where only tokens are wanted: an answer without text, which no stop string ends."""
 
     text: str = ""
@@ -53,5 +53,5 @@ class Unread:
     def feed(self, token_ids: Sequence[int]) -> Sequence[object]:
         return ()
 
-    def finish(self) -> Unread:
+    def finish(self) -> NoReader:
         return self

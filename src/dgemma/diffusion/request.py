@@ -13,7 +13,7 @@ from typing import Any
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.constraint import Constraint
 from dgemma.diffusion.prompt import SoftSpan, check_spans
-from dgemma.diffusion.reading import TextReader, Unread
+from dgemma.diffusion.reading import NoReader, TextReader
 from dgemma.errors import ContextLengthError
 from dgemma.nn.loaded import LoadedAdapter
 
@@ -44,8 +44,6 @@ class SamplingParams:
         for token, bias in self.logit_bias:
             if type(token) is not int or not (_is_number(bias) and abs(bias) <= 1e6):
                 raise ValueError(f"logit_bias must be token ids with numbers up to a million, got {token!r}: {bias!r}")
-
-
 
 
 def longest_prompt(config: ModelConfig) -> int:
@@ -175,8 +173,8 @@ class Request:
                 raise ValueError(f"position {loose[0]} is pinned, but canvas says None there")
 
 
-Read = Callable[[Request], TextReader]
+MakeReader = Callable[[Request], TextReader]
 
 
-def unread(request: Request) -> TextReader:
-    return Unread()
+def no_reader(request: Request) -> TextReader:
+    return NoReader()

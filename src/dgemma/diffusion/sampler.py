@@ -49,17 +49,17 @@ def renoise(sample: Tensor, accepted: Tensor, random: Tensor) -> Tensor:
 
 
 def converged(argmax: Tensor, history: Tensor, entropy: Tensor, confidence_threshold: Tensor,
-              agreeing: Tensor | None = None) -> Tensor:
+              stability_threshold: Tensor | None = None) -> Tensor:
     """Whether each row may stop: its argmax canvas is stable and its mean entropy is low, both at once.
 
     argmax [B, C]; history [H, B, C], the argmax canvases of the H earlier steps, the last one last (-1 where there was
-    none yet; H may be 0), of which the last ``agreeing`` [B] must agree (None: all); entropy [B, C];
-    confidence_threshold [B] -> [B] bool.
+    none yet; H may be 0), of which the last ``stability_threshold`` [B] must agree (None: all);
+    entropy [B, C]; confidence_threshold [B] -> [B] bool.
     """
     same = (history == argmax).all(-1)
-    if agreeing is not None:
+    if stability_threshold is not None:
         back = torch.arange(len(history), 0, -1, device=history.device).unsqueeze(1)
-        same = same | (back > agreeing)
+        same = same | (back > stability_threshold)
     return same.all(0) & (entropy.mean(-1) < confidence_threshold)
 
 
@@ -70,7 +70,7 @@ class StepSettings:
     temperature: Tensor  # of the step
     entropy_bound: Tensor
     confidence_threshold: Tensor
-    agreeing: Tensor  # how many earlier drafts must be the same
+    stability_threshold: Tensor  # how many earlier drafts must be the same
     last: Tensor  # bool: there are no more steps
     sharpness: Tensor | None = None  # the draw is from probabilities to this power (None: 1)
 
@@ -111,4 +111,4 @@ class EntropyBoundSampler:
 
     def done(self, stats: CanvasStats, history: Tensor, settings: StepSettings) -> Tensor:
         return settings.last | converged(stats.argmax, history, stats.entropy, settings.confidence_threshold,
-                                         settings.agreeing)
+                                         settings.stability_threshold)

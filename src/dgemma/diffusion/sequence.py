@@ -14,7 +14,7 @@ from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
 from dgemma.diffusion.prompt import Piece, piece_of, prompt_keys
 from dgemma.diffusion.reading import ReadText, TextReader
-from dgemma.diffusion.request import Read, Request, canvas_room, unread
+from dgemma.diffusion.request import MakeReader, Request, canvas_room, no_reader
 from dgemma.diffusion.sampler import temperature_at
 from dgemma.nn.head import vocab_tiles
 
@@ -27,7 +27,7 @@ class SequenceState:
 
     request: Request
     config: ModelConfig
-    read: Read = unread
+    make_reader: MakeReader = no_reader
     began: float = field(default_factory=time.perf_counter)
     generator: torch.Generator = field(init=False)
     canvas_index: int = field(init=False)
@@ -63,7 +63,7 @@ class SequenceState:
     @functools.cached_property
     def reader(self) -> TextReader:
         """Has read all committed tokens."""
-        return self.read(self.request)
+        return self.make_reader(self.request)
 
     @functools.cached_property
     def answer(self) -> ReadText:

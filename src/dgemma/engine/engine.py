@@ -2,7 +2,7 @@
 
 Every `step` slots what waits, reads some of what is unread (prompts, finished canvases that another one follows), runs
 one denoising step for every open canvas, and closes the canvases that are done. Knows nothing of HTTP or of text, but
-for `read`, which makes a reader of a request's answer.
+for `make_reader`, which makes what reads a request's answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from dgemma.diffusion.events import Event, Failed, Finished, Generation
 from dgemma.diffusion.prompt import uncut
-from dgemma.diffusion.request import Read, Request, unread
+from dgemma.diffusion.request import MakeReader, Request, no_reader
 from dgemma.diffusion.sampler import Sampler
 from dgemma.diffusion.sequence import SequenceState
 from dgemma.engine.fingerprint import fingerprint
@@ -60,9 +60,9 @@ class Counts:
 class Engine:
     """Runs requests on a network, up to ``max_batch`` at a time, and as many as ``memory`` bytes are enough for.
 
-    ``read`` makes what reads a request's answer (by default nothing does: answers are tokens without text). A request's
-    randomness is its own, so its tokens do not depend on who shares the batch (up to rounding, which in bfloat16 can
-    tip a choice). ``prefixes`` may outlive the engine. With ``isolate``, whatever goes wrong inside a
+    ``make_reader`` makes what reads a request's answer (by default nothing does: answers are tokens without text). A
+    request's randomness is its own, so its tokens do not depend on who shares the batch (up to rounding, which in
+    bfloat16 can tip a choice). ``prefixes`` may outlive the engine. With ``isolate``, whatever goes wrong inside a
     request ends that one with a Failed event; without, it is raised. ``between`` is called between the passes of a
     step; it may `submit`, `cancel` and `retire`. With ``whole_pages`` only these are told of what was read before.
     ``runner`` takes sequences through the network, by default one with ``sampler``; ``piece`` and ``cached`` bound what
@@ -75,12 +75,12 @@ class Engine:
     network for it. Between two steps the network is as it was found.
     """
 
-    def __init__(self, network: DiffusionTransformer, read: Read = unread, max_batch: int = 32,
+    def __init__(self, network: DiffusionTransformer, make_reader: MakeReader = no_reader, max_batch: int = 32,
                  prefixes: PrefixStore | None = None, sampler: Sampler | None = None, *,
                  memory: int | None = None, lent: int = 0, isolate: bool = False,
                  whole_pages: bool = False, between: Callable[[], None] | None = None,
                  runner: Runner | None = None, piece: int = PIECE, cached: int = CACHED):
-        self.network, self.read, self.max_batch = network, read, max_batch
+        self.network, self.make_reader, self.max_batch = network, make_reader, max_batch
         self.prefixes = prefixes or PrefixStore()
         self.runner = runner or Runner(network, sampler)
         self.isolate, self.whole_pages, self.between = isolate, whole_pages, between
@@ -113,7 +113,7 @@ class Engine:
 
     def enqueue(self, request: Request) -> None:
         """Queue a request that `check` has found nothing wrong with."""
-        self.scheduler.push(SequenceState(self.scheduler.bounded(request), self.network.config, self.read))
+        self.scheduler.push(SequenceState(self.scheduler.bounded(request), self.network.config, self.make_reader))
 
     def check(self, request: Request) -> None:
         """Raises ValueError when the network cannot run a request, or not in the memory there is."""

@@ -191,9 +191,8 @@ def token_logprobs(distributions: Distributions, token_ids: Tensor, top: int, up
 
 
 def _narrows(slot: Slot) -> bool:
-    sampling = slot.sequence.request.sampling
-    draws = sampling.temperature and slot.guide is None  # else the sample is another one
-    return bool(sampling.logit_bias or (draws and (sampling.top_k or sampling.top_p < 1)))
+    # Under a guide the sample is another one.
+    return bool(slot.sequence.request.sampling.logit_bias) or (slot.guide is None and _draws_narrowed(slot))
 
 
 def _draws_narrowed(slot: Slot) -> bool:
@@ -223,7 +222,7 @@ def _guide(network: DiffusionTransformer, slot: Slot, hidden: Tensor, stats: Can
     sequence, noise = slot.sequence, slot.noise
     assert slot.guide is not None and noise is not None
     # What is valid as it was predicted is the most probable canvas, and a draw as good as one among the valid ones.
-    if getattr(slot.guide, "may_be_empty", False) and not _draws_narrowed(slot) and all(
+    if slot.guide.may_be_empty and not _draws_narrowed(slot) and all(
             slot.guide.takes(tokens[index].tolist(), network.config.canvas_length, sequence.room)
             for tokens in (stats.argmax, stats.sample)):
         return

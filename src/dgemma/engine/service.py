@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 from dgemma.diffusion.events import Denoised, Event, Failed, Finished
-from dgemma.diffusion.request import Read, Request
+from dgemma.diffusion.request import MakeReader, Request
 from dgemma.engine.engine import Counts, Engine
 from dgemma.engine.prefixes import PrefixStore
 from dgemma.engine.registry import AdapterRegistry
@@ -113,17 +113,17 @@ class Stats(Counts):
 class Service:
     """Answers requests of many callers in shared batches.
 
-    ``read`` makes what reads a request's answer; ``prefixes`` keep what was read before, within a share of the memory.
-    At most ``max_num_seqs`` requests run at a time, and as many as ``memory`` bytes are enough for (None: measured);
-    at most ``max_queue`` more wait.
+    ``make_reader`` makes what reads a request's answer; ``prefixes`` keep what was read before, within a share of the
+    memory. At most ``max_num_seqs`` requests run at a time, and as many as ``memory`` bytes are enough for (None:
+    measured); at most ``max_queue`` more wait.
     """
 
-    def __init__(self, network: DiffusionTransformer, read: Read, prefixes: PrefixStore, *, max_num_seqs: int = 32,
-                 max_queue: int = 256, memory: int | None = None):
+    def __init__(self, network: DiffusionTransformer, make_reader: MakeReader, prefixes: PrefixStore, *,
+                 max_num_seqs: int = 32, max_queue: int = 256, memory: int | None = None):
         memory = request_memory(network) if memory is None else memory
         self.network, self.prefixes = network, prefixes
         self.prefixes.resize(memory // PREFIX_SHARE)
-        self.engine = Engine(network, read, max_num_seqs, self.prefixes,
+        self.engine = Engine(network, make_reader, max_num_seqs, self.prefixes,
                              memory=memory - self.prefixes.budget, lent=self.prefixes.budget, isolate=True,
                              whole_pages=True, between=self._receive)
         self.adapters = AdapterRegistry(network)

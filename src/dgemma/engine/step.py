@@ -1,7 +1,7 @@
 """One denoising step, from canvas to next canvas, as a function of tensors.
 
 Nothing in it brings a value to Python, so it can be traced and captured; rows may be in any states. What some requests
-choose on the host (forms, narrowed draws) comes in as ``revise``, between prediction and sampler. Knows nothing of
+choose on the host (forms, narrowed draws) comes in as ``predict``, which stands in the head's place. Knows nothing of
 requests.
 """
 

@@ -1,7 +1,7 @@
-"""The arithmetic that decides the speed, behind plain functions: products with plain or packed weights, attention and
-the mixture of experts.
+"""The arithmetic that decides the speed, behind plain functions of tensors and packed weights.
 
-Plain torch, and C++ beside it for packed weights on a CPU; knows nothing of the model.
+Plain torch, and C++ beside it on a CPU: for products with packed weights, and for attention, norms, rotary embedding
+and the head's sums of plain tensors. Knows nothing of the model.
 """
 
 from dgemma.kernels.attention import grouped_attention

@@ -1,4 +1,5 @@
-"""The C++ kernels of ``native/``, loaded if they were built: products of float32 activations with packed weights.
+"""The C++ kernels of ``native/``, loaded if they were built: products of float32 activations with packed weights, and
+attention in bfloat16, norms, rotary embedding and the head's sums of plain tensors.
 
 Works on torch tensors on the CPU through a plain C interface. Knows nothing of the model. `available` says whether the
 library is there; without it the callers use plain torch.

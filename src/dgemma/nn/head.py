@@ -16,7 +16,7 @@ from dgemma.kernels import Weight, linear, mix_rows, native
 
 # Part of what a seed means: the sample of a position is drawn tile by tile, so another width draws other tokens.
 VOCAB_TILE = 4096
-# Most logits of a loss that exist at a time: 32 MB in float32, and a few times that while they are worked on.
+# Most logits of a loss (training and its memory plan) at a time: 32 MB in float32, a few times that while worked on.
 LOGITS = 1 << 23
 _LEAST_TILE = 256  # tokens of the vocabulary in a tile of a loss, however many rows there are
 

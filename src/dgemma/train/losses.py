@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states: the loss of every token, without ever holding [tokens, vocabulary].
+"""Cross-entropy, the loss of every token: of whole logits, or of hidden states without holding [tokens, vocabulary].
 
 Works on hidden states, an embedding table and target tokens. Knows nothing of canvases, noise or how losses are
 weighted: it returns one loss per token, through which gradients flow, and whoever calls weighs and groups them.

@@ -28,7 +28,7 @@ WHOLE_VOCAB = 4096
 class Noise:
     """All the randomness of one batch of B canvases."""
 
-    t: Tensor  # [passes, B] uniform: how noisy each pass' canvas is
+    t: Tensor  # [passes, B] uniform: the first pass' noise, scaled into [t_min, t_max]; then factors of the t before
     draw: Tensor  # [B, C] uniform: a position is corrupted while this is below t
     tokens: Tensor  # [B, C] the random token it then gets
     conditioned: Tensor  # [B] bool: the first pass is self-conditioned (one supervised pass only)

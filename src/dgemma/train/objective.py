@@ -49,7 +49,7 @@ class Objective:
     the one the sampler itself would have made of the earlier pass, mistakes included.
     """
 
-    t_min: float = 0.001
+    t_min: float = 0.001  # with t_max the range of t, a noise level; `GenerationConfig` calls temperatures so
     t_max: float = 1.0
     self_conditioning_probability: float = 0.5
     denoising_weight: float = 1.0
