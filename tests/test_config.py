@@ -10,6 +10,7 @@ from dgemma.config import (
     SAMPLER_SETTINGS,
     SLIDING,
     GenerationConfig,
+    VisionConfig,
     generation_config_from_dict,
     load_generation_config,
     load_model_config,
@@ -121,6 +122,66 @@ def test_rope_parameters_are_read():
 def test_proportional_rope_without_a_fraction_turns_the_whole_head():
     layers = read(rope_parameters={FULL: {"rope_type": "proportional", "rope_theta": 1e6}}).layers
     assert layers[2].rotary_fraction == 1.0
+
+
+# The vision tower
+
+GOOGLES = {"model_type": "gemma4_vision", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+           "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 72, "rms_norm_eps": 1e-6,
+           "hidden_activation": "gelu_pytorch_tanh", "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+           "patch_size": 16, "pooling_kernel_size": 3, "position_embedding_size": 10240, "default_output_length": 280,
+           "standardize": True, "use_clipped_linears": False, "attention_bias": False}
+
+
+def test_a_checkpoint_may_have_no_tower():
+    assert read().vision is None
+
+
+def test_the_tower_s_shape_is_read_under_its_own_names():
+    vision = read({"vision_config": GOOGLES, "vision_soft_tokens_per_image": 140}).vision
+    for name in dataclasses.asdict(vision).keys() & GOOGLES.keys():
+        assert getattr(vision, name) == GOOGLES[name]
+    assert (vision.rope_theta, vision.vision_soft_tokens_per_image) == (100.0, 140)
+
+
+def test_the_tower_s_defaults_are_those_of_transformers():
+    from transformers import DiffusionGemmaConfig, Gemma4VisionConfig
+
+    vision = read({"vision_config": {}}).vision
+    assert vision == VisionConfig()
+    theirs, top = Gemma4VisionConfig().to_dict(), DiffusionGemmaConfig().to_dict()
+    for name, value in dataclasses.asdict(vision).items():
+        if name not in ("rope_theta", "vision_soft_tokens_per_image", "video_token_id"):
+            assert value == {**top, **theirs}[name], name
+    assert vision.rope_theta == theirs["rope_parameters"]["rope_theta"]
+
+
+def test_the_tokens_of_pictures_are_the_checkpoint_s():
+    ids = {"boi_token_id": 5, "image_token_id": 6, "eoi_token_id": 7, "video_token_id": 8}
+    vision = read({"vision_config": {}, **ids}).vision
+    assert {name: getattr(vision, name) for name in ids} == ids
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model_type": "siglip_vision_model"}, "a vision tower of model_type 'siglip_vision_model' is not supported"),
+    ({"hidden_activation": "silu"}, "vision_config.hidden_activation is not supported"),
+    ({"attention_bias": True}, "vision_config.attention_bias true"),
+    ({"head_dim": 70}, "vision_config.head_dim must be a multiple of 4"),
+    ({"num_attention_heads": 16, "num_key_value_heads": 3}, "3 key-value heads, which do not divide its 16"),
+    ({"hidden_size": "big"}, "vision_config.hidden_size must be a whole number"),
+    ({"patch_size": 100_000}, "vision_config.patch_size must be a whole number of at most 256"),
+    ({"standardize": "yes"}, "vision_config.standardize must be true or false"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "vision_config.rope_parameters.rope_type is not supported"),
+    ({"rope_parameters": {"rope_theta": 0}}, "vision_config.rope_parameters.rope_theta must be a number above 0"),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_a_tower_that_cannot_be_run_is_named(changes, message):
+    assert message in refusal({"vision_config": GOOGLES | changes})
+
+
+@pytest.mark.parametrize("top", [{"vision_config": [1]}, {"vision_config": {}, "boi_token_id": -1},
+                                 {"vision_config": {}, "vision_soft_tokens_per_image": 0}], ids=str)
+def test_a_bad_field_beside_the_tower_s_is_named(top):
+    assert list(top)[-1] in refusal(top)
 
 
 # Checkpoints that are not ours

@@ -9,13 +9,14 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dgemma.errors import CheckpointError
 from dgemma.fields import Fields, is_number, is_there, is_whole, read_json, shown
 
 ARCHITECTURE = "diffusion-gemma"  # as GGUF and Ollama spell it
 MODEL_TYPE = "diffusion_gemma"
+VISION_TYPE = "gemma4_vision"
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 LARGEST_SIZE = 1 << 19  # of anything but the vocabulary: shapes made of three stay within 64 bits
@@ -44,8 +45,47 @@ class LayerConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """The shape of the vision tower, and the tokens that stand for pictures in a prompt.
+
+    Field names are those of ``vision_config`` and, for the tokens, of ``config.json`` itself; the defaults are the
+    reference's (`Gemma4VisionConfig`). ``rope_theta`` is that of both axes, ``vision_soft_tokens_per_image`` how many
+    soft tokens a picture has at most where nobody says it. A token id may lie outside a small vocabulary, which then
+    has no pictures.
+    """
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 12
+    num_key_value_heads: int = 12
+    head_dim: int = 64
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 100.0
+    patch_size: int = 16
+    pooling_kernel_size: int = 3
+    position_embedding_size: int = 10_240
+    standardize: bool = False
+    use_clipped_linears: bool = False
+    vision_soft_tokens_per_image: int = 280
+    boi_token_id: int = 255_999  # begins a picture
+    image_token_id: int = 258_880  # stands for each of its soft tokens
+    eoi_token_id: int = 258_882  # ends it
+    video_token_id: int = 258_884  # stands for each soft token of a frame
+
+
+PictureAttention = Literal["sliding", "full", "causal"]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a DiffusionGemma text network; field names are those of ``config.json``."""
+    """The shape of a DiffusionGemma; field names are those of ``config.json``.
+
+    ``vision`` is None where the checkpoint describes no vision tower; a checkpoint that describes one need not hold it.
+    ``picture_attention`` is in which layers a picture's soft tokens see all of their picture: "sliding" ones, within
+    the window, as in Google's own code (gemma, `gm/nn`); "full", in both kinds, whatever the window, as `transformers`'
+    `DiffusionGemma.generate` has it; "causal", in none.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -62,6 +102,8 @@ class ModelConfig:
     max_position_embeddings: int = 131_072
     eos_token_id: tuple[int, ...] = (1,)
     dtype: str | None = None
+    vision: VisionConfig | None = None
+    picture_attention: PictureAttention = "sliding"
 
     @property
     def num_hidden_layers(self) -> int:
@@ -140,7 +182,8 @@ def model_config_from_dict(data: dict[str, Any], source: str = "config.json") ->
     text = top.within("text_config")
     if text is None:
         raise CheckpointError(f"{source}: 'text_config' is missing")
-    if text.text("use_bidirectional_attention") == "all":
+    bidirectional = text.text("use_bidirectional_attention")
+    if bidirectional == "all":
         raise CheckpointError(f"{source}: use_bidirectional_attention 'all' is not supported (the encoder must be "
                               "causal over text)")
     if text.flag("attention_bias"):
@@ -175,6 +218,8 @@ def model_config_from_dict(data: dict[str, Any], source: str = "config.json") ->
         max_position_embeddings=text.whole("max_position_embeddings", 131_072),
         eos_token_id=_token_ids(both) or (1,),
         dtype=both.text("dtype") or both.text("torch_dtype"),
+        vision=_vision_config(top),
+        picture_attention="sliding" if bidirectional == "vision" else "causal",
     )
     for index, layer in enumerate(config.layers):
         if config.num_attention_heads % layer.num_key_value_heads:
@@ -183,6 +228,59 @@ def model_config_from_dict(data: dict[str, Any], source: str = "config.json") ->
     if config.top_k_experts > config.num_experts:
         raise CheckpointError(f"{source}: top_k_experts {config.top_k_experts} exceeds num_experts "
                               f"{config.num_experts}")
+    return config
+
+
+def _vision_config(top: Fields) -> VisionConfig | None:
+    """The vision tower that a ``config.json`` describes, if it does."""
+    vision, default = top.within("vision_config"), VisionConfig()
+    if vision is None:
+        return None
+    source = top.source
+    kind = vision.text("model_type", VISION_TYPE)
+    if kind != VISION_TYPE:
+        raise CheckpointError(f"{source}: a vision tower of model_type {shown(kind)} is not supported ({VISION_TYPE!r} "
+                              "is)")
+    activation = vision.text("hidden_activation", "gelu_pytorch_tanh")
+    if activation != "gelu_pytorch_tanh":
+        raise vision.wrong("hidden_activation", "is not supported (gelu_pytorch_tanh is)")
+    if vision.flag("attention_bias"):
+        raise CheckpointError(f"{source}: vision_config.attention_bias true is not supported")
+    rope = vision.within("rope_parameters") or Fields({}, source, "vision_config.rope_parameters.")
+    if rope.text("rope_type", "axial") not in ("axial", "default"):  # two names of one thing
+        raise rope.wrong("rope_type", "is not supported ('axial' is)")
+
+    def size(name: str, most: int = LARGEST_SIZE) -> int:
+        return vision.whole(name, getattr(default, name), most=most)
+
+    def token(name: str) -> int:
+        return top.whole(name, getattr(default, name), least=0, most=MOST_TOKENS)
+
+    config = VisionConfig(
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers", MOST_LAYERS),
+        num_attention_heads=size("num_attention_heads"),
+        num_key_value_heads=size("num_key_value_heads"),
+        head_dim=size("head_dim"),
+        rms_norm_eps=vision.positive("rms_norm_eps", default.rms_norm_eps),
+        rope_theta=rope.positive("rope_theta", default.rope_theta),
+        patch_size=size("patch_size", 256),
+        pooling_kernel_size=size("pooling_kernel_size", 256),
+        position_embedding_size=size("position_embedding_size"),
+        standardize=bool(vision.flag("standardize")),
+        use_clipped_linears=bool(vision.flag("use_clipped_linears")),
+        vision_soft_tokens_per_image=top.whole("vision_soft_tokens_per_image", default.vision_soft_tokens_per_image),
+        boi_token_id=token("boi_token_id"),
+        image_token_id=token("image_token_id"),
+        eoi_token_id=token("eoi_token_id"),
+        video_token_id=token("video_token_id"),
+    )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise CheckpointError(f"{source}: vision_config has {config.num_key_value_heads} key-value heads, which do not "
+                              f"divide its {config.num_attention_heads} attention heads")
+    if config.head_dim % 4:
+        raise vision.wrong("head_dim", "must be a multiple of 4 (halves of halves are rotated together)")
     return config
 
 

@@ -18,15 +18,28 @@ from typing import Any
 from dgemma.chat.gguf_tokenizer import tokenizer_from_gguf
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, LayerConfig, ModelConfig, load_generation_config, load_model_config
-from dgemma.errors import CheckpointError, Problem
+from dgemma.errors import CheckpointError, Problem, describe
 from dgemma.gguf.container import is_gguf
 from dgemma.gguf.keys import network_name as gguf_network_name
 from dgemma.gguf.reader import GGUFTensor
 from dgemma.memory import program_bytes
 from dgemma.memory.inference import MemoryNeed, memory_needs
+from dgemma.memory.vision import TowerSize
 from dgemma.weights.finite import check_finite
 from dgemma.weights.gguf_model import match_gguf, open_gguf
-from dgemma.weights.load import DTYPES, Shape, StoredTensor, match, network_shapes, read_headers, stored_dtype
+from dgemma.weights.gguf_vision import Mmproj, open_mmproj, search_beside
+from dgemma.weights.load import (
+    DTYPES,
+    Contents,
+    Shape,
+    StoredTensor,
+    empty_vision,
+    match,
+    network_shapes,
+    read_headers,
+    stored_dtype,
+    tensor_shapes,
+)
 from dgemma.weights.names import is_vision
 
 PARTS: tuple[str, ...] = ("embedding", "attention", "dense MLP", "experts", "router and norms",
@@ -70,6 +83,22 @@ class TokenizerFacts:
 
 
 @dataclass(frozen=True)
+class TowerFacts:
+    """The vision tower that comes with the first picture; ``path`` is its GGUF file, or the checkpoint's folder.
+
+    A soft token is of ``pooling_kernel_size``² patches, a patch of ``patch_size``² pixels.
+    """
+
+    path: Path
+    layers: int
+    width: int
+    parameters: int
+    nbytes: int
+    patch_size: int
+    pooling_kernel_size: int
+
+
+@dataclass(frozen=True)
 class CheckpointReport:
     """Everything `inspect_checkpoint` finds. ``parameters`` counts each of `PARTS`; sizes are bytes.
 
@@ -93,6 +122,7 @@ class CheckpointReport:
     notes: tuple[str, ...] = ()
     checked: bool = False
     unread: tuple[str, ...] = ()
+    tower: TowerFacts | None = None
 
     @property
     def text_parameters(self) -> int:
@@ -110,15 +140,19 @@ class CheckpointReport:
         data["folder"] = str(self.folder)
         data["parameters"] = {**self.parameters, "text": self.text_parameters, "active": self.active_parameters,
                               "total": sum(self.parameters.values())}
+        if self.tower is not None:
+            data["tower"]["path"] = str(self.tower.path)
         for need, entry in zip(self.memory, data["memory"], strict=True):
             entry["total"] = need.total
         return data
 
 
 def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None, *, check: bool = False,
+                       mmproj: Path | None = None,
                        progress: Callable[[int, int], None] | None = None) -> CheckpointReport:
     """Report on a checkpoint folder or a GGUF file; ``contexts`` are the lengths in tokens to estimate memory for.
 
+    The vision tower is that which `dgemma.load` would take, with ``mmproj`` if it is given that.
     ``check`` reads all tensors, those of a vision tower too, and finds those with numbers that are not finite;
     ``progress(done, total)`` is told the bytes read.
     What is wrong with the weights, the tokenizer or the dtype stands in ``problems``. Raises CheckpointError when there
@@ -126,7 +160,7 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None, *, c
     """
     folder = Path(folder)
     of = _of_gguf if folder.is_file() and is_gguf(folder) else _of_folder
-    report, tensors = of(folder, contexts)
+    report, tensors = of(folder, contexts, mmproj)
     if not check:
         return report
     sizes = {path: path.stat().st_size if path.is_file() else 0 for path in {tensor.file for tensor in tensors}}
@@ -136,12 +170,13 @@ def inspect_checkpoint(folder: Path, contexts: Sequence[int] | None = None, *, c
     return replace(report, problems=(*report.problems, *broken), checked=True, unread=found.unread)
 
 
-def _of_folder(folder: Path, contexts: Sequence[int] | None) -> tuple[CheckpointReport, list[StoredTensor]]:
+def _of_folder(folder: Path, contexts: Sequence[int] | None,
+               mmproj: Path | None) -> tuple[CheckpointReport, list[StoredTensor | GGUFTensor]]:
     if not folder.is_dir():
         read_headers(folder)  # says what it is instead
     config = load_model_config(folder)
     contents = read_headers(folder)
-    tensors = list(contents.tensors.values())
+    tensors: list[StoredTensor | GGUFTensor] = list(contents.tensors.values())
     shapes = network_shapes(config)
     parameters = count_parameters(shapes)
     chosen, problems = match(contents, shapes)
@@ -151,15 +186,27 @@ def _of_folder(folder: Path, contexts: Sequence[int] | None) -> tuple[Checkpoint
             stored_dtype(folder, config, chosen)
         except CheckpointError as error:
             problems.append(Problem("configuration", (str(error),)))
-    memory = memory_needs(config, sum(parameters.values()), contexts, _program(tokenizer))
-    parameters["vision"] = sum(math.prod(tensor.shape) for tensor in tensors if is_vision(tensor.name))
+    notes = [contents.aside] if contents.aside else []
+    files = list(contents.files)
+    if mmproj is not None:
+        size, tower = _of_mmproj(opened := open_mmproj(mmproj, config.hidden_size))
+        tensors += opened.tensors.values()
+        files += opened.file.files
+    else:
+        size, tower, wrong = _own_tower(folder, config, contents)
+        notes += [wrong] if wrong else []
+    memory = memory_needs(config, sum(parameters.values()), contexts, _program(tokenizer), tower=size)
+    parameters["vision"] = tower.parameters if mmproj is not None and tower else sum(
+        math.prod(tensor.shape) for tensor in contents.tensors.values() if is_vision(tensor.name))
     return CheckpointReport(
-        folder, config, layer_groups(config), parameters, _stored((t.dtype, t.nbytes) for t in tensors),
-        _sizes(contents.files), memory, load_generation_config(folder, config), tokenizer, tuple(problems),
-        notes=(contents.aside,) if contents.aside else ()), tensors
+        folder, config, layer_groups(config), parameters,
+        _stored((t.dtype if isinstance(t, StoredTensor) else t.type_name, t.nbytes) for t in tensors),
+        _sizes(files), memory, load_generation_config(folder, config), tokenizer, tuple(problems),
+        notes=tuple(notes), tower=tower), tensors
 
 
-def _of_gguf(path: Path, contexts: Sequence[int] | None) -> tuple[CheckpointReport, list[GGUFTensor]]:
+def _of_gguf(path: Path, contexts: Sequence[int] | None,
+             mmproj: Path | None) -> tuple[CheckpointReport, list[GGUFTensor]]:
     model = open_gguf(path)
     config, file = model.config, model.file
     tensors = list(file.tensors.values())
@@ -167,14 +214,48 @@ def _of_gguf(path: Path, contexts: Sequence[int] | None) -> tuple[CheckpointRepo
     parameters = count_parameters(shapes)
     _, problems = match_gguf(model, shapes)
     tokenizer = _tokenizer_facts(lambda: tokenizer_from_gguf(file.metadata, file.path.name), problems)
-    by_part = _totals((_part(gguf_network_name(t.name) or ""), t.type_name, t.nbytes) for t in tensors)
-    parts = tuple(PartStoredAs(*total) for total in sorted(by_part, key=lambda total: PARTS.index(total[0])))
-    stored = _stored((t.type_name, t.nbytes) for t in tensors)
-    packed = sum(t.nbytes for t in tensors) if any(entry.dtype not in DTYPES for entry in stored) else None
+    packed = sum(t.nbytes for t in tensors) if any(t.type_name not in DTYPES for t in tensors) else None
+    found, wrong = search_beside(file.path, config.hidden_size) if mmproj is None else (
+        open_mmproj(mmproj, config.hidden_size), None)
+    size, tower = (None, None) if found is None else _of_mmproj(found)
+    memory = memory_needs(config, sum(parameters.values()), contexts, _program(tokenizer), packed, size)
+    by_part = [(_part(gguf_network_name(t.name) or ""), t.type_name, t.nbytes) for t in tensors]
+    files = list(file.files)
+    if found is not None:
+        seeing = list(found.tensors.values())
+        by_part += [("vision", t.type_name, t.nbytes) for t in seeing]
+        tensors += seeing
+        files += found.file.files
+        parameters["vision"] = found.parameters
+    parts = tuple(PartStoredAs(*total) for total in sorted(_totals(by_part), key=lambda total: PARTS.index(total[0])))
     return CheckpointReport(
-        file.path, config, layer_groups(config), parameters, stored, _sizes(file.files),
-        memory_needs(config, sum(parameters.values()), contexts, _program(tokenizer), packed), model.generation,
-        tokenizer, tuple(problems), "gguf", parts), tensors
+        file.path, config, layer_groups(config), parameters, _stored((t.type_name, t.nbytes) for t in tensors),
+        _sizes(files), memory, model.generation, tokenizer, tuple(problems), "gguf", parts,
+        (wrong,) if wrong else (), tower=tower), tensors
+
+
+def _of_mmproj(mmproj: Mmproj) -> tuple[TowerSize, TowerFacts]:
+    """What a tower in a GGUF file takes, and what there is to say of it."""
+    config = mmproj.config
+    item = 4 if mmproj.packed else mmproj.dtype.itemsize
+    return TowerSize(config, mmproj.parameters, mmproj.nbytes, item), TowerFacts(
+        mmproj.file.path, config.num_hidden_layers, config.hidden_size, mmproj.parameters, mmproj.nbytes,
+        config.patch_size, config.pooling_kernel_size)
+
+
+def _own_tower(folder: Path, config: ModelConfig,
+               contents: Contents) -> tuple[TowerSize | None, TowerFacts | None, str | None]:
+    """The same of the tower in a checkpoint folder, or what keeps it from seeing, if it has one."""
+    if config.vision is None or not any(map(is_vision, contents.tensors)):
+        return None, None, None
+    shapes = tensor_shapes(empty_vision(config.vision, config.hidden_size))
+    chosen, problems = match(contents, shapes, vision=True)
+    if problems:
+        return None, None, f"pictures cannot be seen: the vision tower cannot be loaded\n{describe(problems)}"
+    parameters, nbytes = sum(map(math.prod, shapes.values())), sum(tensor.nbytes for tensor in chosen.values())
+    size = TowerSize(config.vision, parameters, nbytes, 4 if nbytes >= 4 * parameters else 2)
+    return size, TowerFacts(folder, config.vision.num_hidden_layers, config.vision.hidden_size, parameters,
+                            nbytes, config.vision.patch_size, config.vision.pooling_kernel_size), None
 
 
 def _sizes(files: Iterable[Path]) -> dict[str, int]:

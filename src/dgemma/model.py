@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 
 from dgemma.cache import check_cache_type
+from dgemma.chat.media import parts_in, place_media, put_first, show
 from dgemma.chat.messages import normalise_messages, normalise_tools
+from dgemma.chat.pictures import PICTURE_TOKENS, Picture, with_picture_tokens
 from dgemma.chat.reply import ReplyReader, inside_thought
 from dgemma.chat.thoughts import CLOSE, OPEN
 from dgemma.chat.tokenizer import Tokenizer
@@ -23,7 +26,8 @@ from dgemma.constrain.choice import ToolChoice, calls_of, read_tool_choice, show
 from dgemma.diffusion.events import Event, Finished, Generation
 from dgemma.diffusion.request import Request, SamplingParams, Thoughts
 from dgemma.engine import Engine, PrefixStore
-from dgemma.errors import ContextLengthError, DgemmaError
+from dgemma.engine.pictures import PictureEncoder
+from dgemma.errors import CheckpointError, ContextLengthError, DgemmaError
 from dgemma.fields import is_whole
 from dgemma.memory.inference import request_memory
 from dgemma.nn import DiffusionTransformer
@@ -31,6 +35,7 @@ from dgemma.nn import DiffusionTransformer
 if TYPE_CHECKING:
     from dgemma.weights.gguf_model import GGUFModel
     from dgemma.weights.hub.transfer import Downloads
+    from dgemma.weights.towers import Tower
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | torch.Tensor | np.ndarray
 
@@ -38,12 +43,13 @@ Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | torch.Tensor | np.ndar
 class Model:
     """A network with its tokenizer and settings; `load` makes one.
 
-    Attributes: ``network``, ``tokenizer``, ``config`` (the network's shape), ``generation_config``, ``name``.
+    Attributes: ``network``, ``tokenizer``, ``config`` (the network's shape), ``generation_config``, ``name``,
+    ``pictures`` (what sees them; None for a model that cannot).
     """
 
     def __init__(self, network: DiffusionTransformer, tokenizer: Tokenizer, generation_config: GenerationConfig,
-                 name: str):
-        self.network, self.tokenizer, self.name = network, tokenizer, name
+                 name: str, pictures: PictureEncoder | None = None):
+        self.network, self.tokenizer, self.name, self.pictures = network, tokenizer, name, pictures
         self.generation_config = generation_config
         self.prefixes = PrefixStore(request_memory(network) // 4)  # what a conversation's earlier turns have read
         self._engines: list[weakref.ref[Engine]] = []  # replaced, never changed: `cancel` may come at any moment
@@ -53,9 +59,14 @@ class Model:
     def config(self) -> ModelConfig:
         return self.network.config
 
+    @property
+    def sees(self) -> bool:
+        """Whether it takes pictures and films."""
+        return self.pictures is not None
+
     def generate(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                  thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
-                 images: Sequence[Any] | None = None, **options: Any) -> Generation:
+                 images: Sequence[Any] | None = None, video: Any = None, **options: Any) -> Generation:
         """Answer ``prompt``: a user message, a list of chat messages, or token ids that are used as they are.
 
         Without ``max_tokens`` an answer may go on to the end of the model's context; ``finish_reason`` tells "length"
@@ -64,21 +75,21 @@ class Model:
         """
         options["drafts"] = False  # nobody hears of them
         for event in self.stream(prompt, max_tokens=max_tokens, seed=seed, thinking=thinking, system=system,
-                                 tools=tools, images=images, **options):
+                                 tools=tools, images=images, video=video, **options):
             if isinstance(event, Finished):
                 return event.generation
         raise RuntimeError("the engine stopped without finishing the request")
 
     def stream(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
-               images: Sequence[Any] | None = None, **options: Any) -> Iterator[Event]:
+               images: Sequence[Any] | None = None, video: Any = None, **options: Any) -> Iterator[Event]:
         """`generate` as it happens: CanvasStarted, Denoised, CanvasCommitted, …, Finished.
 
         Closing the iterator stops the work before the next denoising step; `cancel` does too, and still yields
         Finished with what was committed.
         """
         return self._run([self.request(prompt, max_tokens=max_tokens, seed=seed, thinking=thinking, system=system,
-                                       tools=tools, images=images, **options)])
+                                       tools=tools, images=images, video=video, **options)])
 
     def generate_batch(self, prompts: Sequence[Prompt], *, seeds: Sequence[int] | None = None,
                        max_tokens: int | None = None, thinking: bool = False, **options: Any) -> list[Generation]:
@@ -101,30 +112,51 @@ class Model:
                 engine.cancel_all()
 
     def prompt_ids(self, prompt: Prompt, *, thinking: bool = False, system: str | None = None,
-                   tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """The token ids that a prompt becomes: through the checkpoint's chat template unless it is ids already."""
-        given: Any = prompt
-        if isinstance(given, (torch.Tensor, np.ndarray)):
-            if given.ndim != 1 or "int" not in str(given.dtype):
-                raise DgemmaError(f"a prompt of token ids is one-dimensional integers, got {tuple(given.shape)} of "
-                                  f"{given.dtype}")
-            return given.tolist()
+                   tools: list[dict[str, Any]] | None = None, **media: Any) -> list[int]:
+        """The token ids that a prompt becomes: through the checkpoint's chat template unless it is ids already.
+
+        ``media``: its pictures and film, as in `request`. Raises DgemmaError.
+        """
+        return self._prompt(prompt, thinking, system, shown_tools(normalise_tools(tools), ToolChoice()), **media).ids
+
+    def _prompt(self, prompt: Prompt, thinking: bool, system: str | None, tools: list[dict[str, Any]] | None, *,
+                images: Sequence[Any] | None = None, video: Any = None, image_tokens: int | None = None,
+                fps: float | None = None) -> _PromptIds:
+        """A prompt with room for its pictures, which the tower has not seen yet."""
+        if images is not None and not isinstance(images, (list, tuple)):
+            raise DgemmaError(f"images must be a list of pictures, not {type(images).__name__}")
+        media = list(images or ()), [] if video is None else [video]
         if _is_ids(prompt):
-            numbers = [_plain_number(item) for item in given]
-            if not all(map(is_whole, numbers)):
-                raise DgemmaError("a prompt of token ids holds whole numbers only")
-            return numbers
-        if not isinstance(prompt, (str, list, tuple)):
+            parts = parts_in(put_first([{"role": "user", "content": ""}], *media))
+            ids = _ids_of(prompt)
+        elif isinstance(prompt, (str, list, tuple)):
+            conversation: Any = prompt if isinstance(prompt, str) else list(prompt)
+            messages = put_first(normalise_messages(conversation, system=system), *media)
+            parts = parts_in(messages)
+            self._check_seen(parts)
+            ids = self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
+        else:
             raise DgemmaError(f"a prompt is text, a list of messages or a list of token ids, not "
                               f"{type(prompt).__name__}")
-        conversation: Any = prompt if isinstance(prompt, str) else list(prompt)
-        messages = normalise_messages(conversation, system=system)
-        shown = shown_tools(normalise_tools(tools), ToolChoice())
-        return self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=shown)
+        pictures = self._check_seen(parts)
+        if pictures is None:
+            return _PromptIds(ids)
+        config = pictures.config
+        shown = [show(part, config, _plain_number(image_tokens), _plain_number(fps), words, f"{part['type']} {number}")
+                 for number, (part, words) in enumerate(parts, 1)]
+        ids, starts = place_media(ids, shown, config, self.tokenizer.encode)
+        return _PromptIds(ids, [picture for part in shown for picture in part.pictures], starts)
+
+    def _check_seen(self, parts: Sequence[Any]) -> PictureEncoder | None:
+        """What sees these parts, if there are any; raises DgemmaError where nothing does."""
+        if parts and self.pictures is None:
+            raise DgemmaError("this model sees no pictures: it has no vision tower")
+        return self.pictures if parts else None
 
     def request(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                 thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
-                images: Sequence[Any] | None = None, canvas: Sequence[int | None] | None = None,
+                images: Sequence[Any] | None = None, video: Any = None, image_tokens: int | None = None,
+                fps: float | None = None, canvas: Sequence[int | None] | None = None,
                 pinned: Sequence[bool] | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                 logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
                 response_format: Mapping[str, Any] | None = None, tool_choice: Any = None,
@@ -148,13 +180,17 @@ class Model:
         satisfy the tool's schema. So do those of tools declared ``strict``, whenever they are called. Beside a
         ``response_format`` the answer is calls, or that.
 
+        ``images`` (paths, bytes of files or PIL.Images) and a ``video`` (a path or bytes) stand before the words of the
+        last user message, or for the image and video tokens of a prompt of ids; parts of messages may be pictures, too:
+        {"type": "image", "image": …}. Each picture has at most ``image_tokens`` soft tokens, 70, 140, 280, 560 or 1120
+        (None: as what is asked needs). A film is ``fps`` frames a second, at most 60 (None: one a second, or 60 over
+        all of it); its sound is not heard.
+
         ``reasoning_budget``: the most tokens that thoughts have together, their marks included; then the thought is
         closed, and the answer follows. 0: no thinking. Thoughts always leave a canvas for the answer (half of
         ``max_tokens`` where that is less than two). ``redraw_empty``: an answer that comes out empty at its first
         canvas is drawn once more, narrower and from other noise.
         """
-        if images:
-            raise DgemmaError("this version reads text only: images are not supported yet")
         given = (seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget)
         seed, max_tokens, temperature, top_k, top_p, logprobs, reasoning_budget = map(_plain_number, given)
         settings = {name: _plain_number(value) for name, value in settings.items()}
@@ -169,7 +205,9 @@ class Model:
             raise DgemmaError(f"reasoning_budget must be a whole number of at least 0, got {reasoning_budget!r}")
         thinking = thinking and reasoning_budget != 0
         choice, declared = read_tool_choice(tool_choice), normalise_tools(tools)
-        prompt_ids = self.prompt_ids(prompt, thinking=thinking, system=system, tools=shown_tools(declared, choice))
+        given_prompt = self._prompt(prompt, thinking, system, shown_tools(declared, choice), images=images, video=video,
+                                    image_tokens=image_tokens, fps=fps)
+        prompt_ids = given_prompt.ids
         canvas = None if canvas is None else [_plain_number(item) for item in canvas]
         constraint = None
         try:
@@ -204,6 +242,8 @@ class Model:
             raise
         except (TypeError, ValueError) as error:
             raise DgemmaError(str(error)) from error
+        if self.pictures is not None and given_prompt.pictures:  # now that it is known that they can be read
+            request = replace(request, spans=self.pictures.spans(given_prompt.pictures, given_prompt.starts))
         return request
 
     def _thoughts(self, inside: bool, budget: int | None) -> Thoughts | None:
@@ -225,6 +265,28 @@ class Model:
     def reader(self, request: Request) -> ReplyReader:
         """What reads a request's answer: its text, reasoning and tool calls, and where a stop string ends it."""
         return ReplyReader(self.tokenizer, request.prompt_ids, **request.reading)
+
+
+@dataclass(frozen=True)
+class _PromptIds:
+    """A prompt's token ids, its pictures, and where their soft tokens start."""
+
+    ids: list[int]
+    pictures: list[Picture] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+
+
+def _ids_of(prompt: Any) -> list[int]:
+    """A prompt of token ids as a list. Raises DgemmaError for what are none."""
+    if isinstance(prompt, (torch.Tensor, np.ndarray)):
+        if prompt.ndim != 1 or "int" not in str(prompt.dtype):
+            raise DgemmaError(f"a prompt of token ids is one-dimensional integers, got {tuple(prompt.shape)} of "
+                              f"{prompt.dtype}")
+        return prompt.tolist()
+    numbers = [_plain_number(item) for item in prompt]
+    if not all(map(is_whole, numbers)):
+        raise DgemmaError("a prompt of token ids holds whole numbers only")
+    return numbers
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -253,7 +315,8 @@ def parse_device(name: str | torch.device | None) -> torch.device:
 
 
 def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-         cache_type: str | None = None, adapter: str | Path | None = None,
+         cache_type: str | None = None, adapter: str | Path | None = None, mmproj: str | Path | None = None,
+         vision: str | Path | None = None,
          progress: Callable[[int, int], None] | None = None, downloads: Downloads | None = None) -> Model:
     """Load a model: a bundled name ("sudoku"), a checkpoint folder, a GGUF file, or a hub id.
 
@@ -261,6 +324,12 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     own; it is not for a quantised GGUF on the CPU, whose weights stay packed. ``cache_type`` is what keys and values
     are kept in ("f32", "f16", "bf16", "q8_0"; None: what they are computed in, "bf16" for packed weights).
     ``adapter`` is one for this model in PEFT's format: its folder, or the .safetensors file in it.
+
+    What sees pictures is the checkpoint's own vision tower, or for a GGUF file what lies beside it: of several
+    ``mmproj*.gguf`` that fit, the one named after the model (mmproj-NAME.gguf for NAME.gguf), else BF16 before F16,
+    F32 and Q8_0. ``mmproj`` is another such file, ``vision`` a checkpoint folder or hub repository of which the tower
+    is taken and nothing else. It is read when the first picture comes, with ``vision`` at once.
+
     ``progress(done_bytes, total_bytes)`` is called while weights are read; ``downloads()`` makes who is told of what
     is fetched from the hub (None: lines on stderr). Raises CheckpointError, naming file
     and cause, when it cannot be used.
@@ -278,19 +347,47 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     target = parse_device(device)
     parts = read_parts(name, downloads)
     assert parts.source is not None
+    config, tower = _seeing(parts, mmproj, vision, downloads)
     if parts.gguf is not None:
         from dgemma.weights.gguf_model import load_gguf_network
 
-        network = load_gguf_network(parts.gguf, device=target, dtype=dtype, progress=progress,
+        network = load_gguf_network(replace(parts.gguf, config=config), device=target, dtype=dtype, progress=progress,
                                     cache_type=cache_type)
     else:
-        network = load_network(parts.source, parts.config, device=target, dtype=dtype, progress=progress,
+        network = load_network(parts.source, config, device=target, dtype=dtype, progress=progress,
                                cache_type=cache_type)
+    pictures = None
+    if tower is not None and config.vision is not None:
+        # With ``vision`` it is asked for, so it is there before the first picture.
+        asked = None if vision is None else tower.load(target, dtype)
+        pictures = PictureEncoder(network, config.vision,
+                                  lambda: tower.load(target, dtype) if asked is None else asked)
     if adapter is not None:
         from dgemma.weights.adapters import load_adapter
 
         load_adapter(network, adapter)
-    return Model(network, parts.tokenizer, parts.generation_config, str(name))
+    return Model(network, parts.tokenizer, parts.generation_config, str(name), pictures)
+
+
+def _seeing(parts: Parts, mmproj: str | Path | None, vision: str | Path | None,
+            downloads: Downloads | None) -> tuple[ModelConfig, Tower | None]:
+    """The model's config with that of the vision tower it sees with, and the tower; as they are without one."""
+    from dgemma.weights.towers import find_tower
+
+    assert parts.source is not None
+    tower = find_tower(parts.source, parts.config, mmproj, vision, downloads)
+    if tower is None:
+        return parts.config, None
+    own = parts.config.vision
+    seeing = with_picture_tokens(tower.config, parts.tokenizer.token_to_id) if own is None else replace(
+        tower.config, **{name: getattr(own, name) for name in PICTURE_TOKENS})
+    if seeing is not None:
+        return replace(parts.config, vision=seeing), tower
+    why = f"{tower.path}: this vision tower cannot be used: the model's tokenizer has no tokens for pictures"
+    if mmproj is not None or vision is not None:
+        raise CheckpointError(why)
+    warnings.warn(why, stacklevel=3)
+    return parts.config, None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What a query sees, written down as the rule says it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,16 +20,19 @@ def seen(visible, queries, columns):
 
 @pytest.mark.parametrize("kind", [SLIDING, FULL])
 @pytest.mark.parametrize("spans", [[], [(2, 6)], [(0, 1), (3, W + 5)]], ids=str)
-def test_reading_is_causal_within_the_window_and_a_picture_sees_itself_in_sliding_layers(kind, spans):
+@pytest.mark.parametrize("pictures", ["sliding", "full", "causal"])
+def test_reading_is_causal_within_the_window_and_a_picture_sees_itself_in_the_layers_named(kind, spans, pictures):
     count = 2 * W + 3
     positions = torch.arange(count).unsqueeze(0)
-    visible = visibility.causal(CONFIG, kind, positions, positions, [spans])
+    config = replace(CONFIG, picture_attention=pictures)
+    visible = visibility.causal(config, kind, positions, positions, [spans])
     for query in range(count):
         own = next(((start, stop) for start, stop in spans if start <= query < stop), (query, query + 1))
         for column in range(count):
-            allowed = column <= query or (kind == SLIDING and own[0] <= column < own[1])
-            inside = kind == FULL or query - column < W
-            assert bool(seen(visible, count, count)[0, query, column]) == (allowed and inside)
+            picture, inside = own[0] <= column < own[1], kind == FULL or query - column < W
+            wanted = (column <= query or (pictures == "sliding" and kind == SLIDING and picture)) and inside
+            wanted = wanted or (pictures == "full" and picture)
+            assert bool(seen(visible, count, count)[0, query, column]) == wanted
 
 
 @pytest.mark.parametrize("kind", [SLIDING, FULL])

@@ -26,7 +26,7 @@ def test_all_is_looked_at(examined, hub):
     found, code = examined()
     assert code == 0
     assert list(found) == ["python", "torch", "threads", "model", "kernels", "compiler", "gpu", "memory", "disk", "hub",
-                           "serve", "train", "iq"]
+                           "serve", "train", "vision", "iq"]
     assert torch.__version__ in found["torch"]["found"]
     assert "the bundled model answers" in found["model"]["found"]
     assert found["kernels"]["found"].startswith(native.isa()) or not native.available()

@@ -182,6 +182,7 @@ def test_remove(hub, dgemma_command):
 
 
 def test_remove_says_what_is_left_where_it_is(hub, dgemma_command):
+    hub.repos[GGUF]["mmproj-F16.gguf"] = gguf(500, "clip")
     for name in ("*Q4_K_M*", "mmproj*", "imatrix*", "README.md"):
         dgemma_command("pull", GGUF, "--include", name)
     outcome = dgemma_command("models", "remove", GGUF, "--yes")

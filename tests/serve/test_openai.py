@@ -320,7 +320,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(scripted_client, fields, par
 @pytest.mark.parametrize(("messages", "param"), [
     ([], "messages"), ([{"role": "alien", "content": "x"}], "messages[0].role"), ([{"role": "user"}], "messages[0]"),
     ([HELLO[0], {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-     "messages[1].content"),
+     "messages[1].content[0]"),
     ([{"role": "tool", "content": "x"}], "messages[0]"), ([{"role": "user", "content": "x" * 8150}], "messages"),
     ([{"role": "user", "content": "x" * 10000}], "messages"),
 ])

@@ -236,7 +236,6 @@ def demo_repos(size: int = 300_000) -> dict[str, dict[str, bytes]]:
             "diffuse-UD-Q2_K_XL.gguf": gguf(size // 2, seed=2),
             "BF16/diffuse-BF16-00001-of-00002.gguf": gguf(size, seed=16),
             "BF16/diffuse-BF16-00002-of-00002.gguf": gguf(size, seed=17),
-            "mmproj-F16.gguf": gguf(500, "clip"),
             "imatrix_unsloth.gguf": gguf(500, "imatrix"),
         },
         "org/diffuse": {

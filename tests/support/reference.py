@@ -78,8 +78,9 @@ def randomise(network: torch.nn.Module, seed: int, peak: float = 2.0, feedback: 
                 tensor.data.mul_(change)
 
 
-def reference_model(shape: dict[str, Any], seed: int = 0, **strengths: float) -> Any:
-    """transformers' network in this shape, randomised."""
+def reference_model(shape: dict[str, Any], seed: int = 0, vision: dict[str, Any] | None = None,
+                    **strengths: float) -> Any:
+    """transformers' network in this shape, randomised; ``vision`` is the shape of its tower, by itself next to none."""
     from transformers import (
         DiffusionGemmaConfig,
         DiffusionGemmaForBlockDiffusion,
@@ -91,10 +92,10 @@ def reference_model(shape: dict[str, Any], seed: int = 0, **strengths: float) ->
                 use_bidirectional_attention="vision") | copy.deepcopy(shape)
     canvas_length = text.pop("canvas_length")
     text.setdefault("num_hidden_layers", len(text.get("layer_types", ())))
-    vision = Gemma4VisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                                num_key_value_heads=1, head_dim=8, position_embedding_size=4)
-    config = DiffusionGemmaConfig(text_config=DiffusionGemmaTextConfig(**text), vision_config=vision,
-                                  canvas_length=canvas_length)
+    tower = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                 num_key_value_heads=1, head_dim=8, position_embedding_size=4) | (vision or {})
+    config = DiffusionGemmaConfig(text_config=DiffusionGemmaTextConfig(**text), canvas_length=canvas_length,
+                                  vision_config=Gemma4VisionConfig(**tower))
     model = DiffusionGemmaForBlockDiffusion(config).eval().requires_grad_(False)
     randomise(model, seed, **strengths)
     return model
@@ -171,7 +172,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
     text = dict(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=2, head_dim=8, global_head_dim=12, num_global_key_value_heads=1,
                 layer_types=[SLIDING, SLIDING, FULL], sliding_window=6, num_experts=4, top_k_experts=2,
-                moe_intermediate_size=16)
+                moe_intermediate_size=16, use_bidirectional_attention="vision")
     canvas_length = changes.pop("canvas_length", 8)
     return model_config_from_dict({"model_type": "diffusion_gemma", "canvas_length": canvas_length,
                                    "text_config": text | changes})

@@ -68,6 +68,24 @@ def test_choosing_gguf(hub, tag, model, files):
     assert plan.size == plan.to_fetch == sum(len(hub.repos[GGUF][name]) for name in files)
 
 
+@pytest.mark.parametrize(("tag", "there", "taken"), [
+    ("Q4_K_M", ["mmproj-F16.gguf"], "mmproj-F16.gguf"),
+    ("Q4_K_M", ["mmproj-Q8_0.gguf", "mmproj-F32.gguf", "mmproj-model-f16.gguf", "gemma-mmproj-BF16.gguf"],
+     "gemma-mmproj-BF16.gguf"),
+    ("Q4_K_M", ["mmproj-BF16.gguf", "mmproj-diffuse-Q4_K_M.gguf"], "mmproj-diffuse-Q4_K_M.gguf"),
+    ("BF16", ["mmproj-F16.gguf", "sub/mmproj-BF16.gguf", "mmproj.txt"], "mmproj-F16.gguf"),
+    ("BF16", ["mmproj-F16.gguf", "BF16/mmproj-F16.gguf"], "BF16/mmproj-F16.gguf"),
+])
+def test_with_a_gguf_model_comes_one_vision_tower(hub, tag, there, taken):
+    hub.repos[GGUF] |= {name: gguf(500, "clip", seed) for seed, name in enumerate(there)}
+    plan = plan_pull(GGUF, tag)
+    assert [file.name for file in plan.files if "mmproj" in file.name] == [taken]
+    assert plan.model == f"{GGUF}:{tag}"
+    path = pull(GGUF, tag)
+    assert path.name.startswith("diffuse") and (snapshot(GGUF) / taken).is_file()
+    assert find_local(f"{GGUF}:{tag}").complete
+
+
 def test_choosing_safetensors(hub):
     plan = plan_pull(PLAIN)
     assert plan.model == PLAIN

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,17 @@ import typer
 from typer.testing import CliRunner
 
 from dgemma.cli.commands.inspect import inspect
-from dgemma.config import FULL, SLIDING, load_model_config, model_config_from_dict
+from dgemma.config import FULL, SLIDING, VisionConfig, load_model_config, model_config_from_dict
 from dgemma.errors import CheckpointError
+from dgemma.gguf.keys import gguf_name
+from dgemma.gguf.writer import TensorEntry
 from dgemma.inspect import count_parameters, inspect_checkpoint, layer_groups
+from dgemma.memory import program_bytes
 from dgemma.memory.inference import kv_cache_bytes, memory_needs, working_bytes
+from dgemma.memory.vision import TowerSize, tower_working_bytes
 from dgemma.weights.hub.locate import locate
-from dgemma.weights.load import load_network, network_shapes
+from dgemma.weights.load import empty_vision, load_network, network_shapes, tensor_shapes
+from dgemma.weights.quantize import convert, mixture_types
 
 PUBLISHED = {  # the 26B-A4B model's config.json, as far as the text network goes
     "model_type": "diffusion_gemma",
@@ -85,6 +91,29 @@ def test_memory_of_the_published_model(published):
     assert grows == sorted(grows)
 
 
+def test_the_published_model_packed_sees_a_large_picture_within_20_gb(published):
+    """Q4_K_M, the tower in bfloat16, a picture of 1,120 tokens in a conversation of 4,096, the program included."""
+    shapes = {gguf_name(name): shape for name, shape in network_shapes(published).items()}
+    types = mixture_types(shapes, "Q4_K_M")
+    packed = sum(TensorEntry(name, shape, types[name]).nbytes for name, shape in shapes.items())
+    vision = VisionConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+                          num_key_value_heads=16, head_dim=72, standardize=True)
+    tower = sum(map(math.prod, tensor_shapes(empty_vision(vision, published.hidden_size)).values()))
+    assert tower == pytest.approx(572.8e6, rel=1e-3)
+    size = TowerSize(vision, tower, 2 * tower, 2)
+    need = memory_needs(published, 25_250_000_000, [4096], program_bytes(published.vocab_size), packed, size)[0]
+    assert need.dtype == "packed" and need.vision == 2 * tower + tower_working_bytes(vision, 2)
+    assert need.total == need.weights + need.kv_cache + need.working + need.program + need.vision
+    assert 18e9 < need.total < 20e9
+    # By hand: 10,080 patches of 1,152, 16 bytes each, and of 768 pixels, 8 bytes each; a tile of 256, three times 4,304
+    # of them in an MLP. Measured: 256 MB, all patches in one tile 571 MB.
+    assert tower_working_bytes(vision, 2) == 10_080 * (1152 * 16 + 768 * 8) + 256 * (3 * 4304 * 2 + 1152 * 10)
+    assert 571e6 < tower_working_bytes(vision, 2, tile=10_080) < 630e6
+    assert tower_working_bytes(vision, 2, patches=630) < tower_working_bytes(vision, 2) / 8
+    wide = {need.dtype: need.vision for need in memory_needs(published, 1, [77], tower=size)}
+    assert wide["float32"] > wide["bfloat16"] > 2 * tower
+
+
 @pytest.mark.parametrize("tokens", [5, 11, 30])
 def test_cache_estimate_is_what_the_cache_holds(single, tokens):
     network = load_network(single, load_model_config(single))
@@ -109,6 +138,39 @@ def test_report_of_a_sound_checkpoint(form, request, reference):
     assert report.files == {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
     assert report.generation.max_denoising_steps == 48
     assert (report.tokenizer.vocab_size, report.tokenizer.has_chat_template) == (288, True)
+
+
+def test_report_of_a_tower(single, copy_of, rewrite, run, tmp_path):
+    """In the checkpoint itself, in a file beside a GGUF file, or in one that is named."""
+    own = inspect_checkpoint(single)
+    assert (own.tower.path, own.tower.parameters) == (single, own.parameters["vision"])
+    assert own.tower.nbytes == 4 * own.tower.parameters and own.memory[0].vision > 2 * own.tower.parameters
+    beside = convert(single, tmp_path / "model.gguf", "Q8_0", tower="BF16").tower
+    report = inspect_checkpoint(tmp_path / "model.gguf", check=True)
+    assert report.tower.path == beside and report.files[beside.name] == beside.stat().st_size
+    assert report.parameters == own.parameters and report.problems == () and report.checked
+    assert report.memory[0].vision == report.tower.nbytes + tower_working_bytes(own.config.vision, 2)
+    assert {part.dtype for part in report.parts if part.part == "vision"} == {"BF16", "F32"}
+    shown = run(tmp_path / "model.gguf").output
+    assert f"in {beside.name}" in " ".join(shown.split()) and "Memory to run with pictures" in shown
+    assert max(map(len, shown.split("\nShape", 1)[1].splitlines())) <= 80
+    away = beside.rename(tmp_path / "elsewhere.gguf")
+    assert inspect_checkpoint(tmp_path / "model.gguf").tower is None
+    assert "Memory to run the text network" in run(tmp_path / "model.gguf").output
+    assert inspect_checkpoint(tmp_path / "model.gguf", mmproj=away).tower.path == away
+    assert inspect_checkpoint(single, mmproj=away).tower.path == away
+    assert json.loads(run(single, "--mmproj", away, "--json").output)["tower"]["path"] == str(away)
+
+
+def test_a_tower_that_cannot_be_loaded_is_a_note(single, copy_of, rewrite, tmp_path):
+    folder = copy_of(single)
+    rewrite(folder, lambda tensors: tensors.pop("model.encoder.embed_vision.embedding_projection.weight"))
+    report = inspect_checkpoint(folder)
+    assert report.problems == () and report.tower is None and report.memory[0].vision == 0
+    assert "the vision tower cannot be loaded" in report.notes[0] and "embedding_projection" in report.notes[0]
+    convert(single, tmp_path / "model.gguf", "Q8_0")
+    (tmp_path / "mmproj-model.gguf").write_bytes(b"GGUF")
+    assert "no vision tower beside model.gguf fits it" in inspect_checkpoint(tmp_path / "model.gguf").notes[0]
 
 
 def test_tokenizer_facts(single, copy_of):
@@ -236,7 +298,7 @@ def test_json_is_one_object(run, single):
     assert data["parameters"]["text"] == inspect_checkpoint(single).text_parameters
     assert data["config"]["vocab_size"] == 300
     assert data["memory"][0]["total"] == sum(data["memory"][0][key] for key in
-                                               ("weights", "kv_cache", "working", "program"))
+                                               ("weights", "kv_cache", "working", "program", "vision"))
     assert data["problems"] == []
     assert data["model"] == str(single)
     assert set(data) == {"model", *(field.name for field in dataclasses.fields(inspect_checkpoint(single)))}

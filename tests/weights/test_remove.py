@@ -81,7 +81,7 @@ def test_the_last_quantisation_leaves_the_vision_tower_the_card_and_other_kinds_
 def test_each_quantisation_goes_alone_split_or_not(hub, copies, request):
     if copies:
         request.getfixturevalue("without_links")
-    hub.repos[GGUF]["sub/diffuse-Q5_K_M.gguf"] = gguf(10_000, seed=5)
+    hub.repos[GGUF] |= {"sub/diffuse-Q5_K_M.gguf": gguf(10_000, seed=5), "mmproj-F16.gguf": gguf(500, "clip")}
     download(hub, GGUF)
     left = set(hub.repos[GGUF])
     assert set(here(GGUF)[COMMIT]) == left

@@ -1,7 +1,7 @@
 """What a query sees: the one place that decides it, for every cache.
 
 Reading, a token sees itself and what stands before it, in sliding layers within the window; a picture's tokens see all
-of their picture there as well, as in Google's own code (gemma, `gm/nn`: causal or the same picture, within the window).
+of their picture as well, in the layers that `ModelConfig.picture_attention` names.
 Denoising, every token of a canvas sees all of the canvas and the same stretch of what was read. Works on positions and
 on columns, [B, T] and [B, S]; -1 is an empty column, or padding among the queries.
 """
@@ -29,10 +29,11 @@ def reach(config: ModelConfig, kind: str, length: int, spare: int = 0) -> int:
 def causal(config: ModelConfig, kind: str, positions: Tensor, columns: Tensor, spans: Spans | None = None) -> Visible:
     """What tokens being read at ``positions`` [B, T] see of ``columns`` [B, S], their own among these."""
     padding = positions < 0  # sees everything: an empty softmax is NaN
-    if kind == FULL:
-        first, last = torch.zeros_like(positions), positions
-    else:
-        first, last = (positions - (config.sliding_window - 1)).clamp(min=0), _ends(positions, spans)
+    last, how = positions, config.picture_attention
+    first = torch.zeros_like(positions) if kind == FULL else (positions - (config.sliding_window - 1)).clamp(min=0)
+    if any(spans or ()) and (how == "full" or (how == "sliding" and kind != FULL)):
+        starts, last = _picture_bounds(positions, spans or ())
+        first = first.minimum(starts) if how == "full" else first
     return Visible(first.masked_fill(padding, -1), last.masked_fill(padding, LAST), columns)
 
 
@@ -55,15 +56,14 @@ def behind(lengths: Sequence[int], width: int, device: torch.device) -> Tensor:
     return torch.tensor(lengths, device=device).unsqueeze(1) + torch.arange(width, device=device)
 
 
-def _ends(positions: Tensor, spans: Spans | None) -> Tensor:
-    """The last position [B, T] that each token sees in a sliding layer: its own, a picture's end for all of that."""
-    if not any(spans or ()):
-        return positions
-    ends = positions.clone()
-    for row, own in enumerate(spans or ()):
+def _picture_bounds(positions: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+    """The first and last position [B, T] of the picture that each token belongs to, its own where it is none's."""
+    starts, ends = positions.clone(), positions.clone()
+    for row, own in enumerate(spans):
         for start, stop in own:
+            starts[row, start:stop] = positions[row, start]
             ends[row, start:stop] = positions[row, stop - 1]
-    return ends
+    return starts, ends
 
 
 def pieces(width: int, most: int, spans: Spans | None) -> Iterator[slice]:

@@ -27,7 +27,8 @@ _ROOM = 20_000_000_000  # bytes: what one usual model takes on a disk
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _MEND_COMPILER = {"linux": "sudo apt install g++   (or your system's C++ compiler)", "darwin": "xcode-select --install",
                   "win32": "winget install Microsoft.VisualStudio.2022.BuildTools"}
-_EXTRAS = {"serve": "the HTTP server", "train": "training", "iq": "the block types IQ1, IQ2 and IQ3"}
+_EXTRAS = {"serve": "the HTTP server", "train": "training", "vision": "pictures",
+           "iq": "the block types IQ1, IQ2 and IQ3"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def memory() -> Check:
     if available is None or total is None:
         return Check("memory", OK, "this system does not tell")
     return Check("memory", OK, f"{size_text(available)} of {size_text(total)} available (a 26B model in Q4_K_M takes "
-                               "18 GB)")
+                               "18 GB, with pictures 19.6 GB)")
 
 
 def disk() -> Check:

@@ -47,7 +47,15 @@ LOADING = {
         help="What keys and values are kept in: f32, f16, bf16 or q8_0. Default: what they are computed in, bf16 for "
              "packed weights.", show_default=False)],
 }
-LOCAL = {**LOADING, "adapter": Annotated[Path | None, typer.Option(
+TOWER = {
+    "mmproj": Annotated[Path | None, typer.Option(
+        help="The vision tower: a GGUF file. Default: the checkpoint's own, or mmproj*.gguf beside a .gguf file.",
+        show_default=False)],
+    "vision": Annotated[str | None, typer.Option(
+        metavar="FROM", help="Take the vision tower, and nothing else, from this checkpoint folder or hub repository.",
+        show_default=False)],
+}
+LOCAL = {**LOADING, **TOWER, "adapter": Annotated[Path | None, typer.Option(
     help="A LoRA or DoRA adapter for the model: its folder in PEFT's format.", show_default=False)]}
 
 

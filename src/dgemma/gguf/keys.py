@@ -176,7 +176,7 @@ def read_model_config(metadata: Mapping[str, Any], vocab_size: int | None, rotar
     ``vocab_size`` is that of the embedding, if the keys do not say; ``rotary`` the `rotary_fraction` of full layers.
     Raises CheckpointError naming every key that is missing or makes no sense.
     """
-    keys = _Keys(metadata, source)
+    keys = Keys(metadata, source, ARCHITECTURE, "a DiffusionGemma")
     count = keys.size("block_count", most=MOST_LAYERS)
     heads = keys.size("attention.head_count")
     hidden = keys.size("embedding_length")
@@ -293,16 +293,19 @@ def config_metadata(config: ModelConfig, generation: GenerationConfig) -> dict[s
     }
 
 
-class _Keys:
-    """A file's keys, and everything found wrong with them; a key that is wrong reads as 1 until `finish`."""
+class Keys:
+    """A file's keys, and everything found wrong with them; a key that is wrong reads as 1 until `finish`.
 
-    def __init__(self, metadata: Mapping[str, Any], source: str):
-        self._metadata, self._source = metadata, source
+    Names are those behind ``prefix``; ``what`` the file should describe.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any], source: str, prefix: str, what: str):
+        self._metadata, self._source, self._prefix, self._what = metadata, source, prefix, what
         self.missing: list[str] = []
         self.wrong: list[str] = []
 
     def full(self, name: str) -> str:
-        return f"{ARCHITECTURE}.{name}"
+        return f"{self._prefix}.{name}"
 
     def get(self, name: str) -> Any:
         return self._metadata.get(self.full(name))
@@ -350,7 +353,7 @@ class _Keys:
 
     def finish(self) -> None:
         refuse(problems_of({"missing keys": self.missing, "unusable keys": self.wrong}),
-               f"{self._source}: this file does not describe a DiffusionGemma")
+               f"{self._source}: this file does not describe {self._what}")
 
 
 def _is_token(value: Any) -> TypeGuard[int]:

@@ -20,18 +20,19 @@ from dgemma.config import ModelConfig
 from dgemma.kernels.attention import COLUMNS, SCORES
 from dgemma.kernels.experts import DENSE_EXPERTS
 from dgemma.memory.machine import available_memory
+from dgemma.memory.vision import ITEM_SIZES, TowerSize
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.head import VOCAB_TILE
 
-ITEM_SIZES = {"bfloat16": 2, "float32": 4}
 _CONTEXTS = (4_096, 32_768, 131_072)
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes to run the text network for one conversation of ``context`` tokens with every weight in ``dtype``.
+    """Bytes to run a model for one conversation of ``context`` tokens with every weight in ``dtype``.
 
-    ``dtype`` is "packed" for weights as a GGUF file has them, which is how they are run on the CPU.
+    ``dtype`` is "packed" for weights as a GGUF file has them, which is how they are run on the CPU. ``vision`` is what
+    the vision tower takes, which comes with the first picture.
     """
 
     dtype: str
@@ -40,18 +41,20 @@ class MemoryNeed:
     kv_cache: int
     working: int
     program: int = 0  # this program, its libraries and the tokenizer
+    vision: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.working + self.program
+        return self.weights + self.kv_cache + self.working + self.program + self.vision
 
 
 def memory_needs(config: ModelConfig, parameters: int, contexts: Iterable[int] | None = None,
-                 program: int = 0, packed: int | None = None) -> tuple[MemoryNeed, ...]:
+                 program: int = 0, packed: int | None = None, tower: TowerSize | None = None
+                 ) -> tuple[MemoryNeed, ...]:
     """The memory to run, for every dtype and context length; None: a few usual lengths up to the longest.
 
     ``packed`` are the bytes of weights that have packed ones among them: these are run as they are on the CPU, and in
-    bfloat16 on a GPU.
+    bfloat16 on a GPU. ``tower`` is what sees pictures.
     """
     longest = config.max_position_embeddings
     lengths = [*(n for n in _CONTEXTS if n < longest), longest] if contexts is None else list(contexts)
@@ -59,7 +62,8 @@ def memory_needs(config: ModelConfig, parameters: int, contexts: Iterable[int] |
     ways = [(dtype, parameters * size, size, size) for dtype, size in ITEM_SIZES.items()] if packed is None else [
         ("packed", packed, 2, 4), ("bfloat16", 2 * parameters, 2, 2)]
     return tuple(MemoryNeed(dtype, length, weights, kv_cache_bytes(config, length, cached),
-                            working_bytes(config, length, item), program)
+                            working_bytes(config, length, item), program,
+                            0 if tower is None else tower.needed(dtype))
                  for dtype, weights, cached, item in ways for length in lengths)
 
 

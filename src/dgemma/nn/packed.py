@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from dgemma.kernels import PackedWeight
 from dgemma.nn.layers import Packable
-from dgemma.nn.transformer import DiffusionTransformer
 
 
-def set_weights(network: DiffusionTransformer, weights: Mapping[str, Tensor | PackedWeight]) -> None:
+def set_weights(network: nn.Module, weights: Mapping[str, Tensor | PackedWeight]) -> None:
     """Give a network all its weights, by the names of its ``state_dict()``, without copying them.
 
     Raises ValueError when a packed weight is not of the shape of the parameter it stands for, RuntimeError (as
@@ -42,12 +41,12 @@ def all_packed(network: nn.Module) -> Iterator[PackedWeight]:
             for name in module.packed)
 
 
-def packed_bytes(network: DiffusionTransformer) -> int:
+def packed_bytes(network: nn.Module) -> int:
     """The bytes of a network's packed weights: 0 when it has none."""
     return sum(weight.nbytes for weight in all_packed(network))
 
 
-def weight_bytes(network: DiffusionTransformer) -> Counter[str]:
+def weight_bytes(network: nn.Module) -> Counter[str]:
     """The bytes of a network's weights by type, as GGUF calls them: F32, BF16, Q4_K, …"""
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     found: Counter[str] = Counter()

@@ -22,6 +22,7 @@ from dgemma.engine.service import in_form_thread
 from dgemma.errors import ContextLengthError, DgemmaError
 from dgemma.serve.backend import Serving
 from dgemma.serve.errors import ApiError, as_api_error
+from dgemma.serve.media import media_in, with_media
 from dgemma.serve.usage import request_usage, time_left
 
 if TYPE_CHECKING:
@@ -101,14 +102,16 @@ async def engine_request(serving: Serving, ask: Ask) -> Request:
     if wrong:
         raise ApiError(400, f"logit_bias names token {wrong[0]}; the vocabulary has {vocabulary}", "logit_bias")
     _check_length(serving, ask.prompt, ask.prompt_param)
+    _check_media(serving, ask.prompt)
     scale, top_p = 1.0 if ask.temperature is None else ask.temperature, ask.top_p
     if top_p == 0:  # the narrowest there is: the most probable token
         scale, top_p = 0.0, None
 
     def make() -> Request:
         request = model.request(
-            ask.prompt, max_tokens=None if ask.max_tokens is None else min(ask.max_tokens, limit),
-            seed=seed_of(ask.seed), temperature=scale if scale >= _GREEDY else 0.0, top_k=max(ask.top_k or 0, 0),
+            with_media(ask.prompt, settings.media),
+            max_tokens=None if ask.max_tokens is None else min(ask.max_tokens, limit), seed=seed_of(ask.seed),
+            temperature=scale if scale >= _GREEDY else 0.0, top_k=max(ask.top_k or 0, 0),
             top_p=1.0 if top_p is None else top_p, logit_bias=bias, **options)
         room = limit - len(request.prompt_ids)
         if room < 1:
@@ -185,7 +188,9 @@ async def prompt_tokens(serving: Serving, prompt: Prompt, bos: bool = True, *,
     if bounded:
         _check_length(serving, prompt, param)
     if not isinstance(prompt, str):
-        return await _in_thread(functools.partial(serving.model.prompt_ids, prompt, thinking=thinking, tools=tools))
+        _check_media(serving, prompt)
+        return await _in_thread(lambda: serving.model.prompt_ids(with_media(prompt, serving.settings.media),
+                                                                 thinking=thinking, tools=tools))
     tokenizer = serving.model.tokenizer
     ids = await _in_thread(functools.partial(tokenizer.encode, prompt))
     first = tokenizer.bos_id
@@ -201,6 +206,12 @@ async def _in_thread(function: Callable[[], T],
         raise as_api_error(error) from error
     except RecursionError as error:
         raise ApiError(400, "something in this request is nested too deeply to be read") from error
+
+
+def _check_media(serving: Serving, prompt: Prompt) -> None:
+    """Refuse pictures that the model cannot see before any of them is fetched."""
+    if not serving.model.sees and (part := next(media_in(prompt), None)) is not None:
+        raise ApiError(400, f"{part['name']}: this model reads text only: it has no vision tower", part["name"])
 
 
 def _check_length(serving: Serving, prompt: Prompt, param: str) -> None:

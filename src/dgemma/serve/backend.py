@@ -34,6 +34,11 @@ class ServedModel(Protocol):
     @property
     def config(self) -> ModelConfig: ...
 
+    @property
+    def sees(self) -> bool:
+        """Whether it takes pictures and films."""
+        ...
+
     def prompt_ids(self, prompt: Prompt, *, thinking: bool = False,
                    tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The token ids that a prompt becomes. Raises DgemmaError."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -93,25 +93,42 @@ class SamplerFields(RequestBody):
         return {name: value for name, value in given.items() if value is not None}
 
 
-# Kinds of parts that hold no text, by any API's name.
-MEDIA = frozenset(("image", "image_url", "input_image", "input_audio", "audio", "audio_url", "video", "video_url",
-                   "input_video", "container_upload", "computer_screenshot", "browser_state"))
+# Kinds of parts that hold no text, by any API's name: what is seen, and what is not understood here.
+SEEN = {"image": "image", "image_url": "image", "input_image": "image", "video": "video", "video_url": "video",
+        "input_video": "video"}
+UNREAD = frozenset(("input_audio", "audio", "audio_url", "container_upload", "computer_screenshot", "browser_state"))
+_DETAILS = {"low": 70, "high": 1120, "original": 1120}  # of pictures, as OpenAI calls them -> soft tokens
 _TEXTS = ("text/", "application/json", "application/xml", "application/yaml", "application/x-yaml")
 
 
-def text_only(kind: str, where: str) -> ApiError:
-    """The error for a part that is no text."""
-    return ApiError(400, f"{where}: this server reads text only: {kind} parts are not supported yet", where)
+def refuse_media(parts: Any, where: str, seen: bool = False, within: bool = False) -> None:
+    """Raises `ApiError` for a part of a message that holds no text, unless it can be ``seen``.
 
-
-def refuse_media(parts: Any, where: str, within: bool = False) -> None:
-    """Raises `ApiError` for a part of a message that is a picture or the like; ``within``: of a tool's result, too."""
+    ``within``: for one in a tool's result, too.
+    """
     for place, part in enumerate(parts if isinstance(parts, list) else ()):
         kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind in MEDIA:
-            raise text_only(kind, f"{where}[{place}]")
+        if isinstance(kind, str) and (kind in UNREAD or (kind in SEEN and not seen)):
+            what = "is not read here" if kind in UNREAD else "is read in messages of the user only"
+            raise ApiError(400, f"{where}[{place}]: {kind} {what}", f"{where}[{place}]")
         if within and kind == "tool_result":
             refuse_media(part.get("content"), f"{where}[{place}].content")
+
+
+def media_part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A picture or film of OpenAI's APIs, of a type of `SEEN`, as `serve.media` reads it. Raises `ApiError`."""
+    given = next((part[name] for name in (part["type"], "image_url", "video_url") if part.get(name) is not None), None)
+    source = given if isinstance(given, Mapping) else {"url": given}
+    url, detail = source.get("url"), source.get("detail", part.get("detail"))
+    if not isinstance(url, str) or not url:
+        raise ApiError(400, f"{where}: a {part['type']} part needs the picture, as a data: URL: nothing is stored here "
+                       "under an id", where)
+    return media(SEEN[part["type"]], url, where, _DETAILS.get(detail) if isinstance(detail, str) else None)
+
+
+def media(kind: str, url: str, where: str, tokens: int | None = None) -> dict[str, Any]:
+    """A part that shows something; ``where`` names the field that it came in, for errors."""
+    return {"type": kind, "url": url, "name": where} | ({} if tokens is None else {"tokens": tokens})
 
 
 def named_file(name: Any, data: Any, where: str) -> str:
@@ -155,6 +172,10 @@ class Turns:
             self.messages.append({"role": role, "content": []})
         self.messages[-1]["content"] += [{"type": "text", "text": text} for text in texts]
         return self.messages[-1]
+
+    def show(self, role: str, part: dict[str, Any]) -> None:
+        """Adds a picture or film to this role's message."""
+        self.say(role)["content"].append(part)
 
     def think(self, text: str) -> None:
         """Adds a thought to the assistant's present message."""

@@ -21,7 +21,10 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _QUANTISATION = re.compile(r"(?<![A-Z0-9])((?:UD-)?(?:(?:I?Q|TQ)\d+(?:_[A-Z0-9]+)*|BF16|FP?16|FP?32|"
                            r"(?:MX|NV)FP4(?:_MOE)?))(?![A-Z0-9])", re.IGNORECASE)
 # GGUF files that hold no language model: a vision tower, and statistics that quantising takes.
-_NO_MODEL = ("mmproj", "imatrix")
+_TOWER = "mmproj"
+_NO_MODEL = (_TOWER, "imatrix")
+# Of several vision towers: what they are trained in before what is as good and larger, or smaller and less good.
+TOWER_TYPES = ("BF16", "F16", "F32", "Q8_0")
 PREFERRED = "Q4_K_M"  # of several quantisations, the one that most people run
 _LONGEST_NAME = 255  # bytes, of a file
 SINGLE_FILE = "model.safetensors"
@@ -87,6 +90,37 @@ def gguf_models(names: Iterable[str]) -> list[GGUFFiles]:
         key = (part["stem"], int(part["count"])) if part else (name[: -len(".gguf")], 0)
         groups.setdefault(key, []).append(name)
     return [GGUFFiles(stem, tuple(files), max(parts, 1)) for (stem, parts), files in sorted(groups.items())]
+
+
+def tower_files(names: Iterable[str], model: str) -> list[str]:
+    """Of files of these names, the vision towers (mmproj) for the GGUF file ``model``, the first choice first.
+
+    They are beside it, or at the top of its repository. The tower that is named after the model (`tower_name`) comes
+    before others, and then `TOWER_TYPES` decides, as far as names tell the type.
+    """
+    here = PurePosixPath(model).parent
+    own = tower_name(model).lower()
+
+    def order(name: str) -> tuple[bool, int, bool, str]:
+        path = PurePosixPath(name)
+        return path.name.lower() != own, tower_rank(GGUFFiles(str(path.with_suffix("")), (name,), 1).tag), \
+            path.parent != here, name
+
+    return sorted((name for name in names if _TOWER in PurePosixPath(name).name.lower()
+                   and name.lower().endswith(".gguf") and PurePosixPath(name).parent in (here, PurePosixPath("."))),
+                  key=order)
+
+
+def tower_name(model: str) -> str:
+    """What the vision tower that belongs to one GGUF file, or to the first part of one, is called."""
+    name = PurePosixPath(model).name
+    part = PART.fullmatch(name)
+    return f"{_TOWER}-{part['stem'] if part else PurePosixPath(name).stem}.gguf"
+
+
+def tower_rank(type_name: str) -> int:
+    """The place of a type among `TOWER_TYPES`; the last for any other."""
+    return TOWER_TYPES.index(type_name) if type_name in TOWER_TYPES else len(TOWER_TYPES)
 
 
 def find_tagged(models: Sequence[GGUFFiles], tag: str, loose: bool = True) -> list[GGUFFiles]:

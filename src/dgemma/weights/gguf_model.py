@@ -7,7 +7,7 @@ data is read and says everything that is wrong.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def match_gguf(model: GGUFModel, expected: Mapping[str, Shape]) -> tuple[dict[st
             theirs = [gguf_name(name.replace("encoder_layer_scalar", "layer_scalar"))]
         found = [tensors[part] for part in theirs if part in tensors]
         missing.extend(part for part in theirs if part not in tensors and part not in missing)
-        shapes.extend(_wrong_shape(tensor, shape) for tensor in found if tensor.shape != shape)
+        shapes.extend(wrong_shape(tensor, shape) for tensor in found if tensor.shape != shape)
         used.update(theirs)
         if len(found) == len(theirs):
             chosen[name] = tuple(found)
@@ -99,11 +99,7 @@ def match_gguf(model: GGUFModel, expected: Mapping[str, Shape]) -> tuple[dict[st
         if freqs is None:
             missing.append(ROPE_FREQS)
         elif freqs.shape != (full.head_dim // 2,):
-            shapes.append(_wrong_shape(freqs, (full.head_dim // 2,)))
-    unknown: dict[str, list[str]] = defaultdict(list)
-    for tensor in tensors.values():
-        if tensor.type is None:
-            unknown[tensor.type_name].append(tensor.name)
+            shapes.append(wrong_shape(freqs, (full.head_dim // 2,)))
     listed = model.file.metadata.get(TOKENS)
     tokens = len(listed) if isinstance(listed, list) else 0  # anything else is for the tokenizer's reader to say
     second = {name for name in tensors if name not in used and name.endswith((".scale", ".input_scale"))
@@ -116,11 +112,7 @@ def match_gguf(model: GGUFModel, expected: Mapping[str, Shape]) -> tuple[dict[st
         "second scales of NVFP4 tensors, which dgemma does not apply (another quantisation of the model will do)":
             sorted(second),
         "wrong shapes": shapes,
-        f"unsupported types (supported: {', '.join(BLOCK_TYPES)})": [
-            f"{kind}: {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
-            for kind, names in unknown.items()],
-        "codebooks": [why for kind in sorted({tensor.type_name for tensor in tensors.values()})
-                      if (why := missing_grid(kind))],
+        **unusable_types(tensors.values()),
         "gate and up experts of different types": [
             f"{parts[0].name} is {parts[0].type_name}, {parts[1].name} {parts[1].type_name}"
             for parts in chosen.values() if len({part.type_name for part in parts}) > 1],
@@ -130,7 +122,24 @@ def match_gguf(model: GGUFModel, expected: Mapping[str, Shape]) -> tuple[dict[st
     return chosen, problems_of(found_problems)
 
 
-def _wrong_shape(tensor: GGUFTensor, expected: Shape) -> str:
+def unusable_types(tensors: Iterable[GGUFTensor]) -> dict[str, list[str]]:
+    """What is wrong with tensors' types, by kind of problem."""
+    unknown: dict[str, list[str]] = defaultdict(list)
+    known = set()
+    for tensor in tensors:
+        known.add(tensor.type_name)
+        if tensor.type is None:
+            unknown[tensor.type_name].append(tensor.name)
+    return {
+        f"unsupported types (supported: {', '.join(BLOCK_TYPES)})": [
+            f"{kind}: {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
+            for kind, names in unknown.items()],
+        "codebooks": [why for kind in sorted(known) if (why := missing_grid(kind))],
+    }
+
+
+def wrong_shape(tensor: GGUFTensor, expected: Shape) -> str:
+    """What to say of a tensor that is not of the expected shape."""
     return f"{tensor.name} in {tensor.file.name}: expected {list(expected)}, found {list(tensor.shape)}"
 
 
@@ -178,7 +187,7 @@ def packed_weights(model: GGUFModel, chosen: Mapping[str, tuple[GGUFTensor, ...]
     """Our name -> a packed view of the mapped file for matrices, a float32 tensor for the rest."""
     data = map_tensors(model.file)
     weights: dict[str, Tensor | PackedWeight] = {}
-    for name, rows, kind, done, total in _rows(chosen, data):
+    for name, rows, kind, done, total in stored_rows(chosen, data):
         progress(done, total)
         if is_matrix(name, shapes[name]):
             weights[name] = PackedWeight(rows, kind)
@@ -194,7 +203,7 @@ def unpacked_weights(model: GGUFModel, chosen: Mapping[str, tuple[GGUFTensor, ..
     """Our name -> a tensor of ``dtype`` on ``device``; on the CPU a view of the mapped file where that is one."""
     data = map_tensors(model.file)
     weights: dict[str, Tensor] = {}
-    for name, rows, kind, done, total in _rows(chosen, data):
+    for name, rows, kind, done, total in stored_rows(chosen, data):
         progress(done, total)
         stored = DTYPES.get(kind.name)
         if stored == dtype and device.type == "cpu" and rows.storage_offset() % dtype.itemsize == 0:
@@ -211,8 +220,8 @@ def unpacked_weights(model: GGUFModel, chosen: Mapping[str, tuple[GGUFTensor, ..
     return weights
 
 
-def _rows(chosen: Mapping[str, tuple[GGUFTensor, ...]],
-          data: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, BlockType, int, int]]:
+def stored_rows(chosen: Mapping[str, tuple[GGUFTensor, ...]],
+                data: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, BlockType, int, int]]:
     """For every name of ours the packed rows, uint8 [..., row bytes], their type, and the bytes before them and in all.
 
     In the order in which they lie in the files.

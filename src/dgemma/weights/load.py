@@ -16,16 +16,24 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dgemma.config import ModelConfig
+from dgemma.config import ModelConfig, VisionConfig
 from dgemma.errors import CheckpointError, Problem, problems_of, refuse
 from dgemma.fields import is_whole, parse_json_value, shown
 from dgemma.files import read_pieces
 from dgemma.nn import DiffusionTransformer
+from dgemma.nn.vision import Vision
 from dgemma.weights.files import INDEX_FILE, SINGLE_FILE, stray_weights, weight_files
-from dgemma.weights.names import checkpoint_name, is_tied_copy, is_vision, network_name
+from dgemma.weights.names import (
+    checkpoint_name,
+    is_tied_copy,
+    is_vision,
+    network_name,
+    vision_checkpoint_name,
+    vision_name,
+)
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Bytes of a number in each of safetensors' dtypes, but for those that are narrower than a byte.
@@ -92,6 +100,35 @@ def load_network(folder: Path, config: ModelConfig, device: torch.device | str =
     return network.eval()
 
 
+def load_vision(folder: Path, config: ModelConfig, device: torch.device | str = "cpu",
+                dtype: torch.dtype | None = None,
+                progress: Callable[[int, int], None] | None = None) -> Vision:
+    """The vision tower of a checkpoint folder, in eval mode, without gradients.
+
+    ``dtype`` None means the stored one (that of the last projection); the rest is as in `load_network`. Only the
+    tower's tensors are read. Raises CheckpointError, too, when the checkpoint has no tower.
+    """
+    check_dtype(dtype)
+    folder, device = Path(folder), torch.device(device)
+    if config.vision is None:
+        raise CheckpointError(f"{folder}: this checkpoint has no vision tower: its config.json has no vision_config")
+    vision = empty_vision(config.vision, config.hidden_size)
+    chosen = match_vision(folder, vision)
+    dtype = dtype or DTYPES[chosen["embed_vision.embedding_projection.weight"].dtype]
+    vision.load_state_dict(_read(chosen, device, dtype, progress or (lambda done, total: None)), assign=True)
+    return vision.eval()
+
+
+def match_vision(folder: Path, vision: Vision) -> dict[str, StoredTensor]:
+    """The tensor of a checkpoint folder for every name of ours of a tower; CheckpointError unless all are there."""
+    contents = read_headers(folder)
+    if not any(map(is_vision, (*contents.tensors, *(contents.unread or ())))) and not contents.damaged:
+        raise CheckpointError(f"{folder}: the vision tower is not in this checkpoint, only its config is")
+    chosen, problems = match(contents, tensor_shapes(vision), vision=True)
+    refuse(problems, f"{folder}: the vision tower cannot be loaded")
+    return chosen
+
+
 def check_dtype(dtype: torch.dtype | None) -> None:
     """Raises ValueError for a dtype that a network is not run in."""
     if dtype is not None and dtype not in DTYPES.values():
@@ -104,7 +141,13 @@ def empty_network(config: ModelConfig, cache_type: str | None = None) -> Diffusi
         return DiffusionTransformer(config, cache_type).requires_grad_(False)
 
 
-def tensor_shapes(network: DiffusionTransformer) -> dict[str, Shape]:
+def empty_vision(config: VisionConfig, text_width: int) -> Vision:
+    """A vision tower of this shape, like `empty_network`."""
+    with _OnMeta():
+        return Vision(config, text_width).requires_grad_(False)
+
+
+def tensor_shapes(network: nn.Module) -> dict[str, Shape]:
     """Our name -> shape of every tensor of a network."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
@@ -125,7 +168,7 @@ def read_headers(folder: Path) -> Contents:
     damaged = []
     for path, listed in files.items():
         try:
-            entries, complaint = _read_header(path)
+            entries, complaint = read_header(path)
         except CheckpointError as error:
             damaged.append(str(error))
             unread = None if unread is None or not listed else unread.union(listed)
@@ -138,25 +181,28 @@ def read_headers(folder: Path) -> Contents:
     return Contents(tuple(files), tensors, None if unread is None else frozenset(unread), tuple(damaged), aside)
 
 
-def match(contents: Contents, expected: Mapping[str, Shape]) -> tuple[dict[str, StoredTensor], list[Problem]]:
+def match(contents: Contents, expected: Mapping[str, Shape],
+          vision: bool = False) -> tuple[dict[str, StoredTensor], list[Problem]]:
     """Find the tensor for every name of ours in ``expected``, and everything that keeps the checkpoint from loading.
 
-    Vision tensors are left aside. The other name of a tied tensor counts only where the first one is absent.
+    Vision tensors are left aside, or with ``vision`` all others. The other name of a tied tensor counts only where the
+    first one is absent.
     """
+    named, spelt = (vision_name, vision_checkpoint_name) if vision else (network_name, checkpoint_name)
     own: dict[str, StoredTensor] = {}
     copies: dict[str, StoredTensor] = {}
     unexpected = []
     for name, tensor in contents.tensors.items():
-        ours = network_name(name)
-        if is_vision(name):
+        ours = named(name)
+        if is_vision(name) != vision or (vision and ours is None):
             continue
         if ours is None or ours not in expected:
             unexpected.append(f"{_plain(name)} in {tensor.file.name}")
         else:
             (copies if is_tied_copy(name) else own)[ours] = tensor
     chosen = {**copies, **own}
-    known = None if contents.unread is None else {network_name(name) for name in contents.unread}
-    missing = [checkpoint_name(name) for name in expected if known is not None and name not in {*chosen, *known}]
+    known = None if contents.unread is None else {named(name) for name in contents.unread}
+    missing = [spelt(name) for name in expected if known is not None and name not in {*chosen, *known}]
     found = {
         "damaged files": contents.damaged,
         "missing tensors": missing,
@@ -169,14 +215,16 @@ def match(contents: Contents, expected: Mapping[str, Shape]) -> tuple[dict[str, 
     return chosen, problems_of(found)
 
 
-def _read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+def read_header(path: Path, size: int | None = None) -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors that a safetensors file's header describes, and what is wrong with the file's size if anything.
+
+    ``size`` is the whole file's where no more than its header is here. Raises CheckpointError.
 
     The format: 8 bytes little-endian header length N, N bytes of JSON, data; offsets count from the data's start.
     """
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
+            size = file.seek(0, 2) if size is None else size
             file.seek(0)
             start, header = _parse_header(file, size, path)
     except FileNotFoundError as error:

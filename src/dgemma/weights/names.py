@@ -1,7 +1,7 @@
 """The tensors of a Hugging Face DiffusionGemma checkpoint and the names they have in our network.
 
 Text weights stand once, under ``model.decoder.*``; the encoder has only its layer scalars (and the vision tower)
-of its own. A file may carry the other name of a tied tensor too.
+of its own. A file may carry the other name of a tied tensor too. The tower's names are those of `dgemma.nn.vision`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ _DECODER = "model.decoder."
 _ENCODER = "model.encoder.language_model."
 _ENCODER_SCALAR = re.compile(r"model\.encoder\.language_model\.layers\.(\d+)\.layer_scalar")
 _ENCODER_SCALAR_OURS = re.compile(r"layers\.(\d+)\.encoder_layer_scalar")
-_VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+_ABOVE_VISION = "model.encoder."
+_VISION = (_ABOVE_VISION + "vision_tower.", _ABOVE_VISION + "embed_vision.")
+_STRAY = _ABOVE_VISION + "embed_vision.embedding."  # in some checkpoints; nothing reads it
 
 
 def network_name(checkpoint_name: str) -> str | None:
@@ -38,6 +40,17 @@ def is_tied_copy(checkpoint_name: str) -> bool:
 def is_vision(checkpoint_name: str) -> bool:
     """Whether the tensor belongs to the vision tower or its projection."""
     return checkpoint_name.startswith(_VISION)
+
+
+def vision_name(checkpoint_name: str) -> str | None:
+    """Our name, within `dgemma.nn.vision.Vision`, for a checkpoint's tensor; None when it is not one of the tower's."""
+    used = is_vision(checkpoint_name) and not checkpoint_name.startswith(_STRAY)
+    return checkpoint_name[len(_ABOVE_VISION) :] if used else None
+
+
+def vision_checkpoint_name(vision_name: str) -> str:
+    """The inverse of `vision_name`."""
+    return _ABOVE_VISION + vision_name
 
 
 def pass_names(network_name: str) -> tuple[str, ...]:

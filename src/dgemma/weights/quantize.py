@@ -1,4 +1,4 @@
-"""Converting a checkpoint to a GGUF file with packed weights, a few rows at a time.
+"""Converting a checkpoint to a GGUF file with packed weights, a few rows at a time; its vision tower to one beside it.
 
 Works on safetensors folders and GGUF files: reads pieces of tensors, packs them, writes them. Holds neither a network
 nor a whole tensor. `mixture_type` decides which tensor gets which type, by llama.cpp's rules.
@@ -10,25 +10,29 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgemma.config import ARCHITECTURE, load_generation_config, load_model_config
+from dgemma.config import ARCHITECTURE, VisionConfig, load_generation_config, load_model_config
 from dgemma.errors import CheckpointError, DgemmaError, refuse
 from dgemma.files import atomic_write, free_space, read_pieces
 from dgemma.formats import size_text
 from dgemma.gguf import keys
+from dgemma.gguf import vision as vision_keys
 from dgemma.gguf.blocks import BLOCK_TYPES, BlockType, dequantize
 from dgemma.gguf.container import is_gguf
 from dgemma.gguf.quantize import quantize
 from dgemma.gguf.reader import read_gguf
 from dgemma.gguf.tokenizer import mended_types, tokenizer_metadata
 from dgemma.gguf.writer import TensorEntry, header, padding
+from dgemma.weights.files import TOWER_TYPES, tower_name
 from dgemma.weights.gguf_model import match_gguf, open_gguf
-from dgemma.weights.load import DTYPES, match, network_shapes, read_headers
+from dgemma.weights.gguf_vision import plane_order, tower_beside
+from dgemma.weights.load import DTYPES, StoredTensor, empty_vision, match, match_vision, network_shapes, read_headers
 from dgemma.weights.names import is_vision
 
 _PIECE = 4 << 20  # weights converted at a time
@@ -51,6 +55,7 @@ MIXTURES: dict[str, Mixture] = {mixture.name: mixture for mixture in (
     Mixture("Q8_0", "Q8_0", "Q8_0", 7),
     Mixture("BF16", "BF16", "BF16", 32),
 )}
+_TOWERS = (Mixture("F16", "F16", "F16", 1), Mixture("F32", "F32", "F32", 0))  # what towers may be, too
 # For rows that are no whole number of 256-weight blocks: the next larger type in blocks of 32.
 _NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
@@ -74,7 +79,8 @@ class Summary:
     """What was written: totals by type, the file's size, and what a user should know about it.
 
     ``requantized`` are the types that were packed already in the source and were packed anew; ``left_out`` tensors of
-    the source that the file does not hold (a vision tower).
+    the source that no file holds (a vision tower that was not wanted); ``tower`` is the file that the vision tower went
+    to, ``tower_bytes`` its size.
     """
 
     types: dict[str, TypeTotal]
@@ -82,6 +88,8 @@ class Summary:
     seconds: float
     left_out: int
     requantized: tuple[str, ...]
+    tower: Path | None = None
+    tower_bytes: int = 0
 
     @property
     def weights(self) -> int:
@@ -93,46 +101,69 @@ class Summary:
 
 
 def convert(source: Path, out: Path, mixture: str = "Q4_K_M", *, name: str | None = None, force: bool = False,
-            progress: Progress | None = None, changes: Mapping[str, Change] | None = None) -> Summary:
+            progress: Progress | None = None, changes: Mapping[str, Change] | None = None,
+            tower: str | None = "BF16") -> Summary:
     """Write the checkpoint ``source`` (a safetensors folder or a GGUF file) as the GGUF file ``out``.
 
     ``mixture`` is a key of `MIXTURES`; ``name`` what the file calls the model (default: what the source is called).
     Tensors that have the right type already are copied byte for byte, but for those that ``changes`` (by GGUF name)
-    has a function for. ``out`` appears when it is complete, and
-    whatever interrupts this, nothing is left behind. Raises CheckpointError for a source that is damaged, incomplete or
-    not a DiffusionGemma, and DgemmaError when ``out`` exists (without ``force``), is the source, or cannot be written.
+    has a function for. The vision tower, if the source has one, goes to a file of its own beside ``out``
+    (`files.tower_name`), its matrices as ``tower``, one of `files.TOWER_TYPES` (None: it is left out). A file appears
+    when it is complete, and whatever interrupts this, nothing unfinished is left behind. Raises CheckpointError for a
+    source that is damaged, incomplete or not a DiffusionGemma, and DgemmaError when a file exists (without ``force``),
+    is the source, or cannot be written.
     """
     began = time.monotonic()
     source, out = Path(source), Path(out)
-    changes = changes or {}
     if mixture not in MIXTURES:
         raise DgemmaError(f"there is no type {mixture}; there are {', '.join(MIXTURES)}")
+    if tower is not None and tower not in TOWER_TYPES:
+        raise DgemmaError(f"there is no type {tower} for a vision tower; there are {', '.join(TOWER_TYPES)}")
     of_file = is_gguf_file(source)
     _check_out(source, out, force)
     opened = _open_gguf(source) if of_file else _open_folder(source)
-    metadata = {**opened.metadata, "general.file_type": MIXTURES[mixture].file_type,
-                "general.quantization_version": 2}
+    seeing = None if tower is None else _tower_of_gguf(source) if of_file else _tower_of_folder(source)
+    beside = out.with_name(tower_name(out.name))
+    if seeing is not None and seeing.file is not None and beside.exists() and beside.samefile(seeing.file):
+        seeing = None  # it is where it should be
+    metadata = {**opened.metadata, **_file_type(MIXTURES[mixture].file_type)}
     if name:
         metadata["general.name"] = name
     chosen = mixture_types({tensor.name: tensor.shape for tensor in opened.tensors}, mixture)
-    entries = [TensorEntry(tensor.name, tensor.shape, chosen[tensor.name]) for tensor in opened.tensors]
-    head = header(metadata, entries)
-    size = len(head) + sum(entry.nbytes + padding(entry.nbytes) for entry in entries)
-    check_space(out, size)
-    progress = progress or (lambda name, done, total: None)
-    done, total = 0, sum(tensor.nbytes for tensor in opened.tensors)
-    with atomic_write(out) as beside, beside.open("wb") as file:
-        file.write(head)
-        for tensor, entry in zip(opened.tensors, entries, strict=True):
-            progress(tensor.name, done, total)
-            for nbytes, data in _pieces(tensor, entry.type, changes.get(tensor.name)):
-                file.write(data.numpy())  # type: ignore[arg-type]  (a buffer)
-                done += nbytes
-                progress(tensor.name, done, total)
-            file.write(bytes(padding(entry.nbytes)))
-    requantized = {tensor.type.name for tensor in opened.tensors
-                   if tensor.type.name not in DTYPES and (tensor.type != chosen[tensor.name] or tensor.name in changes)}
-    return Summary(_totals(entries), size, time.monotonic() - began, opened.left_out, tuple(sorted(requantized)))
+    files = [_Target(out, metadata, opened.tensors, chosen)]
+    if seeing is not None and tower is not None:
+        _check_out(source, beside, force)
+        types = {tensor.name: BLOCK_TYPES[tower_type(tensor.name, tensor.shape, tower)] for tensor in seeing.tensors}
+        file_type = _file_type(next(kind.file_type for kind in (*MIXTURES.values(), *_TOWERS) if kind.name == tower))
+        named = {key: metadata[key] for key in ("general.name",) if key in metadata}
+        files.append(_Target(beside, {**seeing.metadata, **named, **file_type}, seeing.tensors, types))
+    check_space(out, sum(target.size for target in files))
+    tell, done = progress or (lambda name, done, total: None), 0
+    total = sum(tensor.nbytes for target in files for tensor in target.tensors)
+    for target in files:
+        done = _write(target, changes or {}, lambda name, done: tell(name, done, total), done)
+    requantized = {tensor.type.name for tensor in opened.tensors if tensor.type.name not in DTYPES
+                   and (tensor.type != chosen[tensor.name] or tensor.name in (changes or {}))}
+    return Summary(_totals(files[0].entries), files[0].size, time.monotonic() - began,
+                   0 if seeing is not None else opened.left_out, tuple(sorted(requantized)),
+                   beside if seeing is not None else None, sum(target.size for target in files[1:]))
+
+
+def _file_type(number: int) -> dict[str, int]:
+    return {"general.file_type": number, "general.quantization_version": 2}
+
+
+def tower_type(name: str, shape: tuple[int, ...], type_name: str) -> str:
+    """The type of a vision tower's tensor (by its GGUF name) where matrices are to be ``type_name``.
+
+    As llama.cpp has it: norms, the table of positions and what standardises stay F32. The convolution over patches is
+    never packed; it and matrices whose rows are no whole number of blocks are BF16 then, which loses nothing of what
+    was trained in that.
+    """
+    if len(shape) < 2 or name == vision_keys.POSITIONS:
+        return "F32"
+    block = BLOCK_TYPES[type_name].block
+    return type_name if block == 1 or (len(shape) == 2 and shape[-1] % block == 0) else "BF16"
 
 
 def is_gguf_file(source: Path) -> bool:
@@ -226,11 +257,51 @@ class _Stored(TensorEntry):
 
 @dataclass(frozen=True)
 class _Opened:
-    """A source: its tensors in the order to write them in, and the metadata of the file to be."""
+    """A source: its tensors in the order to write them in, and the metadata of the file to be.
+
+    ``file`` is where a vision tower of its own stands.
+    """
 
     metadata: dict[str, Any]
     tensors: list[_Stored]
-    left_out: int
+    left_out: int = 0
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A file to be written."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Sequence[_Stored]
+    types: Mapping[str, BlockType]
+
+    @cached_property
+    def entries(self) -> list[TensorEntry]:
+        return [TensorEntry(tensor.name, tensor.shape, self.types[tensor.name]) for tensor in self.tensors]
+
+    @cached_property
+    def head(self) -> bytes:
+        return header(self.metadata, self.entries)
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + sum(entry.nbytes + padding(entry.nbytes) for entry in self.entries)
+
+
+def _write(target: _Target, changes: Mapping[str, Change], progress: Callable[[str, int], None], done: int) -> int:
+    """Write a file; ``done`` are the bytes of the source read before it, and with what it took returned."""
+    with atomic_write(target.path) as beside, beside.open("wb") as file:
+        file.write(target.head)
+        for tensor, entry in zip(target.tensors, target.entries, strict=True):
+            progress(tensor.name, done)
+            for nbytes, data in _pieces(tensor, entry.type, changes.get(tensor.name)):
+                file.write(data.numpy())  # type: ignore[arg-type]  (a buffer)
+                done += nbytes
+                progress(tensor.name, done)
+            file.write(bytes(padding(entry.nbytes)))
+    return done
 
 
 def _pieces(tensor: _Stored, type: BlockType, change: Change | None) -> Iterator[tuple[int, Tensor]]:
@@ -273,13 +344,18 @@ def _open_gguf(path: Path) -> _Opened:
     model = open_gguf(path)
     _, problems = match_gguf(model, network_shapes(model.config))
     refuse(problems, f"{path}: this checkpoint cannot be converted")
-    dropped = ("split.", "quantize.", "general.alignment")
-    metadata = {key: value for key, value in model.file.metadata.items() if not key.startswith(dropped)}
+    metadata = _kept(model.file.metadata)
     if types := mended_types(metadata):
         metadata[keys.TOKEN_TYPES] = types
     tensors = [_Stored(name, tensor.shape, tensor.type, tensor.file, tensor.offset, name)
                for name, tensor in model.file.tensors.items() if tensor.type is not None]
-    return _Opened(metadata, tensors, 0)
+    return _Opened(metadata, tensors)
+
+
+def _kept(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of itself, but for how it lies there."""
+    return {key: value for key, value in metadata.items()
+            if not key.startswith(("split.", "quantize.", "general.alignment"))}
 
 
 def _open_folder(folder: Path) -> _Opened:
@@ -304,6 +380,38 @@ def _open_folder(folder: Path) -> _Opened:
         **tokenizer_metadata(folder, config.vocab_size),
     }
     return _Opened(metadata, tensors, sum(is_vision(name) for name in contents.tensors))
+
+
+def _tower_of_gguf(path: Path) -> _Opened | None:
+    """The vision tower beside a GGUF source, if there is one."""
+    found = tower_beside(path, open_gguf(path).config.hidden_size)
+    if found is None:
+        return None
+    tensors = [_Stored(tensor.name, tensor.shape, tensor.type, tensor.file, tensor.offset, tensor.name)
+               for tensor in found.tensors.values() if tensor.type is not None]
+    return _Opened(_kept(found.file.metadata), tensors, file=found.file.path)
+
+
+def _tower_of_folder(folder: Path) -> _Opened | None:
+    """The vision tower of a safetensors source, if its config describes one and its files hold it."""
+    config = load_model_config(folder)
+    if config.vision is None or not any(map(is_vision, read_headers(folder).tensors)):
+        return None
+    vision = empty_vision(config.vision, config.hidden_size)
+    tensors = []
+    for name, stored in match_vision(folder, vision).items():
+        shape = vision_keys.gguf_shape(name, stored.shape, config.vision)
+        tensors.append(_Stored(vision_keys.gguf_name(name), shape, BLOCK_TYPES[stored.dtype], stored.file,
+                               stored.offset, stored.name,
+                               _planes(stored, config.vision) if name == vision_keys.PATCHES else None))
+    return _Opened(vision_keys.vision_metadata(config.vision, config.hidden_size), tensors)
+
+
+def _planes(stored: StoredTensor, config: VisionConfig) -> bytearray:
+    """The bytes of the matrix over patches in the order of a convolution."""
+    data = next(read_pieces(stored.file, stored.offset, stored.nbytes, stored.nbytes, stored.name))
+    matrix = torch.frombuffer(data, dtype=DTYPES[stored.dtype]).view(stored.shape)
+    return bytearray(plane_order(matrix, config.patch_size).view(torch.uint8).numpy())
 
 
 def _folder_name(folder: Path) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dgemma.cli.streams import need_stdout, print_json
 from dgemma.config import SLIDING
+from dgemma.errors import DgemmaError
 from dgemma.formats import short_count, size_text
 
 if TYPE_CHECKING:
@@ -25,6 +28,12 @@ def inspect(
                                               "hub: org/name, org/name:Q4_K_M.")],
     check: Annotated[bool, typer.Option("--check", help="Read all weights, too, and name the tensors with numbers "
                                                         "that are infinite or no numbers (NaN).")] = False,
+    mmproj: Annotated[Path | None, typer.Option(
+        help="The vision tower: a GGUF file. Default: the checkpoint's own, or mmproj*.gguf beside a .gguf file.",
+        show_default=False)] = None,
+    image: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Tell, too, what becomes of this picture: its size and tokens by the most it may have.",
+        show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show a checkpoint's shape, parameters, files, types and memory needs, and check that it would load.
@@ -36,19 +45,43 @@ def inspect(
     from dgemma.weights.hub.locate import locate
 
     need_stdout()
+    opened = None
+    if image is not None:
+        from dgemma.chat.pictures import open_picture
+
+        opened = open_picture(image)
     source = locate(model, DownloadBar)
     with ProgressBar("checking", patience=0.5) as bar:
-        report = inspect_checkpoint(source, check=check, progress=bar.update)
+        report = inspect_checkpoint(source, check=check, mmproj=mmproj, progress=bar.update)
+    fits = [] if opened is None else _fits(report, *opened.size)
     if json:
-        print_json({"model": model, **report.to_dict()})
+        picture = None if opened is None else {"path": str(image), "width": opened.width, "height": opened.height,
+                                               "fits": fits}
+        print_json({"model": model, **report.to_dict(), **({"picture": picture} if picture else {})})
     else:
         from dgemma.cli.terminal.console import SafeConsole
 
         console = SafeConsole(highlight=False)
         console.width = min(console.width, _WIDTH) if console.is_terminal else _WIDTH
         show(report, model, console)
+        if opened is not None and image is not None:
+            _print(console, f"{image.name}, {opened.width:,} × {opened.height:,} pixels",
+                   [">most tokens", ">tokens", ">resized to"],
+                   [(f"{fit['budget']:,}", f"{fit['tokens']:,}", f"{fit['width']:,} × {fit['height']:,}")
+                    for fit in fits])
     if report.problems:
         raise typer.Exit(1)
+
+
+def _fits(report: CheckpointReport, width: int, height: int) -> list[dict[str, int]]:
+    """What becomes of a picture of this size by the most tokens it may have. Raises DgemmaError without a tower."""
+    from dgemma.chat.pictures import BUDGETS, fitted
+    from dgemma.config import VisionConfig
+
+    if report.tower is None:
+        raise DgemmaError(f"{report.folder}: this model sees no pictures: it has no vision tower")
+    config = VisionConfig(patch_size=report.tower.patch_size, pooling_kernel_size=report.tower.pooling_kernel_size)
+    return [{"budget": budget, **asdict(fitted(width, height, budget, config))} for budget in BUDGETS]
 
 
 def show(report: CheckpointReport, name: str, console: Console) -> None:
@@ -69,6 +102,9 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
                     " per token"),
         ("dense MLP", f"width {config.intermediate_size:,}, beside the experts"),
         ("tokenizer", _tokenizer(report)),
+        *([("vision tower", f"{report.tower.layers} layers of width {report.tower.width:,}, "
+                            f"{short_count(report.tower.parameters)} parameters, {size_text(report.tower.nbytes)} in "
+                            f"{report.tower.path.name}")] if report.tower else []),
     ])
     _print(console, "Layers", ["kind", ">count", ">query heads", ">KV heads", ">head dim", ">window", ">RoPE θ"], [
         (group.geometry.kind.replace("_attention", ""), str(len(group.layers)), str(config.num_attention_heads),
@@ -89,13 +125,18 @@ def show(report: CheckpointReport, name: str, console: Console) -> None:
     if report.parts:
         _print(console, "Types", ["part", "type", ">tensors", ">size"], [
             (part.part, part.dtype, f"{part.tensors:,}", size_text(part.nbytes)) for part in report.parts])
-    _print(console, "Memory to run the text network (one conversation)",
-           [">context", "dtype", ">weights", ">KV cache", ">working", ">program", ">total"], [
+    seeing = report.tower is not None
+    _print(console, f"Memory to run {'with pictures' if seeing else 'the text network'} (one conversation)",
+           [">context", "dtype", ">weights", ">KV cache", ">working", ">program", *[">vision"] * seeing, ">total"], [
                (f"{need.context:,}", need.dtype,
-                *map(size_text, (need.weights, need.kv_cache, need.working, need.program, need.total)))
+                *map(size_text, (need.weights, need.kv_cache, need.working, need.program, *[need.vision] * seeing,
+                                 need.total)))
                for need in sorted(report.memory, key=lambda need: need.context)])
     if any(need.dtype == "packed" for need in report.memory):
         console.print(Text("packed: on the CPU, weights as they are in the file; bfloat16: on a GPU", "dim"))
+    if seeing:
+        console.print(Text("vision: the tower and a picture of 1,120 tokens in it; it comes with the first picture",
+                           "dim"))
     defaults = report.generation
     _print(console, "Generation defaults", [], [
         ("max_denoising_steps", str(defaults.max_denoising_steps)),

@@ -25,13 +25,26 @@ class TypeName(StrEnum):
     BF16 = "BF16"
 
 
+class TowerType(StrEnum):
+    """What a vision tower may become; `weights.files.TOWER_TYPES` and none."""
+
+    BF16 = "BF16"
+    F16 = "F16"
+    F32 = "F32"
+    Q8_0 = "Q8_0"
+    none = "none"
+
+
 def quantize(
     model: Annotated[str, typer.Argument(metavar="IN", help="A bundled name, a checkpoint folder, a .gguf file, or a "
                                          "name on the hub.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The GGUF file to write.")],
     type: Annotated[TypeName, typer.Option(case_sensitive=False, help="Q4_K_M is the smallest, Q8_0 nearly exact, BF16 "
                                            "what the weights were trained in.")] = TypeName.Q4_K_M,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    mmproj_type: Annotated[TowerType, typer.Option(
+        case_sensitive=False, help="What the vision tower becomes, in a file of its own beside OUT: mmproj-NAME.gguf "
+                                   "for NAME.gguf. none: it is left out.")] = TowerType.BF16,
+    force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
 ) -> None:
     """Write a checkpoint as a GGUF file with packed weights, which take less memory and less time to read.
 
@@ -43,7 +56,8 @@ def quantize(
 
     source = locate(model, DownloadBar)
     with ProgressBar() as bar:
-        summary = convert(source, out, type.value, force=force, progress=bar.step)
+        summary = convert(source, out, type.value, force=force, progress=bar.step,
+                          tower=None if mmproj_type is TowerType.none else mmproj_type.value)
     show(summary, out)
 
 
@@ -57,8 +71,11 @@ def show(summary: Summary, out: Path) -> None:
                              for column, (text, width) in enumerate(zip(row, widths, strict=True))))
     say(f"{out}: {size_text(summary.nbytes)}, {summary.bits_per_weight:.2f} bits per weight, "
                f"{duration_text(summary.seconds)}")
+    if summary.tower is not None:
+        say(f"{summary.tower}: the vision tower, {size_text(summary.tower_bytes)}; it is found by itself beside "
+            f"{out.name}")
     if summary.left_out:
-        say_warning(f"The vision tower ({summary.left_out} tensors) was left out: a GGUF file holds text weights only.")
+        say_warning(f"The vision tower ({summary.left_out} tensors) was left out.")
     if summary.requantized:
         say_warning(f"The source was quantised already ({', '.join(summary.requantized)}), and rounding twice loses "
                     "quality: convert the original checkpoint if you can.")

@@ -21,7 +21,7 @@ _ACCESS = "Access"
 _ADAPTERS = "Adapters"
 
 
-@options.with_options(local=options.LOADING)
+@options.with_options(local=options.LOADING | options.TOWER)
 def serve(
     model: options.ModelOption = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.",
@@ -63,6 +63,10 @@ def serve(
         "--share-system-prompts", help="Let all API keys and cache salts find each other's system prompts in the "
         "prefix cache, whole pages of 256 tokens. How fast an answer comes then tells who guesses one that it is used.",
         rich_help_panel=_ACCESS)] = False,
+    media_domains: Annotated[str | None, typer.Option(
+        metavar="DOMAIN,…", help="Domains that pictures and videos of requests may be fetched from, * for all of the "
+        "public internet. Default: none; clients send them inside the request.", rich_help_panel=_ACCESS,
+        show_default=False)] = None,
     redraw_empty: options.RedrawOption = True,
     access_log: Annotated[bool, typer.Option(help="A line on stderr for every request.")] = True,
     debug_requests: Annotated[Path | None, typer.Option(
@@ -87,6 +91,7 @@ def serve(
         raise DgemmaError(f'the server needs {", ".join(missing)}: pip install "dgemma[serve]"')
 
     from dgemma.cli.session import BUNDLED, load_model
+    from dgemma.serve.media import MediaRules
     from dgemma.serve.server import bind, check_exposure
     from dgemma.serve.server import serve as serve_model
     from dgemma.serve.settings import Settings
@@ -97,7 +102,8 @@ def serve(
         round(max_body_mb * 1e6), timeout, rate_limit=rate_limit, allowed_origins=tuple(allowed_origins or ()),
         allowed_hosts=(*(allowed_hosts or ()), host, socket.gethostname()), access_log=access_log,
         debug_requests=debug_requests, redraw_empty=redraw_empty, share_system_prompts=share_system_prompts,
-        strict_fields=strict_fields, adapters_from=adapters_from)
+        strict_fields=strict_fields, adapters_from=adapters_from,
+        media=MediaRules(tuple(name.strip().lower() for name in (media_domains or "").split(",") if name.strip())))
     fixed, named = _adapters(adapter or (), settings)
     check_exposure(host, settings, allow_insecure)
     with bind(host, port) as listener:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request as HttpRequest
 from pydantic import Field, model_validator
 
-from dgemma.serve.bodies import Body, Length, Listed, Turns, file_text, refuse_media, titled
+from dgemma.serve.bodies import Body, Length, Listed, Turns, file_text, media, refuse_media, titled
 from dgemma.serve.errors import ApiError
 from dgemma.serve.fields import ConversationFields, function_tool
 from dgemma.serve.settings import Settings
@@ -63,6 +63,13 @@ class SearchResultBlock(Body):
     content: Listed[TextBlock]
 
 
+class ImageBlock(Body):
+    """A picture: ``source`` is {"type": "base64", "media_type": …, "data": …} or {"type": "url", "url": …}."""
+
+    type: Literal["image"]
+    source: dict[str, Any]
+
+
 ReadBlock = TextBlock | DocumentBlock | SearchResultBlock
 
 
@@ -73,7 +80,8 @@ class ToolResultBlock(Body):
     is_error: bool | None = None
 
 
-UserBlock = Annotated[TextBlock | DocumentBlock | SearchResultBlock | ToolResultBlock, Field(discriminator="type")]
+UserBlock = Annotated[TextBlock | ImageBlock | DocumentBlock | SearchResultBlock | ToolResultBlock,
+                      Field(discriminator="type")]
 AssistantBlock = Annotated[TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock,
                            Field(discriminator="type")]
 
@@ -126,11 +134,12 @@ class MessagesBody(ConversationFields):
 
     @model_validator(mode="before")
     @classmethod
-    def _text_only(cls, body: Any) -> Any:
+    def _readable(cls, body: Any) -> Any:
         messages = body.get("messages") if isinstance(body, dict) else None
         for index, message in enumerate(messages if isinstance(messages, list) else ()):
             if isinstance(message, dict):
-                refuse_media(message.get("content"), f"messages[{index}].content", within=True)
+                refuse_media(message.get("content"), f"messages[{index}].content", seen=message.get("role") == "user",
+                             within=True)
         return body
 
     def check(self, http: HttpRequest, settings: Settings) -> None:
@@ -167,6 +176,8 @@ class MessagesBody(ConversationFields):
             for place, block in enumerate(message.content):
                 if isinstance(block, TextBlock):
                     turns.say(message.role, [block.text])
+                elif isinstance(block, ImageBlock):
+                    turns.show(message.role, _picture(block, f"messages[{index}].content[{place}]"))
                 elif isinstance(block, ThinkingBlock):
                     turns.think(block.thinking)
                 elif isinstance(block, ToolUseBlock):
@@ -192,6 +203,16 @@ class CountBody(MessagesBody):
 
 def _texts(content: str | list[TextBlock] | None) -> list[str]:
     return [content] if isinstance(content, str) else [block.text for block in content or ()]
+
+
+def _picture(block: ImageBlock, where: str) -> dict[str, Any]:
+    source, where = block.source, f"{where}.source"
+    if source.get("type") == "base64" and isinstance(source.get("data"), str):
+        return media("image", f"data:;base64,{source['data']}", where)
+    if source.get("type") == "url" and isinstance(source.get("url"), str):
+        return media("image", source["url"], where)
+    raise ApiError(400, f"{where}: a picture must be {{'type': 'base64', 'media_type': 'image/png', 'data': …}} or "
+                   "{'type': 'url', 'url': …}; files are not stored here", where)
 
 
 def _result(block: ToolResultBlock, where: str) -> str | dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request as HttpRequest
 from pydantic import Field, model_validator
 
-from dgemma.serve.bodies import Body, Listed, RequestBody, Whole
+from dgemma.serve.bodies import Body, Listed, RequestBody, Whole, media
 from dgemma.serve.errors import ApiError
 from dgemma.serve.fields import AnswerFields, ProbabilityFields
 from dgemma.serve.openai.body import Function
@@ -44,7 +44,7 @@ class Message(Body):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    images: Listed[Any] | None = None
+    images: Listed[str] | None = None
     tool_calls: Listed[ToolCall] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
@@ -92,8 +92,8 @@ class ChatBody(OllamaBody):
         messages: list[dict[str, Any]] = []
         unanswered: list[tuple[str, str]] = []  # ids and names of calls
         for index, message in enumerate(self.messages or ()):
-            refuse_images(message.images, f"messages[{index}].images")
-            said: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+            said: dict[str, Any] = {"role": message.role, "content": _content(
+                message.content, message.images, f"messages[{index}].images")}
             if message.thinking:
                 said["reasoning"] = message.thinking
             if message.tool_calls:
@@ -139,11 +139,10 @@ class GenerateBody(OllamaBody):
     suffix: str | None = None
     template: str | None = None
     context: Listed[int] | None = None
-    images: Listed[Any] | None = None
+    images: Listed[str] | None = None
 
     def check(self, http: HttpRequest, settings: Settings) -> None:
         super().check(http, settings)
-        refuse_images(self.images, "images")
         for name, instead in (("suffix", "text cannot be filled in between two others here"),
                               ("template", "the checkpoint's own template is used; for none at all set raw: true"),
                               ("context", "use /api/chat and send the conversation")):
@@ -151,12 +150,13 @@ class GenerateBody(OllamaBody):
                 raise ApiError(400, f"{name} is not supported here: {instead}", name, "unsupported_parameter")
         if self.raw:
             thinks, param = self.thinking_switch()
-            for name in (*(["system"] if self.system else ()), *([param] if thinks else ())):
+            for name in (*(["system"] if self.system else ()), *(["images"] if self.images else ()),
+                         *([param] if thinks else ())):
                 raise ApiError(400, f"{name} needs a chat template, and raw: true takes the prompt as it is", name)
 
     def prompt_messages(self) -> list[dict[str, Any]]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": self.prompt or ""}]
+        return [*system, {"role": "user", "content": _content(self.prompt, self.images, "images")}]
 
 
 class ShowBody(RequestBody):
@@ -167,6 +167,8 @@ class ShowBody(RequestBody):
     verbose: bool | None = None
 
 
-def refuse_images(images: list[Any] | None, field: str) -> None:
-    if images:
-        raise ApiError(400, "this server reads text only: images are not supported yet", field)
+def _content(text: str | None, images: list[str] | None, field: str) -> str | list[dict[str, Any]]:
+    """What a message says, behind the pictures it shows; these are base64."""
+    shown = [media("image", image if image.startswith("data:") else f"data:;base64,{image}", f"{field}[{place}]")
+             for place, image in enumerate(images or ())]
+    return [*shown, {"type": "text", "text": text or ""}] if shown else text or ""

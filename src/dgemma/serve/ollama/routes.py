@@ -220,7 +220,8 @@ class Cards:
         config, settings = model.config, model.generation_config
         sampler = {name: getattr(settings, name) for name in SAMPLER_SETTINGS}
         templates = model.tokenizer.chat_templates
-        capabilities = ["completion", *(["tools", "thinking"] if templates else [])]
+        capabilities = ["completion", *(["tools", "thinking"] if templates else []),
+                        *(["vision"] if model.sees else [])]
         return {
             "modelfile": f"# served by dgemma {__version__}\nFROM {model.name}\n",
             "parameters": "\n".join(f"{name} {value}" for name, value in sampler.items()),

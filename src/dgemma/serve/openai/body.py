@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request as HttpRequest
 from pydantic import Field
 
-from dgemma.serve.bodies import MEDIA, Body, Listed, Whole, named_file, text_only
+from dgemma.serve.bodies import SEEN, Body, Listed, Whole, media_part, named_file, refuse_media
 from dgemma.serve.errors import ApiError
 from dgemma.serve.fields import AnswerFields, ProbabilityFields
 from dgemma.serve.settings import Settings
@@ -79,12 +79,14 @@ class ChatBody(CompletionFields, ProbabilityFields):
     tools: Listed[Tool] | None = None
 
     def prompt_messages(self) -> list[dict[str, Any]]:
-        """The messages as the library reads them. Raises `ApiError` for a part that is no text."""
+        """The messages as the library reads them. Raises `ApiError` for a part that cannot be read."""
         messages = []
         for index, message in enumerate(self.messages or ()):
             said = message.model_dump(exclude_unset=True)
             if isinstance(message.content, list):
-                said["content"] = [_part(part, f"messages[{index}].content") for part in message.content]
+                where = f"messages[{index}].content"
+                refuse_media(message.content, where, seen=message.role == "user")
+                said["content"] = [_part(part, f"{where}[{place}]") for place, part in enumerate(message.content)]
             messages.append(said)
         return messages
 
@@ -93,12 +95,12 @@ class ChatBody(CompletionFields, ProbabilityFields):
 
 
 def _part(part: dict[str, Any], where: str) -> dict[str, Any]:
-    """A part of a message, as text where it is a file of text. Raises `ApiError` for pictures and the like."""
+    """A part of a message as the library reads it, a file of text as text. Raises `ApiError`."""
     kind = part.get("type")
     if not isinstance(kind, str):
         return part
-    if kind in MEDIA:
-        raise text_only(kind, where)
+    if kind in SEEN:
+        return media_part(part, where)
     if kind in ("file", "input_file"):
         file = part.get("file") if isinstance(part.get("file"), dict) else part
         assert isinstance(file, dict)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request as HttpRequest
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from dgemma.serve.bodies import Body, Listed, Turns, Whole, named_file, refuse_media
+from dgemma.serve.bodies import Body, Listed, Turns, Whole, media_part, named_file, refuse_media
 from dgemma.serve.errors import ApiError
 from dgemma.serve.fields import ConversationFields, function_tool
 from dgemma.serve.forms import Form
@@ -36,7 +36,16 @@ class InputFile(Body):
     filename: str | None = None
 
 
+class InputImage(Body):
+    """A picture: a data URL, or an address that the server may fetch from. ``detail`` is low, high or auto."""
+
+    type: Literal["input_image"]
+    image_url: str | None = None
+    detail: str | None = None
+
+
 Part = Annotated[InputText | Refusal | InputFile, Field(discriminator="type")]
+SaidPart = Annotated[InputText | Refusal | InputFile | InputImage, Field(discriminator="type")]
 
 
 class MessageItem(Body):
@@ -44,7 +53,7 @@ class MessageItem(Body):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | Listed[Part] | None = None
+    content: str | Listed[SaidPart] | None = None
 
 
 class FunctionCallItem(Body):
@@ -113,11 +122,12 @@ class ResponsesBody(ConversationFields):
 
     @model_validator(mode="before")
     @classmethod
-    def _text_only(cls, body: Any) -> Any:
+    def _readable(cls, body: Any) -> Any:
         items = body.get("input") if isinstance(body, dict) else None
         for index, item in enumerate(items if isinstance(items, list) else ()):
-            for field in ("content", "output") if isinstance(item, dict) else ():
-                refuse_media(item.get(field), f"input[{index}].{field}")
+            if isinstance(item, dict):
+                refuse_media(item.get("content"), f"input[{index}].content", seen=item.get("role") == "user")
+                refuse_media(item.get("output"), f"input[{index}].output")
         return body
 
     def declared_tools(self) -> list[dict[str, Any]] | None:
@@ -156,8 +166,15 @@ class ResponsesBody(ConversationFields):
             if isinstance(item, MessageItem):
                 if item.content is None and item.role != "assistant":
                     raise ApiError(400, "content is missing", f"input[{index}].content")
-                turns.say("system" if item.role == "developer" else item.role,
-                          _texts(item.content, f"input[{index}].content"))
+                role = "system" if item.role == "developer" else item.role
+                turns.say(role)
+                for place, part in enumerate([InputText(type="text", text=item.content)]
+                                             if isinstance(item.content, str) else item.content or ()):
+                    where = f"input[{index}].content[{place}]"
+                    if isinstance(part, InputImage):
+                        turns.show(role, media_part(part.model_dump(), where))
+                    else:
+                        turns.say(role, [_text(part, where)])
             elif isinstance(item, ReasoningItem):
                 turns.think("\n\n".join(part.text for part in item.content or item.summary or ()))
             elif isinstance(item, FunctionCallItem):

@@ -10,14 +10,23 @@ import errno
 import fnmatch
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import free_space
 from dgemma.formats import size_text
-from dgemma.weights.files import SINGLE_FILE, checkpoint_files, choose_gguf, gguf_models, is_checkpoint, tag_of
+from dgemma.weights.files import (
+    SINGLE_FILE,
+    checkpoint_files,
+    choose_gguf,
+    gguf_models,
+    is_checkpoint,
+    tag_of,
+    tower_files,
+)
 from dgemma.weights.hub.cache import (
     alone,
     cache_folder,
@@ -108,9 +117,11 @@ def locate_on_hub(repo: str, tag: str | None, downloads: Downloads) -> Path:
 def plan_pull(repo: str, tag: str | None = None, include: Sequence[str] = ()) -> Pull:
     """Ask the hub for a repository's files and choose those that the model is made of, or those ``include`` matches.
 
+    With a GGUF file comes the vision tower beside it, the first of `tower_files`.
+
     Raises CheckpointError (NotThereError where there is nobody to ask or nothing of that name).
     """
-    commit, files = _listing(repo)
+    commit, files = listing(repo)
     names = list(files)
     model: str | None = repo
     if include:
@@ -134,7 +145,7 @@ def plan_pull(repo: str, tag: str | None = None, include: Sequence[str] = ()) ->
         if not gguf.complete:
             raise CheckpointError(f"{repo}: {gguf.stem} was split into {gguf.parts} parts, and this hub repository "
                                   f"lacks {_listed(gguf.missing)}")
-        chosen = list(gguf.files)
+        chosen = [*gguf.files, *tower_files(names, gguf.files[0])[:1]]
         model = f"{repo}:{tag_of(gguf, models)}"
     # Small files first: they tell what the large ones are for.
     order = sorted((files[name] for name in chosen), key=lambda file: (file.sha256 is not None, file.name))
@@ -150,7 +161,7 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
     return (", ".join(names[:most]) or "no files") + rest
 
 
-def _listing(repo: str) -> tuple[str, dict[str, HubFile]]:
+def listing(repo: str) -> tuple[str, dict[str, HubFile]]:
     """The present commit of a repository, and its files by name."""
     from huggingface_hub import HfApi
 
@@ -207,9 +218,9 @@ def fetch(pull: Pull, listener: Listener) -> Path:
     """
     folder = repo_folder(pull.repo)
     snapshot = folder / "snapshots" / pull.commit
-    try:
+    with explained(pull.repo, lambda: pull.to_fetch):
         missing = [file for file in pull.files if not _is_linked(snapshot, file)]
-        _check_space(pull, folder)
+        check_room(pull.repo, pull.to_fetch, folder)
         snapshot.mkdir(parents=True, exist_ok=True)
         (folder / "blobs").mkdir(exist_ok=True)
         if missing:
@@ -225,37 +236,49 @@ def fetch(pull: Pull, listener: Listener) -> Path:
             reference.parent.mkdir(exist_ok=True)
             reference.write_text(pull.commit)
         note_finished(folder, [file.name for file in pull.files])
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            raise CheckpointError(
-                f"{pull.repo}: the disk is full: {size_text(pull.to_fetch)} are still to come into {cache_folder()}; "
-                f"make space there ({_MAKE_SPACE}), then the same command goes on where it stopped"
-            ) from error
-        from huggingface_hub.errors import HfHubHTTPError
-
-        if isinstance(error, HfHubHTTPError) or is_network_trouble(error):
-            raise _explained(pull.repo, error) from error
-        where = f"{error.filename}: " if error.filename else ""
-        raise CheckpointError(f"{where}{pull.repo} cannot be stored in the local cache "
-                              f"({error.strerror or first_line(error)})") from error
-    except DgemmaError:
-        raise
-    except Exception as error:
-        raise _explained(pull.repo, error) from error
     names = [file.name for file in pull.files]
     models = [gguf for gguf in gguf_models(names) if gguf.complete]
     return snapshot / models[0].files[0] if models and not is_checkpoint(names) else snapshot
 
 
-def _fetch_blob(pull: Pull, file: HubFile, folder: Path, listener: Listener) -> None:
-    """Bring one file's contents into ``blobs``, unless they are there."""
+@contextmanager
+def explained(repo: str, to_fetch: Callable[[], int]) -> Iterator[None]:
+    """Errors of the disk, the network and the hub as CheckpointErrors; ``to_fetch`` counts bytes still to come."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            raise CheckpointError(
+                f"{repo}: the disk is full: {size_text(to_fetch())} are still to come into {cache_folder()}; "
+                f"make space there ({_MAKE_SPACE}), then the same command goes on where it stopped"
+            ) from error
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if isinstance(error, HfHubHTTPError) or is_network_trouble(error):
+            raise _explained(repo, error) from error
+        where = f"{error.filename}: " if error.filename else ""
+        raise CheckpointError(f"{where}{repo} cannot be stored in the local cache "
+                              f"({error.strerror or first_line(error)})") from error
+    except DgemmaError:
+        raise
+    except Exception as error:
+        raise _explained(repo, error) from error
+
+
+def file_url(repo: str, name: str, commit: str) -> str:
+    """Where a file of a repository is fetched from."""
     from huggingface_hub import hf_hub_url
 
+    return hf_hub_url(repo, name, revision=commit, endpoint=_endpoint())
+
+
+def _fetch_blob(pull: Pull, file: HubFile, folder: Path, listener: Listener) -> None:
+    """Bring one file's contents into ``blobs``, unless they are there."""
     blob, partial = folder / "blobs" / file.blob, partial_of(folder, file.blob)
     if blob.is_file() and size_of(blob) == file.size:
         return
     base = PurePosixPath(file.name).name
-    url = hf_hub_url(pull.repo, file.name, revision=pull.commit, endpoint=_endpoint())
+    url = file_url(pull.repo, file.name, pull.commit)
     listener.begin(f"downloading {base}", min(size_of(partial), file.size), file.size)
     try:
         download(url, partial, file.size, listener)
@@ -274,11 +297,11 @@ def _fetch_blob(pull: Pull, file: HubFile, folder: Path, listener: Listener) -> 
     partial.replace(blob)
 
 
-def _check_space(pull: Pull, folder: Path) -> None:
-    needed = pull.to_fetch
+def check_room(repo: str, needed: int, folder: Path) -> None:
+    """Raises CheckpointError when the cache's disk has not so many bytes free for a repository's ``folder``."""
     free = free_space(folder)
     if needed > free:
-        raise CheckpointError(f"{pull.repo}: not enough space on the disk of {cache_folder()}: {size_text(needed)} are "
+        raise CheckpointError(f"{repo}: not enough space on the disk of {cache_folder()}: {size_text(needed)} are "
                               f"needed, {size_text(free)} are free; {_MAKE_SPACE}, or set HF_HOME to a folder "
                               "on another disk")
 

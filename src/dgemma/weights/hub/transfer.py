@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -113,9 +114,12 @@ class TransferError(Exception):
     """A file that did not arrive, or not as it should be; the message is the cause in a few words."""
 
 
-def download(url: str, target: Path, size: int, listener: Listener, at_once: int = _MOST_AT_ONCE) -> None:
+def download(url: str, target: Path, size: int, listener: Listener, *, first: int = 0, whole: int | None = None,
+             at_once: int = _MOST_AT_ONCE) -> None:
     """Make ``target`` the ``size`` bytes that stand at ``url``; those that it holds already are not fetched again.
     No request asks for more than ``at_once`` of them.
+
+    With ``whole``, the size of the file there, it is a part of it: the bytes from ``first`` on.
 
     Tries again by itself when the connection breaks; whatever ends it, what has arrived stays in ``target``, and no
     byte is added that the server does not say belongs there. Raises TransferError when nothing more arrives, the HTTP
@@ -127,7 +131,8 @@ def download(url: str, target: Path, size: int, listener: Listener, at_once: int
     failures, ranges = 0, True
     while (before := size_of(target)) < size:
         try:
-            trouble = _stream(url, target, before, size, listener, at_once if ranges else None)
+            trouble = _stream(url, target, _Part(first, first + size, whole or size), first + before, listener,
+                              at_once if ranges else None)
         except _WrongAnswerError as error:  # whoever cannot do ranges may have the whole file
             trouble, ranges = str(error), not ranges
         if trouble is None:
@@ -179,8 +184,18 @@ def is_network_trouble(error: BaseException) -> bool:
             or any(kind.__name__ == "TransportError" for kind in type(error).__mro__))
 
 
-def _stream(url: str, target: Path, start: int, size: int, listener: Listener, most: int | None) -> str | None:
-    """Append to ``target`` what one request brings; what went wrong with the network, None if nothing did.
+@dataclass(frozen=True)
+class _Part:
+    """The bytes ``first`` to (without) ``last`` of a file of ``size``."""
+
+    first: int
+    last: int
+    size: int
+
+
+def _stream(url: str, target: Path, part: _Part, start: int, listener: Listener, most: int | None) -> str | None:
+    """Append to ``target`` what one request brings of a part, from ``start`` on; what went wrong with the network if
+    anything did.
 
     ``most`` is how many bytes may be asked for; None asks for the whole file. Raises _WrongAnswerError, with nothing
     written, for an answer that is not it.
@@ -190,8 +205,8 @@ def _stream(url: str, target: Path, start: int, size: int, listener: Listener, m
 
     headers: dict[str, Any] = build_hf_headers(library_name="dgemma", library_version=__version__)
     headers["Accept-Encoding"] = "identity"  # a range of a compressed file would be of no use
-    end = min(size, start + (most or size))
-    if most is not None and (start or end < size):
+    end = min(part.last, start + (most or part.size))
+    if most is not None and (start or end < part.size):
         headers["Range"] = f"bytes={start}-{end - 1}"
     try:
         with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
@@ -203,10 +218,10 @@ def _stream(url: str, target: Path, start: int, size: int, listener: Listener, m
             hf_raise_for_status(response)
             skip = 0
             if response.status_code == 206:
-                end = min(end, _answered_end(response.headers, start, size))
+                end = min(end, _answered_end(response.headers, start, part.size))
             else:
-                _check_whole(response.status_code, response.headers, size)
-                skip, end = start, size  # it does not do ranges: what is here already comes once more
+                _check_whole(response.status_code, response.headers, part.size)
+                skip, end = start, part.last  # it does not do ranges: what is here already comes once more
             with open(target, "ab") as file:
                 for chunk in response.iter_bytes():
                     if skip:
@@ -214,7 +229,9 @@ def _stream(url: str, target: Path, start: int, size: int, listener: Listener, m
                     chunk = chunk[: end - start]
                     file.write(chunk)
                     start += len(chunk)
-                    listener.advance(start)
+                    listener.advance(start - part.first)
+                    if start == end < part.size:  # what comes after the part is not wanted
+                        break
     except Exception as error:
         if not is_network_trouble(error):
             raise

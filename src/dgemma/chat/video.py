@@ -1,0 +1,132 @@
+"""Films as pictures with times: which frames are taken of one, and their decoding.
+
+Works on files and bytes; knows nothing of the network. Frames are chosen as `transformers`' `Gemma4VideoProcessor`
+does. Sound is not read. Only the formats listed here are opened, and none of them may name another file or address.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dgemma.chat.pictures import MOST_PIXELS
+from dgemma.errors import DgemmaError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_FRAMES = 60  # of a film: what the model was trained on
+FRAME_BUDGET = 70  # soft tokens of a frame
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,ogg,flv,gif,apng,webp_pipe,asf"
+
+
+@dataclass(frozen=True, eq=False)
+class Film:
+    """Frames in RGB, upright, and the second that each is shown at."""
+
+    frames: tuple[Image, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def stamps(self) -> list[str]:
+        """The seconds as the model reads them, MM:SS."""
+        return [f"{int(second // 60):02d}:{int(second % 60):02d}" for second in self.seconds]
+
+
+def frame_numbers(total: int, rate: float, fps: float | None = None) -> list[int]:
+    """Which of ``total`` frames, ``rate`` a second, are taken: ``fps`` a second, evenly.
+
+    Without ``fps`` one a second, or of a film of more than `MOST_FRAMES` seconds so many over all of it. Raises
+    DgemmaError for a rate that gives more frames than that, or than there are.
+    """
+    seconds = total / rate
+    if fps is None:
+        count = min(max(1, int(seconds)), MOST_FRAMES)
+    elif not (math.isfinite(fps) and fps > 0):
+        raise DgemmaError(f"fps must be a number above 0, got {fps!r}")
+    else:
+        count = max(1, int(seconds * fps))
+    if count > MOST_FRAMES:
+        raise DgemmaError(f"{fps:g} frames a second of {seconds:.0f} seconds are {count} frames, and the model takes "
+                          f"{MOST_FRAMES} at most: give at most {math.floor(MOST_FRAMES / seconds * 1000) / 1000:g}")
+    if count > total:
+        raise DgemmaError(f"{fps:g} frames a second are more than this film has ({total} in {seconds:.1f} seconds)")
+    return [number * total // count for number in range(count)]
+
+
+def read_film(source: str | Path | bytes, fps: float | None = None, name: str | None = None) -> Film:
+    """The frames of a film that the model is shown, by `frame_numbers`.
+
+    ``name`` names the film in errors (a file's is its path). Raises DgemmaError for what is no film, has no pictures,
+    or cannot be decoded, and where PyAV is not installed.
+    """
+    name = name or (str(source) if isinstance(source, (str, Path)) else "the video")
+    with _opened(source, name) as container:
+        stream = next(iter(container.streams.video), None)
+        if stream is None:
+            raise DgemmaError(f"{name}: there is no picture in it, only sound or nothing")
+        if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
+            raise DgemmaError(f"{name}: frames of {stream.codec_context.width} × {stream.codec_context.height} pixels "
+                              "are too large: at most 89 million pixels")
+        shown = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None and packet.size)
+        if not shown:
+            raise DgemmaError(f"{name}: this film has no frames")
+        rate = float(stream.average_rate or 0) or 24.0
+        numbers = frame_numbers(len(shown), rate, fps)
+    # Opened anew: not every format finds back to its first frame.
+    with _opened(source, name) as container:
+        stream = container.streams.video[0]
+        wanted = [shown[number] for number in numbers]
+        found = [(_upright(frame), frame.pts) for frame in _decoded(container, stream, wanted)]
+        seconds = tuple(float((time - shown[0]) * stream.time_base) for _, time in found)
+    if len(found) < len(numbers):
+        raise DgemmaError(f"{name}: damaged or cut off: {len(found)} of {len(numbers)} frames could be decoded")
+    return Film(tuple(image for image, _ in found), seconds)
+
+
+@contextmanager
+def _opened(source: str | Path | bytes, name: str) -> Iterator[Any]:
+    """A film's container; what goes wrong within is a DgemmaError."""
+    try:
+        import av
+        import av.error
+    except ImportError as error:
+        raise DgemmaError(f"videos need PyAV ({error}): pip install 'dgemma[vision]'") from error
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")  # noqa: SIM115
+    except OSError as error:
+        raise DgemmaError(f"{name}: cannot be read: {error.strerror or error}") from error
+    with file:
+        try:
+            # By file, never by name: names may be addresses.
+            with av.open(file, options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"}) as container:
+                yield container
+        except (av.error.FFmpegError, ValueError, EOFError) as error:
+            raise DgemmaError(f"{name}: not a film that can be read (MP4, MOV, WebM, MKV, AVI, MPEG, GIF): "
+                              f"{getattr(error, 'strerror', None) or error}") from error
+
+
+def _decoded(container: Any, stream: Any, wanted: list[int]) -> Iterator[Any]:
+    """The frames of these times, in order; over a long gap the reading jumps to the last key frame before the next."""
+    gap = 10 / float(stream.time_base)  # more than the distance of key frames in most films
+    stream.thread_type = "AUTO"
+    last = wanted[0]
+    for time in wanted:
+        if time - last > gap:
+            container.seek(time, stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts is not None and frame.pts >= time:
+                last = frame.pts
+                yield frame
+                break
+
+
+def _upright(frame: Any) -> Image:
+    """A frame as RGB, turned as the film says: phones hold it in their hands any way."""
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -1,0 +1,68 @@
+"""Pictures to soft tokens: the tower comes with the first picture, and what it saw of the last ones is kept.
+
+Works on prepared pictures; knows nothing of where they come from or of prompts' text.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dgemma.chat.pictures import Picture
+from dgemma.config import VisionConfig
+from dgemma.diffusion.prompt import SoftSpan
+from dgemma.nn import DiffusionTransformer
+from dgemma.nn.vision import Vision
+
+KEPT = 256 << 20  # bytes of soft tokens: some twenty pictures of 1,120 in float32, for the largest network
+
+
+class PictureEncoder:
+    """Makes the soft tokens of pictures for one network, from any thread.
+
+    ``config`` is the tower's; ``load`` reads it when the first picture comes. ``kept`` bounds the bytes of soft tokens
+    that are kept, those of the pictures asked for last; ``seen`` and ``reused`` count pictures that went through the
+    tower and that did not.
+    """
+
+    def __init__(self, network: DiffusionTransformer, config: VisionConfig, load: Callable[[], Vision],
+                 kept: int = KEPT):
+        self.network, self.config, self.load, self.kept = network, config, load, kept
+        self.vision: Vision | None = None
+        self.seen = self.reused = 0
+        self._soft: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._working = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of the soft tokens that are kept."""
+        return sum(soft.nbytes for soft in self._soft.values())
+
+    def spans(self, pictures: Sequence[Picture], starts: Sequence[int]) -> tuple[SoftSpan, ...]:
+        """The pictures of a prompt as its spans, which start at these tokens; the tower sees all new ones together."""
+        with self._working:
+            new = {picture.digest: picture for picture in pictures if picture.digest not in self._soft}
+            fresh = dict(zip(new, self._see([picture.patches() for picture in new.values()]), strict=True))
+            self.seen += len(new)
+            self.reused += len(pictures) - len(new)
+            found = [fresh[p.digest] if p.digest in fresh else self._soft[p.digest] for p in pictures]
+            for picture, soft in zip(pictures, found, strict=True):
+                self._soft[picture.digest] = soft
+                self._soft.move_to_end(picture.digest)
+            while self.nbytes > self.kept:
+                self._soft.popitem(last=False)
+        return tuple(SoftSpan(start, soft, picture.digest)
+                     for start, soft, picture in zip(starts, found, pictures, strict=True))
+
+    def _see(self, patches: Sequence[Tensor]) -> list[Tensor]:
+        if not patches:
+            return []
+        if self.vision is None:
+            self.vision = self.load()
+        with torch.inference_mode():
+            # A copy of each: the tower's are views of all that went through it together.
+            return [soft.to(self.network.device, self.network.dtype, copy=True) for soft in self.vision(patches)]
