@@ -144,6 +144,12 @@ def test_the_tower_s_shape_is_read_under_its_own_names():
     assert (vision.rope_theta, vision.vision_soft_tokens_per_image) == (100.0, 140)
 
 
+def test_pictures_see_themselves_where_the_checkpoint_says_so():
+    assert read({"vision_config": {}}, use_bidirectional_attention="vision").picture_attention == "sliding"
+    assert read({"vision_config": {}}).picture_attention == "causal"
+    assert read().picture_attention == "sliding"  # a tower that comes from elsewhere
+
+
 def test_the_tower_s_defaults_are_those_of_transformers():
     from transformers import DiffusionGemmaConfig, Gemma4VisionConfig
 

@@ -201,7 +201,7 @@ def model_config_from_dict(data: dict[str, Any], source: str = "config.json") ->
 
     # Token ids and the dtype may stand at either level; the inner one wins.
     both = Fields({**data, **{k: v for k, v in text.data.items() if v is not None}}, source)
-    heads = size("num_attention_heads")
+    heads, vision = size("num_attention_heads"), _vision_config(top)
     config = ModelConfig(
         vocab_size=text.whole("vocab_size", most=MOST_TOKENS),
         hidden_size=size("hidden_size"),
@@ -218,8 +218,8 @@ def model_config_from_dict(data: dict[str, Any], source: str = "config.json") ->
         max_position_embeddings=text.whole("max_position_embeddings", 131_072),
         eos_token_id=_token_ids(both) or (1,),
         dtype=both.text("dtype") or both.text("torch_dtype"),
-        vision=_vision_config(top),
-        picture_attention="sliding" if bidirectional == "vision" else "causal",
+        vision=vision,
+        picture_attention="causal" if vision is not None and bidirectional is None else "sliding",
     )
     for index, layer in enumerate(config.layers):
         if config.num_attention_heads % layer.num_key_value_heads:
