@@ -59,11 +59,6 @@ class Model:
     def config(self) -> ModelConfig:
         return self.network.config
 
-    @property
-    def sees(self) -> bool:
-        """Whether it takes pictures and films."""
-        return self.pictures is not None
-
     def generate(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                  thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
                  images: Sequence[Any] | None = None, video: Any = None, **options: Any) -> Generation:

@@ -132,6 +132,7 @@ def test_two_questions_about_one_picture_ask_the_tower_once(http, seeing):
     for words in ("What?", "And why?"):
         http.post("/v1/chat/completions", json=chat([image(fresh), {"type": "text", "text": words}]))
     assert seeing.pictures.seen == seen + 1
+    assert f"dgemma_pictures_seen_total {seen + 1:.1f}" in http.get("/metrics").text
 
 
 @pytest.mark.parametrize(("part", "said", "param"), [

@@ -40,7 +40,7 @@ class PictureEncoder:
     @property
     def nbytes(self) -> int:
         """The memory of the soft tokens that are kept."""
-        return sum(soft.nbytes for soft in self._soft.values())
+        return sum(soft.nbytes for soft in list(self._soft.values()))  # a copy: others may be adding to them
 
     def spans(self, pictures: Sequence[Picture], starts: Sequence[int]) -> tuple[SoftSpan, ...]:
         """The pictures of a prompt as its spans, which start at these tokens; the tower sees all new ones together."""

@@ -210,7 +210,7 @@ async def _in_thread(function: Callable[[], T],
 
 def _check_media(serving: Serving, prompt: Prompt) -> None:
     """Refuse pictures that the model cannot see before any of them is fetched."""
-    if not serving.model.sees and (part := next(media_in(prompt), None)) is not None:
+    if serving.model.pictures is None and (part := next(media_in(prompt), None)) is not None:
         raise ApiError(400, f"{part['name']}: this model reads text only: it has no vision tower", part["name"])
 
 

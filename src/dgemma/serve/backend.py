@@ -24,6 +24,19 @@ if TYPE_CHECKING:
     from dgemma.nn.loaded import LoadedAdapter
 
 
+class SeenPictures(Protocol):
+    """What became of the pictures so far: how many the tower saw, and how many were known; the memory of those kept."""
+
+    @property
+    def seen(self) -> int: ...
+
+    @property
+    def reused(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 class ServedModel(Protocol):
     """What makes a request of what a client says."""
 
@@ -35,8 +48,8 @@ class ServedModel(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
-    def sees(self) -> bool:
-        """Whether it takes pictures and films."""
+    def pictures(self) -> SeenPictures | None:
+        """What sees pictures and films; None for a model that takes none."""
         ...
 
     def prompt_ids(self, prompt: Prompt, *, thinking: bool = False,

@@ -45,15 +45,21 @@ _OF_ADAPTERS = (
     (GaugeMetricFamily, "dgemma_adapter_requests_running", "running", "Requests of an adapter that run or wait."),
     (CounterMetricFamily, "dgemma_adapter_requests", "requests", "Requests of an adapter."),
 )
+_OF_PICTURES = (
+    (CounterMetricFamily, "dgemma_pictures_seen", "seen", "Pictures that went through the vision tower."),
+    (CounterMetricFamily, "dgemma_pictures_reused", "reused", "Pictures of requests that were known from before."),
+    (GaugeMetricFamily, "dgemma_picture_cache_bytes", "nbytes", "Memory of what the tower saw."),
+)
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
 class Metrics:
     """A registry of its own: two servers in a process do not mix."""
 
-    def __init__(self, stats: Callable[[], Stats]):
+    def __init__(self, stats: Callable[[], Stats], pictures: Any = None):
+        """``pictures``: what sees them (`dgemma.serve.backend.SeenPictures`), None for nothing."""
         self.registry = CollectorRegistry()
-        self.registry.register(_Engine(stats))  # type: ignore[arg-type]  # any object with collect()
+        self.registry.register(_Engine(stats, pictures))  # type: ignore[arg-type]  # any object with collect()
         self.queue = self._histogram("dgemma_queue_seconds", "Time from a request's arrival to its first canvas.")
         self.first = self._histogram("dgemma_time_to_first_token_seconds",
                                      "Time from a request's arrival to its first committed canvas.")
@@ -128,8 +134,8 @@ class RequestListener:
 class _Engine:
     """The engine's counts, read when Prometheus asks."""
 
-    def __init__(self, stats: Callable[[], Stats]):
-        self.stats = stats
+    def __init__(self, stats: Callable[[], Stats], pictures: Any):
+        self.stats, self.pictures = stats, pictures
 
     def describe(self) -> list[Any]:
         return []  # nothing is asked of the engine before it runs
@@ -145,3 +151,5 @@ class _Engine:
             for adapter, numbers in stats.adapters.items():
                 family.add_metric([adapter], getattr(numbers, field))
             yield family
+        for kind, name, field, text in _OF_PICTURES if self.pictures is not None else ():
+            yield kind(name, text, getattr(self.pictures, field))

@@ -221,7 +221,7 @@ class Cards:
         sampler = {name: getattr(settings, name) for name in SAMPLER_SETTINGS}
         templates = model.tokenizer.chat_templates
         capabilities = ["completion", *(["tools", "thinking"] if templates else []),
-                        *(["vision"] if model.sees else [])]
+                        *(["vision"] if model.pictures is not None else [])]
         return {
             "modelfile": f"# served by dgemma {__version__}\nFROM {model.name}\n",
             "parameters": "\n".join(f"{name} {value}" for name, value in sampler.items()),
