@@ -185,6 +185,12 @@ class SequenceState:
         self.canvas_index += 1
         return event
 
+    def end(self, reason: FinishReason, counted: bool = False) -> None:
+        """Nothing follows; ``counted``: the steps of the canvas that is open are told of."""
+        self.finish_reason = reason
+        if counted and self.step:
+            self.steps.append(self.step)
+
     def _end_of(self, tokens: list[int]) -> tuple[list[int], int | None, FinishReason | None]:
         """What of a canvas is the answer's, the stop token behind it, and whether the answer ends with it."""
         room = self.room

@@ -277,7 +277,7 @@ class Engine:
                 self.counts.gave_way += 1
                 continue
             # It is alone, and there is less memory than when it came.
-            youngest.sequence.finish_reason = "length"
+            youngest.sequence.end("length")
             self._alone(youngest, self._finish)
 
     # Reading: prompts, and finished canvases that another one follows
@@ -375,7 +375,7 @@ class Engine:
         if slot.guide is not None:
             slot.guide.commit(event.token_ids)
             if slot.guide.finished:
-                sequence.finish_reason = "stop"
+                sequence.end("stop")
         slot.soft = slot.hidden = None
         self._events.append(event)
         self.counts.canvases += 1
@@ -405,9 +405,7 @@ class Engine:
             return
         for slot in self.scheduler.recall(lambda sequence: everything or sequence.request.id in cancelled,
                                           self._nothing):
-            slot.sequence.finish_reason = "cancelled"
-            if slot.soft is not None and slot.sequence.step:
-                slot.sequence.steps.append(slot.sequence.step)
+            slot.sequence.end("cancelled", counted=slot.soft is not None)
             self._alone(slot, self._finish)
 
     def _finish(self, slot: Slot) -> None:
