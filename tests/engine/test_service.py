@@ -166,7 +166,8 @@ def test_a_slow_reader_gets_the_last_draft_only_but_every_canvas(serving, ask):
 def test_stopping_waits_for_what_runs(serving, ask):
     async def work(service):
         running = [asyncio.create_task(generation_of(service, ask(seed=i, max_tokens=3 * C))) for i in range(4)]
-        await asyncio.sleep(0.02)
+        while (stats := service.stats()).running + stats.waiting + stats.finished < len(running):
+            await asyncio.sleep(0.002)
         cut = await service.stop(grace=30)
         with pytest.raises(Overloaded) as refused:
             await generation_of(service, ask())
