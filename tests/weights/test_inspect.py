@@ -105,8 +105,8 @@ def test_the_published_model_packed_sees_a_large_picture_within_20_gb(published)
     assert need.dtype == "packed" and need.vision == 2 * tower + tower_working_bytes(vision, 2)
     assert need.total == need.weights + need.kv_cache + need.working + need.program + need.vision
     assert 18e9 < need.total < 20e9
-    # By hand: 10,080 patches of 1,152, 16 bytes each, and of 768 pixels, 8 bytes each; a tile of 1,024, three times 4,304
-    # of them in an MLP. Measured with tiles of 256: 256 MB, all patches in one tile 571 MB.
+    # By hand: 10,080 patches of 1,152, 16 bytes each, and of 768 pixels, 8 bytes each; a tile of 1,024, three times
+    # 4,304 of them in an MLP. Measured with tiles of 256: 256 MB, all patches in one tile 571 MB.
     assert tower_working_bytes(vision, 2) == 10_080 * (1152 * 16 + 768 * 8) + 1024 * (3 * 4304 * 2 + 1152 * 10)
     assert 571e6 < tower_working_bytes(vision, 2, tile=10_080) < 630e6
     assert tower_working_bytes(vision, 2, patches=630) < tower_working_bytes(vision, 2) / 7
