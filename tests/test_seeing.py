@@ -8,7 +8,7 @@ import dgemma
 from dgemma.errors import DgemmaError
 from support.films import film
 from support.pictures import as_file, random_picture
-from support.seeing import save_seeing
+from support.vision import save_seeing_model
 
 IMAGE = random_picture(60, 50)
 SETTINGS = {"max_tokens": 16, "seed": 1, "max_denoising_steps": 2, "image_tokens": 70, "eos_token_id": ()}
@@ -17,7 +17,7 @@ TOKENS = 9 * 7  # of a picture of 60 × 50 pixels, of 70 that it may have
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_seeing(tmp_path_factory.mktemp("seeing"))
+    return save_seeing_model(tmp_path_factory.mktemp("seeing"))
 
 
 @pytest.fixture(scope="module")

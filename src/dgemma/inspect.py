@@ -84,13 +84,18 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """The vision tower that comes with the first picture; ``path`` is its GGUF file, or the checkpoint's folder."""
+    """The vision tower that comes with the first picture; ``path`` is its GGUF file, or the checkpoint's folder.
+
+    A soft token is of ``pooling_kernel_size``² patches, a patch of ``patch_size``² pixels.
+    """
 
     path: Path
     layers: int
     width: int
     parameters: int
     nbytes: int
+    patch_size: int
+    pooling_kernel_size: int
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,8 @@ def _of_mmproj(mmproj: Mmproj) -> tuple[TowerSize, TowerFacts]:
     config = mmproj.config
     item = 4 if mmproj.packed else mmproj.dtype.itemsize
     return TowerSize(config, mmproj.parameters, mmproj.nbytes, item), TowerFacts(
-        mmproj.file.path, config.num_hidden_layers, config.hidden_size, mmproj.parameters, mmproj.nbytes)
+        mmproj.file.path, config.num_hidden_layers, config.hidden_size, mmproj.parameters, mmproj.nbytes,
+        config.patch_size, config.pooling_kernel_size)
 
 
 def _own_tower(folder: Path, config: ModelConfig,
@@ -249,7 +255,7 @@ def _own_tower(folder: Path, config: ModelConfig,
     parameters, nbytes = sum(map(math.prod, shapes.values())), sum(tensor.nbytes for tensor in chosen.values())
     size = TowerSize(config.vision, parameters, nbytes, 4 if nbytes >= 4 * parameters else 2)
     return size, TowerFacts(folder, config.vision.num_hidden_layers, config.vision.hidden_size, parameters,
-                            nbytes), None
+                            nbytes, config.vision.patch_size, config.vision.pooling_kernel_size), None
 
 
 def _sizes(files: Iterable[Path]) -> dict[str, int]:

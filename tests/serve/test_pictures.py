@@ -13,7 +13,7 @@ import pytest
 import dgemma
 from support.films import film
 from support.pictures import as_file, random_picture
-from support.seeing import save_seeing
+from support.vision import save_seeing_model
 
 PNG = as_file(random_picture(60, 50), "PNG")
 BASE64 = base64.b64encode(PNG).decode()
@@ -24,7 +24,7 @@ STEPS = {"max_denoising_steps": 2, "seed": 1}
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    return dgemma.load(save_seeing(tmp_path_factory.mktemp("seeing")))
+    return dgemma.load(save_seeing_model(tmp_path_factory.mktemp("seeing")))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ SEEING_WIDTH: int = SHAPES["alternating"]["hidden_size"]
 _SEEING = SMALL | {"hidden_size": 64, "head_dim": 16, "position_embedding_size": 256, "standardize": True}
 _TEMPLATE = """{% for message in messages %}<|turn>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}
-{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}
+{% if part.type == 'image' %}<|image|>{% elif part.type == 'video' %}<|video|>{% else %}{{ part.text }}{% endif %}
 {% endfor %}{% endif %}<turn|>
 {% endfor %}<|turn>model
 """

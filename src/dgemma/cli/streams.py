@@ -45,6 +45,17 @@ def stdin_text() -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def stdin_bytes() -> bytes:
+    """All of stdin as it comes. Raises DgemmaError when there is none or it cannot be read."""
+    binary = getattr(sys.stdin, "buffer", None) if has_stdin() else None
+    if binary is None:
+        raise DgemmaError("stdin is closed: pipe a picture in, or name its file")
+    try:
+        return binary.read()
+    except OSError as error:
+        raise DgemmaError(f"stdin cannot be read ({error.strerror or error})") from error
+
+
 def recognise_stdin() -> None:
     """Before anything is read line by line: let stdin be decoded as what its first bytes say it is."""
     stream: Any = sys.stdin

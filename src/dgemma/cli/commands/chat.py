@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import typer
 from rich.text import Text
 
 from dgemma.cli import options
+from dgemma.cli.media import dropped, media_part, said_of, waiting
 from dgemma.cli.streams import has_stdin, is_terminal, need_stdout, print_text, recognise_stdin
 from dgemma.cli.terminal.console import SafeConsole, say, say_error
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from dgemma.cli.session import AnyModel
 
 HELP = '''/help             this
+/image FILE       show a picture with the next message (--image-tokens N: in so many);
+                  a path dropped here does the same
+/video FILE       show a film (--fps N: frames a second)
 /system TEXT      set the system message (nothing: remove it)
 /thinking on|off  let the model think before it answers
 /set NAME VALUE   a setting: max_tokens, {settings}  (/set alone: show them)
@@ -143,11 +148,14 @@ def checked(conversation: Conversation, model: AnyModel) -> Conversation:
 def handle(model: AnyModel, conversation: Conversation, message: str, live: bool, pace: float) -> bool:
     """Carry out or answer what was entered; False means leave.
 
-    A message may begin with a slash: as a path does (``/etc/hosts``), which no command's name has a second one in, or
-    by one more (``//help`` sends ``/help``).
+    The path of a picture that is there, and nothing else, shows it. A message may begin with a slash: as a path does
+    (``/etc/hosts``), which no command's name has a second one in, or by one more (``//help`` sends ``/help``).
     """
     if message.startswith("//"):
         message = message[1:]
+    elif (found := dropped(message)) is not None:
+        show(model, conversation, *found)
+        return True
     elif message.startswith("/") and "/" not in message.split(maxsplit=1)[0][1:]:
         return command(model, conversation, message)
     if message.strip():
@@ -193,10 +201,15 @@ def answer(model: AnyModel, conversation: Conversation, message: str, live: bool
     """Send a message and show the answer; both join the conversation. A stopped answer stays as far as it came."""
     from dgemma.cli.session import follow
 
-    messages = [*conversation.messages, {"role": "user", "content": message}]
-    events = model.stream(messages, system=conversation.system, thinking=conversation.thinking,
-                          seed=conversation.seed, **conversation.settings)
-    generation = follow(model, events, visual=live, pace=pace, insist=False)
+    before, shown = waiting(conversation.messages)
+    messages = [*before, said_of(shown, message)]
+    try:
+        events = model.stream(messages, system=conversation.system, thinking=conversation.thinking,
+                              seed=conversation.seed, **conversation.settings)
+        generation = follow(model, events, visual=live, pace=pace, insist=False)
+    except Exception:
+        conversation.messages = before  # a picture may be what is wrong: the next message must not fail of it, too
+        raise
     stopped = generation.finish_reason == "cancelled"
     if generation.text or not stopped:
         conversation.messages = [*messages, {"role": "assistant", "content": generation.text}]
@@ -204,6 +217,23 @@ def answer(model: AnyModel, conversation: Conversation, message: str, live: bool
         print_text(generation.text)
     if stopped:
         say("(stopped)", dim=True, err=True)
+
+
+def show(model: AnyModel, conversation: Conversation, kind: str, path: Path, **how: Any) -> None:
+    """Let a picture or film go along with the next message. Raises DgemmaError for what cannot be shown."""
+    if not getattr(model, "sees", True):  # of a server that is not known
+        raise DgemmaError("this model sees no pictures: it has no vision tower")
+    part = media_part(kind, path, **how)
+    size = ""
+    if kind == "image":
+        from dgemma.chat.pictures import fitted, open_picture
+
+        image = open_picture(path)
+        fitted(*image.size, how.get("tokens") or 280)
+        size = f", {image.width:,} × {image.height:,} pixels"
+    before, shown = waiting(conversation.messages)
+    conversation.messages = [*before, {"role": "user", "content": [*shown, part]}]
+    say(f"{path.name}{size}: shown with the next message")
 
 
 def command(model: AnyModel, conversation: Conversation, line: str) -> bool:
@@ -214,6 +244,11 @@ def command(model: AnyModel, conversation: Conversation, line: str) -> bool:
         return False
     if name in ("help", "?"):
         say(HELP.format(settings=", ".join(SAMPLER_SETTINGS)))
+    elif name in ("image", "video"):
+        option = "image-tokens" if name == "image" else "fps"
+        file, number = _with_number(rest, option)
+        value = None if number is None else _number(f"--{option}", number, "int" if name == "image" else "float")
+        show(model, conversation, name, _path(file, name), **{"tokens" if name == "image" else "fps": value})
     elif name == "system":
         conversation.system = rest or None
         say("system message set" if rest else "no system message")
@@ -268,6 +303,12 @@ def _number(what: str, text: str, kind: str) -> int | float:
         return int(text) if kind == "int" else float(text)
     except ValueError as error:
         raise DgemmaError(f"{what} takes a {'whole ' if kind == 'int' else ''}number, got {text!r:.60}") from error
+
+
+def _with_number(text: str, option: str) -> tuple[str, str | None]:
+    """A file's name, with or without quotes, and what follows an option behind it."""
+    file, number = re.fullmatch(rf"(.*?)(?:\s+--{option}(?:\s+|=)(\S*))?", text, re.DOTALL).groups()  # type: ignore
+    return file.strip("'\""), number
 
 
 def _path(text: str, name: str) -> Path:

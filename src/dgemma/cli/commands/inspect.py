@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from dgemma.cli.streams import need_stdout, print_json
 from dgemma.config import SLIDING
+from dgemma.errors import DgemmaError
 from dgemma.formats import short_count, size_text
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ def inspect(
     mmproj: Annotated[Path | None, typer.Option(
         help="The vision tower: a GGUF file. Default: the checkpoint's own, or mmproj*.gguf beside a .gguf file.",
         show_default=False)] = None,
+    image: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Tell, too, what becomes of this picture: its size and tokens by the most it may have.",
+        show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show a checkpoint's shape, parameters, files, types and memory needs, and check that it would load.
@@ -40,19 +45,43 @@ def inspect(
     from dgemma.weights.hub.locate import locate
 
     need_stdout()
+    opened = None
+    if image is not None:
+        from dgemma.chat.pictures import open_picture
+
+        opened = open_picture(image)
     source = locate(model, DownloadBar)
     with ProgressBar("checking", patience=0.5) as bar:
         report = inspect_checkpoint(source, check=check, mmproj=mmproj, progress=bar.update)
+    fits = [] if opened is None else _fits(report, *opened.size)
     if json:
-        print_json({"model": model, **report.to_dict()})
+        picture = None if opened is None else {"path": str(image), "width": opened.width, "height": opened.height,
+                                               "fits": fits}
+        print_json({"model": model, **report.to_dict(), **({"picture": picture} if picture else {})})
     else:
         from dgemma.cli.terminal.console import SafeConsole
 
         console = SafeConsole(highlight=False)
         console.width = min(console.width, _WIDTH) if console.is_terminal else _WIDTH
         show(report, model, console)
+        if opened is not None and image is not None:
+            _print(console, f"{image.name}, {opened.width:,} × {opened.height:,} pixels",
+                   [">most tokens", ">tokens", ">resized to"],
+                   [(f"{fit['budget']:,}", f"{fit['tokens']:,}", f"{fit['width']:,} × {fit['height']:,}")
+                    for fit in fits])
     if report.problems:
         raise typer.Exit(1)
+
+
+def _fits(report: CheckpointReport, width: int, height: int) -> list[dict[str, int]]:
+    """What becomes of a picture of this size by the most tokens it may have. Raises DgemmaError without a tower."""
+    from dgemma.chat.pictures import BUDGETS, fitted
+    from dgemma.config import VisionConfig
+
+    if report.tower is None:
+        raise DgemmaError(f"{report.folder}: this model sees no pictures: it has no vision tower")
+    config = VisionConfig(patch_size=report.tower.patch_size, pooling_kernel_size=report.tower.pooling_kernel_size)
+    return [{"budget": budget, **asdict(fitted(width, height, budget, config))} for budget in BUDGETS]
 
 
 def show(report: CheckpointReport, name: str, console: Console) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dgemma.cli import options
+from dgemma.cli.media import STDIN, media_part, said_of, stdin_part
 from dgemma.cli.streams import has_stdin, is_terminal, need_stdout, print_json, print_text, stdin_text
 from dgemma.errors import DgemmaError
 
@@ -18,6 +20,16 @@ def run(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; from stdin when left out or '-'.",
                                                  show_default=False)] = None,
     model: options.ModelOption = None,
+    image: Annotated[list[Path] | None, typer.Option(
+        metavar="FILE", help="A picture to show, '-' for one on stdin; may be given several times.",
+        show_default=False)] = None,
+    video: Annotated[Path | None, typer.Option(metavar="FILE", help="A film to show, at most 60 of its frames.",
+                                               show_default=False)] = None,
+    fps: Annotated[float | None, typer.Option(
+        help="Frames a second of the film. Default: one, or 60 over all of it.", show_default=False)] = None,
+    image_tokens: Annotated[int | None, typer.Option(
+        metavar="N", help="Most tokens of a picture: 70, 140, 280, 560 or 1120. Default: as what is asked needs.",
+        show_default=False)] = None,
     json: options.JsonOption = False,
     seed: options.SeedOption = None,
     max_tokens: options.MaxTokensOption = None,
@@ -43,6 +55,7 @@ def run(
         settings["reasoning_budget"] = reasoning_budget
     if not redraw_empty:
         settings["redraw_empty"] = False
+    shown = _shown(prompt, image or [], video, fps, image_tokens)
     text = _prompt_text(prompt)
 
     from dgemma.cli.remote.model import RemoteModel, known, refuse_with_url
@@ -50,9 +63,10 @@ def run(
 
     live = visual and not json and is_terminal()
     if url is not None:
-        refuse_with_url(trace=trace)
+        refuse_with_url(trace=trace, fps=fps, image_tokens=image_tokens)
     loaded = open_model(model, url=url, api_key=api_key, live=live, **local)
-    events = loaded.stream(text, seed=seed, max_tokens=max_tokens, system=system, thinking=thinking, **settings)
+    events = loaded.stream([said_of(shown, text)] if shown else text, seed=seed, max_tokens=max_tokens, system=system,
+                           thinking=thinking, **settings)
     generation = follow(loaded, events, visual=live, trace=trace, prompt=text, pace=pace)
     if json:
         print_json(known(generation) if isinstance(loaded, RemoteModel) else dataclasses.asdict(generation))
@@ -60,6 +74,26 @@ def run(
         print_text(generation.text)
     if generation.finish_reason == "cancelled":
         raise typer.Exit(130)
+
+
+def _shown(prompt: str | None, images: list[Path], video: Path | None, fps: float | None,
+           image_tokens: int | None) -> list[dict[str, Any]]:
+    """The parts of the message that show something. Raises DgemmaError before a model is loaded for nothing."""
+    if fps is not None and video is None:
+        raise DgemmaError("--fps is for a film: give one with --video")
+    if image_tokens is not None:
+        if not images:
+            raise DgemmaError("--image-tokens is for pictures: give one with --image")
+
+        from dgemma.chat.pictures import fitted
+
+        fitted(1, 1, image_tokens)
+    if video == STDIN or images.count(STDIN) > 1 or (STDIN in images and prompt in (None, "-")):
+        raise DgemmaError('stdin holds one picture: give the prompt itself, as in dgemma run --image - "…", and '
+                          "everything else in files")
+    return [*(stdin_part(tokens=image_tokens) if path == STDIN else media_part("image", path, tokens=image_tokens)
+              for path in images),
+            *([media_part("video", video, fps=fps)] if video is not None else [])]
 
 
 def _prompt_text(prompt: str | None) -> str:

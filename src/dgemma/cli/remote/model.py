@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dgemma.chat.thoughts import CLOSE, HEADER, OPEN
+from dgemma.cli.media import sent
 from dgemma.cli.remote.client import ChatStream, NotListedError, OpenAIServer, chunk_error
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Event, Finished, FinishReason, Generation
@@ -109,7 +110,7 @@ class RemoteModel:
         options: dict[str, Any] = {"include_usage": True}
         if self.has_drafts:
             options |= {"include_drafts": True, "drafts_per_second": DRAFTS_PER_SECOND}
-        body = {"model": self.name, "messages": messages, "stream": True, "stream_options": options}
+        body = {"model": self.name, "messages": sent(messages), "stream": True, "stream_options": options}
         given = {"seed": seed, "max_tokens": max_tokens, **settings}
         body |= {name: value for name, value in given.items() if value is not None}
         if thinking:
