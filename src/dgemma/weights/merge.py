@@ -23,7 +23,7 @@ from dgemma.weights.adapters import read_adapter
 from dgemma.weights.files import INDEX_FILE, weight_files
 from dgemma.weights.gguf_model import open_gguf
 from dgemma.weights.load import empty_network, match, read_headers, tensor_shapes
-from dgemma.weights.names import network_name
+from dgemma.weights.names import trained_name
 from dgemma.weights.quantize import Change, Progress, Summary, check_space, convert, is_gguf_file
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".md", "")  # what stands beside weights; no suffix: LICENSE
@@ -121,7 +121,7 @@ def _rewrite(path: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> 
         with safe_open(path, "pt") as mapped:
             tensors = {name: mapped.get_tensor(name) for name in mapped.keys()}  # noqa: SIM118 (it is no dict)
             for name, tensor in tensors.items():
-                tensors[name] = change(network_name(name) or "", tensor)
+                tensors[name] = change(trained_name(name) or "", tensor)
             with atomic_write(out) as beside:  # for the file's mode: safetensors' own is private
                 save_file(tensors, beside, metadata=mapped.metadata() or {"format": "pt"})
     except SafetensorError as error:  # a full disk is one, too
