@@ -141,7 +141,8 @@ def size_of(source: str | Path | bytes | Image, name: str | None = None) -> tupl
         sideways = _orientation(image) in (5, 6, 7, 8)
     except DgemmaError as error:
         raise DgemmaError(f"{name}: {error}") from error
-    return image.size[::-1] if sideways else image.size
+    width, height = image.size
+    return (height, width) if sideways else (width, height)
 
 
 def _begun(source: Any, name: str | None) -> tuple[Image, str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dgemma.train.data.examples import Example
-    from dgemma.train.data.sights import Sight
+    from dgemma.train.sights import Sight
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     fill = torch.arange(canvas.shape[1]) >= torch.tensor([example.real_length for example in examples]).unsqueeze(1)
     uniform = len(set(lengths)) == 1
     prompts = tuple(example.prompt_length for example in examples)
-    sights = tuple((row, sight) for row, index in enumerate(longest) for sight in examples[index].turn.sights)
+    sights = tuple((row, sight) for row, index in enumerate(longest) for sight in examples[index].sights)
     return Batch(context, canvas, None if uniform else lengths, prompts, weights, fill,
                  None if len(longest) == len(examples) else owners, sights)
 
@@ -110,7 +110,7 @@ def _shared_rows(examples: Sequence[Example], contexts: Sequence[np.ndarray]) ->
         example = examples[index]
         first[index] = next((begin for begin, end in ends.items()
                              if examples[end].prompt_length == example.prompt_length
-                             and examples[end].turn.sights == example.turn.sights
+                             and examples[end].sights == example.sights
                              and _goes_on(contexts[index], contexts[end], examples[end])), index)
         ends[first[index]] = index
     rows = {begin: row for row, begin in enumerate(dict.fromkeys(first[index] for index in range(len(examples))))}

@@ -22,9 +22,9 @@ from dgemma.nn import CanvasStats, DiffusionTransformer, KVCache
 from dgemma.nn.head import fits_whole, vocab_tiles
 from dgemma.nn.passes import Passes
 from dgemma.train.batch import Batch
-from dgemma.train.data.sights import pictures_of
 from dgemma.train.losses import chunked_cross_entropy, cross_entropy
 from dgemma.train.noise import WHOLE_VOCAB, Noise, corrupt
+from dgemma.train.sights import pictures_of
 
 PREDICTIONS = ("denoiser", "leave_one_out")
 CAUSAL_TOKENS = ("all", "prompt", "response")

@@ -244,7 +244,7 @@ class Trainer:
         source = self.source
         steps = source.steps_per_epoch if isinstance(source, Listed) and shows_pictures(source) else 1
         batches = (source.batch(step) for step in range(steps))
-        return next((batch for batch in batches if any(one.turn.sights for one in batch)), source.batch(0))
+        return next((batch for batch in batches if any(one.sights for one in batch)), source.batch(0))
 
     def _check_pictures(self) -> None:
         """Raises DgemmaError for what cannot be done with pictures yet."""
@@ -464,7 +464,7 @@ def _telling(examples: list[Example], most: int, window: int) -> list[Example]:
     They take no more than a micro-batch of at ``most`` so many does, and of a prompt the end only: what lies past the
     window the checks make themselves. Where there are pictures, there are some in these.
     """
-    longest = max(examples, key=lambda example: (bool(example.turn.sights), example.context_length))
+    longest = max(examples, key=lambda example: (bool(example.sights), example.context_length))
     turn = [example for example in examples if example.turn is longest.turn]
     chosen = turn[-2:] if len(turn) > 1 else [examples[0]] if longest is examples[0] else [examples[0], longest]
     return [dataclasses.replace(example, turn=example.turn.ending(window)) for example in chosen[-most:]]

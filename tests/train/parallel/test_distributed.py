@@ -36,6 +36,7 @@ class Example:
     canvas_ids: list[int]
     real_length: int
     weights: list[float]
+    sights: tuple = ()
 
 
 @dataclass(frozen=True)

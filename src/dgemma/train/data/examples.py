@@ -16,6 +16,7 @@ from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
 from dgemma.train.data.conversations import Conversation
 from dgemma.train.data.turns import Thinking, Turn, turn_of
+from dgemma.train.sights import Sight
 
 TooLong = Literal["error", "truncate", "skip"]
 Fill = Literal["eos", "pad"]
@@ -46,6 +47,11 @@ class Example:
     def prompt_length(self) -> int:
         """How many tokens of the context are not of the response."""
         return len(self.turn.context_ids)
+
+    @property
+    def sights(self) -> tuple[Sight, ...]:
+        """The pictures in the context."""
+        return self.turn.sights
 
     @property
     def real_length(self) -> int:

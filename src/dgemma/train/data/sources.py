@@ -141,7 +141,7 @@ def longest_context(source: Source) -> int:
 
 def shows_pictures(source: Source) -> bool:
     """Whether there are pictures in what is trained on; what is made on the way has none."""
-    return isinstance(source, Listed) and any(example.turn.sights for example in (*source.examples, *source.kept))
+    return isinstance(source, Listed) and any(example.sights for example in (*source.examples, *source.kept))
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -149,7 +149,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     much."""
     found = hashlib.sha256()
     for example in examples:
-        seen = [(sight.medium.source, sight.start) for sight in example.turn.sights]
+        seen = [(sight.medium.source, sight.start) for sight in example.sights]
         found.update(repr((example.context_ids, example.canvas_ids, example.weights, *seen)).encode())
     return found.hexdigest()
 

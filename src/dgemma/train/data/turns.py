@@ -21,7 +21,7 @@ from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
 from dgemma.tokenizer_files import STOPS
 from dgemma.train.data.conversations import Conversation, text_of
-from dgemma.train.data.sights import Sight, placed_sights
+from dgemma.train.sights import Sight, placed_sights
 
 Thinking = Literal["auto", "on", "off"]
 
