@@ -363,8 +363,11 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
         pictures = PictureEncoder(network, config.vision,
                                   lambda: tower.load(target, dtype) if asked is None else asked)
     if adapter is not None:
-        from dgemma.weights.adapters import load_adapter
+        from dgemma.weights.adapters import adapts_tower, load_adapter
 
+        if pictures is not None and adapts_tower(adapter):
+            network.vision = pictures.load()
+            pictures = PictureEncoder.of(network)
         load_adapter(network, adapter)
     return Model(network, parts.tokenizer, parts.generation_config, str(name), pictures)
 

@@ -219,6 +219,20 @@ class Recipe:
         return isinstance(self.model, dict) and "recipe" not in self.model
 
     @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parts of the names of parameters that stay as they are where everything else is trained."""
+        if self.freeze is not None:
+            return self.freeze
+        return () if self.fresh else (".router.", ".vision.")
+
+    @property
+    def trains_tower(self) -> bool:
+        """Whether what sees pictures learns, too, by what the recipe says."""
+        if self.adapter is not None:
+            return any("vision" in target for target in self.adapter.targets)
+        return not any(part in ".vision." for part in self.frozen)
+
+    @property
     def base(self) -> Path | None:
         """The recipe file that this one goes on from."""
         return Path(self.model["recipe"]) if isinstance(self.model, dict) and not self.fresh else None

@@ -37,6 +37,12 @@ class Medium:
             raise DgemmaError(f"{self.name}: {error}") from error
 
     @property
+    def label(self) -> str:
+        """What it is called for people: a file's name, or its place among the pictures of the conversation."""
+        path = self.part.get("path")
+        return self.name if path is None else Path(path).name
+
+    @property
     def source(self) -> str:
         """What it is made of, the same for the same: a path, or a hash of what is there itself."""
         source = next(self.part[key] for key in (self.part["type"], "path", "url") if self.part.get(key) is not None)
@@ -61,20 +67,25 @@ class Sight:
         return self.start + self.tokens
 
 
-def placed_sights(messages: Sequence[dict[str, Any]], ids: list[int], tokenizer: Tokenizer,
-                  vision: VisionConfig | None) -> tuple[list[int], tuple[Sight, ...]]:
+def media_of(messages: Sequence[dict[str, Any]], vision: VisionConfig | None) -> list[Medium]:
+    """The pictures and films of some messages; raises DgemmaError where there are some, and no tower to see them."""
+    parts = parts_in(normalise_messages(messages)) if messages else []
+    if parts and vision is None:
+        raise DgemmaError("there are pictures in this conversation, and the model sees none: it has no vision tower")
+    return [Medium(part, words, vision, f"{part['type']} {number}")
+            for number, (part, words) in enumerate(parts, 1) if vision is not None]
+
+
+def placed_sights(media: Sequence[Medium], ids: list[int],
+                  tokenizer: Tokenizer) -> tuple[list[int], tuple[Sight, ...]]:
     """A rendered prompt with room for the pictures in its messages, and these, of which only sizes are read.
 
-    Raises DgemmaError for a picture that cannot be read, and where the model has no tower.
+    Raises DgemmaError for a picture that cannot be read.
     """
-    parts = parts_in(normalise_messages(messages)) if messages else []
-    if not parts:
+    if not media:
         return ids, ()
-    if vision is None:
-        raise DgemmaError("there are pictures in this conversation, and the model sees none: it has no vision tower")
-    media = [Medium(part, words, vision, f"{part['type']} {number}") for number, (part, words) in enumerate(parts, 1)]
-    sizes = [outline(medium.part, vision, words=medium.words, name=medium.name) for medium in media]
-    ids, starts = place_media(ids, sizes, vision, tokenizer.encode)
+    sizes = [outline(medium.part, medium.config, words=medium.words, name=medium.name) for medium in media]
+    ids, starts = place_media(ids, sizes, media[0].config, tokenizer.encode)
     numbered = [(medium, number, size) for medium, shown in zip(media, sizes, strict=True)
                 for number, size in enumerate(shown.pictures)]
     return ids, tuple(Sight(medium, number, start, size.tokens, (size.width, size.height))

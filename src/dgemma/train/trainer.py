@@ -33,7 +33,14 @@ from dgemma.model import Parts
 from dgemma.train.checks.plan import MemoryPlan, recipe_plan
 from dgemma.train.checks.preflight import require, run_preflight
 from dgemma.train.data.examples import Example
-from dgemma.train.data.sources import Listed, fingerprint, longest_context, shows_pictures, source_of
+from dgemma.train.data.sources import (
+    Listed,
+    fingerprint,
+    longest_context,
+    most_soft_tokens,
+    shows_pictures,
+    source_of,
+)
 from dgemma.train.eval.evaluation import Evaluator
 from dgemma.train.eval.metrics import means
 from dgemma.train.eval.tasks import TaskScore
@@ -108,7 +115,7 @@ def plans(path: Path, ranks: Ranks) -> dict[str, MemoryPlan]:
     for name, recipe in load_recipe(path).items():
         parts, source = glimpse(recipe)
         found[name] = recipe_plan(recipe, parts.config, parts.source, longest_context(source), ranks.device,
-                                  ranks.world)
+                                  ranks.world, most_soft_tokens(source))
     return found
 
 
@@ -260,7 +267,7 @@ class Trainer:
         """Say how much memory will be needed, before anything takes it."""
         ranks = self.ranks
         plan = recipe_plan(self.recipe, parts.config, parts.source, longest_context(self.source), ranks.device,
-                           ranks.world)
+                           ranks.world, most_soft_tokens(self.source))
         available = available_memory(ranks.device)
         if ranks.is_main:
             self.run.write("plan.json", plan.as_dict())

@@ -19,10 +19,10 @@ from dgemma.files import atomic_write, make_folder, name_beside
 from dgemma.gguf.keys import gguf_name
 from dgemma.kernels.products import pieces
 from dgemma.nn.adapters import Factors
-from dgemma.weights.adapters import read_adapter
+from dgemma.weights.adapters import adapts_tower, read_adapter
 from dgemma.weights.files import INDEX_FILE, weight_files
 from dgemma.weights.gguf_model import open_gguf
-from dgemma.weights.load import empty_network, match, read_headers, tensor_shapes
+from dgemma.weights.load import empty_network, empty_vision, match, read_headers, tensor_shapes
 from dgemma.weights.names import trained_name
 from dgemma.weights.quantize import Change, Progress, Summary, check_space, convert, is_gguf_file
 
@@ -55,6 +55,8 @@ def merge_to_folder(source: Path, adapter: Path, out: Path, progress: Progress |
     contents = read_headers(source)
     _, problems = match(contents, tensor_shapes(network))
     refuse(problems, f"{source}: this checkpoint cannot be merged")
+    if config.vision is not None and adapts_tower(adapter):
+        network.vision = empty_vision(config.vision, config.hidden_size)
     factors = read_adapter(adapter, network).factors
     total = sum(tensor.nbytes for tensor in contents.tensors.values())
     done = 0

@@ -139,6 +139,12 @@ def longest_context(source: Source) -> int:
     return max(example.context_length for example in examples)
 
 
+def most_soft_tokens(source: Source) -> int:
+    """The most tokens of a context that are pictures'; what is made on the way has none."""
+    examples = source.examples if isinstance(source, Listed) else []
+    return max((sum(sight.tokens for sight in example.sights) for example in examples), default=0)
+
+
 def shows_pictures(source: Source) -> bool:
     """Whether there are pictures in what is trained on; what is made on the way has none."""
     return isinstance(source, Listed) and any(example.sights for example in (*source.examples, *source.kept))

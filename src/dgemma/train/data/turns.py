@@ -21,7 +21,7 @@ from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
 from dgemma.tokenizer_files import STOPS
 from dgemma.train.data.conversations import Conversation, text_of
-from dgemma.train.sights import Sight, placed_sights
+from dgemma.train.sights import Sight, media_of, placed_sights
 
 Thinking = Literal["auto", "on", "off"]
 
@@ -69,9 +69,10 @@ def turn_of(conversation: Conversation, message: int, tokenizer: Tokenizer, *, t
     head = next((i for i, one in enumerate(before) if one.get("role") not in ("system", "developer")), len(before))
     before = before[:head] + before[max(first, head) :]
     try:
+        media = media_of(before, vision)
         context = tokenizer.apply_chat_template(before, thinking=thinks, tools=conversation.tools)
         response = _response(tokenizer, context, before, written, conversation.tools, thinks, stops)
-        context, sights = placed_sights(before, context, tokenizer, vision)
+        context, sights = placed_sights(media, context, tokenizer)
     except DgemmaError as error:
         raise DgemmaError(f"{where}: {error}") from error
     return Turn(context, response, conversation.where, message, thinks, message - len(before), sights)

@@ -226,7 +226,7 @@ def _fresh_parts(recipe: Recipe) -> Parts:
 def _train_everything(state: TrainState) -> None:
     """Make every parameter trainable but those that the recipe freezes."""
     network, recipe = state.network, state.recipe
-    frozen = recipe.freeze if recipe.freeze is not None else () if recipe.fresh else (".router.", ".vision.")
+    frozen = recipe.frozen
     names = [name for name, _ in network.named_parameters()]
     for part in frozen:
         if recipe.freeze is not None and not any(part in f".{name}" for name in (*names, ".vision.")):
