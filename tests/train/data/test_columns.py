@@ -1,6 +1,7 @@
 """Pictures in the parts of messages and in columns: paths as seen from here, Arrow's bytes, each in its place."""
 
 import base64
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,13 @@ def test_a_column_s_picture_stands_before_the_first_words(column):
                                                         ("system", "human", "gpt", "human", "gpt")]})
     assert parts_of(talk, 1) == [first, {"type": "text", "text": "x"}]
     assert parts_of(talk, 3) == "x"
+
+
+def test_a_relative_folder_is_put_before_a_path_once():
+    folder, first = Path("scans"), {"type": "image", "path": "scans/a.png"}
+    assert parts_of(conversation_of({**SAID, "image": "a.png"}, folder=folder))[0] == first
+    empty = {"messages": [{"role": "user", "content": [{"type": "image"}, "x"]}, {"role": "assistant", "content": "y"}]}
+    assert parts_of(conversation_of({**empty, "image": "a.png"}, folder=folder))[0] == first
 
 
 def test_columns_fill_parts_without_a_source_in_order():

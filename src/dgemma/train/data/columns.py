@@ -26,7 +26,7 @@ def with_media(messages: Sequence[dict[str, Any]], row: Mapping[str, Any], folde
     first user message, since all answers of the row are about it. ``image_tokens`` is for pictures that do not say
     "tokens" themselves. Raises DgemmaError where there are not as many as there are places.
     """
-    columns = [_sourced({"type": kind, kind: source}, folder) for name, kind in _COLUMNS.items()
+    columns = [{"type": kind, kind: source} for name, kind in _COLUMNS.items()
                for source in _several(row.get(name), name)]
     empty = [part for part in _media_parts(messages) if not any(part.get(key) is not None for key in _SOURCES)]
     if empty and [_KINDS[part["type"]] for part in empty] != [part["type"] for part in columns]:
@@ -37,7 +37,7 @@ def with_media(messages: Sequence[dict[str, Any]], row: Mapping[str, Any], folde
     def ready(part: Any) -> Any:
         if not _is_medium(part):
             return part
-        found = {**part, **next(left)} if any(part is one for one in empty) else _sourced(part, folder)
+        found = _sourced({**part, **next(left)} if any(part is one for one in empty) else part, folder)
         says_nothing = image_tokens is None or "tokens" in found or _KINDS[found["type"]] != "image"
         return found if says_nothing else {**found, "tokens": image_tokens}
 
@@ -79,9 +79,10 @@ def _several(value: Any, name: str) -> list[Any]:
 
 def _sourced(part: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
     """A part with its path as seen from here, and the bytes of what Arrow holds."""
-    found = dict(part)
-    for key in ("image", "video", "path"):
-        value = found.pop(key, None)
+    keys = ("image", "video", "path")
+    found = {key: value for key, value in part.items() if key not in keys}
+    for key in keys:
+        value = part.get(key)
         if isinstance(value, Mapping):
             value = value.get("bytes", value.get("path", value.get("url")))
             if value is None:
