@@ -40,10 +40,10 @@ class PictureEncoder:
     @classmethod
     def of(cls, network: DiffusionTransformer) -> PictureEncoder:
         """One that sees by the network's own tower, which it must have."""
-        vision = network.vision
-        if vision is None:
+        vision, config = network.vision, network.config.vision  # whose tokens are the model's
+        if vision is None or config is None:
             raise ValueError("this network has no vision tower")
-        return cls(network, vision.config, lambda: vision)
+        return cls(network, config, lambda: vision)
 
     @property
     def nbytes(self) -> int:

@@ -276,7 +276,8 @@ def adapters_count_once(bench: Bench) -> Finding:
             kept = adapter.b.clone()
             adapter.b.copy_(torch.randn(kept.shape, generator=generator))
             try:
-                x = torch.randn(16, weight.shape[-1], generator=generator).to(bench.network.device, bench.network.dtype)
+                dtype = bench.network.dtype if isinstance(weight, PackedWeight) else weight.dtype
+                x = torch.randn(16, weight.shape[-1], generator=generator).to(bench.network.device, dtype)
                 plain = weight.dequantize() if isinstance(weight, PackedWeight) else weight
                 merged = adapter.factors.merged_rows(plain.float(), 0)
                 distances[name] = distance_of(module(x), x.float() @ merged.T)

@@ -173,7 +173,8 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device, progress: Callable
         initialise(network, recipe.seed)
         network.to(device, None if recipe.dtype is None else getattr(torch, recipe.dtype))
     elif parts.gguf is not None:
-        network = load_gguf_network(parts.gguf, device, progress=progress, keep_packed=True)
+        network = load_gguf_network(replace(parts.gguf, config=parts.config), device, progress=progress,
+                                    keep_packed=True)
     else:
         dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
         network = load_network(parts.source, parts.config, device=device, dtype=dtype, progress=progress)
