@@ -5,14 +5,17 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import dgemma
+from dgemma.cli.main import app
 from dgemma.errors import DgemmaError
 from dgemma.model import read_parts, seeing
 from dgemma.nn.adapters import AdapterConfig, adapters
 from dgemma.nn.passes import Passes
 from dgemma.train.batch import collate
-from dgemma.train.checks.preflight import pictures_are_seen, run_preflight
+from dgemma.train.checks.plan import recipe_plan
+from dgemma.train.checks.preflight import Bench, pictures_are_seen, run_preflight
 from dgemma.train.data.conversations import read_conversations
 from dgemma.train.data.examples import prepare
 from dgemma.train.noise import draw_noise
@@ -23,6 +26,7 @@ from dgemma.train.runs.state import begin, parts_of
 from dgemma.train.trainer import Trainer
 from support.pictures import random_picture
 from support.seeing import CAPTIONS, save_captions, save_pupil
+from train.conftest import MODEL
 
 RANKS = Ranks(torch.device("cpu"))
 QUIET = pytest.mark.usefixtures("quick")
@@ -116,8 +120,6 @@ def test_the_preflight_holds_with_pictures_and_knows_one_without_sight(folder, c
     assert all(check.passed for check in checks.values()), checks
     assert "pictures are seen" in checks
 
-    from dgemma.train.checks.preflight import Bench
-
     blind = dataclasses.replace(passes, see=lambda pictures: [torch.zeros_like(soft) for soft in passes.see(pictures)])
     assert not pictures_are_seen(Bench(state.network, blind, collate(examples), Objective())).passed
 
@@ -199,3 +201,46 @@ def test_what_is_not_there_is_said(folder, captions, tmp_path):
         Trainer(recipe(folder, text, adapter=AdapterConfig(targets=("vision",))), tmp_path / "text", ranks=RANKS)
     with pytest.raises(DgemmaError, match="in one process only so far; this is one of 2"):
         Trainer(recipe(folder, captions), tmp_path / "two", ranks=dataclasses.replace(RANKS, world=2))
+
+
+@QUIET
+def test_an_adapter_over_a_gguf_file_sees_by_the_tower_beside_it(folder, captions, tmp_path):
+    made = CliRunner().invoke(app, ["quantize", str(folder), str(tmp_path / "pupil.gguf"), "--type", "q8_0"])
+    assert made.exit_code == 0 and (tmp_path / "mmproj-pupil.gguf").exists()
+    settings = recipe(tmp_path / "pupil.gguf", captions, adapter=AdapterConfig(r=2, targets=("attention", "vision")),
+                      evaluation=Evaluation(every=1000, metric="exact", count=2, max_tokens=4, sweep=(1,)))
+    assert Trainer(settings, tmp_path / "run", ranks=RANKS).train()
+    model = dgemma.load(tmp_path / "pupil.gguf", adapter=tmp_path / "run" / "last")
+    assert any(name.startswith("vision.") for name in adapters(model.network))
+    assert model.generate("What?", images=[captions.parent / "0.png"], image_tokens=70, max_tokens=4).token_ids
+
+
+@QUIET
+def test_a_network_of_fresh_weights_has_a_tower_where_its_config_describes_one(folder, conversations, tmp_path):
+    described = json.loads((folder / "config.json").read_text())["vision_config"]
+    settings = recipe(folder, conversations, model={**MODEL, "vision_config": described})
+    run = Trainer(settings, tmp_path / "run", ranks=RANKS)
+    assert all(p.requires_grad for p in run.network.vision.parameters())
+    run.train()
+    model = dgemma.load(tmp_path / "run" / "last")
+    assert model.sees and model.config.vision.image_token_id == model.tokenizer.token_to_id("<|image|>")
+    written = model.pictures.load().state_dict()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in run.network.vision.state_dict().items())
+
+
+def test_the_plan_counts_the_tower(folder, captions, examples):
+    soft = examples[0].sights[0].tokens
+
+    def total(soft_tokens, **settings):
+        made = recipe(folder, captions, **settings)
+        return recipe_plan(made, parts_of(made).config, folder, 100, RANKS.device, soft_tokens=soft_tokens)
+
+    vision = dgemma.load(folder).pictures.load()
+    weights = sum(tensor.nbytes for tensor in vision.state_dict().values())
+    frozen, learning = total(soft), total(soft, freeze=(".router.",))
+    text, seen, taught = ({line.name: line.nbytes for line in plan.lines} for plan in (total(0), frozen, learning))
+    assert seen["weights"] - text["weights"] == weights and "pictures" not in text and seen["pictures"] > 0
+    assert seen["optimizer state"] == text["optimizer state"]
+    parameters = sum(p.numel() for p in vision.parameters())
+    assert taught["optimizer state"] - text["optimizer state"] == 8 * parameters
+    assert taught["pictures"] > seen["pictures"]

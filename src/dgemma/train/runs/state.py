@@ -229,8 +229,10 @@ def _train_everything(state: TrainState) -> None:
     network, recipe = state.network, state.recipe
     frozen = recipe.frozen
     names = [name for name, _ in network.named_parameters()]
+    # A tower may be frozen where no picture comes, too, and it is not there.
+    known = names if network.config.vision is None else [*names, "vision.vision_tower", "vision.embed_vision"]
     for part in frozen:
-        if recipe.freeze is not None and not any(part in f".{name}" for name in (*names, ".vision.")):
+        if recipe.freeze is not None and not any(part in f".{name}" for name in known):
             raise DgemmaError(f"recipe {recipe.name}: freeze: no parameter has {part!r} in its name; they are called "
                               f"{', '.join(names[:3])}, …")
     for name, parameter in network.named_parameters():
