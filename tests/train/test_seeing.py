@@ -216,9 +216,13 @@ def test_an_adapter_over_a_gguf_file_sees_by_the_tower_beside_it(folder, caption
 
 
 @QUIET
-def test_a_network_of_fresh_weights_has_a_tower_where_its_config_describes_one(folder, conversations, tmp_path):
+@pytest.mark.parametrize("pictures", [False, True], ids=["text", "pictures"])
+def test_a_network_of_fresh_weights_has_a_tower_where_its_config_describes_one(folder, conversations, captions,
+                                                                               tmp_path, pictures):
     described = json.loads((folder / "config.json").read_text())["vision_config"]
-    settings = recipe(folder, conversations, model={**MODEL, "vision_config": described})
+    text = {**MODEL["text_config"], "max_position_embeddings": 1000}
+    settings = recipe(folder, captions if pictures else conversations,
+                      model={**MODEL, "text_config": text, "vision_config": described})
     run = Trainer(settings, tmp_path / "run", ranks=RANKS)
     assert all(p.requires_grad for p in run.network.vision.parameters())
     run.train()

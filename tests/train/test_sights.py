@@ -75,11 +75,20 @@ def test_a_picture_that_cannot_be_read_is_named_or_left_out(parts, tmp_path):
     assert "d.jsonl:3, message 1: image 1: only data URLs" in found.skipped[1]
 
 
+def test_damage_behind_the_header_is_named_when_the_picture_is_due(parts, tmp_path):
+    data = save_captions(tmp_path / "data")
+    whole = as_file(random_picture(600, 500), "JPEG")
+    (tmp_path / "data" / "0.png").write_bytes(whole[: len(whole) // 2])
+    [sight] = prepared(parts, data).examples[0].sights
+    with pytest.raises(DgemmaError, match=r"captions.jsonl:1, message 1: .*0.png: this picture is damaged"):
+        pictures_of([sight])
+
+
 def test_a_picture_that_changed_since_is_not_put_in_its_place(parts, tmp_path):
     data = save_captions(tmp_path / "data")
     [sight] = prepared(parts, data).examples[0].sights
     random_picture(500, 20).save(tmp_path / "data" / "0.png")
-    with pytest.raises(DgemmaError, match="image 1: has another size than when training began"):
+    with pytest.raises(DgemmaError, match="captions.jsonl:1, message 1: .*0.png: this picture is damaged or cut off"):
         pictures_of([sight])
 
 

@@ -75,6 +75,6 @@ class PictureEncoder:
             return []
         if self.vision is None:
             self.vision = self.load()
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(self.network.device.type, enabled=False):
             # A copy of each: the tower's are views of all that went through it together.
             return [soft.to(self.network.device, self.network.dtype, copy=True) for soft in self.vision(patches)]

@@ -22,19 +22,21 @@ from dgemma.errors import DgemmaError
 
 @dataclass(frozen=True, eq=False)
 class Medium:
-    """A picture or film as it stands in a message, whose words may say how large it is seen; ``name`` for errors."""
+    """A picture or film as it stands in a message, whose words may say how large it is seen; ``name`` and ``where``
+    (the row) are for errors."""
 
     part: dict[str, Any]
     words: str
     config: VisionConfig
     name: str
+    where: str
 
     def pictures(self) -> tuple[Picture, ...]:
         """The picture, or the film's frames. Raises DgemmaError for what cannot be read."""
         try:
             return show(self.part, self.config, words=self.words, name=self.name).pictures
         except DgemmaError as error:
-            raise DgemmaError(f"{self.name}: {error}") from error
+            raise DgemmaError(f"{self.where}: {error}") from error
 
     @property
     def label(self) -> str:
@@ -67,12 +69,13 @@ class Sight:
         return self.start + self.tokens
 
 
-def media_of(messages: Sequence[dict[str, Any]], vision: VisionConfig | None) -> list[Medium]:
-    """The pictures and films of some messages; raises DgemmaError where there are some, and no tower to see them."""
+def media_of(messages: Sequence[dict[str, Any]], vision: VisionConfig | None, where: str) -> list[Medium]:
+    """The pictures and films of some messages of a row; raises DgemmaError where there are some, and no tower to see
+    them."""
     parts = parts_in(normalise_messages(messages)) if messages else []
     if parts and vision is None:
         raise DgemmaError("there are pictures in this conversation, and the model sees none: it has no vision tower")
-    return [Medium(part, words, vision, f"{part['type']} {number}")
+    return [Medium(part, words, vision, f"{part['type']} {number}", where)
             for number, (part, words) in enumerate(parts, 1) if vision is not None]
 
 
@@ -99,5 +102,5 @@ def pictures_of(sights: Sequence[Sight]) -> list[Picture]:
         if sight.medium not in made:
             made[sight.medium] = sight.medium.pictures()
         if [picture.tokens for picture in made[sight.medium]][sight.number : sight.number + 1] != [sight.tokens]:
-            raise DgemmaError(f"{sight.medium.name}: has another size than when training began")
+            raise DgemmaError(f"{sight.medium.where}: {sight.medium.label} has another size than when training began")
     return [made[sight.medium][sight.number] for sight in sights]

@@ -56,6 +56,15 @@ def test_columns_fill_parts_without_a_source_in_order():
         conversation_of({**row, "images": ["a.png"]})
 
 
+def test_columns_fill_marks_in_texts():
+    talk = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]}
+    first = {"type": "image", "path": "a.png"}
+    assert parts_of(conversation_of({**talk, "image": "a.png"})) == [first, {"type": "text", "text": "What?"}]
+    assert parts_of(conversation_of(talk)) == "<image>\nWhat?"
+    with pytest.raises(DgemmaError, match="1 parts of the messages .* hold 2"):
+        conversation_of({**talk, "images": ["a.png", "b.png"]})
+
+
 def test_tokens_are_those_of_the_data_but_where_a_picture_says_its_own():
     row = {**SAID, "image": "a.png"}
     assert parts_of(conversation_of(row, image_tokens=70))[0]["tokens"] == 70

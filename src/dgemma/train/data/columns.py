@@ -6,6 +6,7 @@ runs, Arrow's pictures ({"bytes", "path"}, as the `datasets` library stores them
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dgemma.errors import DgemmaError
 # What the parts of messages and the columns of rows with pictures and films are called.
 _KINDS = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 _COLUMNS = {"images": "image", "image": "image", "videos": "video", "video": "video"}
+_MARK = re.compile(r"\s*<(image|video)>\s*")
 _SOURCES = ("image", "video", "path", "url", "image_url", "video_url")
 
 
@@ -22,12 +24,15 @@ def with_media(messages: Sequence[dict[str, Any]], row: Mapping[str, Any], folde
                image_tokens: int | None = None) -> list[dict[str, Any]]:
     """A row's messages with its pictures and films in them, those of its columns, too.
 
-    What stands in columns fills parts without a source, in order; without such parts it stands before the words of the
-    first user message, since all answers of the row are about it. ``image_tokens`` is for pictures that do not say
+    What stands in columns fills parts without a source, in order, or marks for them in texts ("<image>", as LLaVA's
+    data have it); without any it stands before the words of the first user message, since all answers of the row are
+    about it. ``image_tokens`` is for pictures that do not say
     "tokens" themselves. Raises DgemmaError where there are not as many as there are places.
     """
     columns = [{"type": kind, kind: source} for name, kind in _COLUMNS.items()
                for source in _several(row.get(name), name)]
+    if columns:
+        messages = [_unmarked(message) for message in messages]
     empty = [part for part in _media_parts(messages) if not any(part.get(key) is not None for key in _SOURCES)]
     if empty and [_KINDS[part["type"]] for part in empty] != [part["type"] for part in columns]:
         raise DgemmaError(f"{len(empty)} parts of the messages are pictures or films without a source, and the columns "
@@ -45,6 +50,15 @@ def with_media(messages: Sequence[dict[str, Any]], row: Mapping[str, Any], folde
         messages = _put_first(messages, columns)
     return [{**message, "content": [ready(part) for part in message["content"]]}
             if isinstance(message.get("content"), list) else message for message in messages]
+
+
+def _unmarked(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with parts for the marks in its text."""
+    text = message.get("content")
+    if not isinstance(text, str) or not (pieces := _MARK.split(text))[1:]:
+        return message
+    parts = [{"type": piece} if place % 2 else {"type": "text", "text": piece} for place, piece in enumerate(pieces)]
+    return {**message, "content": [part for part in parts if part["type"] != "text" or part["text"]]}
 
 
 def _put_first(messages: Sequence[dict[str, Any]], parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def turn_of(conversation: Conversation, message: int, tokenizer: Tokenizer, *, t
     head = next((i for i, one in enumerate(before) if one.get("role") not in ("system", "developer")), len(before))
     before = before[:head] + before[max(first, head) :]
     try:
-        media = media_of(before, vision)
+        media = media_of(before, vision, where)
         context = tokenizer.apply_chat_template(before, thinking=thinks, tools=conversation.tools)
         response = _response(tokenizer, context, before, written, conversation.tools, thinks, stops)
         context, sights = placed_sights(media, context, tokenizer)
