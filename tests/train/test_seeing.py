@@ -25,7 +25,7 @@ from dgemma.train.recipe import ConversationData, Evaluation, OptimizerSettings,
 from dgemma.train.runs.state import begin, parts_of
 from dgemma.train.trainer import Trainer
 from support.pictures import random_picture
-from support.seeing import CAPTIONS, save_captions, save_pupil
+from support.seeing import CAPTIONS, captioned, save_captions, save_pupil
 from train.conftest import MODEL
 
 RANKS = Ranks(torch.device("cpu"))
@@ -101,6 +101,19 @@ def test_pictures_of_one_size_share_no_row(examples):
     batch = collate(examples)
     assert batch.owners is None and [row for row, _ in batch.sights] == [0, 1]
     assert batch.spans == [[(sight.start, sight.stop)] for one in examples for sight in one.sights]
+
+
+def test_canvases_of_one_turn_share_a_reading_of_its_picture(state, folder, captions, tmp_path):
+    rows = [captioned(str(captions.parent / f"{index}.png"), caption * 4) for index, caption in enumerate(CAPTIONS)]
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = examples_of(folder, data)
+    batch = collate(examples)
+    assert batch.owners == (0, 0, 1, 1) and [row for row, _ in batch.sights] == [0, 1]
+    with torch.no_grad():
+        one, other = (loss(state, [example], causal_weight=0.0) for example in examples[:2])
+        assert one != other
+    assert all(check.passed for check in run_preflight(state.network, examples, Objective()))
 
 
 def test_a_tower_that_stays_sees_every_picture_once(folder, captions, examples):

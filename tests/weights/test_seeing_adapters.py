@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dgemma
+from dgemma.errors import CheckpointError
 from dgemma.model import read_parts, seeing
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, adapters, attach
 from dgemma.weights.adapters import adapts_tower, load_adapter, save_adapter
@@ -90,6 +91,11 @@ def test_it_is_merged_into_a_checkpoint(folder, network, adapter, tmp_path):
     merge_to_folder(folder, adapter, tmp_path / "merged")
     merged = dgemma.load(tmp_path / "merged").pictures.load()
     torch.testing.assert_close(seen(merged), seen(network.vision), atol=1e-4, rtol=0)
+
+
+def test_a_network_without_its_tower_cannot_take_it(folder, adapter):
+    with pytest.raises(CheckpointError, match="changes the vision tower, too, which is not there"):
+        load_adapter(dgemma.load(folder).network, adapter)
 
 
 def test_one_without_the_tower_s_matrices_does_not_bring_the_tower(folder, network, tmp_path):

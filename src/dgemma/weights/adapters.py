@@ -108,6 +108,10 @@ def read_adapter(path: str | Path, network: DiffusionTransformer) -> Adapter:
     config, tensors = _settings(file.parent / CONFIG_FILE, settings), _read(file)
     shapes = {name: tuple(getattr(module, attribute).shape)
               for name, (module, attribute) in adaptable(network).items()}
+    if network.vision is None and any(is_vision(key.removeprefix(_PREFIX)) for key in tensors):
+        raise CheckpointError(f"{file}: this adapter changes the vision tower, too, which is not there: the model has "
+                              "none, or loads it with the first picture; give the adapter when the model is loaded "
+                              "(adapter=). Several such adapters on one model are not supported yet")
     found, unknown = _sorted(tensors, shapes, settings.get("target_parameters") or ())
     config = _with_patterns(config, settings, found, file.parent / CONFIG_FILE)
     names = [name for name in shapes if any(place in found for place in pass_names(name))]
