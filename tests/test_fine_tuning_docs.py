@@ -13,6 +13,8 @@ from dgemma.cli.main import app
 from dgemma.train.eval.metrics import METRICS
 from dgemma.train.objective import Objective
 from dgemma.train.recipe import load_recipe
+from support.pictures import random_picture
+from support.seeing import save_pupil
 
 PAGE = (Path(__file__).parents[1] / "docs" / "fine-tuning.md").read_text()
 RECIPE = re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
@@ -20,7 +22,8 @@ MODEL = "google/diffusiongemma-26B-A4B-it"
 COMMANDS = [shlex.split(line[len("$ dgemma ") :].split(" | ")[0].replace(MODEL, "sudoku"), comments=True)
             for block in re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()
             if line.startswith("$ dgemma ")]
-SKIPPED = ("serve", "recipes/", "runs/extraction/")  # only read; recipes that other tests load, and what one makes
+# Only read; recipes that other tests load, and what one makes; what needs a model that sees.
+SKIPPED = ("serve", "recipes/", "runs/extraction/", "scans")
 
 
 @pytest.fixture
@@ -49,6 +52,26 @@ def test_the_commands_run_in_order(place):
         assert done.exit_code == 0, (words, done.output, done.exception)
     assert (place / "runs" / "mails" / "report.html").exists()
     assert (place / "mails-Q4_K_M.gguf").exists()
+
+
+def test_the_commands_about_pictures_run_in_order(place):
+    pupil = str(save_pupil(place / "pupil"))
+    scans = place / "scans"
+    scans.mkdir()
+    rows = re.search(r"```json\n([^`]*0001.png.*?)```", PAGE, re.DOTALL)[1]
+    (scans / "scans.jsonl").write_text(rows * 2)
+    for number in (1, 2):
+        random_picture(60, 50, seed=number).save(scans / f"{number:04}.png")
+    recipe = next(text for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if "name: scans" in text)
+    for there, here in ((MODEL, pupil), ("max_steps: 300", "max_steps: 1"), ("560", "70"), ("r: 16", "r: 2")):
+        recipe = recipe.replace(there, here)
+    (place / "scans.yaml").write_text(recipe + "  max_tokens: 4\n")
+    run = [[pupil if word == "sudoku" else word for word in words] for words in COMMANDS
+           if any("scans" in word for word in words)]
+    assert [words[0] for words in run] == ["train", "train", "train", "run"]
+    for words in run:
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (words, done.output, done.exception)
 
 
 def test_commands_for_a_server_are_ones():

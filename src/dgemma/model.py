@@ -342,7 +342,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     target = parse_device(device)
     parts = read_parts(name, downloads)
     assert parts.source is not None
-    config, tower = _seeing(parts, mmproj, vision, downloads)
+    config, tower = seeing(parts, mmproj, vision, downloads)
     if parts.gguf is not None:
         from dgemma.weights.gguf_model import load_gguf_network
 
@@ -358,14 +358,17 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
         pictures = PictureEncoder(network, config.vision,
                                   lambda: tower.load(target, dtype) if asked is None else asked)
     if adapter is not None:
-        from dgemma.weights.adapters import load_adapter
+        from dgemma.weights.adapters import adapts_tower, load_adapter
 
+        if pictures is not None and adapts_tower(adapter):
+            network.vision = pictures.load()
+            pictures = PictureEncoder.of(network)
         load_adapter(network, adapter)
     return Model(network, parts.tokenizer, parts.generation_config, str(name), pictures)
 
 
-def _seeing(parts: Parts, mmproj: str | Path | None, vision: str | Path | None,
-            downloads: Downloads | None) -> tuple[ModelConfig, Tower | None]:
+def seeing(parts: Parts, mmproj: str | Path | None = None, vision: str | Path | None = None,
+           downloads: Downloads | None = None) -> tuple[ModelConfig, Tower | None]:
     """The model's config with that of the vision tower it sees with, and the tower; as they are without one."""
     from dgemma.weights.towers import find_tower
 
@@ -374,10 +377,10 @@ def _seeing(parts: Parts, mmproj: str | Path | None, vision: str | Path | None,
     if tower is None:
         return parts.config, None
     own = parts.config.vision
-    seeing = with_picture_tokens(tower.config, parts.tokenizer.token_to_id) if own is None else replace(
+    known = with_picture_tokens(tower.config, parts.tokenizer.token_to_id) if own is None else replace(
         tower.config, **{name: getattr(own, name) for name in PICTURE_TOKENS})
-    if seeing is not None:
-        return replace(parts.config, vision=seeing), tower
+    if known is not None:
+        return replace(parts.config, vision=known), tower
     why = f"{tower.path}: this vision tower cannot be used: the model's tokenizer has no tokens for pictures"
     if mmproj is not None or vision is not None:
         raise CheckpointError(why)

@@ -12,6 +12,7 @@ class Example:
     weights: list[float]
     prompt_length: int
     real_length: int
+    sights: tuple = ()
 
 
 def random_example(context: int, canvas: int, vocab: int, real: int, prompt: int, fill_weight: float,

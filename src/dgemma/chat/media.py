@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from dgemma.chat.pictures import BUDGETS, Picture, open_picture, prepare
+from dgemma.chat.pictures import BUDGETS, Fitted, Picture, fitted, open_picture, prepare, size_of
 from dgemma.chat.video import FRAME_BUDGET, read_film
 from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
@@ -27,11 +27,17 @@ _READING = re.compile(
     r"|rechnung\w*|tabelle\w*|lis|lire|écrit\w*|facture\w*|lee|leer|escrito|factura\w*)\b", re.IGNORECASE)
 
 
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """A part of a message made ready: a picture, or a film's frames, each with its time (``stamps``)."""
+P = TypeVar("P", Picture, Fitted)
 
-    pictures: tuple[Picture, ...]
+
+@dataclass(frozen=True, eq=False)
+class Shown(Generic[P]):
+    """A part of a message made ready: a picture, or a film's frames, each with its time (``stamps``).
+
+    Or without pixels, what sizes they will have: `outline`.
+    """
+
+    pictures: tuple[P, ...]
     stamps: tuple[str, ...] = ()
 
     @property
@@ -78,7 +84,7 @@ def parts_in(messages: Sequence[dict]) -> list[tuple[dict, str]]:
 
 
 def show(part: dict, config: VisionConfig, tokens: int | None = None, fps: float | None = None, words: str = "",
-         name: str = "the picture") -> Shown:
+         name: str = "the picture") -> Shown[Picture]:
     """A part made ready for the tower.
 
     It has its picture under "image" (a film: "video") or "path", or as a data URL under "url"; under "tokens" its own
@@ -86,18 +92,36 @@ def show(part: dict, config: VisionConfig, tokens: int | None = None, fps: float
     a second; ``name`` is what it is called in errors, unless it has a "name". Raises DgemmaError for what is no picture
     or film, and for a URL that would have to be fetched.
     """
-    kind = part["type"]
-    name = part.get("name", name)
-    source = next((part[key] for key in (kind, "path") if part.get(key) is not None), None)
-    source = _of_url(part.get("url"), kind, name) if source is None else source
-    named = None if isinstance(source, (str, Path)) else name
-    if kind == "video":
+    source, named = _source_of(part, name)
+    if part["type"] == "video":
         film = read_film(source, part.get("fps", fps), named)
         frames = tuple(prepare(frame, FRAME_BUDGET, config, named) for frame in film.frames)
         return Shown(frames, tuple(film.stamps))
     image = open_picture(source, named)
     tokens = part.get("tokens", tokens)
     return Shown((prepare(image, budget_for(*image.size, words, config) if tokens is None else tokens, config),))
+
+
+def outline(part: dict, config: VisionConfig, tokens: int | None = None, fps: float | None = None, words: str = "",
+            name: str = "the picture") -> Shown[Fitted]:
+    """How large `show` would make a part, for what makes it ready later; of most pictures only the header is read.
+
+    Raises what `show` raises, but for damage behind the header.
+    """
+    if part["type"] == "video":
+        film = show(part, config, tokens, fps, words, name)
+        return Shown(tuple(Fitted(p.pixels.shape[1], p.pixels.shape[0], p.tokens) for p in film.pictures), film.stamps)
+    size = size_of(*_source_of(part, name))
+    tokens = part.get("tokens", tokens)
+    return Shown((fitted(*size, budget_for(*size, words, config) if tokens is None else tokens, config),))
+
+
+def _source_of(part: dict, name: str) -> tuple[Any, str | None]:
+    """Where the picture or film of a part is, and what it is called in errors (None: by its path)."""
+    kind, name = part["type"], part.get("name", name)
+    source = next((part[key] for key in (kind, "path") if part.get(key) is not None), None)
+    source = _of_url(part.get("url"), kind, name) if source is None else source
+    return source, None if isinstance(source, (str, Path)) else name
 
 
 def budget_for(width: int, height: int, words: str, config: VisionConfig) -> int:
@@ -113,7 +137,7 @@ def budget_for(width: int, height: int, words: str, config: VisionConfig) -> int
     return min(wanted, max(enough, BUDGETS[0]))
 
 
-def place_media(ids: Sequence[int], media: Sequence[Shown], config: VisionConfig,
+def place_media(ids: Sequence[int], media: Sequence[Shown[Any]], config: VisionConfig,
           encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
     """A prompt with room for its pictures: each image token becomes begin, as many image tokens as it has, end.
 

@@ -121,6 +121,32 @@ def open_picture(source: str | Path | bytes | Image, name: str | None = None) ->
     ``name`` names the picture in errors (a file's is its path). Raises DgemmaError for what is not a picture, cannot be
     decoded, or has more than `MOST_PIXELS` (which is known before anything is decoded).
     """
+    image, name = _begun(source, name)
+    try:
+        image.load()
+        return _rgb(_upright(image))
+    except DgemmaError as error:
+        raise DgemmaError(f"{name}: {error}") from error
+    except Exception as error:  # damaged data makes Pillow's decoders raise anything
+        raise DgemmaError(f"{name}: this picture is damaged or cut off ({error or type(error).__name__})") from error
+
+
+def size_of(source: str | Path | bytes | Image, name: str | None = None) -> tuple[int, int]:
+    """Width and height of what `open_picture` gives; what is not needed for that is not decoded.
+
+    Raises DgemmaError as that does, but for damage behind the header.
+    """
+    image, name = _begun(source, name)
+    try:
+        sideways = _orientation(image) in (5, 6, 7, 8)
+    except DgemmaError as error:
+        raise DgemmaError(f"{name}: {error}") from error
+    width, height = image.size
+    return (height, width) if sideways else (width, height)
+
+
+def _begun(source: Any, name: str | None) -> tuple[Image, str]:
+    """A picture whose header has been read, of a size that may be decoded, and what it is called in errors."""
     if isinstance(source, (str, Path)):
         name = name or str(source)
         image = _identified(read_bytes(Path(source), DgemmaError), name)
@@ -136,13 +162,7 @@ def open_picture(source: str | Path | bytes | Image, name: str | None = None) ->
         raise DgemmaError(f"{name}: a picture of {width} × {height} pixels has nothing in it")
     if width * height > MOST_PIXELS:
         raise _too_large(name, f"{width:,} × {height:,} pixels")
-    try:
-        image.load()
-        return _rgb(_upright(image))
-    except DgemmaError as error:
-        raise DgemmaError(f"{name}: {error}") from error
-    except Exception as error:  # damaged data makes Pillow's decoders raise anything
-        raise DgemmaError(f"{name}: this picture is damaged or cut off ({error or type(error).__name__})") from error
+    return image, name
 
 
 def with_picture_tokens(config: VisionConfig, token_to_id: Callable[[str], int | None]) -> VisionConfig | None:
@@ -209,13 +229,17 @@ def _what_it_is(data: bytes, known: Sequence[str]) -> str:
 def _upright(image: Image) -> Image:
     """The picture turned as its EXIF says."""
     turn = _pillow().Transpose
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # EXIF that cannot be read says nothing: viewers show such a picture as it lies
-        return image
     method = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
-              6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}.get(orientation)
+              6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}.get(_orientation(image))
     return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image) -> int:
+    """How a picture lies, by EXIF's numbers."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # EXIF that cannot be read says nothing: viewers show such a picture as it lies
+        return 1
 
 
 def _rgb(image: Image) -> Image:

@@ -37,13 +37,26 @@ class PictureEncoder:
         self._soft: OrderedDict[bytes, Tensor] = OrderedDict()
         self._working = threading.Lock()
 
+    @classmethod
+    def of(cls, network: DiffusionTransformer) -> PictureEncoder:
+        """One that sees by the network's own tower, which it must have."""
+        vision, config = network.vision, network.config.vision  # whose tokens are the model's
+        if vision is None or config is None:
+            raise ValueError("this network has no vision tower")
+        return cls(network, config, lambda: vision)
+
     @property
     def nbytes(self) -> int:
         """The memory of the soft tokens that are kept."""
         return sum(soft.nbytes for soft in list(self._soft.values()))  # a copy: others may be adding to them
 
     def spans(self, pictures: Sequence[Picture], starts: Sequence[int]) -> tuple[SoftSpan, ...]:
-        """The pictures of a prompt as its spans, which start at these tokens; the tower sees all new ones together."""
+        """The pictures of a prompt as its spans, which start at these tokens."""
+        return tuple(SoftSpan(start, soft, picture.digest)
+                     for start, soft, picture in zip(starts, self.see(pictures), pictures, strict=True))
+
+    def see(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        """The soft tokens [n, D] of each picture; the tower sees all new ones together."""
         with self._working:
             new = {picture.digest: picture for picture in pictures if picture.digest not in self._soft}
             fresh = dict(zip(new, self._see([picture.patches() for picture in new.values()]), strict=True))
@@ -55,14 +68,13 @@ class PictureEncoder:
                 self._soft.move_to_end(picture.digest)
             while self.nbytes > self.kept:
                 self._soft.popitem(last=False)
-        return tuple(SoftSpan(start, soft, picture.digest)
-                     for start, soft, picture in zip(starts, found, pictures, strict=True))
+        return found
 
     def _see(self, patches: Sequence[Tensor]) -> list[Tensor]:
         if not patches:
             return []
         if self.vision is None:
             self.vision = self.load()
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(self.network.device.type, enabled=False):
             # A copy of each: the tower's are views of all that went through it together.
             return [soft.to(self.network.device, self.network.dtype, copy=True) for soft in self.vision(patches)]

@@ -85,15 +85,11 @@ class Runner:
         parts = [slot.sequence.piece(slot.prefix.cache.length, count) for slot, count in work]
         ids = torch.tensor([[token for part in parts for token in part.ids]], device=self.network.device)
         starts = [0, *itertools.accumulate(counts)]
-        spans = [(start + begin, start + end) for start, part in zip(starts, parts, strict=False)
-                 for begin, end, _ in part.soft]
-        inputs = ids
-        if spans:
-            inputs = self.network.embed(ids)
-            soft = [rows for part in parts for _, _, rows in part.soft]
-            for (begin, end), rows in zip(spans, soft, strict=True):
-                inputs[0, begin:end] = rows.to(inputs)
-        hidden = self.passes.encode(inputs, batch, spans=[spans] if spans else None)
+        soft = [(0, start + begin, rows) for start, part in zip(starts, parts, strict=False)
+                for begin, _, rows in part.soft]
+        inputs = self.network.embed_seen(ids, soft) if soft else ids
+        spans = [[(start, start + len(rows)) for _, start, rows in soft]] if soft else None
+        hidden = self.passes.encode(inputs, batch, spans=spans)
         fine = [bool(part.all()) for part in hidden[0].isfinite().all(-1).cpu().split(counts)]
         for index, good in enumerate(fine):
             if not good:

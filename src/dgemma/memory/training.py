@@ -18,10 +18,12 @@ from dgemma.gguf.blocks import BLOCK_TYPES
 from dgemma.kernels.attention import fast_bf16
 from dgemma.memory.activations import Step, widest
 from dgemma.memory.machine import program_bytes
+from dgemma.memory.vision import tower_kept_bytes, tower_working_bytes
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import AdapterConfig, adaptable
 from dgemma.nn.layers import multiplies
-from dgemma.weights.load import DTYPES, Shape, empty_network, tensor_shapes
+from dgemma.nn.vision import CPU_ROWS, MOST_PATCHES
+from dgemma.weights.load import DTYPES, Shape, empty_network, empty_vision, tensor_shapes
 
 OPTIMIZERS = ("adamw", "muon")
 _NEWTON_SCHULZ = 18  # bytes a number: updates, their copy in one batch, three matrices in bf16, the directions
@@ -35,7 +37,8 @@ class TrainingRun:
 
     ``adapter`` None trains everything. ``context`` and ``micro_batch`` are those of the largest micro-batch,
     ``passes`` and ``causal_canvas`` say what the objective does with it. ``autocast`` is bf16 products over float32
-    weights. ``ranks`` processes share what FSDP2 shards. Raises DgemmaError for what cannot be.
+    weights. ``ranks`` processes share what FSDP2 shards. ``patches`` are those of the pictures in the largest
+    micro-batch, and ``tower`` says whether the tower learns, too. Raises DgemmaError for what cannot be.
     """
 
     config: ModelConfig
@@ -52,6 +55,8 @@ class TrainingRun:
     autocast: bool = False
     device: str = "cpu"
     ranks: int = 1
+    patches: int = 0
+    tower: bool = False
 
     def __post_init__(self) -> None:
         for name in ("context", "micro_batch", "accumulation", "ranks"):
@@ -83,12 +88,12 @@ class Use:
 
 def training_memory(run: TrainingRun) -> tuple[Use, ...]:
     """The memory of one process (of ``run.ranks``) of a training run, at its widest moment, by what it is for."""
-    network = empty_network(run.config)
+    network = network_of(run.config, run.patches > 0)
     shapes = tensor_shapes(network)
     held = {name: BLOCK_TYPES[run.weights[name]].tensor_bytes(shape) for name, shape in shapes.items()}
     low_rank = {} if run.adapter is None else _adapter_shapes(network, run.adapter)
-    trained = ({name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-               if run.adapter is None else low_rank)
+    trained = ({name: tuple(parameter.shape) for name, parameter in network.named_parameters()
+                if run.tower or not name.startswith("vision.")} if run.adapter is None else low_rank)
     numbers = _count(trained.values())
     uses = _weights(run, shapes, held)
     if run.adapter is None:
@@ -128,9 +133,28 @@ def training_memory(run: TrainingRun) -> tuple[Use, ...]:
             f"of {gradients / 1e9:.2f} GB, at the widest moment: the others come as activations go"),
         Use("activations", most.kept, f"{inside}, {run.micro_batch} x ({run.context} + {run.config.canvas_length})"),
         Use("keys and values", most.cache, "of the contexts, with their gradients"),
+        *([Use("pictures", _pictures(run), f"the tower's pass over {run.patches:,} patches")] if run.patches else []),
         Use("working memory", most.working, f"at the widest moment: {most.name}"),
         Use("runtime", int(runtime + slack), "libraries, and what the allocator holds besides"),
     )
+
+
+def network_of(config: ModelConfig, sees: bool) -> DiffusionTransformer:
+    """A network without memory behind its tensors, with its tower if it is trained on pictures."""
+    network = empty_network(config)
+    if sees and config.vision is not None:
+        network.vision = empty_vision(config.vision, config.hidden_size)
+    return network
+
+
+def _pictures(run: TrainingRun) -> int:
+    """What the tower's pass takes beside its weights."""
+    vision, item = run.config.vision, 4 if run.weights["embed_tokens.weight"] == "F32" else 2
+    if vision is None:
+        return 0
+    tile = MOST_PATCHES if run.on_gpu else CPU_ROWS
+    working = tower_working_bytes(vision, item, min(run.patches, MOST_PATCHES), tile)
+    return working + (tower_kept_bytes(vision, item, run.patches) if run.tower else 0)
 
 
 def _weights(run: TrainingRun, shapes: Mapping[str, Shape], held: Mapping[str, int]) -> list[Use]:
@@ -159,7 +183,7 @@ def _step(run: TrainingRun, low_rank: Mapping[str, Shape]) -> Step:
     product = 2 if run.autocast else stream
     narrow = (run.packed or product == 2) and (run.on_gpu or fast_bf16())
     ranks = None if run.adapter is None else {name.removesuffix(".a"): shape[-2] for name, shape in low_rank.items()
-                                              if name.endswith(".a")}
+                                              if name.endswith(".a") and not name.startswith("vision.")}
     return Step(run.config, run.context, run.micro_batch, run.passes, run.causal_canvas, run.checkpointing, stream,
                 product, 2 if narrow else 4, 2 if run.packed else stream, ranks,
                 run.adapter is not None and run.adapter.dora, run.packed, run.on_gpu)

@@ -43,3 +43,10 @@ def tower_working_bytes(config: VisionConfig, item_size: int, patches: int = MOS
     rows = min(tile, patches)
     return (patches * (config.hidden_size * (6 * item_size + 4) + 8 * 3 * config.patch_size**2)
             + rows * (3 * config.intermediate_size * item_size + 10 * config.hidden_size))
+
+
+def tower_kept_bytes(config: VisionConfig, item_size: int, patches: int) -> int:
+    """An estimate of what a pass keeps for its gradients: of every patch and block 12·D + 4·I numbers (what products
+    and norms read, queries, keys and values)."""
+    numbers = config.num_hidden_layers * (12 * config.hidden_size + 4 * config.intermediate_size)
+    return patches * numbers * item_size

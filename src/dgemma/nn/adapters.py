@@ -28,9 +28,12 @@ from dgemma.nn.transformer import DiffusionTransformer
 
 Number = TypeVar("Number", int, float)
 
-# What `AdapterConfig.targets` may say for several matrices at once: a part of their names.
-GROUPS = {"attention": ".self_attn.", "mlp": ".mlp.", "self_conditioning": ".self_conditioning.",
-          "experts": ".experts."}
+# What `AdapterConfig.targets` may say for several matrices at once: an expression of their names. "vision" is the
+# tower's attention and what takes it to the text network; the others are the text network's.
+GROUPS = {name: re.compile(expression) for name, expression in {
+    "attention": r"(?!vision\.).*\bself_attn\..*", "mlp": r"(?!vision\.).*\bmlp\..*",
+    "self_conditioning": r"(.*\.)?self_conditioning\..*", "experts": r".*\bexperts\..*",
+    "vision": r"vision\.(embed_vision\.|.*\.self_attn\.).*", "embed_vision": r"vision\.embed_vision\..*"}.items()}
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,11 @@ class AdapterConfig:
         adaptable = list(adaptable)
         chosen: set[str] = set()
         for target in self.targets:
-            found = {name for name in adaptable if (GROUPS[target] in f".{name}" if target in GROUPS
+            found = {name for name in adaptable if (GROUPS[target].fullmatch(name) if target in GROUPS
                                                     else f".{name}".endswith(f".{target}"))}
+            if not found and target in ("vision", "embed_vision"):
+                raise DgemmaError(f"there is no {target!r} to adapt here: the tower is there where the model has one "
+                                  "and there are pictures in the conversations")
             if not found:
                 raise DgemmaError(f"there is nothing called {target!r} to adapt in this network; targets are "
                                   f"{', '.join(GROUPS)}, or names such as {', '.join(adaptable[:3])}")

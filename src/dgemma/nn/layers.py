@@ -63,8 +63,8 @@ class Packable(nn.Module):
 
 
 def multiplies(name: str, shape: Sequence[int]) -> bool:
-    """Whether a parameter is a matrix that inputs are multiplied with, or a stack of them: not the embedding table."""
-    return len(shape) >= 2 and "embed_tokens" not in name
+    """Whether a parameter is a matrix that inputs are multiplied with, or a stack of them: no table of embeddings."""
+    return len(shape) >= 2 and "embed_tokens" not in name and "embedding_table" not in name
 
 
 class Embedding(Packable, nn.Embedding):

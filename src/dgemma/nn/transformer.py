@@ -20,6 +20,7 @@ from dgemma.kernels import PackedWeight, embedding, linear
 from dgemma.nn.block import Block
 from dgemma.nn.head import CanvasStats, canvas_stats, soft_cap
 from dgemma.nn.layers import Embedding, RMSNorm, SelfConditioning, rope_tables
+from dgemma.nn.vision import Vision
 
 
 class DiffusionTransformer(nn.Module):
@@ -33,6 +34,8 @@ class DiffusionTransformer(nn.Module):
         self.self_conditioning = SelfConditioning(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # What sees pictures, where it is trained with the network or adapted; else it stays beside it.
+        self.vision: Vision | None = None
         # The first layer of each kind: its geometry gives that kind's rotary tables.
         self._kinds = {layer.kind: layer for layer in reversed(config.layers)}
         # The reference keeps √D in the weights' dtype, and bf16 rounds it.
@@ -54,6 +57,13 @@ class DiffusionTransformer(nn.Module):
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [B, T] -> embeddings times √D, [B, T, D]."""
         return embedding(token_ids, self.embed_tokens.weight) * self.embed_scale
+
+    def embed_seen(self, token_ids: Tensor, seen: Sequence[tuple[int, int, Tensor]]) -> Tensor:
+        """`embed`, with pictures' soft tokens [n, D] in the place of ids, each from a row's column on."""
+        x = self.embed(token_ids)
+        for row, start, soft in seen:
+            x[row, start : start + len(soft)] = soft.to(x)
+        return x
 
     def encode(self, inputs: Tensor, cache: Cache, lengths: Sequence[int] | None = None,
                spans: Spans | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dgemma.train.data.examples import Example
+    from dgemma.train.sights import Sight
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Batch:
     weights: Tensor | None = None  # [B, C] of each position's loss; None: 1, and the objective's for fill
     fill: Tensor | None = None  # [B, C] bool: what stands behind the response's end; None: nothing does
     owners: tuple[int, ...] | None = None  # [B] the row that every canvas reads; None: each its own, in order
+    sights: tuple[tuple[int, Sight], ...] = ()  # the pictures, each with the row that it stands in
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -44,6 +46,14 @@ class Batch:
     def before(self) -> tuple[int, ...]:
         """How many tokens of its row stand before every canvas [B]."""
         return self.lengths or (self.context.shape[1],) * len(self.canvas)
+
+    @property
+    def spans(self) -> list[list[tuple[int, int]]] | None:
+        """The columns of every row that are pictures' [R]; None where there are no pictures."""
+        if not self.sights:
+            return None
+        return [[(sight.start, sight.stop) for owner, sight in self.sights if owner == row]
+                for row in range(len(self.context))]
 
     @property
     def last(self) -> tuple[int, ...]:
@@ -83,15 +93,16 @@ def collate(examples: Sequence[Example]) -> Batch:
     fill = torch.arange(canvas.shape[1]) >= torch.tensor([example.real_length for example in examples]).unsqueeze(1)
     uniform = len(set(lengths)) == 1
     prompts = tuple(example.prompt_length for example in examples)
+    sights = tuple((row, sight) for row, index in enumerate(longest) for sight in examples[index].sights)
     return Batch(context, canvas, None if uniform else lengths, prompts, weights, fill,
-                 None if len(longest) == len(examples) else owners)
+                 None if len(longest) == len(examples) else owners, sights)
 
 
 def _shared_rows(examples: Sequence[Example], contexts: Sequence[np.ndarray]) -> tuple[tuple[int, ...], list[int]]:
     """The row of every example [B], and the example with the longest context of every row [R].
 
     A row goes on with an example whose context begins with the row's prompt, context and last canvas, all of it real:
-    a later canvas of the same response. Told by the tokens alone, so it can never be wrong.
+    a later canvas of the same response. Told by the tokens and pictures alone, so it can never be wrong.
     """
     first: dict[int, int] = {}  # example -> the first one of its row
     ends: dict[int, int] = {}  # first example of a row -> its last one so far
@@ -99,6 +110,7 @@ def _shared_rows(examples: Sequence[Example], contexts: Sequence[np.ndarray]) ->
         example = examples[index]
         first[index] = next((begin for begin, end in ends.items()
                              if examples[end].prompt_length == example.prompt_length
+                             and examples[end].sights == example.sights
                              and _goes_on(contexts[index], contexts[end], examples[end])), index)
         ends[first[index]] = index
     rows = {begin: row for row, begin in enumerate(dict.fromkeys(first[index] for index in range(len(examples))))}

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from dgemma.diffusion.sampler import accept, renoise, token_entropy
+from dgemma.errors import DgemmaError
 from dgemma.nn import CanvasStats, DiffusionTransformer, KVCache
 from dgemma.nn.head import fits_whole, vocab_tiles
 from dgemma.nn.passes import Passes
 from dgemma.train.batch import Batch
 from dgemma.train.losses import chunked_cross_entropy, cross_entropy
 from dgemma.train.noise import WHOLE_VOCAB, Noise, corrupt
+from dgemma.train.sights import pictures_of
 
 PREDICTIONS = ("denoiser", "leave_one_out")
 CAUSAL_TOKENS = ("all", "prompt", "response")
@@ -35,7 +37,8 @@ class Objective:
     ``fill_weight`` is the loss weight of the fill behind a response's end, where a batch brings no weights of its own.
 
     ``causal_on`` says whose tokens the causal loss counts: the prompt's, the response's or all. Each counts once, with
-    the canvas it belongs to (the prompt's with the first): not fill, nor the earlier canvases of a context.
+    the canvas it belongs to (the prompt's with the first): not fill, nor the earlier canvases of a context, nor a
+    picture's soft tokens and the marks around them.
 
     ``denoising_weight`` 0 denoises no canvas at all: the causal loss alone is trained, an autoregressive model.
 
@@ -140,15 +143,25 @@ def batch_loss(network: DiffusionTransformer, batch: Batch, objective: Objective
 
 
 def read(network: DiffusionTransformer, batch: Batch, passes: Passes) -> tuple[Tensor, KVCache]:
-    """Every row of the context read once -> its hidden states [R, T, D] and a cache of R rows."""
-    if batch.owners is None:
-        cache = network.new_cache(len(batch.context), checkpointed=passes.checkpointed)
-        return passes.encode(batch.context, cache, batch.lengths), cache
-    whole = [batch.before[index] for index in batch.last]
-    cache = network.new_cache(len(whole), max(whole[row] - before for row, before in
-                                              zip(batch.rows, batch.before, strict=True)),
-                              checkpointed=passes.checkpointed)
-    return passes.encode(batch.context, cache, whole), cache
+    """Every row of the context read once, its pictures seen -> its hidden states [R, T, D] and a cache of R rows."""
+    spare, lengths = 0, batch.lengths
+    if batch.owners is not None:
+        lengths = tuple(batch.before[index] for index in batch.last)
+        spare = max(lengths[row] - before for row, before in zip(batch.rows, batch.before, strict=True))
+    cache = network.new_cache(len(batch.context), spare, checkpointed=passes.checkpointed)
+    if not batch.sights:
+        return passes.encode(batch.context, cache, lengths), cache
+    return passes.encode(embedded(network, batch, passes), cache, lengths, spans=batch.spans), cache
+
+
+def embedded(network: DiffusionTransformer, batch: Batch, passes: Passes) -> Tensor:
+    """What the rows of a batch with pictures are embedded as [R, T, D]. Raises DgemmaError for a picture that cannot
+    be read, and where nothing sees it."""
+    if passes.see is None:
+        raise DgemmaError("there are pictures in these examples, and nothing that sees them: the network has no tower")
+    soft = passes.see(pictures_of([sight for _, sight in batch.sights]))
+    return network.embed_seen(batch.context, [(row, sight.start, rows) for (row, sight), rows in
+                                              zip(batch.sights, soft, strict=True)])
 
 
 def prefixes(batch: Batch, cache: KVCache) -> KVCache:
@@ -302,5 +315,7 @@ def _counted(batch: Batch, causal_on: str) -> tuple[Tensor, Tensor]:
             context[row, : prompt - 1] = True
         if causal_on != "prompt" and index != last[row]:  # an earlier canvas, which is a part of the row
             context[row, before - 1 : before - 1 + width] = True
+    for row, sight in batch.sights:  # nor are soft tokens predicted, or the marks before and behind them
+        context[row, max(sight.start - 2, 0) : sight.stop] = False
     canvas = torch.ones_like(batch.canvas, dtype=torch.bool) if batch.fill is None else ~batch.fill
     return context.to(batch.context.device), canvas[list(last)] & (causal_on != "prompt")

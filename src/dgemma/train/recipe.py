@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from dgemma.chat.pictures import BUDGETS
 from dgemma.config import MODEL_TYPE, generation_config_from_dict, model_config_from_dict
 from dgemma.errors import DgemmaError
 from dgemma.fields import read_text
@@ -43,7 +44,8 @@ class ConversationData:
     """The user's conversations: files, folders or hub names, as `read_conversations` takes them.
 
     ``held_out`` names others to validate on; without them every so-manieth conversation is kept apart, a share of
-    ``held_out_share`` of them. The rest is as in `prepare`.
+    ``held_out_share`` of them. ``image_tokens`` are the most soft tokens of a picture (None: as many as its
+    words need). The rest is as in `prepare`.
     """
 
     train: tuple[str, ...]
@@ -54,8 +56,10 @@ class ConversationData:
     thinking: Literal["auto", "on", "off"] = "auto"
     fill: Literal["eos", "pad"] = "eos"
     skip_bad: bool = False
+    image_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        _require(self, f"one of {', '.join(map(str, BUDGETS))}", lambda tokens: tokens in BUDGETS, "image_tokens")
         _require(self, "at least 0 and below 1", lambda share: 0 <= share < 1, "held_out_share")
         _require(self, "at least 1", _positive, "max_context")
 
@@ -182,7 +186,8 @@ class Recipe:
     ``model`` is what `dgemma.load` takes; ``{"recipe": FILE}`` for the best checkpoint of another recipe's run, which
     is made first; or a ``config.json`` for fresh weights, whose checkpoint gets ``generation`` for its
     ``generation_config.json``. ``adapter``: train that and nothing else. ``freeze`` are parts of parameters' names
-    that stay as they are when everything is trained (None: the router, unless the weights are fresh).
+    that stay as they are when everything is trained (None: the router and the vision tower, unless the weights are
+    fresh).
     ``micro_batch``: how many examples there are in memory at a time. ``dtype`` is that of the weights (None: the
     checkpoint's); ``autocast`` computes in bfloat16 with weights in float32. ``variants`` are other settings to train
     with besides, one run after the other: name -> what is different.
@@ -213,6 +218,20 @@ class Recipe:
     def fresh(self) -> bool:
         """Whether the network begins with random weights."""
         return isinstance(self.model, dict) and "recipe" not in self.model
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parts of the names of parameters that stay as they are where everything else is trained."""
+        if self.freeze is not None:
+            return self.freeze
+        return () if self.fresh else (".router.", ".vision.")
+
+    @property
+    def trains_tower(self) -> bool:
+        """Whether what sees pictures learns, too, by what the recipe says."""
+        if self.adapter is not None:
+            return any("vision" in target for target in self.adapter.targets)
+        return not any(part in ".vision." for part in self.frozen)
 
     @property
     def base(self) -> Path | None:

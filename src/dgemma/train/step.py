@@ -136,5 +136,7 @@ def _compiled(function: Callable[..., Tensor], compile: Callable[..., Any]) -> C
 
 
 def _shape(batch: Batch) -> tuple[torch.Size, torch.Size] | None:
-    """What code is compiled for: the shapes of contexts and canvases; None where rows are padded or shared."""
-    return (batch.context.shape, batch.canvas.shape) if batch.lengths is None and batch.owners is None else None
+    """What code is compiled for: the shapes of contexts and canvases; None where rows are padded, shared or have
+    pictures."""
+    plain = batch.lengths is None and batch.owners is None and not batch.sights
+    return (batch.context.shape, batch.canvas.shape) if plain else None

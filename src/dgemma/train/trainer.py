@@ -33,7 +33,14 @@ from dgemma.model import Parts
 from dgemma.train.checks.plan import MemoryPlan, recipe_plan
 from dgemma.train.checks.preflight import require, run_preflight
 from dgemma.train.data.examples import Example
-from dgemma.train.data.sources import Listed, fingerprint, longest_context, source_of
+from dgemma.train.data.sources import (
+    Listed,
+    fingerprint,
+    longest_context,
+    most_soft_tokens,
+    shows_pictures,
+    source_of,
+)
 from dgemma.train.eval.evaluation import Evaluator
 from dgemma.train.eval.metrics import means
 from dgemma.train.eval.tasks import TaskScore
@@ -108,7 +115,7 @@ def plans(path: Path, ranks: Ranks) -> dict[str, MemoryPlan]:
     for name, recipe in load_recipe(path).items():
         parts, source = glimpse(recipe)
         found[name] = recipe_plan(recipe, parts.config, parts.source, longest_context(source), ranks.device,
-                                  ranks.world)
+                                  ranks.world, most_soft_tokens(source))
     return found
 
 
@@ -145,6 +152,8 @@ class Trainer:
         recipe, folder, ranks = self.recipe, self.folder, self.ranks
         parts = parts_of(recipe, base)
         self.source = source_of(recipe, parts.tokenizer, parts.config, parts.generation_config, folder, self._note)
+        if shows_pictures(self.source):
+            self._check_pictures()
         self.max_steps = self._length()
         self.evaluator = Evaluator(recipe, self.source, parts.generation_config)
         if self.max_steps < (rising := recipe.optimizer.warmup_steps):
@@ -153,9 +162,10 @@ class Trainer:
         self._plan(parts)
         # Of several, no process could hold the whole network on its device: blocks go there one by one, as a part each.
         whole_on = ranks.device if ranks.world == 1 or parts.gguf is not None else torch.device("cpu")
-        self.state = begin(recipe, parts, whole_on, lambda done, total: self._tell(events.Loading(done, total)))
+        self.state = begin(recipe, parts, whole_on, lambda done, total: self._tell(events.Loading(done, total)),
+                           shows_pictures(self.source))
         self.network = self.state.network
-        self.passes = shard(self.network, ranks, recipe.checkpointing)
+        self.passes = self.state.seeing(shard(self.network, ranks, recipe.checkpointing))
         self._check()
         self.optimizers = Optimizers(self.network, recipe.optimizer)
         self.stepper = Stepper(recipe, self.network, self.passes, self.source, self.optimizers, ranks, self.max_steps)
@@ -225,7 +235,7 @@ class Trainer:
     def _check(self) -> None:
         """The preflight, always: seconds now, or hours of training something else."""
         began, recipe, config = time.monotonic(), self.recipe, self.network.config
-        examples = _telling(self.source.batch(0), recipe.micro_batch or recipe.batch_size, config.sliding_window)
+        examples = _telling(self._first_seen(), recipe.micro_batch or recipe.batch_size, config.sliding_window)
         checks = run_preflight(self.network, examples, recipe.objective, passes=self.passes, seed=recipe.seed,
                                past_window=longest_context(self.source) >= config.sliding_window)
         if self.ranks.is_main:
@@ -236,11 +246,28 @@ class Trainer:
             raise DgemmaError("preflight: another process found that this run would go wrong")
         self._note(f"preflight: {len(checks)} checks passed in {time.monotonic() - began:.1f} s")
 
+    def _first_seen(self) -> list[Example]:
+        """The first batch with pictures in it, or the first one."""
+        source = self.source
+        steps = source.steps_per_epoch if isinstance(source, Listed) and shows_pictures(source) else 1
+        batches = (source.batch(step) for step in range(steps))
+        return next((batch for batch in batches if any(one.sights for one in batch)), source.batch(0))
+
+    def _check_pictures(self) -> None:
+        """Raises DgemmaError for what cannot be done with pictures yet."""
+        recipe = self.recipe
+        if self.ranks.world > 1:
+            raise DgemmaError(f"recipe {recipe.name}: there are pictures in its data, which are trained on in one "
+                              f"process only so far; this is one of {self.ranks.world}")
+        if recipe.evaluation.metric is not None and not recipe.objective.denoising_weight:
+            raise DgemmaError(f"recipe {recipe.name}: evaluation: an autoregressive model is not asked about pictures "
+                              "yet: take the metric out")
+
     def _plan(self, parts: Parts) -> None:
         """Say how much memory will be needed, before anything takes it."""
         ranks = self.ranks
         plan = recipe_plan(self.recipe, parts.config, parts.source, longest_context(self.source), ranks.device,
-                           ranks.world)
+                           ranks.world, most_soft_tokens(self.source))
         available = available_memory(ranks.device)
         if ranks.is_main:
             self.run.write("plan.json", plan.as_dict())
@@ -442,10 +469,9 @@ def _telling(examples: list[Example], most: int, window: int) -> list[Example]:
     """Few examples that show most: two canvases of one turn where there are such, or the first and the longest.
 
     They take no more than a micro-batch of at ``most`` so many does, and of a prompt the end only: what lies past the
-    window the checks make themselves.
+    window the checks make themselves. Where there are pictures, there are some in these.
     """
-    longest = max(examples, key=lambda example: example.context_length)
+    longest = max(examples, key=lambda example: (bool(example.sights), example.context_length))
     turn = [example for example in examples if example.turn is longest.turn]
     chosen = turn[-2:] if len(turn) > 1 else [examples[0]] if longest is examples[0] else [examples[0], longest]
-    return [dataclasses.replace(example, turn=dataclasses.replace(
-        example.turn, context_ids=example.turn.context_ids[-window:])) for example in chosen[-most:]]
+    return [dataclasses.replace(example, turn=example.turn.ending(window)) for example in chosen[-most:]]

@@ -28,7 +28,7 @@ from dgemma.fields import Fields, is_number, is_there, read_json, shown
 from dgemma.files import atomic_write, json_bytes, make_folder
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import AdapterConfig, Factors, adaptable, adapter_parameters, adapters, install
-from dgemma.weights.names import network_name, pass_names
+from dgemma.weights.names import is_vision, pass_names, trained_name
 from dgemma.weights.save import write_safetensors
 
 CONFIG_FILE = "adapter_config.json"
@@ -86,6 +86,18 @@ def load_adapter(network: DiffusionTransformer, path: str | Path, trainable: boo
     return adapter.config
 
 
+def adapts_tower(path: str | Path) -> bool:
+    """Whether an adapter changes the vision tower, too, which its network must hold then. Raises as `read_adapter`."""
+    from safetensors import SafetensorError, safe_open
+
+    file, _ = _open(Path(path))
+    try:
+        with safe_open(file, "pt") as mapped:
+            return any(is_vision(key.removeprefix(_PREFIX)) for key in mapped.keys())  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: corrupt safetensors file ({error})") from error
+
+
 def read_adapter(path: str | Path, network: DiffusionTransformer) -> Adapter:
     """The adapter in a folder, or in a safetensors file with its adapter_config.json beside it.
 
@@ -96,6 +108,10 @@ def read_adapter(path: str | Path, network: DiffusionTransformer) -> Adapter:
     config, tensors = _settings(file.parent / CONFIG_FILE, settings), _read(file)
     shapes = {name: tuple(getattr(module, attribute).shape)
               for name, (module, attribute) in adaptable(network).items()}
+    if network.vision is None and any(is_vision(key.removeprefix(_PREFIX)) for key in tensors):
+        raise CheckpointError(f"{file}: this adapter changes the vision tower, too, which is not there: the model has "
+                              "none, or loads it with the first picture; give the adapter when the model is loaded "
+                              "(adapter=). Several such adapters on one model are not supported yet")
     found, unknown = _sorted(tensors, shapes, settings.get("target_parameters") or ())
     config = _with_patterns(config, settings, found, file.parent / CONFIG_FILE)
     names = [name for name in shapes if any(place in found for place in pass_names(name))]
@@ -191,7 +207,7 @@ def _with_patterns(config: AdapterConfig, settings: Mapping[str, Any], places: I
                                       f"{shown(value)}")
     try:
         theirs = replace(config, **patterns)
-        values = [(network_name(place) or place, theirs.rank_of(place), theirs.alpha_of(place)) for place in places]
+        values = [(trained_name(place) or place, theirs.rank_of(place), theirs.alpha_of(place)) for place in places]
     except (DgemmaError, re.error, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{file}: rank_pattern or alpha_pattern: {str(error)[:300]}") from error
     if len(set(values)) > len({name for name, *_ in values}):
@@ -222,7 +238,7 @@ def _sorted(tensors: Mapping[str, Tensor], known: Mapping[str, Any],
     modules = {match[1] for match in parsed.values() if match}
     for key, match in parsed.items():
         place = _place(match[1], modules, target_parameters) if match else ""
-        ours = network_name(place)
+        ours = trained_name(place)
         if match is None or ours is None or ours not in known or place not in pass_names(ours):
             unknown.append(key)
         else:
@@ -312,7 +328,7 @@ def _peft_config(config: AdapterConfig, names: list[str], all_names: list[str], 
 
 
 def _expression(names: Iterable[str], all_names: Iterable[str]) -> str:
-    """A regular expression of transformers' names of our modules, which no module of the vision tower matches."""
+    """A regular expression of transformers' names of our modules: of the vision tower only those that are named."""
     def by_module(those: Iterable[str]) -> dict[str, list[str]]:
         layers: dict[str, list[str]] = {}
         for name in those:
@@ -327,5 +343,5 @@ def _expression(names: Iterable[str], all_names: Iterable[str]) -> str:
         by_layers.setdefault(which, []).append(re.escape(module))
     parts = [rf"model\.(decoder|encoder\.language_model)\.layers\.{which}\.({'|'.join(modules)})"
              for which, modules in by_layers.items()]
-    parts += [rf"model\.decoder\.{re.escape(name)}" for name in names if not name.startswith("layers.")]
+    parts += [re.escape(place) for name in names if not name.startswith("layers.") for place in pass_names(name)]
     return "|".join(parts)

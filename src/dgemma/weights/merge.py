@@ -19,11 +19,11 @@ from dgemma.files import make_folder, name_beside
 from dgemma.gguf.keys import gguf_name
 from dgemma.kernels.products import pieces
 from dgemma.nn.adapters import Factors
-from dgemma.weights.adapters import read_adapter
+from dgemma.weights.adapters import adapts_tower, read_adapter
 from dgemma.weights.files import INDEX_FILE, weight_files
 from dgemma.weights.gguf_model import open_gguf
-from dgemma.weights.load import empty_network, match, read_headers, tensor_shapes
-from dgemma.weights.names import network_name
+from dgemma.weights.load import empty_network, empty_vision, match, read_headers, tensor_shapes
+from dgemma.weights.names import trained_name
 from dgemma.weights.quantize import Change, Progress, Summary, check_space, convert, is_gguf_file
 from dgemma.weights.save import write_safetensors
 
@@ -56,6 +56,8 @@ def merge_to_folder(source: Path, adapter: Path, out: Path, progress: Progress |
     contents = read_headers(source)
     _, problems = match(contents, tensor_shapes(network))
     refuse(problems, f"{source}: this checkpoint cannot be merged")
+    if config.vision is not None and adapts_tower(adapter):
+        network.vision = empty_vision(config.vision, config.hidden_size)
     factors = read_adapter(adapter, network).factors
     total = sum(tensor.nbytes for tensor in contents.tensors.values())
     done = 0
@@ -121,7 +123,7 @@ def _rewrite(path: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> 
         with safe_open(path, "pt") as mapped:
             tensors = {name: mapped.get_tensor(name) for name in mapped.keys()}  # noqa: SIM118 (it is no dict)
             for name, tensor in tensors.items():
-                tensors[name] = change(network_name(name) or "", tensor)
+                tensors[name] = change(trained_name(name) or "", tensor)
             write_safetensors(out, tensors, mapped.metadata() or {"format": "pt"})
     except SafetensorError as error:
         raise DgemmaError(f"{path}: cannot be read ({error})") from error

@@ -14,6 +14,7 @@ _ENCODER_SCALAR = re.compile(r"model\.encoder\.language_model\.layers\.(\d+)\.la
 _ENCODER_SCALAR_OURS = re.compile(r"layers\.(\d+)\.encoder_layer_scalar")
 _ABOVE_VISION = "model.encoder."
 _VISION = (_ABOVE_VISION + "vision_tower.", _ABOVE_VISION + "embed_vision.")
+_TOWER = "vision."
 _STRAY = _ABOVE_VISION + "embed_vision.embedding."  # in some checkpoints; nothing reads it
 
 
@@ -53,14 +54,25 @@ def vision_checkpoint_name(vision_name: str) -> str:
     return _ABOVE_VISION + vision_name
 
 
+def trained_name(checkpoint_name: str) -> str | None:
+    """`network_name`, or the name that a tensor of the tower has in a network that holds it (`network.vision`)."""
+    seeing = vision_name(checkpoint_name)
+    return network_name(checkpoint_name) if seeing is None else f"{_TOWER}{seeing}"
+
+
 def pass_names(network_name: str) -> tuple[str, ...]:
-    """Where `transformers` has a module or matrix of ours: in the decoder, and in the encoder if that has it, too."""
+    """Where `transformers` has a module or matrix of ours: in the decoder, and in the encoder if that has it, too; the
+    tower's only there."""
+    if network_name.startswith(_TOWER):
+        return (vision_checkpoint_name(network_name.removeprefix(_TOWER)),)
     shared = network_name.startswith("layers.")
     return (_DECODER + network_name, _ENCODER + network_name) if shared else (_DECODER + network_name,)
 
 
 def checkpoint_name(network_name: str) -> str:
-    """The inverse of `network_name`: where a tensor of ours stands in a checkpoint."""
+    """The inverse of `trained_name`: where a tensor of ours stands in a checkpoint."""
+    if network_name.startswith(_TOWER):
+        return vision_checkpoint_name(network_name.removeprefix(_TOWER))
     scalar = _ENCODER_SCALAR_OURS.fullmatch(network_name)
     if scalar:
         return f"{_ENCODER}layers.{scalar[1]}.layer_scalar"

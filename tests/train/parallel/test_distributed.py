@@ -37,6 +37,7 @@ class Example:
     canvas_ids: list[int]
     real_length: int
     weights: list[float]
+    sights: tuple = ()
 
 
 @dataclass(frozen=True)

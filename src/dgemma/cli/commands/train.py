@@ -134,7 +134,7 @@ def _show_plan(recipe: Path, device: str | None) -> None:
 
 def _preview_data(data: list[str], model: str, count: int, skip_bad: bool) -> None:
     """Print the first turns of conversations, with what each token counts, and the whole data in numbers."""
-    from dgemma.model import read_parts
+    from dgemma.model import read_parts, seeing
     from dgemma.train.data.conversations import read_conversations
     from dgemma.train.data.examples import prepare
 
@@ -142,7 +142,8 @@ def _preview_data(data: list[str], model: str, count: int, skip_bad: bool) -> No
     canvas = parts.config.canvas_length
     found = read_conversations(data, skip_bad=skip_bad)
     prepared = prepare(found.rows, parts.tokenizer, canvas, stop_ids=parts.generation_config.eos_token_id,
-                       max_context=parts.config.max_position_embeddings - canvas, skip_bad=skip_bad)
+                       max_context=parts.config.max_position_embeddings - canvas, skip_bad=skip_bad,
+                       vision=seeing(parts)[0].vision)
     _show(prepared.examples, parts.tokenizer, count, found.bad + prepared.skipped)
 
 

@@ -62,7 +62,17 @@ def _turn(canvases: list[Example], tokenizer: Tokenizer) -> Text:
     dropped = f", {turn.dropped} earlier messages left out" if turn.dropped else ""
     text.append(f"── {turn.where} ──\n", BORDER)
     text.append(f"context: {len(turn.context_ids):,} tokens, no loss{thinking}{dropped}\n", BORDER)
-    _write(text, turn.context_ids, tokenizer, CONTEXT, CONTEXT_SHOWN)
+    for sight in turn.sights:
+        width, height = sight.size
+        text.append(f"picture at {sight.start:,}: {sight.medium.label}, seen as {width} × {height} pixels in "
+                    f"{sight.tokens:,} soft tokens\n", BORDER)
+    start = 0
+    for sight in (*turn.sights, None):  # soft tokens are as many lines of one token
+        stop = len(turn.context_ids) if sight is None else sight.start
+        _write(text, turn.context_ids[start:stop], tokenizer, CONTEXT, CONTEXT_SHOWN)
+        if sight is not None:
+            text.append(f"[{sight.tokens:,} soft tokens]\n", BORDER)
+            start = sight.stop
     for example in canvases:
         real, size = example.real_length, len(example.canvas_ids)
         text.append(f"canvas {example.canvas_index + 1} of {len(canvases)}: {real} of {size} tokens are the response\n",

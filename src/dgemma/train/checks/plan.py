@@ -18,12 +18,12 @@ from dgemma.config import ModelConfig, load_model_config
 from dgemma.errors import CheckpointError, DgemmaError, describe
 from dgemma.gguf.container import is_gguf
 from dgemma.gguf.keys import gguf_name
-from dgemma.memory.training import TrainingRun, Use, training_memory
+from dgemma.memory.training import TrainingRun, Use, network_of, training_memory
 from dgemma.nn.adapters import AdapterConfig
 from dgemma.train.objective import Objective
 from dgemma.train.recipe import Recipe
 from dgemma.weights import gguf_model
-from dgemma.weights.load import DTYPES, match, network_shapes, read_headers, stored_dtype
+from dgemma.weights.load import DTYPES, match, network_shapes, read_headers, stored_dtype, tensor_shapes
 from dgemma.weights.quantize import MIXTURES, mixture_types
 
 
@@ -107,14 +107,18 @@ def memory_plan(config: ModelConfig, *, weights: str | Mapping[str, str] = "BF16
     """
     objective = objective or Objective()
     types = mixture(config, weights) if isinstance(weights, str) else dict(weights)
+    if settings.get("patches"):  # the tower is in what the network is computed in, packed ones in bfloat16
+        own = types["embed_tokens.weight"] if types["embed_tokens.weight"] in DTYPES else "BF16"
+        types |= {name: own for name in tensor_shapes(network_of(config, True)) if name not in types}
     passes = objective.passes if objective.denoising_weight else 0
     causal_canvas = bool(objective.causal_weight) and objective.causal_on != "prompt"
     return MemoryPlan.of(TrainingRun(config, types, adapter, passes=passes, causal_canvas=causal_canvas, **settings))
 
 
 def recipe_plan(recipe: Recipe, config: ModelConfig, source: Path | None, context: int, device: torch.device,
-                ranks: int = 1) -> MemoryPlan:
-    """The plan of a recipe's run on a checkpoint (None: fresh weights) with contexts of up to so many tokens."""
+                ranks: int = 1, soft_tokens: int = 0) -> MemoryPlan:
+    """The plan of a recipe's run on a checkpoint (None: fresh weights) with contexts of up to so many tokens, of which
+    in some ``soft_tokens`` are pictures'."""
     weights: str | Mapping[str, str] = _type_name(getattr(torch, recipe.dtype or "float32"))
     if source is not None and (recipe.dtype is None or source.is_file()):
         weights = stored_types(source)
@@ -122,7 +126,9 @@ def recipe_plan(recipe: Recipe, config: ModelConfig, source: Path | None, contex
     return memory_plan(config, weights=weights, adapter=recipe.adapter, context=context, micro_batch=micro,
                        accumulation=-(-recipe.batch_size // (micro * ranks)), checkpointing=recipe.checkpointing,
                        objective=recipe.objective, optimizer=recipe.optimizer.kind, ema=recipe.optimizer.ema > 0,
-                       autocast=recipe.autocast, device=device.type, ranks=ranks)
+                       autocast=recipe.autocast, device=device.type, ranks=ranks, tower=recipe.trains_tower,
+                       patches=0 if config.vision is None else
+                       micro * soft_tokens * config.vision.pooling_kernel_size**2)
 
 
 def mixture(config: ModelConfig, name: str) -> dict[str, str]:
@@ -189,7 +195,8 @@ def _fewer_targets(run: TrainingRun) -> list[TrainingRun]:
 def _packed_base(run: TrainingRun) -> list[TrainingRun]:
     if run.packed or run.adapter is None:
         return []
-    return [dataclasses.replace(run, weights=mixture(run.config, "Q4_K_M"))]
+    tower = {name: kind for name, kind in run.weights.items() if name.startswith("vision.")}
+    return [dataclasses.replace(run, weights={**mixture(run.config, "Q4_K_M"), **tower})]
 
 
 # What to try, in this order: what costs nothing but time first, what changes the result last.

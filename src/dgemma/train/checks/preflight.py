@@ -23,18 +23,20 @@ from torch import Tensor
 
 from dgemma import seeds
 from dgemma.cache.pages import Paged, PagedBatch, PageFormat
+from dgemma.chat.pictures import Picture
 from dgemma.config import SLIDING
+from dgemma.engine.pictures import PictureEncoder
 from dgemma.errors import DgemmaError
 from dgemma.kernels import PackedWeight
 from dgemma.nn import DiffusionTransformer, KVCache
 from dgemma.nn.adapters import adaptable, adapters
 from dgemma.nn.head import vocab_tiles
 from dgemma.nn.packed import packed_bytes
-from dgemma.nn.passes import Passes
+from dgemma.nn.passes import Passes, Patched
 from dgemma.train.batch import Batch, collate
 from dgemma.train.data.examples import Example
 from dgemma.train.noise import Noise, draw_noise
-from dgemma.train.objective import Objective, batch_loss, prefixes, read
+from dgemma.train.objective import Objective, batch_loss, embedded, prefixes, read
 from dgemma.train.parallel.distributed import let_go, whole
 
 POSITIONS = 32  # canvas positions whose logits are compared: [32, V] at a time
@@ -96,21 +98,22 @@ class Bench:
         """The loss, by the run's passes or by others."""
         return self.loss_of(self.network, batch, self.objective, noise, passes=passes or self.passes)[0]
 
-    def denoised(self, batch: Batch, noise: Noise) -> list[DenoisingPass]:
+    def denoised(self, batch: Batch, noise: Noise, passes: Passes | None = None) -> list[DenoisingPass]:
         """Every denoising pass that the loss makes, in order."""
-        seen: list[DenoisingPass] = []
+        made: list[DenoisingPass] = []
+        own = passes or self.passes
 
         def denoise(canvas_ids: Tensor, cache: KVCache, soft: Tensor | None = None) -> Tensor:
-            hidden = self.passes.denoise(canvas_ids, cache, soft)
-            seen.append(DenoisingPass(canvas_ids, soft, hidden.detach()))
+            hidden = own.denoise(canvas_ids, cache, soft)
+            made.append(DenoisingPass(canvas_ids, soft, hidden.detach()))
             return hidden
 
         with torch.no_grad():
-            self.loss(batch, noise, dataclasses.replace(self.passes, denoise=denoise))
-        if not seen:
+            self.loss(batch, noise, dataclasses.replace(own, denoise=denoise))
+        if not made:
             raise DgemmaError("preflight: the loss function never denoised a canvas with the passes that it was given; "
                               "there is nothing that could be checked")
-        return seen
+        return made
 
     def gradients(self) -> dict[str, Tensor]:
         """Some of every trainable parameter's gradient, by name; every ``.grad`` is as it was afterwards."""
@@ -195,6 +198,32 @@ def training_equals_sampling(bench: Bench, sampler: DiffusionTransformer | None 
                    "overwritten (cache, sliding window), or adapters are applied twice or not at all")
 
 
+@torch.no_grad()
+def pictures_are_seen(bench: Bench) -> Finding:
+    """The loss of every example with pictures moves with what is in them, and with nothing else."""
+    batch, see = bench.batch, bench.passes.see
+    assert see is not None
+
+    def see_negatives(pictures: Sequence[Patched]) -> list[Tensor]:
+        return see([dataclasses.replace(one, pixels=255 - one.pixels) if isinstance(one, Picture) else one
+                    for one in pictures])
+
+    noise, changes, floors = bench.noise(t=1.0), [], []
+    rows = {row for row, _ in batch.sights}
+    first, again, other = (bench.denoised(batch, noise, passes) for passes in
+                           (bench.passes, bench.passes, dataclasses.replace(bench.passes, see=see_negatives)))
+    for index, own in enumerate(batch.rows):
+        if own in rows:
+            before, same, after = (list(by_canvas(found))[index] for found in (first, again, other))
+            changes.append(movement(before, after))
+            floors.append(movement(before, same))
+    return Finding("pictures are seen", min(changes) > _NOISE * max(floors),
+                   f"predictions of {len(changes)} canvases with pictures before them moved by {min(changes):.2g} at "
+                   f"least with the pictures' negatives, by {max(floors):.2g} without any change",
+                   "the network trains on words about pictures that it does not see: their soft tokens must stand in "
+                   "the context that the canvas reads")
+
+
 def checkpointing_changes_nothing(bench: Bench) -> Finding:
     """Gradients with and without activation checkpointing are the same, past the sliding window too.
 
@@ -247,7 +276,8 @@ def adapters_count_once(bench: Bench) -> Finding:
             kept = adapter.b.clone()
             adapter.b.copy_(torch.randn(kept.shape, generator=generator))
             try:
-                x = torch.randn(16, weight.shape[-1], generator=generator).to(bench.network.device, bench.network.dtype)
+                dtype = bench.network.dtype if isinstance(weight, PackedWeight) else weight.dtype
+                x = torch.randn(16, weight.shape[-1], generator=generator).to(bench.network.device, dtype)
                 plain = weight.dequantize() if isinstance(weight, PackedWeight) else weight
                 merged = adapter.factors.merged_rows(plain.float(), 0)
                 distances[name] = distance_of(module(x), x.float() @ merged.T)
@@ -360,6 +390,7 @@ def run_preflight(network: DiffusionTransformer, examples: Sequence[Example], ob
         if bench.objective.denoising_weight:  # else nothing is denoised that could be looked at
             checks += [canvas_is_used(bench), no_target_leaks(bench), training_equals_sampling(bench),
                        null_conditioning_is_zero(bench)]
+            checks += [pictures_are_seen(bench)] if batch.sights else []
         checks += [adapters_count_once(bench), checkpointing_changes_nothing(bench),
                    frozen_stays_frozen(bench, optimizers)]
     finally:
@@ -405,9 +436,15 @@ def _neighbour_leak(bench: Bench) -> float:
 def _compared(bench: Bench, sampler: DiffusionTransformer, row: int, passes: list[DenoisingPass]) -> float:
     """The largest distance between the logits of a row's passes and the engine's, and between what they fed back."""
     batch, config = bench.batch, sampler.config
-    context = batch.context[batch.rows[row] : batch.rows[row] + 1, : batch.before[row]]
+    own, length = batch.rows[row], batch.before[row]
+    inputs, spans = batch.context[own : own + 1, :length], None
+    if batch.sights:
+        # As the engine sees them: not by what the loss does.
+        engine_passes = dataclasses.replace(bench.passes, see=PictureEncoder.of(bench.network).see)
+        inputs = embedded(sampler, batch, engine_passes)[own : own + 1, :length]
+        spans = (batch.spans or [])[own : own + 1]
     cache = Paged(PageFormat(config, sampler.device, sampler.cache_type))
-    sampler.encode(context, PagedBatch([cache], [context.shape[1]]))
+    sampler.encode(inputs, PagedBatch([cache], [length]), spans=spans)
     width = batch.canvas.shape[1]
     places = torch.linspace(0, width - 1, min(width, POSITIONS)).round().long()
     temperature = torch.tensor([bench.objective.temperature], device=sampler.device)
@@ -479,4 +516,7 @@ def beyond_the_window(bench: Bench) -> list[Batch]:
     missing = max(config.sliding_window + canvas.shape[1] - length, 0)
     row = torch.cat([own.repeat(1, -(-missing // length))[:, :missing], own, canvas], dim=1)
     before = row.shape[1] - canvas.shape[1]
-    return [Batch(row, torch.cat([canvas, canvas.flip(1)]), (before, row.shape[1]), (before, before), owners=(0, 0))]
+    sights = tuple((0, dataclasses.replace(sight, start=sight.start + missing)) for owner, sight in batch.sights
+                   if owner == batch.rows[0])
+    return [Batch(row, torch.cat([canvas, canvas.flip(1)]), (before, row.shape[1]), (before, before), owners=(0, 0),
+                  sights=sights)]

@@ -17,6 +17,7 @@ from typing import Any
 
 from dgemma.chat.messages import normalise_messages, normalise_tools
 from dgemma.errors import DgemmaError
+from dgemma.train.data.columns import with_media
 
 PROMPTS = ("prompt", "instruction", "question")
 RESPONSES = ("response", "output", "answer", "completion")
@@ -49,21 +50,22 @@ class Conversations:
     bad: list[str]
 
 
-def read_conversations(sources: str | Path | Sequence[str | Path], split: str = "train",
-                       skip_bad: bool = False) -> Conversations:
+def read_conversations(sources: str | Path | Sequence[str | Path], split: str = "train", skip_bad: bool = False,
+                       image_tokens: int | None = None) -> Conversations:
     """Read conversations from files, folders and names on the hub (``org/name`` or ``org/name:config``).
 
     ``split`` is for datasets. A bad row raises `DgemmaError` naming file, row and what is wrong with it; with
-    ``skip_bad`` it is counted instead.
+    ``skip_bad`` it is counted instead. ``image_tokens`` are the most soft tokens of a picture that has no "tokens" of
+    its own (None: as its words need).
     """
     rows: list[Conversation] = []
     bad: list[str] = []
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
-        for where, row in _rows(source, split):
+        for where, row, folder in _rows(source, split):
             try:
                 if isinstance(row, Exception):
                     raise DgemmaError(f"{where}: {row}") from row
-                rows.append(conversation_of(row, where))
+                rows.append(conversation_of(row, where, folder, image_tokens))
             except DgemmaError as error:
                 if not skip_bad:
                     raise
@@ -74,12 +76,16 @@ def read_conversations(sources: str | Path | Sequence[str | Path], split: str = 
     return Conversations(rows, bad)
 
 
-def conversation_of(row: Any, where: str = "row") -> Conversation:
-    """The conversation in one row; raises `DgemmaError`, beginning with ``where``, when it cannot be trained on."""
+def conversation_of(row: Any, where: str = "row", folder: Path | None = None,
+                    image_tokens: int | None = None) -> Conversation:
+    """The conversation in one row, pictures' paths being relative to ``folder`` (None: the working directory).
+
+    Raises `DgemmaError`, beginning with ``where``, when it cannot be trained on.
+    """
     try:
         if not isinstance(row, Mapping):
             raise DgemmaError(f"a row is an object with named columns, not {type(row).__name__}")
-        messages = _messages(row)
+        messages = with_media(_messages(row), row, folder, image_tokens)
         tools = normalise_tools(_from_json(row.get("tools"), "tools"))
         kept = [{key: value for key, value in message.items() if key not in ("weight", "train")}
                 for message in messages]
@@ -175,11 +181,10 @@ def _check(messages: list[dict[str, Any]]) -> tuple[int, ...]:
     normal = normalise_messages(messages, strict=True)
     trained = []
     for index, message in enumerate(normal):
-        parts = message["content"] if isinstance(message["content"], list) else []
-        if any(part["type"] != "text" for part in parts):
-            raise DgemmaError(f"message {index}: images and videos cannot be trained on yet, only text")
         if message["role"] != "assistant":
             continue
+        if isinstance(message["content"], list) and any(part["type"] != "text" for part in message["content"]):
+            raise DgemmaError(f"message {index}: the assistant cannot show images and videos, only write text")
         if index == 0:
             raise DgemmaError("message 0: the assistant speaks first, and nothing asks it to; drop it or make it a "
                               "system message")
@@ -205,22 +210,25 @@ def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
 # ---- sources ---------------------------------------------------------------------------------------
 
 
-def _rows(source: str | Path, split: str) -> Iterator[Row]:
+def _rows(source: str | Path, split: str) -> Iterator[tuple[str, Any, Path | None]]:
+    """All rows of a source, each with the folder of the file that it is in."""
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            yield from _dataset_rows(_saved_dataset(path, split), f"{path} ({split})")
+            data = _saved_dataset(path, split)
+            yield from ((where, row, path) for where, row in _dataset_rows(data, f"{path} ({split})"))
             return
         files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file()
                        and not any(part.startswith(".") for part in file.relative_to(path).parts))
         if not files:
             raise DgemmaError(f"{path}: no {', '.join(_SUFFIXES)} file in this folder")
         for file in files:
-            yield from _file_rows(file)
+            yield from ((where, row, file.parent) for where, row in _file_rows(file))
     elif path.is_file():
-        yield from _file_rows(path)
+        yield from ((where, row, path.parent) for where, row in _file_rows(path))
     elif isinstance(source, str) and path.suffix not in _SUFFIXES and source.count("/") == 1 and source[0] not in "./~":
-        yield from _dataset_rows(_hub_dataset(source, split), f"{source} ({split})")
+        yield from ((where, row, None) for where, row in _dataset_rows(_hub_dataset(source, split),
+                                                                       f"{source} ({split})"))
     else:
         raise DgemmaError(f"{source}: no such file or folder, and no name on the hub (org/name)")
 
@@ -282,7 +290,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise DgemmaError(f"{path}: cannot be read as Parquet ({error})") from error
 
 
-def _saved_dataset(path: Path, split: str) -> Iterable[Any]:
+def _saved_dataset(path: Path, split: str) -> Any:
     _need_datasets(path)
     from datasets import DatasetDict, load_from_disk
 
@@ -292,7 +300,7 @@ def _saved_dataset(path: Path, split: str) -> Iterable[Any]:
     return data[split] if isinstance(data, DatasetDict) else data
 
 
-def _hub_dataset(name: str, split: str) -> Iterable[Any]:
+def _hub_dataset(name: str, split: str) -> Any:
     _need_datasets(name)
     from datasets import load_dataset
 
@@ -304,9 +312,13 @@ def _hub_dataset(name: str, split: str) -> Iterable[Any]:
                           f"{type(error).__name__}: {error}") from error
 
 
-def _dataset_rows(data: Iterable[Any], name: str) -> Iterator[Row]:
-    for index, row in enumerate(data):
-        yield f"{name}: row {index + 1}", without_nulls(row)
+def _dataset_rows(data: Any, name: str) -> Iterator[Row]:
+    """Rows as Arrow holds them: pictures as the bytes of their files, which are a part of their pixels."""
+    index = 0
+    for batch in data.with_format("arrow").iter(1024):
+        for row in batch.to_pylist():
+            index += 1
+            yield f"{name}: row {index}", without_nulls(row)
 
 
 def without_nulls(value: Any) -> Any:

@@ -112,10 +112,10 @@ def source_of(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, generat
                        for count, apart in ((data.count, False), (data.held_out, True)))
         return _listed(recipe, ConversationData(("generated notes",), fill="pad"), train, kept, tokenizer, config,
                        generation, report)
-    found = read_conversations(data.train, skip_bad=data.skip_bad)
+    found = read_conversations(data.train, skip_bad=data.skip_bad, image_tokens=data.image_tokens)
     _tell(found.bad, report)
     if data.held_out:
-        apart = read_conversations(data.held_out, skip_bad=data.skip_bad)
+        apart = read_conversations(data.held_out, skip_bad=data.skip_bad, image_tokens=data.image_tokens)
         _tell(apart.bad, report)
         train, kept = found.rows, apart.rows
     else:
@@ -139,11 +139,24 @@ def longest_context(source: Source) -> int:
     return max(example.context_length for example in examples)
 
 
+def most_soft_tokens(source: Source) -> int:
+    """The most tokens of a context that are pictures'; what is made on the way has none."""
+    examples = source.examples if isinstance(source, Listed) else []
+    return max((sum(sight.tokens for sight in example.sights) for example in examples), default=0)
+
+
+def shows_pictures(source: Source) -> bool:
+    """Whether there are pictures in what is trained on; what is made on the way has none."""
+    return isinstance(source, Listed) and any(example.sights for example in (*source.examples, *source.kept))
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
-    """The same for the same tokens, in the same order, that count as much."""
+    """The same for the same tokens and pictures (those in files by their paths), in the same order, that count as
+    much."""
     found = hashlib.sha256()
     for example in examples:
-        found.update(repr((example.context_ids, example.canvas_ids, example.weights)).encode())
+        seen = [(sight.medium.source, sight.start) for sight in example.sights]
+        found.update(repr((example.context_ids, example.canvas_ids, example.weights, *seen)).encode())
     return found.hexdigest()
 
 
@@ -178,7 +191,8 @@ def _listed(recipe: Recipe, data: ConversationData, train: list[Conversation], k
     for rows in (train, kept):
         prepared = prepare(rows, tokenizer, config.canvas_length, recipe.objective.fill_weight,
                            min(data.max_context or room, room), too_long=data.too_long, thinking=data.thinking,
-                           fill=data.fill, stop_ids=generation.eos_token_id, skip_bad=data.skip_bad) if rows else None
+                           fill=data.fill, stop_ids=generation.eos_token_id, skip_bad=data.skip_bad,
+                           vision=config.vision) if rows else None
         found.append(prepared.examples if prepared else [])
         _tell(prepared.skipped if prepared else [], report)
     report(f"{len(train):,} conversations to train on ({len(found[0]):,} canvases), {len(kept):,} kept for validation "

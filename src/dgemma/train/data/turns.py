@@ -10,16 +10,18 @@ rendering of the whole conversation would not do: templates leave out earlier tu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dgemma.chat.messages import normalise_messages
 from dgemma.chat.reply import inside_thought, read_answer
 from dgemma.chat.thoughts import CLOSE, HEADER, OPEN
 from dgemma.chat.tokenizer import Tokenizer
+from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
 from dgemma.tokenizer_files import STOPS
 from dgemma.train.data.conversations import Conversation, text_of
+from dgemma.train.sights import Sight, media_of, placed_sights
 
 Thinking = Literal["auto", "on", "off"]
 
@@ -27,7 +29,8 @@ Thinking = Literal["auto", "on", "off"]
 @dataclass(frozen=True)
 class Turn:
     """One answer of the assistant's. ``response_ids`` ends with the stop token; ``message`` is its place in the
-    conversation of ``row``; ``dropped``: how many messages were left out of the context because it was too long."""
+    conversation of ``row``; ``dropped``: how many messages were left out of the context because it was too long;
+    ``sights`` are the pictures in the context, in order."""
 
     context_ids: list[int]
     response_ids: list[int]
@@ -35,16 +38,28 @@ class Turn:
     message: int
     thinking: bool = False
     dropped: int = 0
+    sights: tuple[Sight, ...] = ()
 
     @property
     def where(self) -> str:
         return f"{self.row}, message {self.message}"
 
+    def ending(self, most: int) -> Turn:
+        """The turn with the end of its context only, about ``most`` tokens: no picture is cut, and the last one that
+        there is stays."""
+        first = max(len(self.context_ids) - most, 0)
+        if self.sights:
+            first = min(first, self.sights[-1].start - 1)  # where its begin token is
+            first = next((sight.start - 1 for sight in self.sights if sight.start <= first < sight.stop + 1), first)
+        kept = tuple(replace(sight, start=sight.start - first) for sight in self.sights if sight.start > first)
+        return replace(self, context_ids=self.context_ids[first:], sights=kept)
+
 
 def turn_of(conversation: Conversation, message: int, tokenizer: Tokenizer, *, thinking: Thinking = "auto",
-            stop_ids: Sequence[int] | None = None, first: int = 0) -> Turn:
+            stop_ids: Sequence[int] | None = None, first: int = 0, vision: VisionConfig | None = None) -> Turn:
     """The turn of the assistant's message with that index. ``first``: earlier messages, but for system messages at the
-    beginning, are left out of its context. Raises `DgemmaError` when the template does not show what was written."""
+    beginning, are left out of its context. ``vision`` is the tower of the model, if it has one. Raises `DgemmaError`
+    when the template does not show what was written, and for pictures that cannot be read or seen."""
     where = f"{conversation.where}, message {message}"
     stops = {token for name in STOPS if (token := tokenizer.token_to_id(name)) is not None}
     stops = set(stop_ids) if stop_ids else stops
@@ -54,11 +69,13 @@ def turn_of(conversation: Conversation, message: int, tokenizer: Tokenizer, *, t
     head = next((i for i, one in enumerate(before) if one.get("role") not in ("system", "developer")), len(before))
     before = before[:head] + before[max(first, head) :]
     try:
+        media = media_of(before, vision, where)
         context = tokenizer.apply_chat_template(before, thinking=thinks, tools=conversation.tools)
         response = _response(tokenizer, context, before, written, conversation.tools, thinks, stops)
+        context, sights = placed_sights(media, context, tokenizer)
     except DgemmaError as error:
         raise DgemmaError(f"{where}: {error}") from error
-    return Turn(context, response, conversation.where, message, thinks, message - len(before))
+    return Turn(context, response, conversation.where, message, thinks, message - len(before), sights)
 
 
 def has_thoughts(conversation: Conversation) -> bool:

@@ -225,6 +225,8 @@ def _shown(prompt: Sequence[dict[str, Any]]) -> str:
     for message in messages:
         content = message["content"]
         text = json.dumps(content, ensure_ascii=False) if isinstance(content, dict) else text_of(content)
+        media = [part for part in content if part["type"] != "text"] if isinstance(content, list) else []
+        text = "".join(f"[{part.get('path', part['type'])}]\n" for part in media) + text
         said.append(_said(text, [call["function"] for call in message.get("tool_calls", ())]))
     if [message["role"] for message in messages] == ["user"]:
         return said[0]

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dgemma import seeds
+from dgemma.chat.pictures import PICTURE_TOKENS
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import MODEL_TYPE, GenerationConfig, generation_config_from_dict, model_config_from_dict
+from dgemma.engine.pictures import PictureEncoder
 from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import make_folder
-from dgemma.model import Model, Parts, read_parts
+from dgemma.model import Model, Parts, read_parts, seeing
 from dgemma.nn import DiffusionTransformer
 from dgemma.nn.adapters import attach, install
+from dgemma.nn.passes import Passes
+from dgemma.nn.vision import Vision
 from dgemma.train.data import tokenizer as bundled_tokenizer
 from dgemma.train.data.sources import Report, Source, few, source_of
 from dgemma.train.eval.baseline import CausalModel
@@ -35,19 +39,21 @@ from dgemma.weights.files import weight_files
 from dgemma.weights.gguf_model import load_gguf_network
 from dgemma.weights.load import load_network
 from dgemma.weights.merge import replace_weights
-from dgemma.weights.names import network_name
+from dgemma.weights.names import trained_name
 from dgemma.weights.save import save_checkpoint
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """A network in training. ``source`` is the checkpoint that it comes from, None for fresh weights."""
+    """A network in training. ``source`` is the checkpoint that it comes from, None for fresh weights; ``pictures`` sees
+    them by the network's tower, where it has one."""
 
     network: DiffusionTransformer
     tokenizer: Tokenizer
     generation_config: GenerationConfig
     recipe: Recipe
     source: Path | None
+    pictures: PictureEncoder | None = None
 
     @property
     def name(self) -> str:
@@ -57,9 +63,23 @@ class TrainState:
     def model(self) -> Answering:
         """The network as what answers prompts: by denoising, or from left to right where nothing else is trained."""
         parts = (self.network, self.tokenizer, self.generation_config, self.recipe.name)
-        if self.recipe.objective.denoising_weight:
-            return Model(*parts)
-        return CausalModel(*parts)
+        if not self.recipe.objective.denoising_weight:
+            return CausalModel(*parts)
+        # What a tower in training saw it sees otherwise by now.
+        return Model(*parts, pictures=PictureEncoder.of(self.network) if self.trains_tower else self.pictures)
+
+    @property
+    def trains_tower(self) -> bool:
+        """Whether anything of the tower changes."""
+        vision = self.network.vision
+        return vision is not None and any(parameter.requires_grad for parameter in vision.parameters())
+
+    def seeing(self, passes: Passes) -> Passes:
+        """Passes to train with that see pictures: by a tower that stays as it is each picture once, as far as that is
+        kept (`PictureEncoder`)."""
+        if self.pictures is None or self.trains_tower:
+            return passes
+        return replace(passes, see=self.pictures.see)
 
     def export(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write what is trained, as `dgemma run` takes it: an adapter, or a whole checkpoint.
@@ -117,7 +137,10 @@ def parts_of(recipe: Recipe, base: Path | None = None) -> Parts:
 
     Raises DgemmaError when they cannot be had.
     """
-    return _fresh_parts(recipe) if recipe.fresh else read_parts(base or str(recipe.model))
+    if recipe.fresh:
+        return _fresh_parts(recipe)
+    parts = read_parts(base or str(recipe.model))
+    return replace(parts, config=seeing(parts)[0])
 
 
 def glimpse(recipe: Recipe, report: Report = lambda text: None) -> tuple[Parts, Source]:
@@ -128,25 +151,34 @@ def glimpse(recipe: Recipe, report: Report = lambda text: None) -> tuple[Parts, 
                                 report)
 
 
-def begin(recipe: Recipe, parts: Parts, device: torch.device,
-          progress: Callable[[int, int], None] | None = None) -> TrainState:
+def begin(recipe: Recipe, parts: Parts, device: torch.device, progress: Callable[[int, int], None] | None = None,
+          sees: bool = False) -> TrainState:
     """The network that a recipe begins with, its adapter attached and everything else frozen that is to stay.
 
-    Raises DgemmaError when it cannot be had.
+    ``sees``: with its tower, which a network of fresh weights always has where its config describes one. Raises
+    DgemmaError when it cannot be had.
     """
     if parts.gguf is not None and recipe.adapter is None:
         raise DgemmaError(f"{parts.source}: a GGUF file is trained by an adapter only (a section `adapter:` in the "
                           "recipe); to train everything take the checkpoint that it was made of")
     if parts.source is None:
         network = DiffusionTransformer(parts.config)
+        if parts.config.vision is not None:
+            network.vision = Vision(parts.config.vision, parts.config.hidden_size)
         initialise(network, recipe.seed)
         network.to(device, None if recipe.dtype is None else getattr(torch, recipe.dtype))
     elif parts.gguf is not None:
-        network = load_gguf_network(parts.gguf, device, progress=progress, keep_packed=True)
+        network = load_gguf_network(replace(parts.gguf, config=parts.config), device, progress=progress,
+                                    keep_packed=True)
     else:
         dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
         network = load_network(parts.source, parts.config, device=device, dtype=dtype, progress=progress)
-    state = TrainState(network, parts.tokenizer, parts.generation_config, recipe, parts.source)
+    if sees and parts.source is not None:
+        _, tower = seeing(parts)
+        assert tower is not None  # otherwise its conversations could not have pictures
+        network.vision = tower.load(device, None if parts.gguf is not None else network.dtype)
+    state = TrainState(network, parts.tokenizer, parts.generation_config, recipe, parts.source,
+                       None if network.vision is None else PictureEncoder.of(network))
     if recipe.adapter is not None:
         attach(network, recipe.adapter, recipe.seed)
     else:
@@ -190,10 +222,12 @@ def _fresh_parts(recipe: Recipe) -> Parts:
 def _train_everything(state: TrainState) -> None:
     """Make every parameter trainable but those that the recipe freezes."""
     network, recipe = state.network, state.recipe
-    frozen = recipe.freeze if recipe.freeze is not None else () if recipe.fresh else (".router.",)
+    frozen = recipe.frozen
     names = [name for name, _ in network.named_parameters()]
+    # A tower may be frozen where no picture comes, too, and it is not there.
+    known = names if network.config.vision is None else [*names, "vision.vision_tower", "vision.embed_vision"]
     for part in frozen:
-        if recipe.freeze is not None and not any(part in f".{name}" for name in names):
+        if recipe.freeze is not None and not any(part in f".{name}" for name in known):
             raise DgemmaError(f"recipe {recipe.name}: freeze: no parameter has {part!r} in its name; they are called "
                               f"{', '.join(names[:3])}, …")
     for name, parameter in network.named_parameters():
@@ -207,7 +241,7 @@ def _read_weights(folder: Path, parameters: Mapping[str, Tensor]) -> None:
         try:
             with safe_open(path, "pt") as file:
                 for stored in file.keys():  # noqa: SIM118 (it is no dict)
-                    name = network_name(stored)
+                    name = trained_name(stored)
                     if name is not None and name in parameters:
                         parameters[name].copy_(file.get_tensor(stored))
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: another shape
@@ -226,7 +260,9 @@ def _swap(new: Path, folder: Path) -> None:
 
 def _config_dict(recipe: Recipe) -> dict[str, Any]:
     assert isinstance(recipe.model, dict)
-    return {"model_type": MODEL_TYPE, "architectures": ["DiffusionGemmaForBlockDiffusion"], **recipe.model}
+    sees = "vision_config" in recipe.model
+    ids = {name: bundled_tokenizer.SPECIAL_IDS[token] for name, token in PICTURE_TOKENS.items()} if sees else {}
+    return {"model_type": MODEL_TYPE, "architectures": ["DiffusionGemmaForBlockDiffusion"], **ids, **recipe.model}
 
 
 def _generation_dict(recipe: Recipe) -> dict[str, Any]:
