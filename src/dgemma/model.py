@@ -361,7 +361,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
         from dgemma.weights.adapters import adapts_tower, load_adapter
 
         if pictures is not None and adapts_tower(adapter):
-            network.vision = pictures.load()
+            network.attach_vision(pictures.load())
             pictures = PictureEncoder.of(network)
         load_adapter(network, adapter)
     return Model(network, parts.tokenizer, parts.generation_config, str(name), pictures)

@@ -1,11 +1,14 @@
 """The bundled chat template: exact prompts, the same in our environment and in transformers'."""
 
 import copy
+from pathlib import Path
 
 import pytest
 
+import dgemma
 from dgemma.chat.messages import normalise_messages, normalise_tools
 from dgemma.chat.reply import read_answer
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.errors import DgemmaError
 
 WEATHER = {
@@ -173,6 +176,12 @@ def test_a_rendered_call_parses_back(tokenizer):
     ]
 
 
-def test_an_image_is_refused(tokenizer):
+def test_a_picture_and_a_film_are_one_token_each_where_they_stand(tokenizer):
+    parts = [{"type": "image", "image": object()}, {"type": "video", "path": "a.mp4"}, {"type": "text", "text": "Hi"}]
+    assert "<|image|>\n<|video|>\nHi" in tokenizer.render([{"role": "user", "content": parts}])
+
+
+def test_the_bundled_model_refuses_pictures():
+    bundled = Tokenizer.from_folder(Path(dgemma.__file__).parent / "models" / "sudoku")
     with pytest.raises(DgemmaError, match="text only, not image"):
-        tokenizer.render([{"role": "user", "content": [{"type": "image", "image": object()}]}])
+        bundled.render([{"role": "user", "content": [{"type": "image", "image": object()}]}])

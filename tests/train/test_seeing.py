@@ -240,7 +240,7 @@ def test_a_network_of_fresh_weights_has_a_tower_where_its_config_describes_one(f
     assert all(p.requires_grad for p in run.network.vision.parameters())
     run.train()
     model = dgemma.load(tmp_path / "run" / "last")
-    assert model.sees and model.config.vision.image_token_id == model.tokenizer.token_to_id("<|image|>")
+    assert model.config.vision.image_token_id == model.tokenizer.token_to_id("<|image|>")
     written = model.pictures.load().state_dict()
     assert all(torch.equal(tensor, written[name]) for name, tensor in run.network.vision.state_dict().items())
 

@@ -143,7 +143,7 @@ def network_of(config: ModelConfig, sees: bool) -> DiffusionTransformer:
     """A network without memory behind its tensors, with its tower if it is trained on pictures."""
     network = empty_network(config)
     if sees and config.vision is not None:
-        network.vision = empty_vision(config.vision, config.hidden_size)
+        network.attach_vision(empty_vision(config.vision, config.hidden_size))
     return network
 
 

@@ -54,6 +54,10 @@ class DiffusionTransformer(nn.Module):
         """An empty cache for ``batch_size`` rows, of the network's ``cache_type``; the rest as `KVCache` has it."""
         return KVCache(self.config, batch_size, self.device, self.cache_type, spare, **settings)
 
+    def attach_vision(self, vision: Vision) -> None:
+        """Make a tower a part of the network, to be trained, adapted or saved with it."""
+        self.vision = vision
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [B, T] -> embeddings times √D, [B, T, D]."""
         return embedding(token_ids, self.embed_tokens.weight) * self.embed_scale

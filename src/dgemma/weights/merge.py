@@ -57,7 +57,7 @@ def merge_to_folder(source: Path, adapter: Path, out: Path, progress: Progress |
     _, problems = match(contents, tensor_shapes(network))
     refuse(problems, f"{source}: this checkpoint cannot be merged")
     if config.vision is not None and adapts_tower(adapter):
-        network.vision = empty_vision(config.vision, config.hidden_size)
+        network.attach_vision(empty_vision(config.vision, config.hidden_size))
     factors = read_adapter(adapter, network).factors
     total = sum(tensor.nbytes for tensor in contents.tensors.values())
     done = 0

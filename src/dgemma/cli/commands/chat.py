@@ -218,7 +218,9 @@ def answer(model: AnyModel, conversation: Conversation, message: str, live: bool
 
 def show(model: AnyModel, conversation: Conversation, kind: str, path: Path, **how: Any) -> None:
     """Let a picture or film go along with the next message. Raises DgemmaError for what cannot be shown."""
-    if not getattr(model, "sees", True):  # of a server that is not known
+    from dgemma.model import Model
+
+    if isinstance(model, Model) and model.pictures is None:  # of a server that is not known
         raise DgemmaError("this model sees no pictures: it has no vision tower")
     part = media_part(kind, path, **how)
     size = ""

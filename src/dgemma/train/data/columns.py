@@ -26,8 +26,8 @@ def with_media(messages: Sequence[dict[str, Any]], row: Mapping[str, Any], folde
 
     What stands in columns fills parts without a source, in order, or marks for them in texts ("<image>", as LLaVA's
     data have it); without any it stands before the words of the first user message, since all answers of the row are
-    about it. ``image_tokens`` is for pictures that do not say
-    "tokens" themselves. Raises DgemmaError where there are not as many as there are places.
+    about it. ``image_tokens`` is for pictures that do not say "tokens" themselves. Raises DgemmaError where there are
+    not as many as there are places.
     """
     columns = [{"type": kind, kind: source} for name, kind in _COLUMNS.items()
                for source in _several(row.get(name), name)]

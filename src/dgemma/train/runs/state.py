@@ -164,7 +164,7 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device, progress: Callable
     if parts.source is None:
         network = DiffusionTransformer(parts.config)
         if parts.config.vision is not None:
-            network.vision = Vision(parts.config.vision, parts.config.hidden_size)
+            network.attach_vision(Vision(parts.config.vision, parts.config.hidden_size))
         initialise(network, recipe.seed)
         network.to(device, None if recipe.dtype is None else getattr(torch, recipe.dtype))
     elif parts.gguf is not None:
@@ -176,7 +176,7 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device, progress: Callable
     if sees and parts.source is not None:
         _, tower = seeing(parts)
         assert tower is not None  # otherwise its conversations could not have pictures
-        network.vision = tower.load(device, None if parts.gguf is not None else network.dtype)
+        network.attach_vision(tower.load(device, None if parts.gguf is not None else network.dtype))
     state = TrainState(network, parts.tokenizer, parts.generation_config, recipe, parts.source,
                        None if network.vision is None else PictureEncoder.of(network))
     if recipe.adapter is not None:
