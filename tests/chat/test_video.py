@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+
 import numpy as np
 import pytest
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
@@ -71,6 +74,30 @@ def test_a_file_is_read_like_its_bytes(tmp_path):
 def test_what_is_no_film_is_an_error(data, said):
     with pytest.raises(DgemmaError, match=said):
         read_film(data)
+
+
+@pytest.mark.parametrize(("container", "codec"), [("mp4", "libx264"), ("webm", "libvpx"), ("avi", "mpeg4")])
+def test_a_damaged_film_is_a_film_or_an_error(container, codec):
+    """Mutations of a film; DGEMMA_FUZZ_FILMS makes more of them than the suite does."""
+    whole, generator = film(12, 12, container, codec), random.Random(0)
+    outcomes = [0, 0]
+    for _ in range(int(os.environ.get("DGEMMA_FUZZ_FILMS", 400))):
+        data = bytearray(whole)
+        for _ in range(generator.choice((1, 3, 10, 50))):
+            place = generator.randrange(len(data))
+            if generator.random() < 0.7 or len(data) < 500:
+                data[place] = generator.randrange(256)
+            else:
+                del data[place : place + generator.randrange(1, 200)]
+        try:
+            outcomes[0] += bool(read_film(bytes(data)).frames)
+        except DgemmaError:
+            outcomes[1] += 1
+    assert min(outcomes) > 20  # not all alike
+
+
+def test_of_a_film_of_less_than_a_frame_a_second_all_frames_are_taken_at_most():
+    assert frame_numbers(2, 0.1) == [0, 1]
 
 
 def test_a_missing_file_is_named():

@@ -46,7 +46,7 @@ def frame_numbers(total: int, rate: float, fps: float | None = None) -> list[int
     """
     seconds = total / rate
     if fps is None:
-        count = min(max(1, int(seconds)), MOST_FRAMES)
+        count = min(max(1, int(seconds)), MOST_FRAMES, total)
     elif not (math.isfinite(fps) and fps > 0):
         raise DgemmaError(f"fps must be a number above 0, got {fps!r}")
     else:
@@ -67,12 +67,7 @@ def read_film(source: str | Path | bytes, fps: float | None = None, name: str | 
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "the video")
     with _opened(source, name) as container:
-        stream = next(iter(container.streams.video), None)
-        if stream is None:
-            raise DgemmaError(f"{name}: there is no picture in it, only sound or nothing")
-        if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
-            raise DgemmaError(f"{name}: frames of {stream.codec_context.width} × {stream.codec_context.height} pixels "
-                              "are too large: at most 89 million pixels")
+        stream = _pictures_of(container, name)
         shown = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None and packet.size)
         if not shown:
             raise DgemmaError(f"{name}: this film has no frames")
@@ -80,7 +75,7 @@ def read_film(source: str | Path | bytes, fps: float | None = None, name: str | 
         numbers = frame_numbers(len(shown), rate, fps)
     # Opened anew: not every format finds back to its first frame.
     with _opened(source, name) as container:
-        stream = container.streams.video[0]
+        stream = _pictures_of(container, name)
         wanted = [shown[number] for number in numbers]
         found = [(_upright(frame), frame.pts) for frame in _decoded(container, stream, wanted)]
         seconds = tuple(float((time - shown[0]) * stream.time_base) for _, time in found)
@@ -106,9 +101,24 @@ def _opened(source: str | Path | bytes, name: str) -> Iterator[Any]:
             # By file, never by name: names may be addresses.
             with av.open(file, options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"}) as container:
                 yield container
-        except (av.error.FFmpegError, ValueError, EOFError) as error:
+        # IndexError: a damaged packet names a stream that is not there.
+        except (av.error.FFmpegError, ValueError, EOFError, IndexError) as error:
             raise DgemmaError(f"{name}: not a film that can be read (MP4, MOV, WebM, MKV, AVI, MPEG, GIF): "
                               f"{getattr(error, 'strerror', None) or error}") from error
+
+
+def _pictures_of(container: Any, name: str) -> Any:
+    """The stream of a film that is to be seen. Raises DgemmaError for none, an unknown kind, or one too large."""
+    stream = next(iter(container.streams.video), None)
+    if stream is None:
+        raise DgemmaError(f"{name}: there is no picture in it, only sound or nothing")
+    if (codec := stream.codec_context) is None:
+        raise DgemmaError(f"{name}: its pictures are coded in a way that cannot be read here")
+    if codec.width * codec.height > MOST_PIXELS:
+        raise DgemmaError(f"{name}: frames of {codec.width} × {codec.height} pixels are too large: at most 89 million "
+                          "pixels")
+    codec.options = {"max_pixels": str(MOST_PIXELS)}  # a frame may say otherwise than the file
+    return stream
 
 
 def _decoded(container: Any, stream: Any, wanted: list[int]) -> Iterator[Any]:
