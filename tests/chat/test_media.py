@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 
 import pytest
@@ -82,6 +83,17 @@ def test_a_number_that_is_given_is_kept():
     assert show(part, CONFIG, 140).pictures[0].budget == 140
     assert show(part | {"tokens": 280}, CONFIG, 140).pictures[0].budget == 280
     assert show(part, CONFIG, words="Read it").pictures[0].budget == 70
+
+
+def test_a_photo_is_turned_upright_once():
+    image = random_picture(120, 60)
+    turned = image.getexif()
+    turned[0x0112] = 6  # on its side, as phones store them
+    stored = io.BytesIO()
+    image.save(stored, "PNG", exif=turned)
+    shown = show({"type": "image", "image": stored.getvalue()}, CONFIG, 70).pictures[0]
+    assert shown.digest == prepare(stored.getvalue(), 70, CONFIG).digest
+    assert shown.pixels.shape[0] > shown.pixels.shape[1]
 
 
 def test_a_film_is_frames_of_seventy_tokens_with_their_times():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dgemma.chat.pictures import BUDGETS, Fitted, Picture, fitted, open_picture, prepare, size_of
+from dgemma.chat.pictures import BUDGETS, Fitted, Picture, fitted, open_picture, resized, size_of
 from dgemma.chat.video import FRAME_BUDGET, read_film
 from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
@@ -95,11 +95,11 @@ def show(part: dict, config: VisionConfig, tokens: int | None = None, fps: float
     source, named = _source_of(part, name)
     if part["type"] == "video":
         film = read_film(source, part.get("fps", fps), named)
-        frames = tuple(prepare(frame, FRAME_BUDGET, config, named) for frame in film.frames)
+        frames = tuple(resized(frame, FRAME_BUDGET, config) for frame in film.frames)
         return Shown(frames, tuple(film.stamps))
     image = open_picture(source, named)
     tokens = part.get("tokens", tokens)
-    return Shown((prepare(image, budget_for(*image.size, words, config) if tokens is None else tokens, config),))
+    return Shown((resized(image, budget_for(*image.size, words, config) if tokens is None else tokens, config),))
 
 
 def outline(part: dict, config: VisionConfig, tokens: int | None = None, fps: float | None = None, words: str = "",

@@ -107,7 +107,11 @@ def fitted(width: int, height: int, budget: int, config: VisionConfig = _GEMMA) 
 def prepare(source: str | Path | bytes | Image, budget: int = 280, config: VisionConfig = _GEMMA,
             name: str | None = None) -> Picture:
     """A picture resized for ``budget`` soft tokens; ``source`` and ``name`` as in `open_picture`."""
-    image = open_picture(source, name)
+    return resized(open_picture(source, name), budget, config)
+
+
+def resized(image: Image, budget: int, config: VisionConfig = _GEMMA) -> Picture:
+    """A picture as `open_picture` gives it, resized for ``budget`` soft tokens."""
     size = fitted(*image.size, budget, config)
     if image.size != (size.width, size.height):
         image = image.resize((size.width, size.height), _pillow().Resampling.BICUBIC)
