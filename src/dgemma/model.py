@@ -121,32 +121,27 @@ class Model:
         if images is not None and not isinstance(images, (list, tuple)):
             raise DgemmaError(f"images must be a list of pictures, not {type(images).__name__}")
         media = list(images or ()), [] if video is None else [video]
-        if _is_ids(prompt):
-            parts = parts_in(put_first([{"role": "user", "content": ""}], *media))
-            ids = _ids_of(prompt)
+        ids = _ids_of(prompt) if _is_ids(prompt) else None
+        if ids is not None:
+            messages = put_first([{"role": "user", "content": ""}], *media)
         elif isinstance(prompt, (str, list, tuple)):
             conversation: Any = prompt if isinstance(prompt, str) else list(prompt)
             messages = put_first(normalise_messages(conversation, system=system), *media)
-            parts = parts_in(messages)
-            self._check_seen(parts)
-            ids = self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
         else:
             raise DgemmaError(f"a prompt is text, a list of messages or a list of token ids, not "
                               f"{type(prompt).__name__}")
-        pictures = self._check_seen(parts)
-        if pictures is None:
+        parts = parts_in(messages)
+        if parts and self.pictures is None:
+            raise DgemmaError("this model sees no pictures: it has no vision tower")
+        if ids is None:
+            ids = self.tokenizer.apply_chat_template(messages, thinking=thinking, tools=tools)
+        if not parts or self.pictures is None:
             return _PromptIds(ids)
-        config = pictures.config
+        config = self.pictures.config
         shown = [show(part, config, _plain_number(image_tokens), _plain_number(fps), words, f"{part['type']} {number}")
                  for number, (part, words) in enumerate(parts, 1)]
         ids, starts = place_media(ids, shown, config, self.tokenizer.encode)
         return _PromptIds(ids, [picture for part in shown for picture in part.pictures], starts)
-
-    def _check_seen(self, parts: Sequence[Any]) -> PictureEncoder | None:
-        """What sees these parts, if there are any; raises DgemmaError where nothing does."""
-        if parts and self.pictures is None:
-            raise DgemmaError("this model sees no pictures: it has no vision tower")
-        return self.pictures if parts else None
 
     def request(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                 thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,

@@ -91,22 +91,18 @@ def media_bytes(url: str, rules: MediaRules, where: str, resolve: Resolve = addr
     return _fetched(url, rules, where, resolve)
 
 
-def base64_bytes(data: str, where: str) -> bytes:
-    """The bytes that base64 text stands for. Raises `ApiError`."""
-    try:
-        return base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(400, f"{where}: not base64: {error}", where) from error
-
-
 def _data(rest: str, where: str) -> bytes:
     """What stands behind the "data:" of such a URL (RFC 2397)."""
     head, comma, data = rest.partition(",")
     if not comma:
         raise ApiError(400, f"{where}: a data: URL is data:image/png;base64,…: the comma is missing", where)
-    if head.lower().endswith(";base64"):
-        return base64_bytes(unquote_to_bytes(data).decode("latin-1"), where)
-    return unquote_to_bytes(data)
+    plain = unquote_to_bytes(data)
+    if not head.lower().endswith(";base64"):
+        return plain
+    try:
+        return base64.b64decode(b"".join(plain.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(400, f"{where}: not base64: {error}", where) from error
 
 
 def _fetched(url: str, rules: MediaRules, where: str, resolve: Resolve) -> bytes:
