@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
-from dgemma.chat.video import MOST_FRAMES, Film, frame_numbers, read_film
+from dgemma.chat.video import MOST_FRAMES, Film, first_frame, frame_numbers, read_film
 from dgemma.errors import DgemmaError
-from support.films import STEP, film, sound
+from support.films import STEP, film, sound, turned_film
 
 
 def shown(found: Film) -> list[int]:
@@ -48,6 +48,11 @@ def test_frames_and_times_of_any_common_format(container, codec):
     assert found.stamps == ["00:00", "00:00", "00:01", "00:01", "00:02", "00:02"]
 
 
+@pytest.mark.parametrize("frames", [2, 3, 12])
+def test_every_frame_of_a_short_film_is_there(frames):
+    assert np.abs(np.array(shown(read_film(film(frames, 10), fps=10))) - np.arange(frames)).max() <= 1
+
+
 def test_a_long_film_is_read_by_jumps_and_gives_the_same_frames():
     found = read_film(film(125, 1), fps=0.04)
     assert found.seconds == pytest.approx([0, 25, 50, 75, 100])
@@ -59,6 +64,32 @@ def test_where_frames_are_not_evenly_shown_the_times_are_their_own():
     assert len(found.frames) == len(found.seconds) > 1
     times = [number * 0.1 if number < 10 else number * 0.5 for number in shown(found)]
     assert found.seconds == pytest.approx(times, abs=0.02)
+
+
+@pytest.mark.parametrize(("matrix", "white", "size"), [
+    ((1, 0, 0, 1), "upper left", (64, 48)), ((0, 1, -1, 0), "upper right", (48, 64)),  # a phone held upright
+    ((-1, 0, 0, -1), "lower right", (64, 48)), ((0, -1, 1, 0), "lower left", (48, 64)),
+    ((-1, 0, 0, 1), "upper right", (64, 48)), ((1, 0, 0, -1), "lower left", (64, 48)),  # mirrored
+    ((0, 1, 1, 0), "upper left", (48, 64)), ((0, -1, -1, 0), "lower right", (48, 64)),
+])
+def test_a_film_that_was_held_sideways_comes_upright(matrix, white, size):
+    data = turned_film(*matrix)
+    for frame in (*read_film(data, fps=10).frames, first_frame(data)):
+        assert frame.size == size
+        pixels = np.asarray(frame.convert("L"))
+        halves = [pixels[: size[1] // 2], pixels[size[1] // 2 :]]
+        bright = {f"{side} {end}": part.mean() for side, rows in zip(("upper", "lower"), halves, strict=True)
+                  for end, part in (("left", rows[:, : size[0] // 2]), ("right", rows[:, size[0] // 2 :]))}
+        assert max(bright, key=lambda corner: bright[corner]) == white
+        assert sorted(bright.values())[-1] > 200 and sorted(bright.values())[-2] < 50
+
+
+def test_the_first_frame_of_a_film_is_the_one_that_is_read_first(tmp_path):
+    data = film(30, 30)
+    assert np.array_equal(np.asarray(first_frame(data)), np.asarray(read_film(data).frames[0]))
+    for broken, said in ((b"hello there", "not a film"), (sound(), "only sound")):
+        with pytest.raises(DgemmaError, match=said):
+            first_frame(broken)
 
 
 def test_a_file_is_read_like_its_bytes(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,16 @@ def read_film(source: str | Path | bytes, fps: float | None = None, name: str | 
     return Film(tuple(image for image, _ in found), seconds)
 
 
+def first_frame(source: str | Path | bytes, name: str | None = None) -> Image:
+    """The first frame of a film in RGB, upright; nothing else of it is decoded. Raises DgemmaError as `read_film`."""
+    name = name or (str(source) if isinstance(source, (str, Path)) else "the video")
+    with _opened(source, name) as container:
+        frame = next(container.decode(_pictures_of(container, name)), None)
+        if frame is None:
+            raise DgemmaError(f"{name}: this film has no frames")
+        return _upright(frame)
+
+
 @contextmanager
 def _opened(source: str | Path | bytes, name: str) -> Iterator[Any]:
     """A film's container; what goes wrong within is a DgemmaError."""
@@ -126,10 +137,12 @@ def _decoded(container: Any, stream: Any, wanted: list[int]) -> Iterator[Any]:
     gap = 10 / float(stream.time_base)  # more than the distance of key frames in most films
     stream.thread_type = "AUTO"
     last = wanted[0]
+    decoding = container.decode(stream)  # one for all: a decoder gives several frames at a time, at the end most of all
     for time in wanted:
         if time - last > gap:
             container.seek(time, stream=stream)
-        for frame in container.decode(stream):
+            decoding = container.decode(stream)
+        for frame in decoding:
             if frame.pts is not None and frame.pts >= time:
                 last = frame.pts
                 yield frame
@@ -137,6 +150,23 @@ def _decoded(container: Any, stream: Any, wanted: list[int]) -> Iterator[Any]:
 
 
 def _upright(frame: Any) -> Image:
-    """A frame as RGB, turned as the film says: phones hold it in their hands any way."""
+    """A frame as RGB, turned and mirrored as the film says: phones are held any way.
+
+    It says so by a matrix a b · c d · …, in fixed point, that takes (x, y) to (a·x + c·y, b·x + d·y). Between two
+    quarter turns the nearer one counts.
+    """
+    from PIL import Image
+
     image = frame.to_image()
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    sideways = abs(a) + abs(d) < abs(b) + abs(c)
+    turn = Image.Transpose
+    right, down = (b >= 0, c >= 0) if sideways else (a >= 0, d >= 0)  # whether x and y still grow that way
+    method = ({(True, True): turn.TRANSPOSE, (True, False): turn.ROTATE_270, (False, True): turn.ROTATE_90,
+               (False, False): turn.TRANSVERSE} if sideways else
+              {(True, False): turn.FLIP_TOP_BOTTOM, (False, True): turn.FLIP_LEFT_RIGHT,
+               (False, False): turn.ROTATE_180}).get((right, down))
+    return image if method is None else image.transpose(method)
