@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -31,6 +32,21 @@ RedrawOption = Annotated[bool, typer.Option(
     "--redraw-empty/--no-redraw-empty", help="Draw an answer that comes out empty once more.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 VisualOption = Annotated[bool, typer.Option("--visual/--no-visual", help="Show the canvas live (on a terminal).")]
+
+
+class PreviewKind(StrEnum):
+    """How what is shown to the model is shown on the terminal, too."""
+
+    AUTO = "auto"
+    OFF = "off"
+    KITTY = "kitty"
+    ITERM = "iterm"
+    SIXEL = "sixel"
+
+
+PreviewOption = Annotated[PreviewKind, typer.Option(
+    help="Show pictures on the terminal, too: off, or by one protocol. auto: what the terminal is known to understand.",
+    envvar="DGEMMA_PREVIEW")]
 PaceOption = Annotated[float, typer.Option(min=0.0, max=10.0, help="Show every step for at least so many seconds; the "
                                            "model does not wait for it.")]
 TraceOption = Annotated[Path | None, typer.Option(

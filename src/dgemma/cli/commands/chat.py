@@ -52,6 +52,7 @@ def chat(
     system: options.SystemOption = None,
     thinking: options.ThinkingOption = False,
     visual: options.VisualOption = True,
+    preview: options.PreviewOption = options.PreviewKind.AUTO,
     pace: options.PaceOption = 0.1,
     url: options.UrlOption = None,
     api_key: options.ApiKeyOption = None,
@@ -79,18 +80,27 @@ def chat(
     # Nothing that goes wrong with a message may cost the conversation. Ctrl-C never does more than stop an answer,
     # however often it comes: only at the prompt is it an exception.
     with signals_handled(lambda *_: loaded.cancel(), signal.SIGINT):
-        sound = _talk(loaded, conversation, live, pace)
+        sound = _talk(loaded, conversation, Look(live, pace, preview))
     if not sound and not interactive:
         raise typer.Exit(1)
 
 
-def _talk(model: AnyModel, conversation: Conversation, live: bool, pace: float) -> bool:
+@dataclass(frozen=True)
+class Look:
+    """How things are shown: answers as they come into focus (``live``), every step for ``pace`` seconds, pictures."""
+
+    live: bool
+    pace: float
+    preview: str
+
+
+def _talk(model: AnyModel, conversation: Conversation, look: Look) -> bool:
     """Read and handle messages until there are no more; whether every one of them went well."""
     sound = True
     while True:
         try:
             message = _read_message()
-            if message is None or not handle(model, conversation, message, live, pace):
+            if message is None or not handle(model, conversation, message, look):
                 return sound
         except KeyboardInterrupt:
             say("(stopped)", dim=True, err=True)
@@ -142,7 +152,7 @@ def checked(conversation: Conversation, model: AnyModel) -> Conversation:
     return conversation
 
 
-def handle(model: AnyModel, conversation: Conversation, message: str, live: bool, pace: float) -> bool:
+def handle(model: AnyModel, conversation: Conversation, message: str, look: Look) -> bool:
     """Carry out or answer what was entered; False means leave.
 
     The path of a picture that is there, and nothing else, shows it. A message may begin with a slash: as a path does
@@ -151,12 +161,12 @@ def handle(model: AnyModel, conversation: Conversation, message: str, live: bool
     if message.startswith("//"):
         message = message[1:]
     elif (found := dropped(message)) is not None:
-        show(model, conversation, *found)
+        show(model, conversation, look, *found)
         return True
     elif message.startswith("/") and "/" not in message.split(maxsplit=1)[0][1:]:
-        return command(model, conversation, message)
+        return command(model, conversation, message, look)
     if message.strip():
-        answer(model, conversation, message, live, pace)
+        answer(model, conversation, message, look)
     return True
 
 
@@ -194,7 +204,7 @@ def _line(prompt: str, interactive: bool) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def answer(model: AnyModel, conversation: Conversation, message: str, live: bool, pace: float = 0.0) -> None:
+def answer(model: AnyModel, conversation: Conversation, message: str, look: Look) -> None:
     """Send a message and show the answer; both join the conversation. A stopped answer stays as far as it came."""
     from dgemma.cli.session import follow
 
@@ -203,20 +213,20 @@ def answer(model: AnyModel, conversation: Conversation, message: str, live: bool
     try:
         events = model.stream(messages, system=conversation.system, thinking=conversation.thinking,
                               seed=conversation.seed, **conversation.settings)
-        generation = follow(model, events, visual=live, pace=pace, insist=False)
+        generation = follow(model, events, visual=look.live, pace=look.pace, insist=False)
     except Exception:
         conversation.messages = before  # a picture may be what is wrong: the next message must not fail of it, too
         raise
     stopped = generation.finish_reason == "cancelled"
     if generation.text or not stopped:
         conversation.messages = [*messages, {"role": "assistant", "content": generation.text}]
-    if not live:
+    if not look.live:
         print_text(generation.text)
     if stopped:
         say("(stopped)", dim=True, err=True)
 
 
-def show(model: AnyModel, conversation: Conversation, kind: str, path: Path, **how: Any) -> None:
+def show(model: AnyModel, conversation: Conversation, look: Look, kind: str, path: Path, **how: Any) -> None:
     """Let a picture or film go along with the next message. Raises DgemmaError for what cannot be shown."""
     from dgemma.model import Model
 
@@ -232,10 +242,14 @@ def show(model: AnyModel, conversation: Conversation, kind: str, path: Path, **h
         size = f", {image.width:,} × {image.height:,} pixels"
     before, shown = waiting(conversation.messages)
     conversation.messages = [*before, {"role": "user", "content": [*shown, part]}]
+    if look.live:
+        from dgemma.cli.terminal.pictures import preview
+
+        preview([part], look.preview)
     say(f"{path.name}{size}: shown with the next message")
 
 
-def command(model: AnyModel, conversation: Conversation, line: str) -> bool:
+def command(model: AnyModel, conversation: Conversation, line: str, look: Look) -> bool:
     """Carry out a /command; False means leave. Raises DgemmaError on a mistake."""
     name, _, rest = line[1:].strip().partition(" ")
     rest = rest.strip()
@@ -247,7 +261,7 @@ def command(model: AnyModel, conversation: Conversation, line: str) -> bool:
         option = "image-tokens" if name == "image" else "fps"
         file, number = _with_number(rest, option)
         value = None if number is None else _number(f"--{option}", number, "int" if name == "image" else "float")
-        show(model, conversation, name, _path(file, name), **{"tokens" if name == "image" else "fps": value})
+        show(model, conversation, look, name, _path(file, name), **{"tokens" if name == "image" else "fps": value})
     elif name == "system":
         conversation.system = rest or None
         say("system message set" if rest else "no system message")

@@ -37,6 +37,7 @@ def run(
     thinking: options.ThinkingOption = False,
     redraw_empty: options.RedrawOption = True,
     visual: options.VisualOption = True,
+    preview: options.PreviewOption = options.PreviewKind.AUTO,
     pace: options.PaceOption = 0.1,
     trace: options.TraceOption = None,
     url: options.UrlOption = None,
@@ -66,6 +67,10 @@ def run(
     live = visual and not json and is_terminal()
     if url is not None:
         refuse_with_url(trace=trace, fps=fps, image_tokens=image_tokens)
+    if shown and live:
+        from dgemma.cli.terminal import pictures
+
+        pictures.preview(shown, preview)
     loaded = open_model(model, url=url, api_key=api_key, live=live, **local)
     events = loaded.stream([said_of(shown, text)] if shown else text, seed=seed, system=system, thinking=thinking,
                            **settings)
