@@ -6,6 +6,8 @@ import pytest
 
 import dgemma
 from dgemma.errors import DgemmaError
+from dgemma.memory.inference import mapped_bytes
+from dgemma.model import Model
 from support.films import film
 from support.pictures import as_file, random_picture
 from support.vision import save_seeing_model
@@ -45,6 +47,17 @@ def test_the_tower_is_read_when_the_first_picture_comes(folder):
     assert model.pictures.vision is None
     model.request("What is this?", images=[IMAGE])
     assert model.pictures.vision is not None
+
+
+def test_memory_for_requests_is_what_seeing_leaves(folder):
+    seeing, free = dgemma.load(folder), 8 << 30
+    weights = sum(tensor.nbytes for tensor in seeing.pictures.load().state_dict().values())
+    ahead = seeing.pictures.ahead
+    assert ahead > weights + seeing.pictures.kept
+    blind = Model(seeing.network, seeing.tokenizer, seeing.generation_config, "blind")
+    assert seeing.request_memory(free) == pytest.approx(blind.request_memory(free) - ahead * 4 / 5, abs=1)
+    seeing.generate("Hi", images=[IMAGE], **SETTINGS)
+    assert seeing.pictures.ahead == ahead - weights - seeing.pictures.nbytes + mapped_bytes(seeing.pictures.vision)
 
 
 def test_the_next_question_about_a_picture_does_not_ask_the_tower_again(folder):

@@ -51,13 +51,20 @@ class Model:
                  name: str, pictures: PictureEncoder | None = None):
         self.network, self.tokenizer, self.name, self.pictures = network, tokenizer, name, pictures
         self.generation_config = generation_config
-        self.prefixes = PrefixStore(request_memory(network) // 4)  # what a conversation's earlier turns have read
+        self.prefixes = PrefixStore(self.request_memory() // 4)  # what a conversation's earlier turns have read
         self._engines: list[weakref.ref[Engine]] = []  # replaced, never changed: `cancel` may come at any moment
         self._adding = threading.Lock()
 
     @property
     def config(self) -> ModelConfig:
         return self.network.config
+
+    def request_memory(self, available: int | None = None) -> int:
+        """Memory for requests and for what they leave to be read again, bytes: what seeing needs is not among it.
+
+        ``available`` as in `memory.inference.request_memory`.
+        """
+        return request_memory(self.network, available, 0 if self.pictures is None else self.pictures.ahead)
 
     def generate(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                  thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
@@ -245,7 +252,7 @@ class Model:
         # An engine of its own for every call: a caller who stops listening leaves nothing behind in another's batch.
         # It is known before the first event is asked for, so that a cancel can never come too early.
         # What prefixes take is measured as used, or is theirs to take yet.
-        memory = request_memory(self.network) + self.prefixes.spare
+        memory = self.request_memory() + self.prefixes.spare
         memory = max(memory - self.prefixes.budget, memory // 2)
         engine = Engine(self.network, self.reader, prefixes=self.prefixes, memory=memory)
         with self._adding:
@@ -350,8 +357,10 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     if tower is not None and config.vision is not None:
         # With ``vision`` it is asked for, so it is there before the first picture.
         asked = None if vision is None else tower.load(target, dtype)
+        as_stored = target.type == "cpu" and dtype is None
         pictures = PictureEncoder(network, config.vision,
-                                  lambda: tower.load(target, dtype) if asked is None else asked)
+                                  lambda: tower.load(target, dtype) if asked is None else asked,
+                                  vision=asked, nbytes=tower.nbytes if as_stored else None)
     if adapter is not None:
         from dgemma.weights.adapters import adapts_tower, load_adapter
 

@@ -10,6 +10,7 @@ from dgemma.chat.pictures import prepare
 from dgemma.config import VisionConfig
 from dgemma.engine import PrefixStore
 from dgemma.engine.pictures import PictureEncoder
+from dgemma.memory.vision import tower_working_bytes
 from dgemma.nn.vision import Vision
 from support.pictures import random_picture
 from support.reference import randomise, tiny_config
@@ -43,6 +44,19 @@ def test_the_tower_comes_with_the_first_picture(encoder_of):
     encoder.spans([A], [0])
     encoder.spans([B], [0])
     assert len(loads) == 1
+
+
+def test_what_seeing_has_yet_to_take_is_known(encoder_of):
+    encoder, vision, _, _ = encoder_of(kept=1 << 20)
+    weights = sum(tensor.nbytes for tensor in vision.state_dict().values())
+    working = tower_working_bytes(TOKENS, 4)
+    assert encoder.ahead == weights + working + (1 << 20)
+    soft = encoder.see([A])[0]
+    assert encoder.ahead == working + (1 << 20) - soft.nbytes  # the tower is in memory, and so is what it saw
+    known = PictureEncoder(encoder.network, TOKENS, encoder.load, 0, nbytes=5)
+    assert known.ahead == 5 + working
+    read = PictureEncoder(encoder.network, TOKENS, encoder.load, 0, vision=vision)
+    assert read.ahead == working
 
 
 def test_spans_are_what_the_tower_sees(encoder_of):

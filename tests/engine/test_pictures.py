@@ -5,6 +5,7 @@ import torch
 
 from dgemma.diffusion.prompt import SoftSpan
 from dgemma.engine import PrefixStore
+from dgemma.errors import ContextLengthError
 from support.engine_requests import C, tokens_of
 from support.reference import random_network, tiny_config
 
@@ -46,6 +47,23 @@ def test_a_picture_is_read_in_one_pass_however_little_is_read_at_a_time(engine_o
     pieces = answer(engine_of(piece=4), request)
     assert encoded[:3] == [[4], [10], [4]]
     assert tokens_of([pieces]) == tokens_of([whole])
+
+
+def test_soft_tokens_count_among_what_a_request_needs(engine_of, ask):
+    plain, seeing = ask(PROMPT, max_tokens=C), ask(PROMPT, max_tokens=C, spans=(picture(b"a"),))
+    probe = engine_of().scheduler
+    needed, soft = probe.memory_of(plain), seeing.spans[0].embeddings.nbytes
+    assert probe.memory_of(seeing) == needed + soft > needed
+    engine = engine_of(memory=needed)
+    engine.check(plain)
+    with pytest.raises(ContextLengthError, match="memory"):
+        engine.check(seeing)
+    engine = engine_of(memory=needed + soft)
+    engine.check(seeing)
+    engine.submit(seeing)
+    engine.step()
+    assert engine.memory.reserved == needed + soft
+    assert engine.clear() and engine.memory.reserved == 0
 
 
 @pytest.mark.parametrize("spans", [(picture(b"a", start=15),), (picture(b"a"), picture(b"b", start=10)),

@@ -117,6 +117,7 @@ def test_weights_in_mapped_files_are_taken_off_what_requests_may_have(tmp_path):
     assert mapped_bytes(mapped) == pytest.approx(size, rel=0.01)
     assert mapped_bytes(load_network(folder, config, dtype=other_dtype(mapped))) == 0  # converted: in memory
     assert request_memory(own, GIB) == GIB * 4 // 5
+    assert request_memory(own, GIB, seeing=GIB // 4) == GIB * 3 // 4 * 4 // 5
     assert request_memory(mapped, GIB) == (GIB - mapped_bytes(mapped)) * 4 // 5
     assert mapped_bytes(own, tmp_path / "not there") == sum(tensor.nbytes for tensor in own.state_dict().values())
 

@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from dgemma.diffusion.prompt import SoftSpan
 from dgemma.diffusion.request import Request
 from dgemma.diffusion.sequence import SequenceState
 from dgemma.engine.prefixes import Prefix, PrefixStore
@@ -141,7 +142,7 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Raises ContextLengthError when a request cannot run in the memory there is."""
-        needed, most = self.memory_for(len(request.prompt_ids)), self.memory.most
+        needed, most = self.memory_for(len(request.prompt_ids), request.spans), self.memory.most
         if most is not None and needed > most:
             raise ContextLengthError(f"the prompt of {len(request.prompt_ids)} tokens and one canvas need "
                                      f"{_mib(needed)} of memory; there are {_mib(most)}")
@@ -159,20 +160,24 @@ class Scheduler:
         if most is None or self.memory_of(request) <= most:
             return request
         lengths = range(1, request.settings.max_tokens + 1)
-        length = bisect_right(lengths, most, key=lambda n: self.memory_for(self._most_tokens(request, n)))
+        length = bisect_right(lengths, most, key=lambda n: self.memory_of(request, n))
         return replace(request, settings=request.settings.replace(max_tokens=max(length, 1)))
 
-    def memory_of(self, request: Request) -> int:
-        """The most memory that a request can come to need, bytes: keys and values, and its part of a pass."""
-        return self.memory_for(self._most_tokens(request))
+    def memory_of(self, request: Request, max_tokens: int | None = None) -> int:
+        """The most memory that a request can come to need, bytes; with an answer so long, if that is said."""
+        return self.memory_for(self._most_tokens(request, max_tokens), request.spans)
 
-    def memory_for(self, tokens: int) -> int:
-        """Memory of a request that holds so many tokens and has a canvas open, bytes."""
+    def memory_for(self, tokens: int, spans: Sequence[SoftSpan] = ()) -> int:
+        """Memory of a request that holds so many tokens and has a canvas open, bytes.
+
+        Keys and values, its part of a pass, and the soft tokens of its pictures (``spans``), which stay with it.
+        """
         config, item = self.network.config, self.network.dtype.itemsize
         if self.network.device.type != "cpu":  # there a page is memory as soon as it is begun
             tokens = -(-tokens // self.prefixes.page) * self.prefixes.page
         return (sequence_bytes(config, tokens, self.network.cache_type or item)
-                + working_bytes(config, config.canvas_length, item))
+                + working_bytes(config, config.canvas_length, item)
+                + sum(span.embeddings.nbytes for span in spans))
 
     def _most_tokens(self, request: Request, max_tokens: int | None = None) -> int:
         """The most tokens whose keys and values a request can come to hold; with an answer so long, if that is said."""
@@ -195,7 +200,8 @@ class Scheduler:
         if len(self.slots) >= self.most or any(slot.stalled for slot in self.slots):
             return None
         sequence = self.paused[0].sequence if self.paused else self._waiting.peek()
-        if sequence is None or not self.memory.fits(self.memory_for(self._tokens_ahead(sequence))):
+        if sequence is None or not self.memory.fits(self.memory_for(self._tokens_ahead(sequence),
+                                                                     sequence.request.spans)):
             return None
         return sequence
 
@@ -207,7 +213,7 @@ class Scheduler:
         else:
             slot = Slot(self._waiting.pop(), prefix, age=next(self._ages))
         slot.tokens = self._tokens_ahead(slot.sequence)
-        slot.memory = self.memory_for(slot.tokens)
+        slot.memory = self.memory_for(slot.tokens, slot.sequence.request.spans)
         self._promise(slot.memory)
         self.slots.append(slot)
 
@@ -223,7 +229,7 @@ class Scheduler:
             slot.stalled = False
             if tokens <= slot.tokens:
                 continue
-            needed = self.memory_for(tokens)
+            needed = self.memory_for(tokens, slot.sequence.request.spans)
             if short or not self.memory.fits(needed - slot.memory):
                 short = slot.stalled = True
                 continue

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgemma.cache.pages import PAGE
 from dgemma.cache.store import READ_AT_ONCE, token_bytes
@@ -119,20 +119,20 @@ def working_bytes(config: ModelConfig, tokens: int, item_size: int) -> int:
     return rows * hidden * (4 * item_size + 8) + max(experts, attention, head)
 
 
-def request_memory(network: DiffusionTransformer, available: int | None = None) -> int:
+def request_memory(network: DiffusionTransformer, available: int | None = None, seeing: int = 0) -> int:
     """Memory for the requests that a network answers and for what they leave to be read again, in bytes.
 
-    Four fifths of what is free once the network is there, with all its weights in memory; ``available`` is what a CPU's
-    machine has (None: what it has now).
+    Four fifths of what is free once the network is there, with all its weights in memory, and what sees pictures for it
+    (``seeing`` bytes that this has yet to take); ``available`` is what a CPU's machine has (None: what it has now).
     """
     if available is None or network.device.type == "cuda":
         available = available_memory(network.device)
-    free = (8 << 30 if available is None else available) - mapped_bytes(network)
+    free = (8 << 30 if available is None else available) - mapped_bytes(network) - seeing
     return max(free * 4 // 5, 64 << 20)
 
 
-def mapped_bytes(network: DiffusionTransformer, maps: Path = Path("/proc/self/maps")) -> int:
-    """Bytes of a network's weights that are not memory of this process, but of files mapped into it.
+def mapped_bytes(network: nn.Module, maps: Path = Path("/proc/self/maps")) -> int:
+    """Bytes of a network's weights, or a tower's, that are not memory of this process, but of files mapped into it.
 
     Their pages count as free memory, whether they have been read yet or not, although every step needs them. Where the
     system does not tell what is mapped, all weights count.
@@ -151,7 +151,7 @@ def mapped_bytes(network: DiffusionTransformer, maps: Path = Path("/proc/self/ma
     return found
 
 
-def _weights(network: DiffusionTransformer) -> Iterator[Tensor]:
+def _weights(network: nn.Module) -> Iterator[Tensor]:
     """Every tensor of a network that is in this machine's memory, packed ones too, each memory once."""
     seen: set[int] = set()
     for module in network.modules():

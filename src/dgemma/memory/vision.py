@@ -5,7 +5,9 @@ Works on a tower's shape; `memory.inference` counts it with the network that it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from dgemma.config import VisionConfig
 from dgemma.nn.vision import CPU_ROWS, MOST_PATCHES
@@ -29,8 +31,13 @@ class TowerSize:
         """
         item = ITEM_SIZES.get(dtype)
         if item is None:
-            return self.nbytes + tower_working_bytes(self.config, self.item_size)
-        return self.parameters * item + tower_working_bytes(self.config, item, tile=MOST_PATCHES)
+            return self.nbytes + self.working("cpu")
+        return self.parameters * item + replace(self, item_size=item).working("cuda")
+
+    def working(self, device: torch.device | str) -> int:
+        """What a pass over pictures takes beside its weights on such a device; one runs at a time."""
+        tile = CPU_ROWS if torch.device(device).type == "cpu" else MOST_PATCHES
+        return tower_working_bytes(self.config, self.item_size, tile=tile)
 
 
 def tower_working_bytes(config: VisionConfig, item_size: int, patches: int = MOST_PATCHES, tile: int = CPU_ROWS) -> int:

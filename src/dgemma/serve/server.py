@@ -60,7 +60,8 @@ def serve(model: Model, settings: Settings, listener: socket.socket, *, max_num_
     Then nothing more is taken, and what runs or waits has ``grace`` seconds to finish; a second Ctrl-C ends that.
     """
     _log_to_stderr()
-    service = Service(model.network, model.reader, model.prefixes, max_num_seqs=max_num_seqs, max_queue=max_queue)
+    service = Service(model.network, model.reader, model.prefixes, max_num_seqs=max_num_seqs, max_queue=max_queue,
+                      memory=model.request_memory())
     for name, path in adapters.items():
         service.load_adapter(name, path)
     app = create_app(model, service, settings)

@@ -26,11 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower on disk. ``load(device, dtype)`` reads it; ``path`` is its GGUF file or its checkpoint folder."""
+    """A vision tower on disk. ``load(device, dtype)`` reads it; ``path`` is its GGUF file or its checkpoint folder.
+
+    ``nbytes`` is what it takes as it is stored, where that is known.
+    """
 
     path: Path
     config: VisionConfig
     load: Callable[[torch.device, torch.dtype | None], Vision]
+    nbytes: int | None = None
 
 
 def find_tower(source: Path, config: ModelConfig, mmproj: str | Path | None = None, vision: str | Path | None = None,
@@ -54,7 +58,7 @@ def find_tower(source: Path, config: ModelConfig, mmproj: str | Path | None = No
 
 
 def _of_mmproj(mmproj: Mmproj, width: int) -> Tower:
-    return Tower(mmproj.file.path, mmproj.config, partial(load_mmproj, mmproj, width))
+    return Tower(mmproj.file.path, mmproj.config, partial(load_mmproj, mmproj, width), mmproj.nbytes)
 
 
 def _of_folder(folder: Path, config: ModelConfig, vision: VisionConfig) -> Tower:

@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from dgemma.cli.streams import is_terminal
 from dgemma.cli.terminal.console import say_warning
 from dgemma.errors import DgemmaError
 
@@ -50,7 +49,7 @@ def preview(parts: Iterable[Mapping[str, Any]], setting: str = "auto") -> None:
     ``setting``: "off", "auto" (what the terminal is known to understand, or nothing), or the name of a protocol. Only
     where stdout is a terminal. What cannot be read is said in a note: who is asked about it says more.
     """
-    if setting == "off" or not is_terminal():
+    if setting == "off" or not sys.stdout.isatty():
         return
     protocol = protocol_of(os.environ) if setting == "auto" else setting
     if protocol is None:
