@@ -102,6 +102,22 @@ CONVERSATIONS = {
             'yes:true}<tool_call|><|tool_response>response:weather{value:<|"|>sunny<|"|>}<tool_response|>'
         ),
     ),
+    "tool that shows something": (
+        [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "now",
+                                                                                           "arguments": {}}}]},
+            {"role": "tool", "tool_call_id": "1", "content": [
+                {"type": "text", "text": "the clock"}, {"type": "image", "path": "a.png"}]},
+            {"role": "tool", "tool_call_id": "1", "content": [{"type": "image", "path": "b.png"}]},
+        ],
+        {},
+        (
+            "<bos><|turn>user\nHi\n there<turn|>\n<|turn>model\n<|tool_call>call:now{}<tool_call|>"
+            '<|tool_response>response:now{value:<|"|>the clock<|"|>}<tool_response|><|image|>'
+            '<|tool_response>response:now{value:<|"|><|"|>}<tool_response|><|image|>'
+        ),
+    ),
     "after the tool": (
         [
             USER,

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 import dgemma
+from dgemma.serve.anthropic.body import MessagesBody
 from support.films import film
 from support.pictures import as_file, random_picture
 from support.vision import save_seeing_model
@@ -152,10 +153,69 @@ def test_a_part_that_cannot_be_seen_is_an_error_that_names_it(http, part, said, 
     assert error["param"] in (param, "messages")
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+SOURCE = {"type": "base64", "media_type": "image/png", "data": BASE64}
+
+
+def in_tools_results(shown):
+    """Of every API a path and a body whose last message is the result of a tool, with a picture in it or without."""
+    result = [{"type": "text", "text": "seen"}]
+    yield "/v1/chat/completions", {"messages": [
+        {"role": "user", "content": "Look"}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": [*result, image()] if shown else result}]}
+    yield "/v1/responses", {"input": [
+        {"role": "user", "content": "Look"},
+        {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": [
+            {"type": "input_text", "text": "seen"}, *([{"type": "input_image", "image_url": URL}] if shown else [])]}]}
+    yield "/v1/messages", {"messages": [
+        {"role": "user", "content": "Look"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": [
+            *result, *([{"type": "image", "source": SOURCE}] if shown else [])]}]}]}
+    yield "/api/chat", {"messages": [
+        {"role": "user", "content": "Look"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]},
+        {"role": "tool", "tool_name": "look", "content": "seen", **({"images": [BASE64]} if shown else {})}]}
+
+
+@pytest.mark.parametrize("number", range(4), ids=["chat", "responses", "messages", "ollama"])
+@pytest.mark.filterwarnings("error:a picture stands behind")
+def test_a_picture_in_a_tools_result_is_seen_where_it_stands(http, number):
+    def asked(shown):
+        path, body = list(in_tools_results(shown))[number]
+        answer = http.post(path, json={"model": "sudoku", "max_tokens": 8, "stream": False, **STEPS, **body})
+        assert answer.status_code == 200, answer.text
+        usage = answer.json().get("usage") or {"input_tokens": answer.json()["prompt_eval_count"]}
+        return sum(usage.get(name) or 0 for name in ("input_tokens", "prompt_tokens", "cache_read_input_tokens"))
+
+    # A list has line breaks in this model's template.
+    assert TOKENS <= asked(True) - asked(False) <= TOKENS + 4
+
+
+def test_a_failed_tools_picture_comes_with_the_word_error():
+    result = {"type": "tool_result", "tool_use_id": "c1", "is_error": True, "content": [
+        {"type": "text", "text": "no"}, {"type": "image", "source": SOURCE}]}
+    body = MessagesBody(model="m", max_tokens=1, messages=[{"role": "user", "content": [result]}])
+    [message] = body.prompt_messages()
+    assert [part.get("text", part["type"]) for part in message["content"]] == ["error", "no", "image"]
+
+
+def test_a_template_that_leaves_out_what_a_tool_shows_is_an_error(tmp_path, serve_model):
+    folder = save_seeing_model(tmp_path)
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}<|turn>{{ message.role }}<turn|>"
+                                                "{% endfor %}")
+    with serve_model(dgemma.load(folder)) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
+        path, body = next(in_tools_results(True))
+        answer = client.post(path, json={"model": "sudoku", **body})
+    assert answer.status_code == 400
+    assert "a chat template may leave out" in answer.json()["error"]["message"]
+
+
 def test_pictures_in_what_the_assistant_said_are_refused(http):
     body = chat("x")
     body["messages"] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [image()]},
                         {"role": "user", "content": "b"}]
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400
-    assert "in messages of the user only" in answer.json()["error"]["message"]
+    assert "in messages of the user and in tools' results only" in answer.json()["error"]["message"]

@@ -65,7 +65,7 @@ def put_first(messages: Sequence[dict], images: Sequence[Any], videos: Sequence[
 def parts_in(messages: Sequence[dict]) -> list[tuple[dict, str]]:
     """The parts of normalised messages that are pictures or films, in order, each with the words of its message.
 
-    Warns of one that stands behind these: the model was trained on pictures before words.
+    Warns of one that stands behind these, but in a tool's result: the model was trained on pictures before words.
     """
     found = []
     for message in messages:
@@ -76,7 +76,7 @@ def parts_in(messages: Sequence[dict]) -> list[tuple[dict, str]]:
             if part["type"] == "text":
                 said = said or bool(part["text"].strip())
                 continue
-            if said:
+            if said and message["role"] != "tool":
                 warnings.warn("a picture stands behind the words of its message: the model expects it before them",
                               stacklevel=2)
             found.append((part, words))
@@ -149,7 +149,8 @@ def place_media(ids: Sequence[int], media: Sequence[Shown[Any]], config: VisionC
     named = [kinds[token] for token in ids if token in kinds]
     if named != [part.kind for part in media]:
         raise DgemmaError(f"the prompt has places for {_listed(named)}, and there are "
-                          f"{_listed([part.kind for part in media])}")
+                          f"{_listed([part.kind for part in media])}: a chat template may leave out what a tool's "
+                          "result or the assistant shows")
     placed: list[int] = []
     starts = []
     left = iter(media)

@@ -109,10 +109,11 @@ def refuse_media(parts: Any, where: str, seen: bool = False, within: bool = Fals
     for place, part in enumerate(parts if isinstance(parts, list) else ()):
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and (kind in UNREAD or (kind in SEEN and not seen)):
-            what = "is not read here" if kind in UNREAD else "is read in messages of the user only"
+            what = "is not read here" if kind in UNREAD else ("is read in messages of the user and in tools' results "
+                                                              "only")
             raise ApiError(400, f"{where}[{place}]: {kind} {what}", f"{where}[{place}]")
         if within and kind == "tool_result":
-            refuse_media(part.get("content"), f"{where}[{place}].content")
+            refuse_media(part.get("content"), f"{where}[{place}].content", seen=seen)
 
 
 def media_part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -187,6 +188,6 @@ class Turns:
         calls = self.say("assistant").setdefault("tool_calls", [])
         calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
 
-    def answer(self, call_id: str, content: str | dict[str, str]) -> None:
-        """Adds a tool's answer; its call may have been trimmed from the conversation."""
+    def answer(self, call_id: str, content: str | dict[str, str] | list[dict[str, Any]]) -> None:
+        """Adds a tool's answer, of parts where it shows something; its call may have been trimmed."""
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})

@@ -71,12 +71,13 @@ class ImageBlock(Body):
 
 
 ReadBlock = TextBlock | DocumentBlock | SearchResultBlock
+ResultBlock = Annotated[ReadBlock | ImageBlock, Field(discriminator="type")]
 
 
 class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | Listed[Annotated[ReadBlock, Field(discriminator="type")]] | None = None
+    content: str | Listed[ResultBlock] | None = None
     is_error: bool | None = None
 
 
@@ -215,10 +216,15 @@ def _picture(block: ImageBlock, where: str) -> dict[str, Any]:
                    "{'type': 'url', 'url': …}; files are not stored here", where)
 
 
-def _result(block: ToolResultBlock, where: str) -> str | dict[str, str]:
-    content = block.content or ""
-    text = content if isinstance(content, str) else "\n".join(
-        _read(part, f"{where}[{place}]") for place, part in enumerate(content))
+def _result(block: ToolResultBlock, where: str) -> str | dict[str, str] | list[dict[str, Any]]:
+    content = [TextBlock(type="text", text=block.content)] if isinstance(block.content, str) else block.content or ()
+    if any(isinstance(part, ImageBlock) for part in content):
+        said = [{"type": "text", "text": "error"}] if block.is_error else []
+        return said + [_picture(part, f"{where}[{place}]") if isinstance(part, ImageBlock)
+                       else {"type": "text", "text": _read(part, f"{where}[{place}]")}
+                       for place, part in enumerate(content)]
+    text = "\n".join(_read(part, f"{where}[{place}]") for place, part in enumerate(content)
+                     if not isinstance(part, ImageBlock))
     return {"error": text} if block.is_error else text
 
 

@@ -85,7 +85,7 @@ class ChatBody(CompletionFields, ProbabilityFields):
             said = message.model_dump(exclude_unset=True)
             if isinstance(message.content, list):
                 where = f"messages[{index}].content"
-                refuse_media(message.content, where, seen=message.role == "user")
+                refuse_media(message.content, where, seen=message.role in ("user", "tool"))
                 said["content"] = [_part(part, f"{where}[{place}]") for place, part in enumerate(message.content)]
             messages.append(said)
         return messages

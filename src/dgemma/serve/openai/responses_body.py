@@ -44,8 +44,7 @@ class InputImage(Body):
     detail: str | None = None
 
 
-Part = Annotated[InputText | Refusal | InputFile, Field(discriminator="type")]
-SaidPart = Annotated[InputText | Refusal | InputFile | InputImage, Field(discriminator="type")]
+Part = Annotated[InputText | Refusal | InputFile | InputImage, Field(discriminator="type")]
 
 
 class MessageItem(Body):
@@ -53,7 +52,7 @@ class MessageItem(Body):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | Listed[SaidPart] | None = None
+    content: str | Listed[Part] | None = None
 
 
 class FunctionCallItem(Body):
@@ -127,7 +126,7 @@ class ResponsesBody(ConversationFields):
         for index, item in enumerate(items if isinstance(items, list) else ()):
             if isinstance(item, dict):
                 refuse_media(item.get("content"), f"input[{index}].content", seen=item.get("role") == "user")
-                refuse_media(item.get("output"), f"input[{index}].output")
+                refuse_media(item.get("output"), f"input[{index}].output", seen=True)
         return body
 
     def declared_tools(self) -> list[dict[str, Any]] | None:
@@ -168,19 +167,14 @@ class ResponsesBody(ConversationFields):
                     raise ApiError(400, "content is missing", f"input[{index}].content")
                 role = "system" if item.role == "developer" else item.role
                 turns.say(role)
-                for place, part in enumerate([InputText(type="text", text=item.content)]
-                                             if isinstance(item.content, str) else item.content or ()):
-                    where = f"input[{index}].content[{place}]"
-                    if isinstance(part, InputImage):
-                        turns.show(role, media_part(part.model_dump(), where))
-                    else:
-                        turns.say(role, [_text(part, where)])
+                for part in _parts(item.content, f"input[{index}].content"):
+                    turns.show(role, part)
             elif isinstance(item, ReasoningItem):
                 turns.think("\n\n".join(part.text for part in item.content or item.summary or ()))
             elif isinstance(item, FunctionCallItem):
                 turns.call(item.call_id, item.name, item.arguments)
             else:
-                turns.answer(item.call_id, "\n".join(_texts(item.output, f"input[{index}].output")))
+                turns.answer(item.call_id, _parts(item.output, f"input[{index}].output"))
         if not turns.messages:
             raise ApiError(400, "there is nothing to answer", "input")
         return turns.messages
@@ -198,13 +192,17 @@ def response_format(form: Form | None) -> dict[str, Any]:
     return {"type": "json_schema", "name": "response", "strict": True, "schema": form["json_schema"]["schema"]}
 
 
-def _texts(content: str | list[Part] | None, where: str) -> list[str]:
+def _parts(content: str | list[Part] | None, where: str) -> list[dict[str, Any]]:
+    """What is said or shown, as the library reads it."""
     if isinstance(content, str):
-        return [content]
-    return [_text(part, f"{where}[{place}]") for place, part in enumerate(content or ())]
+        return [{"type": "text", "text": content}]
+    return [_part(part, f"{where}[{place}]") for place, part in enumerate(content or ())]
 
 
-def _text(part: Part, where: str) -> str:
+def _part(part: Part, where: str) -> dict[str, Any]:
+    if isinstance(part, InputImage):
+        return media_part(part.model_dump(), where)
     if isinstance(part, InputText):
-        return part.text
-    return part.refusal if isinstance(part, Refusal) else named_file(part.filename, part.file_data, where)
+        return {"type": "text", "text": part.text}
+    return {"type": "text", "text": part.refusal if isinstance(part, Refusal) else named_file(
+        part.filename, part.file_data, where)}
