@@ -58,9 +58,9 @@ class SeenPuzzles:
 
     def _prompt(self, question: PictureQuestion) -> list[int]:
         """The rendered conversation, with one token for the picture."""
-        if len(question.said) > 1:
+        *before, words = question.said
+        if before:
             return self.made.tokenizer.apply_chat_template(question.messages())
-        words = question.said[0]
         if words not in self._prompts:
             self._prompts[words] = self.made.tokenizer.apply_chat_template(question.messages())
         return self._prompts[words]
