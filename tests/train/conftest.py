@@ -14,13 +14,6 @@ MODEL = {
         "moe_intermediate_size": 8, "layer_types": ["sliding_attention", "full_attention"],
     },
 }
-# What makes it see: pictures of 320 x 320 pixels are 64 soft tokens.
-TOWER = {
-    "vision_soft_tokens_per_image": 70, "vision_soft_token_budgets": [70],
-    "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                      "num_key_value_heads": 2, "head_dim": 8, "patch_size": 20, "pooling_kernel_size": 2,
-                      "position_embedding_size": 64},
-}
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from dgemma.train.recipe import Evaluation, OptimizerSettings, Recipe, SudokuDat
 from dgemma.train.runs.state import begin, parts_of
 from dgemma.train.trainer import Trainer
 from support.pictures import random_picture
-from train.conftest import MODEL, TOWER, loaded
+from support.seeing import TOWER, save_seeing_sudoku
+from train.conftest import MODEL, loaded
 
 RANKS = Ranks(torch.device("cpu"))
 RECIPE = Recipe("seeing", "sudoku", SudokuData(bases=40, pictures=1.0, photos=0.0), vision=TOWER, max_steps=2,
@@ -25,9 +26,7 @@ RECIPE = Recipe("seeing", "sudoku", SudokuData(bases=40, pictures=1.0, photos=0.
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
     """The bundled model with a random tower, as it is written."""
-    folder = tmp_path_factory.mktemp("seeing") / "model"
-    begin(RECIPE, parts_of(RECIPE), RANKS.device).export(folder)
-    return folder
+    return save_seeing_sudoku(tmp_path_factory.mktemp("seeing") / "model")
 
 
 def tower_of(folder):

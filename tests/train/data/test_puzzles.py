@@ -15,7 +15,8 @@ from dgemma.train.data.sources import longest_context, most_soft_tokens, shows_p
 from dgemma.train.recipe import Recipe, SudokuData
 from dgemma.train.runs.state import begin, parts_of
 from dgemma.train.sights import pictures_of
-from train.conftest import MODEL, TOWER
+from support.seeing import TOWER
+from train.conftest import MODEL
 
 DATA = SudokuData(bases=40, curriculum_steps=0, pictures=0.6, reading=0.5)
 RECIPE = Recipe("seeing", {**MODEL, **TOWER}, DATA, max_steps=1, batch_size=3)
