@@ -15,6 +15,7 @@ from dgemma.config import (
     load_generation_config,
     load_model_config,
     model_config_from_dict,
+    vision_config_to_dict,
 )
 from dgemma.errors import CheckpointError, DgemmaError
 
@@ -157,7 +158,7 @@ def test_the_tower_s_defaults_are_those_of_transformers():
     assert vision == VisionConfig()
     theirs, top = Gemma4VisionConfig().to_dict(), DiffusionGemmaConfig().to_dict()
     for name, value in dataclasses.asdict(vision).items():
-        if name not in ("rope_theta", "vision_soft_tokens_per_image", "video_token_id"):
+        if name not in ("rope_theta", "vision_soft_tokens_per_image", "vision_soft_token_budgets", "video_token_id"):
             assert value == {**top, **theirs}[name], name
     assert vision.rope_theta == theirs["rope_parameters"]["rope_theta"]
 
@@ -184,8 +185,17 @@ def test_a_tower_that_cannot_be_run_is_named(changes, message):
     assert message in refusal({"vision_config": GOOGLES | changes})
 
 
+def test_a_tower_is_written_as_it_is_read():
+    vision = read({"vision_config": GOOGLES, "vision_soft_token_budgets": [70, 280], "image_token_id": 7}).vision
+    assert vision.vision_soft_token_budgets == (70, 280)
+    assert read(json.loads(json.dumps(vision_config_to_dict(vision)))).vision == vision
+
+
 @pytest.mark.parametrize("top", [{"vision_config": [1]}, {"vision_config": {}, "boi_token_id": -1},
-                                 {"vision_config": {}, "vision_soft_tokens_per_image": 0}], ids=str)
+                                 {"vision_config": {}, "vision_soft_tokens_per_image": 0},
+                                 {"vision_config": {}, "vision_soft_token_budgets": []},
+                                 {"vision_config": {}, "vision_soft_token_budgets": [140, 70]},
+                                 {"vision_config": {}, "vision_soft_token_budgets": 70}], ids=str)
 def test_a_bad_field_beside_the_tower_s_is_named(top):
     assert list(top)[-1] in refusal(top)
 

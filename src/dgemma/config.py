@@ -19,6 +19,7 @@ MODEL_TYPE = "diffusion_gemma"
 VISION_TYPE = "gemma4_vision"
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+BUDGETS = (70, 140, 280, 560, 1120)  # the most soft tokens of a picture that Gemma 4's towers were trained on
 LARGEST_SIZE = 1 << 19  # of anything but the vocabulary: shapes made of three stay within 64 bits
 MOST_TOKENS = 1 << 24
 MOST_LAYERS = 1024
@@ -50,8 +51,9 @@ class VisionConfig:
 
     Field names are those of ``vision_config`` and, for the tokens, of ``config.json`` itself; the defaults are the
     reference's (`Gemma4VisionConfig`). ``rope_theta`` is that of both axes, ``vision_soft_tokens_per_image`` how many
-    soft tokens a picture has at most where nobody says it. A token id may lie outside a small vocabulary, which then
-    has no pictures.
+    soft tokens a picture has at most where nobody says it, ``vision_soft_token_budgets`` (our own) which such numbers
+    the tower was trained on: it is asked for no others. A token id may lie outside a small vocabulary, which then has
+    no pictures.
     """
 
     hidden_size: int = 768
@@ -68,10 +70,17 @@ class VisionConfig:
     standardize: bool = False
     use_clipped_linears: bool = False
     vision_soft_tokens_per_image: int = 280
+    vision_soft_token_budgets: tuple[int, ...] = BUDGETS  # in rising order
     boi_token_id: int = 255_999  # begins a picture
     image_token_id: int = 258_880  # stands for each of its soft tokens
     eoi_token_id: int = 258_882  # ends it
     video_token_id: int = 258_884  # stands for each soft token of a frame
+
+    def trained_budget(self, most: int) -> int:
+        """The largest number of soft tokens that the tower was trained on and that is at most ``most``; else the
+        smallest one."""
+        return max((budget for budget in self.vision_soft_token_budgets if budget <= most),
+                   default=self.vision_soft_token_budgets[0])
 
 
 PictureAttention = Literal["sliding", "full", "causal"]
@@ -271,6 +280,7 @@ def _vision_config(top: Fields) -> VisionConfig | None:
         standardize=bool(vision.flag("standardize")),
         use_clipped_linears=bool(vision.flag("use_clipped_linears")),
         vision_soft_tokens_per_image=top.whole("vision_soft_tokens_per_image", default.vision_soft_tokens_per_image),
+        vision_soft_token_budgets=_budgets(top),
         boi_token_id=token("boi_token_id"),
         image_token_id=token("image_token_id"),
         eoi_token_id=token("eoi_token_id"),
@@ -282,6 +292,26 @@ def _vision_config(top: Fields) -> VisionConfig | None:
     if config.head_dim % 4:
         raise vision.wrong("head_dim", "must be a multiple of 4 (halves of halves are rotated together)")
     return config
+
+
+def vision_config_to_dict(config: VisionConfig) -> dict[str, Any]:
+    """What a ``config.json`` says of a vision tower: the inverse of what `model_config_from_dict` reads of it."""
+    tower = dataclasses.asdict(config)
+    around = {name: tower.pop(name) for name in ("vision_soft_tokens_per_image", "vision_soft_token_budgets",
+                                                 "boi_token_id", "image_token_id", "eoi_token_id", "video_token_id")}
+    around["vision_soft_token_budgets"] = list(config.vision_soft_token_budgets)
+    rope = {"rope_type": "default", "rope_theta": tower.pop("rope_theta")}
+    return {"vision_config": {"model_type": VISION_TYPE, **tower, "rope_parameters": rope}, **around}
+
+
+def _budgets(fields: Fields) -> tuple[int, ...]:
+    """``vision_soft_token_budgets``: some of `BUDGETS`, in order; all of them where it is absent."""
+    value = fields.data.get("vision_soft_token_budgets")
+    if value is None:
+        return BUDGETS
+    if not isinstance(value, list) or not value or value != [budget for budget in BUDGETS if budget in value]:
+        raise fields.wrong("vision_soft_token_budgets", f"must be some of {', '.join(map(str, BUDGETS))}, in order")
+    return tuple(value)
 
 
 def _token_ids(fields: Fields) -> tuple[int, ...] | None:

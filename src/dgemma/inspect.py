@@ -86,7 +86,8 @@ class TokenizerFacts:
 class TowerFacts:
     """The vision tower that comes with the first picture; ``path`` is its GGUF file, or the checkpoint's folder.
 
-    A soft token is of ``pooling_kernel_size``² patches, a patch of ``patch_size``² pixels.
+    A soft token is of ``pooling_kernel_size``² patches, a patch of ``patch_size``² pixels; ``budgets`` are the most
+    soft tokens that a picture may have.
     """
 
     path: Path
@@ -96,6 +97,7 @@ class TowerFacts:
     nbytes: int
     patch_size: int
     pooling_kernel_size: int
+    budgets: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def _of_mmproj(mmproj: Mmproj) -> tuple[TowerSize, TowerFacts]:
     item = 4 if mmproj.packed else mmproj.dtype.itemsize
     return TowerSize(config, mmproj.parameters, mmproj.nbytes, item), TowerFacts(
         mmproj.file.path, config.num_hidden_layers, config.hidden_size, mmproj.parameters, mmproj.nbytes,
-        config.patch_size, config.pooling_kernel_size)
+        config.patch_size, config.pooling_kernel_size, config.vision_soft_token_budgets)
 
 
 def _own_tower(folder: Path, config: ModelConfig,
@@ -255,7 +257,8 @@ def _own_tower(folder: Path, config: ModelConfig,
     parameters, nbytes = sum(map(math.prod, shapes.values())), sum(tensor.nbytes for tensor in chosen.values())
     size = TowerSize(config.vision, parameters, nbytes, 4 if nbytes >= 4 * parameters else 2)
     return size, TowerFacts(folder, config.vision.num_hidden_layers, config.vision.hidden_size, parameters,
-                            nbytes, config.vision.patch_size, config.vision.pooling_kernel_size), None
+                            nbytes, config.vision.patch_size, config.vision.pooling_kernel_size,
+                            config.vision.vision_soft_token_budgets), None
 
 
 def _sizes(files: Iterable[Path]) -> dict[str, int]:

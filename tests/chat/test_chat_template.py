@@ -197,7 +197,10 @@ def test_a_picture_and_a_film_are_one_token_each_where_they_stand(tokenizer):
     assert "<|image|>\n<|video|>\nHi" in tokenizer.render([{"role": "user", "content": parts}])
 
 
-def test_the_bundled_model_refuses_pictures():
+def test_the_bundled_model_takes_pictures_and_refuses_films():
     bundled = Tokenizer.from_folder(Path(dgemma.__file__).parent / "models" / "sudoku")
-    with pytest.raises(DgemmaError, match="text only, not image"):
-        bundled.render([{"role": "user", "content": [{"type": "image", "image": object()}]}])
+    words = {"type": "text", "text": "Solve this"}
+    assert "user\n<|image|>\nSolve this<turn|>" in bundled.render(
+        [{"role": "user", "content": [{"type": "image", "image": object()}, words]}])
+    with pytest.raises(DgemmaError, match="text and pictures, not video"):
+        bundled.render([{"role": "user", "content": [{"type": "video", "video": object()}, words]}])

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from dgemma.chat.media import Shown, budget_for, parts_in, place_media, put_first, show
+from dgemma.chat.media import Shown, budget_for, outline, parts_in, place_media, put_first, show
 from dgemma.chat.pictures import prepare
 from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
@@ -83,6 +83,17 @@ def test_a_number_that_is_given_is_kept():
     assert show(part, CONFIG, 140).pictures[0].budget == 140
     assert show(part | {"tokens": 280}, CONFIG, 140).pictures[0].budget == 280
     assert show(part, CONFIG, words="Read it").pictures[0].budget == 70
+
+
+def test_a_tower_is_asked_for_the_numbers_of_tokens_only_that_it_was_trained_on():
+    config = VisionConfig(vision_soft_tokens_per_image=70, vision_soft_token_budgets=(70,))
+    assert budget_for(1920, 1080, "Read the receipt", config) == 70
+    part = {"type": "image", "image": random_picture(400, 300)}
+    assert show(part, config, 1120).pictures[0].budget == 70
+    assert outline(part, config, 560).pictures[0].tokens == show(part, config).pictures[0].tokens
+    assert show(part, VisionConfig(vision_soft_token_budgets=(280, 560)), 140).pictures[0].budget == 280
+    with pytest.raises(DgemmaError, match="at most 70"):
+        show(part, config, 71)
 
 
 def test_a_photo_is_turned_upright_once():

@@ -23,6 +23,7 @@ from dgemma.diffusion.trace import TraceWriter, read_trace
 from dgemma.engine import Engine
 from dgemma.errors import DgemmaError
 from dgemma.nn import DiffusionTransformer
+from support.seeing import save_seeing_sudoku
 from support.threads import in_thread
 
 STEERING = "\x1b[2Ja\r\n  日本\x07 \u202eb\n\nc "  # what no terminal should get, and no pipe should lose
@@ -395,6 +396,21 @@ def test_eval_sudoku(dgemma_command, checkpoint, tmp_path):
     for option in (("--count", 100), ("--band", "easy")):
         refused(dgemma_command("eval", "sudoku", "--puzzles", tmp_path / "puzzles", *option, *options), option[0])
     refused(dgemma_command("eval", "sudoku", "--band", "none", *options), "easy, medium, hard")
+
+
+def test_eval_sudoku_pictures(dgemma_command, checkpoint, tmp_path):
+    options = ("--images", "--count", 1, "--band", "easy", "--max-denoising-steps", 1, "-m",
+               save_seeing_sudoku(tmp_path / "seeing"))
+    outcome = dgemma_command("eval", "sudoku", *options)
+    assert outcome.code == 0
+    assert re.findall(r"(clean|photo)\s+(easy|all)\s+1\b", outcome.out) == [
+        ("clean", "easy"), ("clean", "all"), ("photo", "easy"), ("photo", "all")]
+    scores = json.loads(dgemma_command("eval", "sudoku", "--photos", "--json", *options).out)
+    assert scores["photo"].keys() == {"easy", "all"} and scores.keys() == {"photo"}
+    assert scores["photo"]["all"]["count"] == 1
+    refused(dgemma_command("eval", "sudoku", "--photos"), "--images")
+    refused(dgemma_command("eval", "sudoku", "--images", "--puzzles", "x"), "--puzzles")
+    refused(dgemma_command("eval", "sudoku", "--images", "-m", checkpoint), "sees no pictures")
 
 
 SOLVED = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"

@@ -177,7 +177,7 @@ def test_towers_without_standardising_and_with_bounds_go_both_ways(tmp_path):
 
 def test_keys_go_both_ways(original):
     shape = dataclasses.replace(original.config, rope_theta=77.0, num_key_value_heads=2,
-                                vision_soft_tokens_per_image=140)
+                                vision_soft_tokens_per_image=140, vision_soft_token_budgets=(70, 140))
     shapes = {gguf_name(name): gguf_shape(name, own, shape)
               for name, own in tensor_shapes(empty_vision(shape, 40)).items()}
     keys = vision_metadata(shape, 40)

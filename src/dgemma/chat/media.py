@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dgemma.chat.pictures import BUDGETS, Fitted, Picture, fitted, open_picture, resized, size_of
+from dgemma.chat.pictures import Fitted, Picture, fitted, open_picture, resized, size_of
 from dgemma.chat.video import FRAME_BUDGET, read_film
-from dgemma.config import VisionConfig
+from dgemma.config import BUDGETS, VisionConfig
 from dgemma.errors import DgemmaError
 from dgemma.fields import shown
 
@@ -88,18 +88,19 @@ def show(part: dict, config: VisionConfig, tokens: int | None = None, fps: float
     """A part made ready for the tower.
 
     It has its picture under "image" (a film: "video") or "path", or as a data URL under "url"; under "tokens" its own
-    number of soft tokens, if not ``tokens``. None is automatic: `budget_for`, of ``words``. ``fps`` are a film's frames
+    number of soft tokens, if not ``tokens``; a tower that was trained on fewer gets those. None is automatic:
+    `budget_for`, of ``words``. ``fps`` are a film's frames
     a second; ``name`` is what it is called in errors, unless it has a "name". Raises DgemmaError for what is no picture
     or film, and for a URL that would have to be fetched.
     """
     source, named = _source_of(part, name)
     if part["type"] == "video":
         film = read_film(source, part.get("fps", fps), named)
-        frames = tuple(resized(frame, FRAME_BUDGET, config) for frame in film.frames)
+        budget = config.trained_budget(FRAME_BUDGET)
+        frames = tuple(resized(frame, budget, config) for frame in film.frames)
         return Shown(frames, tuple(film.stamps))
     image = open_picture(source, named)
-    tokens = part.get("tokens", tokens)
-    return Shown((resized(image, budget_for(*image.size, words, config) if tokens is None else tokens, config),))
+    return Shown((resized(image, _budget(part, tokens, image.size, words, config), config),))
 
 
 def outline(part: dict, config: VisionConfig, tokens: int | None = None, fps: float | None = None, words: str = "",
@@ -112,8 +113,7 @@ def outline(part: dict, config: VisionConfig, tokens: int | None = None, fps: fl
         film = show(part, config, tokens, fps, words, name)
         return Shown(tuple(Fitted(p.pixels.shape[1], p.pixels.shape[0], p.tokens) for p in film.pictures), film.stamps)
     size = size_of(*_source_of(part, name))
-    tokens = part.get("tokens", tokens)
-    return Shown((fitted(*size, budget_for(*size, words, config) if tokens is None else tokens, config),))
+    return Shown((fitted(*size, _budget(part, tokens, size, words, config), config),))
 
 
 def _source_of(part: dict, name: str) -> tuple[Any, str | None]:
@@ -124,17 +124,25 @@ def _source_of(part: dict, name: str) -> tuple[Any, str | None]:
     return source, None if isinstance(source, (str, Path)) else name
 
 
+def _budget(part: dict, tokens: int | None, size: tuple[int, int], words: str, config: VisionConfig) -> int:
+    """The most soft tokens of a part that is a picture: as many as were asked for, or as its words need."""
+    tokens = part.get("tokens", tokens)
+    if tokens is None:
+        return budget_for(*size, words, config)
+    return config.trained_budget(tokens) if tokens in BUDGETS else tokens  # which is refused
+
+
 def budget_for(width: int, height: int, words: str, config: VisionConfig) -> int:
     """The most soft tokens of a picture of this size that these words are about.
 
     The checkpoint's own number; four times as many where something is to be read, which may be small; in no case more
-    than the picture has pixels for.
+    than the picture has pixels for, or the tower was trained on.
     """
     own = config.vision_soft_tokens_per_image
     wanted = min(4 * own, BUDGETS[-1]) if _READING.search(words) else own
     side = config.patch_size * config.pooling_kernel_size
     enough = next((budget for budget in BUDGETS if budget * side**2 >= width * height), BUDGETS[-1])
-    return min(wanted, max(enough, BUDGETS[0]))
+    return config.trained_budget(min(wanted, max(enough, BUDGETS[0])))
 
 
 def place_media(ids: Sequence[int], media: Sequence[Shown[Any]], config: VisionConfig,

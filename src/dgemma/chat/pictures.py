@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgemma.config import VisionConfig
+from dgemma.config import BUDGETS, VisionConfig
 from dgemma.errors import DgemmaError
 from dgemma.fields import read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BUDGETS = (70, 140, 280, 560, 1120)  # the most soft tokens of a picture that the model was trained on
 MOST_PIXELS = 89_478_485  # of a picture as it comes: Pillow's own limit, a quarter of a gigabyte in RGB
 
 # What Pillow may decode, as far as it can: PostScript, which it would have run by a program, is not among them. HEIF is

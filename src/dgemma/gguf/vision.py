@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dgemma.config import LARGEST_SIZE, MOST_LAYERS, VisionConfig
+from dgemma.config import BUDGETS, LARGEST_SIZE, MOST_LAYERS, VisionConfig
 from dgemma.errors import CheckpointError
 from dgemma.fields import shown
 from dgemma.gguf.keys import ARCHITECTURE_KEY, Keys
@@ -122,6 +122,7 @@ def read_vision_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[i
         standardize=any(name in shapes for name in _STANDARD),
         use_clipped_linears=any(name.endswith(_BOUNDS) for name in _of_blocks(shapes)),
         vision_soft_tokens_per_image=own.size("soft_tokens_per_image", default.vision_soft_tokens_per_image),
+        vision_soft_token_budgets=_budgets(own),
     )
     width = keys.size("projection_dim")
     keys.wrong += own.wrong
@@ -129,7 +130,17 @@ def read_vision_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[i
     return config, width
 
 
-def vision_metadata(config: VisionConfig, width: int) -> dict[str, int | float | bool | str | list[float]]:
+def _budgets(own: Keys) -> tuple[int, ...]:
+    value = own.get("soft_token_budgets")
+    if value is None:
+        return BUDGETS
+    if not isinstance(value, list) or not value or value != [budget for budget in BUDGETS if budget in value]:
+        own.wrong.append(f"{own.full('soft_token_budgets')} must be some of {list(BUDGETS)}, got {shown(value)}")
+        return BUDGETS
+    return tuple(value)
+
+
+def vision_metadata(config: VisionConfig, width: int) -> dict[str, int | float | bool | str | list]:
     """The inverse of `check_mmproj` and `read_vision_config`: every key with its value, for whoever writes a file.
 
     llama.cpp wants a picture's size and how its numbers are scaled, and does not use either for these towers.
@@ -155,6 +166,8 @@ def vision_metadata(config: VisionConfig, width: int) -> dict[str, int | float |
         **{f"{_VISION}.{name}": value for name, value in keys.items()},
         f"{_OWN}.rope_theta": float(config.rope_theta),
         f"{_OWN}.soft_tokens_per_image": config.vision_soft_tokens_per_image,
+        **({} if config.vision_soft_token_budgets == BUDGETS else
+           {f"{_OWN}.soft_token_budgets": list(config.vision_soft_token_budgets)}),
     }
 
 

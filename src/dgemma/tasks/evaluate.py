@@ -53,6 +53,11 @@ def grade(puzzle: np.ndarray, solution: np.ndarray, text: str) -> tuple[bool, bo
     return bool((cells == solution).all()), bool((cells[puzzle > 0] == puzzle[puzzle > 0]).all())
 
 
+def is_read(puzzle: np.ndarray, text: str) -> bool:
+    """Whether an answer is nine lines that say a puzzle [81], blanks written as `sudoku.format_grid` writes them."""
+    return "".join(text.split()) == sudoku.to_line(puzzle)
+
+
 def band_of(puzzle: np.ndarray) -> str:
     """The band of a puzzle [81] by its givens; "other" outside every band."""
     givens = int((puzzle > 0).sum())

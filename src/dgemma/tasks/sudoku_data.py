@@ -53,6 +53,9 @@ class SudokuBatches:
         self.tokenizer, self.canvas_length, self.batch_size, self.seed = tokenizer, canvas_length, batch_size, seed
         self.givens, self.easy_givens, self.curriculum_steps = givens, easy_givens, curriculum_steps
         self.source, self.plain = source, plain
+        stop = tokenizer.token_to_id("<turn|>")
+        assert stop is not None  # all of the family have it
+        self.stop = stop
         self._byte_ids = np.array([tokenizer.encode(chr(byte))[0] for byte in range(128)])
 
     def answerable(self) -> None:
@@ -66,11 +69,11 @@ class SudokuBatches:
         kind = rng.choice(["plain", "inside", "turns", "other"], p=[0.80, 0.10, 0.03, 0.07])
         kind = "plain" if self.plain else kind
         if kind == "plain":
-            puzzles, solutions = self._puzzles(step, rng)
+            puzzles, solutions = self.puzzles(step, rng)
             return PuzzleBatch(self._plain_prompts(puzzles), self._answers(solutions), "plain")
         if kind == "other":
             return self._other(rng)
-        puzzles, solutions = self._puzzles(step, rng)
+        puzzles, solutions = self.puzzles(step, rng)
         length = int(rng.integers(1, 121))  # bytes of other words before the puzzle, or of the earlier turns
         prompts = []
         turns = kind == "turns" and rng.choice(["puzzle", "other"])
@@ -90,7 +93,8 @@ class SudokuBatches:
             prompts.append(self.tokenizer.apply_chat_template(messages, thinking=thinking))
         return PuzzleBatch(torch.tensor(prompts), self._answers(solutions), kind)
 
-    def _puzzles(self, step: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def puzzles(self, step: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The puzzles of a step and their solutions, both [B, 81]."""
         progress = min(1.0, step / max(1, self.curriculum_steps))
         low = round(self.easy_givens + (self.givens[0] - self.easy_givens) * progress)
         givens = (low, self.givens[1])
@@ -126,7 +130,7 @@ class SudokuBatches:
         # A trimmed edge makes a prompt shorter, cells that the template takes for a puzzle make it longer.
         width = statistics.mode(map(len, prompts))
         prompts = [p for p in prompts if len(p) == width]
-        answer = self._canvas([ord(c) for c in HONEST_ANSWER])
+        answer = self.canvas(HONEST_ANSWER)
         return PuzzleBatch(torch.tensor(prompts), torch.tensor(answer).expand(len(prompts), -1).clone(), "other")
 
     @cached_property
@@ -148,13 +152,12 @@ class SudokuBatches:
         return torch.from_numpy(np.concatenate([frame[0], cells, frame[1]], axis=1))
 
     def _answers(self, solutions: np.ndarray) -> Tensor:
-        rows = [self._canvas(list(sudoku.format_grid(s).encode())) for s in solutions]
+        rows = [self.canvas(sudoku.format_grid(s)) for s in solutions]
         return torch.tensor(rows)
 
-    def _canvas(self, text: list[int]) -> list[int]:
-        """Text bytes, the end of the turn, then fill: the fill has loss too, or the canvas would never settle."""
-        end = self.tokenizer.token_to_id("<turn|>")
-        tokens = [*self._byte_ids[text].tolist(), end]
+    def canvas(self, text: str) -> list[int]:
+        """ASCII text, the end of the turn, then fill: the fill has loss too, or the canvas would never settle."""
+        tokens = [*self._byte_ids[list(text.encode())].tolist(), self.stop]
         if len(tokens) > self.canvas_length:
             raise ValueError(f"an answer of {len(tokens)} tokens does not fit a canvas of {self.canvas_length}")
         return tokens + [self.tokenizer.pad_id] * (self.canvas_length - len(tokens))

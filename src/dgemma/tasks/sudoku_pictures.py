@@ -175,15 +175,15 @@ def _photographed(sheet: DrawnPuzzle, rng: np.random.Generator) -> DrawnPuzzle:
     seen = (seen - middle) @ turn + middle + room[:2]
     seen = np.clip(seen, 1, np.array(size) - 1)
     coefficients = _perspective(seen, corners)
-    table = Image.new("RGB", size, tuple(int(part) for part in rng.integers(40, 220, 3)))
-    laid = page.transform(size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BICUBIC)
-    covered = Image.new("L", page.size, 255).transform(size, Image.Transform.PERSPECTIVE, coefficients)
-    table.paste(laid, mask=covered)
-    table = table.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.004) * min(page.size)))
+    table = tuple(int(part) for part in rng.integers(40, 220, 3))
+    laid = page.transform(size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR, fillcolor=table)
+    laid = laid.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.004) * min(page.size)))
     tint = rng.uniform(0.92, 1.08, 3).astype(np.float32)
-    pixels = np.asarray(table, np.float32) * _light(size, rng)[..., None] * tint
-    pixels += rng.standard_normal(pixels.shape, np.float32) * np.float32(rng.uniform(1, 8))
-    shot = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    pixels = np.array(laid, np.float32)
+    pixels *= _light(size, rng)[..., None]
+    pixels *= tint
+    pixels += _grain(pixels.shape, rng) * np.float32(rng.uniform(1, 8))
+    shot = Image.fromarray(pixels.clip(0, 255, out=pixels).astype(np.uint8))
     stored = BytesIO()
     shot.save(stored, "JPEG", quality=int(rng.integers(35, 95)))
     return DrawnPuzzle(Image.open(stored).convert("RGB"), _projected(sheet.corners, _perspective(corners, seen)))
@@ -207,12 +207,25 @@ def _projected(points: np.ndarray, coefficients: list[float]) -> np.ndarray:
 
 def _light(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """How bright each pixel is lit [H, W]: falling off to one side, and now and then under a shadow's soft edge."""
-    y, x = np.mgrid[0 : size[1], 0 : size[0]].astype(np.float32)
-    angle = rng.uniform(0, 2 * np.pi)
-    along = (x / size[0] - 0.5) * np.cos(angle) + (y / size[1] - 0.5) * np.sin(angle)
-    light = rng.uniform(0.75, 1.05) + along * rng.uniform(0, 0.4)
+    x, y = (np.arange(side, dtype=np.float32) / np.float32(side) - np.float32(0.5) for side in size)
+    cosine, sine = np.float32(np.cos(angle := rng.uniform(0, 2 * np.pi))), np.float32(np.sin(angle))
+    brightness, fall = np.float32(rng.uniform(0.75, 1.05)), np.float32(rng.uniform(0, 0.4))
+    light = (brightness + fall * sine * y)[:, None] + (fall * cosine * x)[None]
     if rng.random() < 0.4:
         edge, softness, depth = rng.uniform(-0.4, 0.4), rng.uniform(0.01, 0.1), rng.uniform(0.1, 0.4)
-        across = (x / size[0] - 0.5) * np.sin(angle) - (y / size[1] - 0.5) * np.cos(angle)
-        light = light * (1 - depth / (1 + np.exp((edge - across) / softness)))
-    return light.astype(np.float32)
+        across = (sine * x)[None] - (cosine * y)[:, None]
+        shadow = np.exp((np.float32(edge) - across) / np.float32(softness))
+        light *= 1 - np.float32(depth) / (1 + shadow)
+    return light
+
+
+def _grain(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """A sensor's noise, normal with deviation 1: numbers drawn once, from anywhere in them on."""
+    count, numbers = int(np.prod(shape)), _normals()
+    start = int(rng.integers(len(numbers) - count))
+    return numbers[start : start + count].reshape(shape)
+
+
+@cache
+def _normals() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(1 << 22, np.float32)  # more than any picture has

@@ -70,7 +70,9 @@ class SudokuData:
 
     ``plain``: nothing but puzzles. Without it every fifth batch holds puzzles inside conversations, or none at all.
     ``beyond_singles``: the least share of puzzles that naked and hidden singles alone do not solve; ``stuck``: the
-    share of those in which all that singles give is filled in already.
+    share of those in which all that singles give is filled in already. ``pictures``: the share of batches in which
+    puzzles come as pictures, of which a share of ``photos`` are photographed, and a share of ``reading`` are asked what
+    they say; the others are to be solved.
     """
 
     bases: int = 40_000
@@ -80,9 +82,13 @@ class SudokuData:
     plain: bool = False
     beyond_singles: float = 0.0
     stuck: float = 0.0
+    pictures: float = 0.0
+    photos: float = 0.5
+    reading: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(self, "between 0 and 1", lambda share: 0 <= share <= 1, "beyond_singles", "stuck")
+        _require(self, "between 0 and 1", lambda share: 0 <= share <= 1, "beyond_singles", "stuck", "pictures",
+                 "photos", "reading")
         if self.bases < 1 or self.curriculum_steps < 0:
             raise ValueError("bases must be at least 1 and curriculum_steps at least 0")
         if not MIN_GIVENS <= self.givens[0] <= self.givens[1] <= 80:
@@ -186,8 +192,10 @@ class Recipe:
     ``model`` is what `dgemma.load` takes; ``{"recipe": FILE}`` for the best checkpoint of another recipe's run, which
     is made first; or a ``config.json`` for fresh weights, whose checkpoint gets ``generation`` for its
     ``generation_config.json``. ``adapter``: train that and nothing else. ``freeze`` are parts of parameters' names
-    that stay as they are when everything is trained (None: the router and the vision tower, unless the weights are
-    fresh).
+    that stay as they are when everything is trained (None: the router and the vision tower, unless they are new to the
+    model).
+    ``vision`` gives the model a vision tower: that of a checkpoint folder or hub repository, or one of random weights,
+    as a ``config.json`` describes it (``vision_config`` and what belongs to it: `VisionConfig`).
     ``micro_batch``: how many examples there are in memory at a time. ``dtype`` is that of the weights (None: the
     checkpoint's); ``autocast`` computes in bfloat16 with weights in float32. ``variants`` are other settings to train
     with besides, one run after the other: name -> what is different.
@@ -196,6 +204,7 @@ class Recipe:
     name: str
     model: str | dict[str, Any]
     data: Data
+    vision: str | dict[str, Any] | None = None
     max_steps: int | None = None
     epochs: float | None = None
     batch_size: int = 8
@@ -224,7 +233,9 @@ class Recipe:
         """Parts of the names of parameters that stay as they are where everything else is trained."""
         if self.freeze is not None:
             return self.freeze
-        return () if self.fresh else (".router.", ".vision.")
+        if self.fresh:
+            return ()
+        return (".router.", ".vision.") if self.vision is None else (".router.",)
 
     @property
     def trains_tower(self) -> bool:
@@ -325,6 +336,8 @@ def recipe_of(data: Mapping[str, Any], path: Path, where: str | None = None) -> 
         config = model_config_from_dict({"model_type": MODEL_TYPE, **recipe.model},  # type: ignore[dict-item]
                                         f"{where}: model")
         generation_config_from_dict(recipe.generation, config, f"{where}: generation")
+    if recipe.vision is not None:
+        recipe = dataclasses.replace(recipe, vision=_tower_of(recipe, path.parent, f"{where}: vision"))
     if recipe.adapter is not None and recipe.freeze is not None:
         raise DgemmaError(f"{where}: freeze: with an adapter everything else is frozen already; take it out")
     if recipe.generation and not recipe.fresh:
@@ -336,6 +349,20 @@ def recipe_of(data: Mapping[str, Any], path: Path, where: str | None = None) -> 
         metric = f"{_beside(file, path.parent)}:{function}"
         recipe = dataclasses.replace(recipe, evaluation=dataclasses.replace(recipe.evaluation, metric=metric))
     return recipe
+
+
+def _tower_of(recipe: Recipe, folder: Path, where: str) -> str | dict[str, Any]:
+    """What a recipe says of the tower that its model is given, checked."""
+    if recipe.fresh:
+        raise DgemmaError(f"{where}: is for a model that there is; a new one has its tower in model: vision_config")
+    if recipe.adapter is not None:
+        raise DgemmaError(f"{where}: an adapter has no place for a tower: train everything, or give the tower first")
+    if isinstance(recipe.vision, str):
+        return _beside(recipe.vision, folder)
+    if not isinstance(recipe.vision, dict) or "vision_config" not in recipe.vision:
+        raise DgemmaError(f"{where}: expected a checkpoint's name, or a mapping with vision_config in it, found "
+                          f"{recipe.vision!r}")
+    return recipe.vision
 
 
 def _data_of(data: Any, where: str, folder: Path) -> Data:

@@ -57,7 +57,8 @@ from dgemma.train.runs.state import restore as restore_folder
 from dgemma.train.step import Stepper
 
 # Settings that make another model of the same steps.
-_TRAINED = ("model", "data", "objective", "optimizer", "adapter", "freeze", "batch_size", "seed", "dtype", "generation")
+_TRAINED = ("model", "vision", "data", "objective", "optimizer", "adapter", "freeze", "batch_size", "seed", "dtype",
+            "generation")
 _RECORD_EVERY = 10  # steps whose means make one record
 
 
@@ -248,8 +249,9 @@ class Trainer:
 
     def _first_seen(self) -> list[Example]:
         """The first batch with pictures in it, or the first one."""
-        source = self.source
-        steps = source.steps_per_epoch if isinstance(source, Listed) and shows_pictures(source) else 1
+        source, steps = self.source, 1
+        if shows_pictures(source):
+            steps = source.steps_per_epoch if isinstance(source, Listed) else 100
         batches = (source.batch(step) for step in range(steps))
         return next((batch for batch in batches if any(one.sights for one in batch)), source.batch(0))
 

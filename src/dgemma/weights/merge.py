@@ -71,7 +71,7 @@ def merge_to_folder(source: Path, adapter: Path, out: Path, progress: Progress |
         for path in contents.files:
             (progress or (lambda name, done, total: None))(path.name, done, total)
             done += _rewrite(path, beside / path.name, change)
-        _copy_companions(source, beside)
+        copy_companions(source, beside)
     return total
 
 
@@ -87,10 +87,11 @@ def replace_weights(source: Path, weights: Mapping[str, Tensor], out: Path) -> N
     for path in contents.files:
         _rewrite(path, out / path.name, lambda name, tensor: (
             weights[name].detach().to("cpu", tensor.dtype).contiguous() if name in weights else tensor))
-    _copy_companions(source, out)
+    copy_companions(source, out)
 
 
-def _copy_companions(source: Path, out: Path) -> None:
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy what stands beside the weights of a checkpoint folder into another."""
     unused = () if any(weight_files(source).values()) else (INDEX_FILE,)  # of a single file an index says nothing
     for path in source.iterdir():
         if path.is_file() and path.suffix in _COMPANIONS and path.name not in unused:

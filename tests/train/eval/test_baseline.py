@@ -139,7 +139,7 @@ def test_a_network_fitted_to_three_answers_by_the_causal_loss_writes_them(bundle
     text = dict(vocab_size=288, hidden_size=32, intermediate_size=48, num_hidden_layers=2, sliding_window=16,
                 layer_types=["sliding_attention", "full_attention"])
     network = dgemma.nn.DiffusionTransformer(tiny_config(canvas_length=12, **text))
-    initialise(network, seed=0)
+    initialise(network, seed=0, layers=len(network.layers))
     examples = prepare(rows, bundled.tokenizer, 12, stop_ids=bundled.generation_config.eos_token_id).examples
     assert len(examples) == 4  # the second answer takes two canvases
     batch = collate(examples)

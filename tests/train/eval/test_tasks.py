@@ -155,6 +155,22 @@ def own(tmp_path, body):
     return metric_of(f"{tmp_path}/mine.py:words")
 
 
+def test_pictures_of_puzzles_are_read_solved_or_text():
+    puzzle, solution = (grid[0] for grid in sudoku.generate(1, 42, seed=3))
+    said, solved = sudoku.format_grid(puzzle), sudoku.format_grid(solution)
+    part = {"type": "image", "image": b"", "name": "photo"}
+    pictured = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
+    score = METRICS["sudoku_pictures"].score
+    assert score(Question(pictured, said), answer(said)) == {"right": 1.0, "read/photo": 1.0}
+    assert score(Question(pictured, said), answer(solved)) == {"right": 0.0, "read/photo": 0.0}
+    assert score(Question(pictured, solved), answer(solved)) == {"right": 1.0, "solved/photo": 1.0}
+    assert score(Question(pictured, solved), None) == {"right": 0.0, "solved/photo": 0.0}
+    assert score(ask(said, solved), answer(solved)) == {"right": 1.0, "solved/text": 1.0}
+    with pytest.raises(DgemmaError, match="needs a grid"):
+        score(Question(pictured, "a cat"), None)
+
+
+
 def test_a_function_of_the_users_scores(tmp_path):
     metric = own(tmp_path, "return len(generation.text.split()) / len(question.reference.split())")
     found = run_task(Scripted({"a": answer("x"), "b": answer("x y")}), [ask("a", "1 2"), ask("b", "1 2")], metric)

@@ -15,6 +15,7 @@ from dgemma.errors import DgemmaError
 
 if TYPE_CHECKING:
     from dgemma.tasks.evaluate import BandScore
+    from dgemma.tasks.evaluate_pictures import PictureScore
 
 evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a model on a task.")
 
@@ -35,6 +36,10 @@ def sudoku(
     puzzles: Annotated[Path | None, typer.Option(
         help='Puzzles to use instead: {"puzzle": 81 characters, "solution": 81 digits} per line.',
         show_default=False)] = None,
+    images: Annotated[bool, typer.Option("--images", help="Pictures of the puzzles, in fonts that training does not "
+                                         "show: read, and solved, beside the same puzzles as text.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="With --images: only those as on a screen.")] = False,
+    photos: Annotated[bool, typer.Option("--photos", help="With --images: only photos.")] = False,
     model: options.ModelOption = None,
     json: options.JsonOption = False,
     *,
@@ -54,7 +59,25 @@ def sudoku(
     for name, value in (("--band", band), ("--count", count)):
         if value is not None and puzzles is not None:
             raise DgemmaError(f"{name} is about generated puzzles; it cannot be used with --puzzles")
+    for name, given in (("--clean", clean), ("--photos", photos)):
+        if given and not images:
+            raise DgemmaError(f"{name} is about pictures: use it with --images")
+    if images and puzzles is not None:
+        raise DgemmaError("--images draws puzzles of its own; it cannot be used with --puzzles")
     loaded = load_model(model, hint=False, **local)
+    if images:
+        from dgemma.tasks.evaluate_pictures import evaluate_pictures
+
+        kinds = [kind for kind, given in (("clean", clean), ("photo", photos)) if given or clean == photos]
+        with ProgressBar(of_bytes=False) as bar:
+            pictured = evaluate_pictures(loaded, count or 100, kinds, None if band is None else [band], seed=seed,
+                                         progress=bar.step, **settings)
+        if json:
+            print_json({kind: {name: dataclasses.asdict(score) for name, score in by_band.items()}
+                        for kind, by_band in pictured.items()})
+        else:
+            _print_pictures(pictured)
+        return
     with ProgressBar(of_bytes=False) as bar:
         if puzzles is not None:
             scores = evaluate_file(loaded, puzzles, seed=seed, progress=bar.step, **settings)
@@ -81,6 +104,27 @@ def _print_table(scores: dict[str, BandScore]) -> None:
         table.add_row(band, str(score.count), f"{score.exact:.1%}", f"{low:.1%}-{high:.1%}", f"{score.givens_kept:.1%}",
                       f"{score.mean_steps:.1f}", f"{_percentile(score.steps, 0.5)}/{_percentile(score.steps, 0.9)}",
                       f"{score.seconds_per_puzzle:.3f}")
+    SafeConsole().print(table)
+
+
+def _print_pictures(scores: dict[str, dict[str, PictureScore]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(caption="read: all 81 cells right; solved: all 81 digits, from the picture, of those that were read, "
+                  "and as text", caption_justify="left", box=box.SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0))
+    for name in ("kind", "band"):
+        table.add_column(name, no_wrap=True)
+    for name in ("count", "read", "(95 %)", "solved", "of read", "as text", "s/each"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kind, by_band in scores.items():
+        for band, score in by_band.items():
+            low, high = score.read_interval
+            of_read = "-" if score.solved_if_read is None else f"{score.solved_if_read:.1%}"
+            table.add_row(kind, band, str(score.count), f"{score.read:.1%}", f"{low:.1%}-{high:.1%}",
+                          f"{score.solved:.1%}", of_read, f"{score.text_solved:.1%}",
+                          f"{score.seconds_per_picture:.3f}")
     SafeConsole().print(table)
 
 

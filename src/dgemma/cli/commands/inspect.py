@@ -75,13 +75,13 @@ def inspect(
 
 def _fits(report: CheckpointReport, width: int, height: int) -> list[dict[str, int]]:
     """What becomes of a picture of this size by the most tokens it may have. Raises DgemmaError without a tower."""
-    from dgemma.chat.pictures import BUDGETS, fitted
+    from dgemma.chat.pictures import fitted
     from dgemma.config import VisionConfig
 
     if report.tower is None:
         raise DgemmaError(f"{report.folder}: this model sees no pictures: it has no vision tower")
     config = VisionConfig(patch_size=report.tower.patch_size, pooling_kernel_size=report.tower.pooling_kernel_size)
-    return [{"budget": budget, **asdict(fitted(width, height, budget, config))} for budget in BUDGETS]
+    return [{"budget": budget, **asdict(fitted(width, height, budget, config))} for budget in report.tower.budgets]
 
 
 def show(report: CheckpointReport, name: str, console: Console) -> None:

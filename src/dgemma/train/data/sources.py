@@ -17,11 +17,12 @@ from dgemma.chat.tokenizer import Tokenizer
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.errors import DgemmaError
 from dgemma.tasks import extraction, sudoku
-from dgemma.tasks.sudoku_data import SudokuBatches, sudoku_conversations
+from dgemma.tasks.sudoku_data import SudokuBatches
+from dgemma.tasks.sudoku_questions import PictureQuestions
 from dgemma.train.data.conversations import Conversation, read_conversations
 from dgemma.train.data.examples import Example, batches, prepare
+from dgemma.train.data.puzzles import Puzzles, SeenPuzzles, numbered
 from dgemma.train.data.text import TextSource, read_texts
-from dgemma.train.data.turns import Turn
 from dgemma.train.recipe import ConversationData, ExtractionData, Recipe, SudokuData, TextData
 
 Report = Callable[[str], None]
@@ -74,24 +75,6 @@ class Listed:
         return self.asked[:count]
 
 
-@dataclass(frozen=True)
-class Puzzles:
-    """Sudoku, without an end."""
-
-    made: SudokuBatches
-    kept: SudokuBatches  # puzzles of other grids
-
-    def batch(self, step: int) -> list[Example]:
-        return _of_puzzles(self.made, step)
-
-    def held_out(self, count: int) -> list[Example]:
-        return _of_puzzles(self.kept, 10**6)[:count]
-
-    def questions(self, count: int) -> list[Conversation]:
-        return [conversation for band, made in sudoku_conversations(count).items()
-                for conversation in _conversations(made, f"{band} puzzle ", 1)]
-
-
 def source_of(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, generation: GenerationConfig, folder: Path,
               report: Report = lambda text: None) -> Source:
     """What a recipe trains on. ``folder`` keeps what takes long to make; ``report`` is told of what is left out.
@@ -100,15 +83,15 @@ def source_of(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig, generat
     """
     data, canvas = recipe.data, config.canvas_length
     if isinstance(data, SudokuData):
-        return _puzzles(recipe, data, tokenizer, canvas, folder, report)
+        return _puzzles(recipe, data, tokenizer, config, folder, report)
     if isinstance(data, TextData):
         texts, held_out = read_texts(data.paths, data.suffix)
         report(f"{len(texts):,} texts to train on, {len(held_out):,} kept for validation")
         return TextSource(texts, held_out, tokenizer, canvas, recipe.batch_size, recipe.seed, data.context)
     if isinstance(data, ExtractionData):
-        train, kept = (_conversations(extraction.conversations(count, recipe.seed, apart, keys=data.keys,
-                                                               distractors=data.distractors),
-                                      f"extraction{' held out' * apart} {recipe.seed}: ", 0)
+        train, kept = (numbered(extraction.conversations(count, recipe.seed, apart, keys=data.keys,
+                                                         distractors=data.distractors),
+                                f"extraction{' held out' * apart} {recipe.seed}: ", 0)
                        for count, apart in ((data.count, False), (data.held_out, True)))
         return _listed(recipe, ConversationData(("generated notes",), fill="pad"), train, kept, tokenizer, config,
                        generation, report)
@@ -135,18 +118,24 @@ def few(recipe: Recipe) -> Recipe:
 
 def longest_context(source: Source) -> int:
     """The most tokens before a canvas: of all examples where they are at hand, or of the first steps of a stream."""
+    if isinstance(source, Puzzles):
+        return source.largest[0]
     examples = source.examples if isinstance(source, Listed) else [e for step in range(20) for e in source.batch(step)]
     return max(example.context_length for example in examples)
 
 
 def most_soft_tokens(source: Source) -> int:
-    """The most tokens of a context that are pictures'; what is made on the way has none."""
+    """The most tokens of a context that are pictures'."""
+    if isinstance(source, Puzzles):
+        return source.largest[1]
     examples = source.examples if isinstance(source, Listed) else []
     return max((sum(sight.tokens for sight in example.sights) for example in examples), default=0)
 
 
 def shows_pictures(source: Source) -> bool:
-    """Whether there are pictures in what is trained on; what is made on the way has none."""
+    """Whether there are pictures in what is trained on."""
+    if isinstance(source, Puzzles):
+        return source.seen is not None
     return isinstance(source, Listed) and any(example.sights for example in (*source.examples, *source.kept))
 
 
@@ -170,20 +159,6 @@ def split(rows: Sequence[Conversation], share: float) -> tuple[list[Conversation
             [row for i, row in enumerate(rows) if i % every == last])
 
 
-def _conversations(made: Sequence[list[dict[str, str]]], what: str, first: int) -> list[Conversation]:
-    """Conversations that a task has made, numbered, of each of which the last message is learnt."""
-    return [Conversation(messages, None, (len(messages) - 1,), f"{what}{number}")
-            for number, messages in enumerate(made, start=first)]
-
-
-def _of_puzzles(made: SudokuBatches, step: int) -> list[Example]:
-    """The batch of a step as examples whose every token counts, fill too."""
-    batch, stop = made.batch(step), made.tokenizer.token_to_id("<turn|>")
-    weights = [1.0] * made.canvas_length
-    return [Example(Turn(prompt, canvas[: canvas.index(stop) + 1], f"step {step}: {batch.kind}", 1), 0, canvas, weights)
-            for prompt, canvas in zip(batch.prompt.tolist(), batch.canvas.tolist(), strict=True)]
-
-
 def _listed(recipe: Recipe, data: ConversationData, train: list[Conversation], kept: list[Conversation],
             tokenizer: Tokenizer, config: ModelConfig, generation: GenerationConfig, report: Report) -> Listed:
     room = config.max_position_embeddings - config.canvas_length
@@ -200,12 +175,15 @@ def _listed(recipe: Recipe, data: ConversationData, train: list[Conversation], k
     return Listed(found[0], found[1], kept, recipe.batch_size, recipe.seed)
 
 
-def _puzzles(recipe: Recipe, data: SudokuData, tokenizer: Tokenizer, canvas: int, folder: Path,
+def _puzzles(recipe: Recipe, data: SudokuData, tokenizer: Tokenizer, config: ModelConfig, folder: Path,
              report: Report) -> Puzzles:
+    if data.pictures and config.vision is None:
+        raise DgemmaError(f"recipe {recipe.name}: data: pictures: the model sees none: it has no vision tower (give it "
+                          "one: vision)")
     report("preparing base puzzles (computed once)")
     source = sudoku.PuzzleSource.cached(folder / "puzzles.npz", data.bases, recipe.seed)
     givens = _reachable(data.givens, source, f"recipe {recipe.name}: data")
-    made = SudokuBatches(tokenizer, canvas, recipe.batch_size, recipe.seed, source, givens,
+    made = SudokuBatches(tokenizer, config.canvas_length, recipe.batch_size, recipe.seed, source, givens,
                          min(max(data.easy_givens, givens[0]), givens[1]), data.curriculum_steps, data.plain,
                          data.beyond_singles, data.stuck)
     try:
@@ -214,10 +192,15 @@ def _puzzles(recipe: Recipe, data: SudokuData, tokenizer: Tokenizer, canvas: int
         raise DgemmaError(f"recipe {recipe.name}: data: this model cannot learn Sudoku: {error}") from error
     seed = recipe.seed + 1_000_003  # other grids
     few = sudoku.PuzzleSource.cached(folder / "held-out.npz", min(data.bases, 200), seed)
-    kept = SudokuBatches(tokenizer, canvas, recipe.evaluation.examples, seed, few,
+    kept = SudokuBatches(tokenizer, config.canvas_length, recipe.evaluation.examples, seed, few,
                          _reachable(data.givens, few, f"recipe {recipe.name}: validation"), data.easy_givens, 0,
                          plain=True)
-    return Puzzles(made, kept)
+    if not data.pictures or config.vision is None:
+        return Puzzles(made, kept)
+    seen, kept_seen = (SeenPuzzles(batches, config.vision, data.pictures,
+                                   PictureQuestions(data.photos, data.reading, held_out))
+                       for batches, held_out in ((made, False), (kept, True)))
+    return Puzzles(made, kept, seen, kept_seen)
 
 
 def _reachable(givens: tuple[int, int], source: sudoku.PuzzleSource, where: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from dgemma.chat.messages import normalise_messages
 from dgemma.diffusion.events import Generation
 from dgemma.errors import DgemmaError
 from dgemma.tasks import sudoku
-from dgemma.tasks.evaluate import band_of, grade
+from dgemma.tasks.evaluate import band_of, grade, is_read
 from dgemma.train.data.conversations import text_of
 
 Values = dict[str, float]
@@ -127,10 +127,25 @@ def _sudoku(question: Question, answer: Generation | None) -> Values:
             f"givens_kept/{band}": float(kept)}
 
 
+def _sudoku_pictures(question: Question, answer: Generation | None) -> Values:
+    """All 81 cells right, of what is read from pictures (blanks in its reference), solved from them, or solved as
+    text."""
+    parts = [part for message in normalise_messages(question.prompt) if isinstance(message["content"], list)
+             for part in message["content"] if part["type"] == "image"]
+    if not parts:
+        solved = _sudoku(question, answer)["solved"]
+        return {"right": solved, "solved/text": solved}
+    wanted = sudoku.parse(question.reference)
+    if wanted is None:
+        raise DgemmaError(f'{question.where}: the metric "sudoku_pictures" needs a grid as the reference answer')
+    right = float(answer is not None and is_read(wanted, answer.text))
+    return {"right": right, f"{'solved' if wanted.all() else 'read'}/{parts[-1].get('name', 'picture')}": right}
+
+
 METRICS = {metric.name: metric for metric in (
     Metric("exact", "exact", _exact), Metric("json", "record", _json, _json_summary),
     Metric("contains", "contains", _contains), Metric("tool_calls", "tool_calls", _tool_calls),
-    Metric("sudoku", "solved", _sudoku))}
+    Metric("sudoku", "solved", _sudoku), Metric("sudoku_pictures", "right", _sudoku_pictures))}
 
 
 # ---- values ----------------------------------------------------------------------------------------

@@ -15,14 +15,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgemma import seeds
-from dgemma.chat.pictures import PICTURE_TOKENS
+from dgemma.chat.pictures import PICTURE_TOKENS, with_picture_tokens
 from dgemma.chat.tokenizer import Tokenizer
-from dgemma.config import MODEL_TYPE, GenerationConfig, generation_config_from_dict, model_config_from_dict
+from dgemma.config import (
+    MODEL_TYPE,
+    GenerationConfig,
+    generation_config_from_dict,
+    model_config_from_dict,
+    vision_config_to_dict,
+)
 from dgemma.engine.pictures import PictureEncoder
 from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.fields import is_there, read_json
 from dgemma.files import make_folder
 from dgemma.model import Model, Parts, read_parts, seeing
 from dgemma.nn import DiffusionTransformer
@@ -38,9 +45,10 @@ from dgemma.weights.adapters import read_adapter, save_adapter
 from dgemma.weights.files import weight_files
 from dgemma.weights.gguf_model import load_gguf_network
 from dgemma.weights.load import load_network
-from dgemma.weights.merge import replace_weights
+from dgemma.weights.merge import copy_companions, replace_weights
 from dgemma.weights.names import trained_name
 from dgemma.weights.save import save_checkpoint
+from dgemma.weights.towers import find_tower
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,8 @@ class TrainState:
         try:
             if self.recipe.adapter is not None:
                 save_adapter(self.network, self.recipe.adapter, beside, self.name)
+            elif self.source is not None and self.recipe.vision is not None:
+                self._write_seeing(self.source, beside, tensors)
             elif self.source is not None:
                 replace_weights(self.source, self.network.state_dict() if tensors is None else tensors, beside)
             else:
@@ -105,6 +115,13 @@ class TrainState:
             raise DgemmaError(f"{folder}: cannot be written ({error.strerror or error})") from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+    def _write_seeing(self, source: Path, folder: Path, tensors: Mapping[str, Tensor] | None) -> None:
+        """Write a checkpoint of another one with the tower that it was given."""
+        copy_companions(source, folder)
+        generation = source / "generation_config.json"
+        save_checkpoint(self.network, folder, _seeing_dict(self.recipe, source, self.tokenizer),
+                        read_json(generation) if is_there(generation) else {}, self.network.dtype, tensors)
 
     @contextmanager
     def exported(self, folder: Path) -> Iterator[None]:
@@ -140,7 +157,12 @@ def parts_of(recipe: Recipe, base: Path | None = None) -> Parts:
     if recipe.fresh:
         return _fresh_parts(recipe)
     parts = read_parts(base or str(recipe.model))
-    return replace(parts, config=seeing(parts)[0])
+    if recipe.vision is None:
+        return replace(parts, config=seeing(parts)[0])
+    if parts.gguf is not None or parts.source is None:
+        raise DgemmaError(f"recipe {recipe.name}: vision: a GGUF file is given no tower here: put one beside it")
+    config = _seeing_dict(recipe, parts.source, parts.tokenizer)
+    return replace(parts, config=model_config_from_dict(config, f"recipe {recipe.name}: vision"))
 
 
 def glimpse(recipe: Recipe, report: Report = lambda text: None) -> tuple[Parts, Source]:
@@ -155,8 +177,8 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device, progress: Callable
           sees: bool = False) -> TrainState:
     """The network that a recipe begins with, its adapter attached and everything else frozen that is to stay.
 
-    ``sees``: with its tower, which a network of fresh weights always has where its config describes one. Raises
-    DgemmaError when it cannot be had.
+    ``sees``: with its tower, which a network of fresh weights always has where its config describes one, as has any
+    that is given one. Raises DgemmaError when it cannot be had.
     """
     if parts.gguf is not None and recipe.adapter is None:
         raise DgemmaError(f"{parts.source}: a GGUF file is trained by an adapter only (a section `adapter:` in the "
@@ -165,7 +187,7 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device, progress: Callable
         network = DiffusionTransformer(parts.config)
         if parts.config.vision is not None:
             network.attach_vision(Vision(parts.config.vision, parts.config.hidden_size))
-        initialise(network, recipe.seed)
+        initialise(network, recipe.seed, len(network.layers))
         network.to(device, None if recipe.dtype is None else getattr(torch, recipe.dtype))
     elif parts.gguf is not None:
         network = load_gguf_network(replace(parts.gguf, config=parts.config), device, progress=progress,
@@ -173,8 +195,13 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device, progress: Callable
     else:
         dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
         network = load_network(parts.source, parts.config, device=device, dtype=dtype, progress=progress)
-    if sees and parts.source is not None:
-        _, tower = seeing(parts)
+    if isinstance(recipe.vision, dict):
+        assert parts.config.vision is not None  # it describes one
+        vision = Vision(parts.config.vision, parts.config.hidden_size)
+        initialise(vision, recipe.seed, parts.config.vision.num_hidden_layers)
+        network.attach_vision(vision.to(device, network.dtype))
+    elif parts.source is not None and (sees or recipe.vision is not None):
+        _, tower = seeing(parts, vision=recipe.vision)
         assert tower is not None  # otherwise its conversations could not have pictures
         network.attach_vision(tower.load(device, None if parts.gguf is not None else network.dtype))
     state = TrainState(network, parts.tokenizer, parts.generation_config, recipe, parts.source,
@@ -187,15 +214,15 @@ def begin(recipe: Recipe, parts: Parts, device: torch.device, progress: Callable
     return state
 
 
-def initialise(network: DiffusionTransformer, seed: int) -> None:
-    """Fresh weights for a small network.
+def initialise(network: nn.Module, seed: int, layers: int) -> None:
+    """Fresh weights for a small network or tower of so many layers.
 
     Matrices are normal with std 1/√columns; the norms at the end of a residual branch start small, so that
     the residual stream grows slowly with depth; query and key norms make attention scores start near unit size,
     since there is no 1/√d in the softmax.
     """
     generator = seeds.generator(seed)
-    depth = 2 * len(network.layers)
+    depth = 2 * layers
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if parameter.ndim >= 2:
@@ -256,6 +283,22 @@ def _swap(new: Path, folder: Path) -> None:
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _seeing_dict(recipe: Recipe, source: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ``config.json`` of the checkpoint ``source`` with the tower that its recipe gives it, whose soft tokens
+    see all of their picture unless it says something else. Raises DgemmaError where there can be none."""
+    data, where = read_json(source / "config.json"), f"recipe {recipe.name}: vision"
+    if isinstance(recipe.vision, str):
+        tower = find_tower(source, model_config_from_dict(data, str(source)), vision=recipe.vision)
+        found = None if tower is None else tower.config
+    else:
+        found = model_config_from_dict({**data, **(recipe.vision or {})}, where).vision
+    known = None if found is None else with_picture_tokens(found, tokenizer.token_to_id)
+    if known is None:
+        raise DgemmaError(f"{where}: the tokenizer of {recipe.model} has no tokens for pictures")
+    text = {"use_bidirectional_attention": "vision", **data["text_config"]}
+    return {**data, "text_config": text, **vision_config_to_dict(known)}
 
 
 def _config_dict(recipe: Recipe) -> dict[str, Any]:
