@@ -220,8 +220,8 @@ class Model:
         calls = calls_of(declared, choice, parallel_tool_calls, formed)
         thought_open = inside_thought(self.tokenizer, prompt_ids)
         if (formed or calls is not None) and prefix is not None:
-            raise DgemmaError(f"prefix and {'response_format' if formed else 'tool_choice'} cannot be had together: a "
-                              "form is that of the whole answer")
+            raise DgemmaError(f"prefix must not be given with {'response_format' if formed else 'tool_choice'}: a form "
+                              "is that of the whole answer")
         if formed or calls is not None:
             if self.tokenizer.vocab_size > self.config.vocab_size:
                 raise DgemmaError(f"{'response_format' if formed else 'tool_choice'} cannot be kept: the tokenizer has "
@@ -253,9 +253,10 @@ class Model:
         """What was said before the canvas, as token ids. Raises DgemmaError."""
         if prefix is None or isinstance(prefix, str):
             return self.tokenizer.encode(prefix or "", specials=False)
-        ids = [_plain_number(item) for item in prefix] if isinstance(prefix, (Sequence, np.ndarray, torch.Tensor)) else []
-        if (wrong := next((i for i in ids if not is_whole(i) or not 0 <= i < self.config.vocab_size), None)) is not None:
-            raise DgemmaError(f"prefix must be text or token ids below {self.config.vocab_size}, got {wrong!r} in it")
+        vocabulary = self.config.vocab_size
+        ids = _plain_numbers(prefix, "prefix must be text or token ids")
+        for wrong in (item for item in ids if not (is_whole(item) and 0 <= item < vocabulary)):
+            raise DgemmaError(f"prefix must be text or token ids below {vocabulary}, got {wrong!r}")
         return ids
 
     def _start(self, canvas: Any, pinned: Sequence[bool] | None, settings: GenerationConfig) -> StartCanvas | None:
@@ -268,8 +269,8 @@ class Model:
             if pinned is not None:
                 raise DgemmaError('pinned is for a canvas of token ids: say {"text": …, "pinned": …} in the parts')
             return read_canvas(canvas, self.tokenizer, self.config.canvas_length, settings.eos_token_id)
-        return StartCanvas([_plain_number(item) for item in canvas],
-                           [False] * len(canvas) if pinned is None else [bool(pin) for pin in pinned])
+        ids = _plain_numbers(canvas, "canvas must be parts or token ids")
+        return StartCanvas(ids, [False] * len(ids) if pinned is None else [bool(pin) for pin in pinned])
 
     def _thoughts(self, inside: bool, budget: int | None) -> Thoughts | None:
         """How this model's thoughts are told from what it says; None where it has no marks for them."""
@@ -327,6 +328,14 @@ def _plain_number(value: Any) -> Any:
     if isinstance(value, np.generic) or (isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0):
         return value.item()
     return value
+
+
+def _plain_numbers(values: Any, rule: str) -> list[Any]:
+    """A list, array or tensor as a list of Python's own numbers; raises DgemmaError with the rule for anything else."""
+    try:
+        return [_plain_number(item) for item in values]
+    except TypeError as error:
+        raise DgemmaError(f"{rule}, got {values!r}") from error
 
 
 def parse_device(name: str | torch.device | None) -> torch.device:

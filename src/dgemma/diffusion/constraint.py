@@ -29,8 +29,10 @@ def said_tokens(tokens: Sequence[int | None], pinned: Sequence[bool], stops: Col
 def held(walk: Walk, tokens: Tensor, pinned: Tensor, stops: Collection[int], room: int) -> Walk:
     """The walk in which a pinned position can only be its token, and no `said_tokens` a stop token.
 
-    tokens and pinned [C], on the walk's device.
+    tokens and pinned [C], on the walk's device. Behind ``room`` nothing is the answer's.
     """
+    pinned = pinned.clone()
+    pinned[room:] = False
     said = said_tokens(tokens.tolist(), pinned.tolist(), stops, room)
     for place, log_p in walk:
         log_p[: max(said - place.start, 0), list(stops)] = -torch.inf

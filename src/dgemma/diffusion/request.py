@@ -168,13 +168,14 @@ class Request:
         left = config.canvas_length - len(self.canvas)
         tokens = torch.tensor([*(token or 0 for token in self.canvas), *([0] * left)])
         pinned = torch.tensor([*self.pinned, *([False] * left)])
+        pinned[room:] = False
         level = ((slice(i, i + 1), torch.zeros(1, config.vocab_size)) for i in range(config.canvas_length))
         guide.template(config.canvas_length, room)
         stops = self.settings.eos_token_id
         chosen = guide.choose(held(level, tokens, pinned, stops, room), config.canvas_length, room,
                               torch.zeros(len(tokens)))
         for place in (pinned & (chosen.draft != tokens)).nonzero().squeeze(1).tolist():
-            raise ValueError(f"pinned contradicts response_format: no answer of that form has all that is pinned, token "
+            raise ValueError("pinned contradicts response_format: no answer of that form has all that is pinned, token "
                              f"{self.canvas[place]} at position {place} for one")
         said = said_tokens(self.canvas, self.pinned, stops, room)
         if any(token in stops for token in chosen.draft[:said].tolist()):
@@ -188,17 +189,17 @@ class Request:
                 raise ValueError(f"canvas has {len(self.canvas)} tokens, the model's canvas {config.canvas_length}")
             odd = [token for token in self.canvas if token is not None and type(token) is not int]
             if odd:
-                raise ValueError(f"canvas holds token ids and None, not {odd[0]!r}")
+                raise ValueError(f"canvas must hold token ids and None, not {odd[0]!r}")
             wrong = [token for token in self.canvas if token is not None and not 0 <= token < config.vocab_size]
             if wrong:
-                raise ValueError(f"token id {wrong[0]} in canvas is outside the vocabulary of {config.vocab_size}")
+                raise ValueError(f"canvas has token id {wrong[0]}, outside the vocabulary of {config.vocab_size}")
         if self.pinned is not None:
             if self.canvas is None or len(self.pinned) != len(self.canvas):
                 raise ValueError("pinned must have one entry for every entry of canvas")
             loose = [i for i, (pin, token) in enumerate(zip(self.pinned, self.canvas, strict=True))
                      if pin and token is None]
             if loose:
-                raise ValueError(f"position {loose[0]} is pinned, but canvas says None there")
+                raise ValueError(f"pinned has position {loose[0]}, but canvas says None there")
         if type(self.from_step) is not int or not 0 <= self.from_step < self.settings.max_denoising_steps:
             raise ValueError("from_step must be a whole number from 0 to max_denoising_steps - 1 "
                              f"({self.settings.max_denoising_steps - 1}), got {self.from_step!r}")

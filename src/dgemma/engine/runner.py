@@ -105,7 +105,7 @@ class Runner:
                                 partial(self._predicted, slots, state) if special else None)
         *columns, done, finite = [t.cpu() for t in (result.draft, result.canvas, result.entropy, result.accepted,
                                                     result.done, result.finite)]
-        candidates = [_candidates(self.network, slot, hidden) for slot, hidden in zip(slots, result.hidden, strict=True)]
+        candidates = [_candidates(self.network, slot, result.hidden[index]) for index, slot in enumerate(slots)]
         outcomes = []
         for index, (slot, sound, ended) in enumerate(zip(slots, finite.tolist(), done.tolist(), strict=True)):
             if not sound:
