@@ -114,7 +114,7 @@ def test_pins_that_contradict_a_form_are_refused(model, canvas, message):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"pinned": [True]}, "pinned needs canvas"), ({"canvas": "x", "pinned": [True]}, "pinned is for a canvas of token"),
-    ({"prefix": 5}, "prefix must be text or token ids below 288, got 5"), ({"prefix": [288]}, "got 288"),
+    ({"prefix": 5}, "prefix must be text or token ids, got 5"), ({"prefix": [288]}, "got 288"),
     ({"prefix": ["x"]}, "got 'x'"), ({"canvas": [288]}, "canvas has token id 288"), ({"from_step": 1}, "needs canvas"),
     ({"prefix": "x", "response_format": {"type": "json_object"}}, "prefix must not be given with response_format"),
     ({"canvas": 5}, "canvas must be"),

@@ -39,6 +39,7 @@ def run(
     visual: options.VisualOption = True,
     pace: options.PaceOption = 0.1,
     trace: options.TraceOption = None,
+    candidates: options.CandidatesOption = None,
     url: options.UrlOption = None,
     api_key: options.ApiKeyOption = None,
     *,
@@ -53,6 +54,8 @@ def run(
     if not redraw_empty:
         settings["redraw_empty"] = False
     shown = _shown(prompt, image or [], video, fps, image_tokens)
+    if candidates is not None and trace is None:
+        raise DgemmaError("--candidates are for a trace: name its file with --trace")
     text = _prompt_text(prompt)
     if url is None and image:
         from dgemma.chat.pictures import open_picture
@@ -67,6 +70,8 @@ def run(
     if url is not None:
         refuse_with_url(trace=trace, fps=fps, image_tokens=image_tokens)
     loaded = open_model(model, url=url, api_key=api_key, live=live, **local)
+    if candidates is not None:
+        settings["candidates"] = candidates
     events = loaded.stream([said_of(shown, text)] if shown else text, seed=seed, system=system, thinking=thinking,
                            **settings)
     generation = follow(loaded, events, visual=live, trace=trace, prompt=text, pace=pace)
