@@ -37,6 +37,7 @@ class SequenceState:
     draft: Tensor = field(init=False)  # [C] argmax of the last step
     history: Tensor = field(init=False)  # [H, C] argmax canvases that must agree with the next, -1: none yet
     pinned: Tensor | None = None  # [C] bool
+    asked: Tensor | None = None  # [C] bool: what of it the request pins; a form's tokens are not
     token_ids: list[int] = field(init=False)  # committed answer tokens
     context: list[int] = field(init=False)  # every token the cache holds or will hold: prompt and whole canvases
     steps: list[int] = field(init=False)  # of each canvas that was committed
@@ -114,10 +115,11 @@ class SequenceState:
             known = [self.request.thoughts.closed, *([None] * (self.config.canvas_length - 1))]
         self.closes_thought = False
         self.canvas = self.random_canvas()
-        self.pinned = None
+        self.pinned = self.asked = None
         request = self.request
         if self.canvas_index == 0 and request.canvas is not None:
             self._place(request.canvas, request.pinned)
+            self.asked = None if self.pinned is None else self.pinned.clone()
             for _ in range(request.from_step):
                 self.draw_noise()  # so that the next step has the noise that it has in a canvas of this seed
         if known is not None:
@@ -205,7 +207,7 @@ class SequenceState:
     def _end_of(self, tokens: list[int]) -> tuple[list[int], int | None, FinishReason | None]:
         """What of a canvas is the answer's, the stop token behind it, and whether the answer ends with it."""
         room, stops = self.room, self.request.settings.eos_token_id
-        pinned = [] if self.pinned is None else self.pinned[: len(tokens)].tolist()
+        pinned = [] if self.asked is None else self.asked.tolist()
         said = said_tokens(tokens, pinned, stops, room)
         end = next((i for i in range(said, len(tokens)) if tokens[i] in stops), None)
         if end is not None and end <= room:

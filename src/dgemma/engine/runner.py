@@ -231,7 +231,7 @@ def _guide(network: DiffusionTransformer, slot: Slot, hidden: Tensor, stats: Can
     """Put what the constraint chooses in the place of the sequence's argmax and sample."""
     sequence, noise = slot.sequence, slot.noise
     assert slot.guide is not None and noise is not None
-    pinned = None if sequence.pinned is None else sequence.pinned.to(hidden.device)
+    pinned = None if sequence.asked is None else sequence.asked.to(hidden.device)
     canvas = sequence.canvas.to(hidden.device)
     if pinned is not None:
         for tokens in (stats.argmax, stats.sample):
