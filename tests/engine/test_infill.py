@@ -167,6 +167,16 @@ def test_a_start_that_cannot_be_is_refused(engine_of, ask, changes, message):
         engine_of().submit(ask(**changes))
 
 
+def test_a_later_canvas_is_behind_what_was_said_before_it(engine_of, ask, answer):
+    whole = list(engine_of().run([ask(**STEPS, max_tokens=2 * C)]))
+    second = [event for event in whole if isinstance(event, CanvasStarted | Denoised) and event.canvas == 1]
+    said = whole[-1].generation.token_ids[:C]
+    started, first, *_ = engine_of().run([ask([5, 6, 7, *said], **STEPS, canvas=second[0].token_ids)])
+    assert (started.token_ids, started.context_tokens) == (second[0].token_ids, second[0].context_tokens)
+    assert first.token_ids == second[1].token_ids  # its sample is drawn with other noise
+    assert first.entropies == pytest.approx(second[1].entropies, abs=1e-5)
+
+
 def test_only_the_first_canvas_has_steps_behind_it(engine_of, ask):
     events = list(engine_of().run([ask(**STEPS, canvas=[3] * C, from_step=4, max_tokens=2 * C)]))
     assert [event.steps_before for event in events if isinstance(event, CanvasStarted)] == [4, 0]
