@@ -108,7 +108,7 @@ def test_a_form_holds_pins(model):
     (["7", {"end": True}], "no answer of that form has"),
 ], ids=str)
 def test_pins_that_contradict_a_form_are_refused(model, canvas, message):
-    with pytest.raises(DgemmaError, match=f"pinned contradicts response_format: .*{message}"):
+    with pytest.raises(DgemmaError, match=f"pinned contradicts response_format or tool_choice: .*{message}"):
         model.request("Hi", canvas=canvas, response_format={"type": "regex", "regex": "[0-9]{20}"})
 
 

@@ -207,7 +207,8 @@ class Model:
         choice, declared = read_tool_choice(tool_choice), normalise_tools(tools)
         given_prompt = self._prompt(prompt, thinking, system, shown_tools(declared, choice), images=images, video=video,
                                     image_tokens=image_tokens, fps=fps)
-        prompt_ids = given_prompt.ids + self._prefix_ids(prefix)
+        prefix_ids = self._prefix_ids(prefix)
+        prompt_ids = given_prompt.ids + prefix_ids
         constraint = None
         try:
             # A default of the checkpoint's, 256 in Google's, would cut every longer answer.
@@ -219,7 +220,7 @@ class Model:
         formed = response_format is not None and response_format != {"type": "text"}
         calls = calls_of(declared, choice, parallel_tool_calls, formed)
         thought_open = inside_thought(self.tokenizer, prompt_ids)
-        if (formed or calls is not None) and prefix is not None:
+        if (formed or calls is not None) and prefix_ids:
             raise DgemmaError(f"prefix must not be given with {'response_format' if formed else 'tool_choice'}: a form "
                               "is that of the whole answer")
         if formed or calls is not None:

@@ -175,12 +175,12 @@ class Request:
         chosen = guide.choose(held(level, tokens, pinned, stops, room), config.canvas_length, room,
                               torch.zeros(len(tokens)))
         for place in (pinned & (chosen.draft != tokens)).nonzero().squeeze(1).tolist():
-            raise ValueError("pinned contradicts response_format: no answer of that form has all that is pinned, token "
-                             f"{self.canvas[place]} at position {place} for one")
+            raise ValueError("pinned contradicts response_format or tool_choice: no answer of that form has all that "
+                             f"is pinned, token {self.canvas[place]} at position {place} for one")
         said = said_tokens(self.canvas, self.pinned, stops, room)
         if any(token in stops for token in chosen.draft[:said].tolist()):
-            raise ValueError("pinned contradicts response_format: an answer of that form is over before all that is "
-                             "pinned is said")
+            raise ValueError("pinned contradicts response_format or tool_choice: an answer of that form is over before "
+                             "all that is pinned is said")
 
     def _check_canvas(self, config: ModelConfig) -> None:
         """Raises ValueError unless the canvas that the request starts from is one."""

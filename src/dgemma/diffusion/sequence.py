@@ -104,7 +104,7 @@ class SequenceState:
 
     def redraw(self) -> None:
         """Give up an answer of one canvas: the next one is drawn in its place, from other noise and narrower."""
-        self.redrawn_steps = self.step - self.steps_before
+        self.redrawn_steps = self.step
         del self.reader, self.answer
         self._begin()
 

@@ -231,9 +231,9 @@ def _guide(network: DiffusionTransformer, slot: Slot, hidden: Tensor, stats: Can
     """Put what the constraint chooses in the place of the sequence's argmax and sample."""
     sequence, noise = slot.sequence, slot.noise
     assert slot.guide is not None and noise is not None
-    pinned = None if sequence.asked is None else sequence.asked.to(hidden.device)
-    canvas = sequence.canvas.to(hidden.device)
+    pinned = sequence.asked
     if pinned is not None:
+        pinned, canvas = pinned.to(hidden.device), sequence.canvas.to(hidden.device)
         for tokens in (stats.argmax, stats.sample):
             tokens[index] = torch.where(pinned, canvas, tokens[index])
     # What is valid as it was predicted is the most probable canvas, and a draw as good as one among the valid ones.
@@ -247,7 +247,7 @@ def _guide(network: DiffusionTransformer, slot: Slot, hidden: Tensor, stats: Can
     if _draws_narrowed(slot):
         walk = ((place, favoured(log_p, sampling.top_k, sampling.top_p)) for place, log_p in walk)
     if pinned is not None:
-        walk = held(walk, canvas, pinned, sequence.settings.eos_token_id, sequence.room)
+        walk = held(walk, sequence.canvas.to(hidden.device), pinned, sequence.settings.eos_token_id, sequence.room)
     chosen = slot.guide.choose(walk, network.config.canvas_length, sequence.room, noise[0][:, 0, 0])
     stats.argmax[index] = chosen.draft.to(hidden.device)
     stats.sample[index] = chosen.sample.to(hidden.device)
