@@ -69,7 +69,7 @@ def text_of(body):
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL),
-                         ids=["openai", "anthropic", "ollama", "drafts"])
+                         ids=["openai", "anthropic", "ollama", "drafts", "infill"])
 def test_an_example_runs(code, port, capsys, environment):
     environment(NO_PROXY="localhost,127.0.0.1")
     exec(compile(code.replace("localhost:8000", f"localhost:{port}"), "example", "exec"), {})

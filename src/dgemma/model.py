@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dgemma.cache import check_cache_type
+from dgemma.chat.infill import StartCanvas, is_parts, read_canvas
 from dgemma.chat.media import parts_in, place_media, put_first, show
 from dgemma.chat.messages import normalise_messages, normalise_tools
 from dgemma.chat.pictures import PICTURE_TOKENS, Picture, with_picture_tokens
@@ -153,8 +154,9 @@ class Model:
     def request(self, prompt: Prompt, *, max_tokens: int | None = None, seed: int | None = None,
                 thinking: bool = False, system: str | None = None, tools: list[dict[str, Any]] | None = None,
                 images: Sequence[Any] | None = None, video: Any = None, image_tokens: int | None = None,
-                fps: float | None = None, canvas: Sequence[int | None] | None = None,
-                pinned: Sequence[bool] | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                fps: float | None = None, canvas: str | Sequence[Any] | None = None,
+                pinned: Sequence[bool] | None = None, prefix: str | Sequence[int] | None = None, from_step: int = 0,
+                candidates: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                 logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
                 response_format: Mapping[str, Any] | None = None, tool_choice: Any = None,
                 parallel_tool_calls: bool = True, reasoning_budget: int | None = None, redraw_empty: bool = True,
@@ -162,8 +164,7 @@ class Model:
         """What `generate` asks of the engine, checked.
 
         ``max_tokens`` None: to the end of the context, whatever the checkpoint's own default
-        (``generation_config.max_tokens``) is. ``seed`` fixes all randomness (drawn and reported when None). ``canvas``
-        seeds the first canvas with token ids (None: noise) and ``pinned`` marks those that must not change.
+        (``generation_config.max_tokens``) is. ``seed`` fixes all randomness (drawn and reported when None).
         ``temperature``, ``top_k``, ``top_p`` and ``logit_bias`` narrow the draw (`SamplingParams`). ``logprobs`` asks
         for every answer token's log-probability beside that many alternatives. ``response_format`` is a form that the
         answer will have: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": …}},
@@ -182,6 +183,15 @@ class Model:
         {"type": "image", "image": …}. Each picture has at most ``image_tokens`` soft tokens, 70, 140, 280, 560 or 1120
         (None: as what is asked needs). A film is ``fps`` frames a second, at most 60 (None: one a second, or 60 over
         all of it); its sound is not heard.
+
+        ``canvas`` is what denoising starts from, as parts in their order: text that stays, {"text": …, "pinned": False}
+        for text that may change, {"blank": n} for n tokens to be filled in, and {"end": True} where the answer ends
+        (`dgemma.chat.infill.read_canvas`); or as token ids (None: noise), of which ``pinned`` marks those that stay.
+        What is behind them is open. It is the answer's first canvas; ``prefix``, text or token ids, is what the answer
+        has said before it, and is not told again. ``from_step``: the canvas has so many steps behind it, as
+        `Denoised.canvas_ids` has, so that ``max_denoising_steps`` less these are left. ``candidates``: `Denoised`
+        events tell so many of the most probable tokens at every place, which takes another walk over the vocabulary
+        at every step.
 
         ``reasoning_budget``: the most tokens that thoughts have together, their marks included; then the thought is
         closed, and the answer follows. 0: no thinking. Thoughts always leave a canvas for the answer (half of
@@ -204,8 +214,8 @@ class Model:
         choice, declared = read_tool_choice(tool_choice), normalise_tools(tools)
         given_prompt = self._prompt(prompt, thinking, system, shown_tools(declared, choice), images=images, video=video,
                                     image_tokens=image_tokens, fps=fps)
-        prompt_ids = given_prompt.ids
-        canvas = None if canvas is None else [_plain_number(item) for item in canvas]
+        prefix_ids = self._prefix_ids(prefix)
+        prompt_ids = given_prompt.ids + prefix_ids
         constraint = None
         try:
             # A default of the checkpoint's, 256 in Google's, would cut every longer answer.
@@ -213,9 +223,13 @@ class Model:
             merged = self.generation_config.replace(max_tokens=room if max_tokens is None else max_tokens, **settings)
         except ValueError as error:
             raise DgemmaError(str(error)) from error
+        start = self._start(canvas, pinned, merged)
         formed = response_format is not None and response_format != {"type": "text"}
         calls = calls_of(declared, choice, parallel_tool_calls, formed)
         thought_open = inside_thought(self.tokenizer, prompt_ids)
+        if (formed or calls is not None) and prefix_ids:
+            raise DgemmaError(f"prefix must not be given with {'response_format' if formed else 'tool_choice'}: a form "
+                              "is that of the whole answer")
         if formed or calls is not None:
             if self.tokenizer.vocab_size > self.config.vocab_size:
                 raise DgemmaError(f"{'response_format' if formed else 'tool_choice'} cannot be kept: the tokenizer has "
@@ -227,13 +241,13 @@ class Model:
         try:
             request = Request(
                 0, prompt_ids, merged,
-                secrets.randbits(32) if seed is None else seed, None if canvas is None else list(canvas),
-                None if pinned is None else [bool(pin) for pin in pinned],
+                secrets.randbits(32) if seed is None else seed, start and start.token_ids, start and start.pinned,
                 SamplingParams(temperature, top_k, top_p, tuple(bias)), logprobs, constraint, tuple(stop), drafts,
                 client,
                 tools=None if tools is None and _is_ids(prompt) else tuple(usable_tools(declared, choice) or ()),
                 held=calls is not None,
-                thoughts=self._thoughts(thought_open, reasoning_budget), redraw_empty=redraw_empty)
+                thoughts=self._thoughts(thought_open, reasoning_budget), redraw_empty=redraw_empty,
+                from_step=_plain_number(from_step), candidates=_plain_number(candidates))
             request.check(self.config)
         except ContextLengthError:
             raise
@@ -242,6 +256,29 @@ class Model:
         if self.pictures is not None and given_prompt.pictures:  # now that it is known that they can be read
             request = replace(request, spans=self.pictures.spans(given_prompt.pictures, given_prompt.starts))
         return request
+
+    def _prefix_ids(self, prefix: str | Sequence[int] | None) -> list[int]:
+        """What was said before the canvas, as token ids. Raises DgemmaError."""
+        if prefix is None or isinstance(prefix, str):
+            return self.tokenizer.encode(prefix or "", specials=False)
+        vocabulary = self.config.vocab_size
+        ids = _plain_numbers(prefix, "prefix must be text or token ids")
+        for wrong in (item for item in ids if not (is_whole(item) and 0 <= item < vocabulary)):
+            raise DgemmaError(f"prefix must be text or token ids below {vocabulary}, got {wrong!r}")
+        return ids
+
+    def _start(self, canvas: Any, pinned: Sequence[bool] | None, settings: GenerationConfig) -> StartCanvas | None:
+        """The canvas that an answer starts from, None for noise. Raises DgemmaError."""
+        if canvas is None:
+            if pinned is not None:
+                raise DgemmaError("pinned needs canvas: the tokens that are to stay")
+            return None
+        if is_parts(canvas):
+            if pinned is not None:
+                raise DgemmaError('pinned is for a canvas of token ids: say {"text": …, "pinned": …} in the parts')
+            return read_canvas(canvas, self.tokenizer, self.config.canvas_length, settings.eos_token_id)
+        ids = _plain_numbers(canvas, "canvas must be parts or token ids")
+        return StartCanvas(ids, [False] * len(ids) if pinned is None else [bool(pin) for pin in pinned])
 
     def _thoughts(self, inside: bool, budget: int | None) -> Thoughts | None:
         """How this model's thoughts are told from what it says; None where it has no marks for them."""
@@ -299,6 +336,14 @@ def _plain_number(value: Any) -> Any:
     if isinstance(value, np.generic) or (isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0):
         return value.item()
     return value
+
+
+def _plain_numbers(values: Any, rule: str) -> list[Any]:
+    """A list, array or tensor as a list of Python's own numbers; raises DgemmaError with the rule for anything else."""
+    try:
+        return [_plain_number(item) for item in values]
+    except TypeError as error:
+        raise DgemmaError(f"{rule}, got {values!r}") from error
 
 
 def parse_device(name: str | torch.device | None) -> torch.device:

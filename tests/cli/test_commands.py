@@ -18,7 +18,7 @@ from dgemma.cli.commands import chat as chat_module
 from dgemma.cli.commands.chat import Conversation, checked, load, save
 from dgemma.cli.terminal.drafts import printable
 from dgemma.config import SAMPLER_SETTINGS, GenerationConfig
-from dgemma.diffusion.events import Generation
+from dgemma.diffusion.events import Denoised, Generation
 from dgemma.diffusion.trace import TraceWriter, read_trace
 from dgemma.engine import Engine
 from dgemma.errors import DgemmaError
@@ -167,10 +167,20 @@ def test_an_ascii_stdout_gets_escapes_and_json_stays_json(run, answering):
     refused(run("hello", "--device", "é", encoding="ascii"), "device 'é' cannot be used")  # Typer writes UTF-8 anyway
 
 
+def test_a_trace_has_candidates_where_they_are_asked_for(run, tmp_path):
+    trace = tmp_path / "a.jsonl"
+    run("hello", "--seed", 3, "--trace", trace, "--candidates", 2)
+    steps = [event for event in read_trace(trace).events if isinstance(event, Denoised)]
+    assert steps and all(len(place) == 2 for step in steps for place in step.candidates)
+    refused(run("hello", "--candidates", 2), "--candidates are for a trace")
+    refused(run("hello", "--trace", trace, "--candidates", -1), "candidates must be")
+
+
 def test_a_trace_replays_the_same_text(run, dgemma_command, tmp_path):
     trace = tmp_path / "a.jsonl"
     said = run("hello", "--seed", 3, "--trace", trace).out
     assert read_trace(trace).header.prompt == "hello"
+    assert all(event.candidates is None for event in read_trace(trace).events if isinstance(event, Denoised))
     replayed = dgemma_command("replay", trace)
     assert (replayed.code, replayed.out) == (0, said)
     refused(run("hello", "--trace", tmp_path), str(tmp_path), "this is a folder")

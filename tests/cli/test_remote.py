@@ -336,6 +336,14 @@ def test_thoughts_are_shown_as_thoughts(server):
     assert (looks["m"], looks["k"]) == ("thought", "settled")
 
 
+def test_pins_of_a_draft_are_those_of_its_canvas(server):
+    draft = draft_chunk("ab", length=4)
+    draft["dgemma"]["draft"]["pinned"] = [True, False, True, False]
+    server.models, server.chunks = OURS, [draft, *text_chunks("ab")]
+    _, events, _ = answer_of(server)
+    assert events[0].pinned == [True, False, True, False]
+
+
 def test_text_without_a_draft_is_not_lost(server):
     server.models, server.chunks = OURS, text_chunks("Hello")
     _, events, _ = answer_of(server)

@@ -36,11 +36,11 @@ def close_with(sequence, draft):
     ({"prompt": [3, 50]}, "token id 50 in the prompt is outside the vocabulary of 50"),
     ({"prompt": [-1]}, "token id -1 in the prompt"),
     ({"canvas": [1] * (C + 1)}, f"canvas has {C + 1} tokens, the model's canvas {C}"),
-    ({"canvas": [1, 50]}, "token id 50 in canvas"),
-    ({"canvas": [-1]}, "token id -1 in canvas"),
+    ({"canvas": [1, 50]}, "canvas has token id 50"),
+    ({"canvas": [-1]}, "canvas has token id -1"),
     ({"pinned": [True]}, "one entry for every entry of canvas"),
     ({"canvas": [1, 2], "pinned": [True]}, "one entry for every entry of canvas"),
-    ({"canvas": [1, None], "pinned": [True, True]}, "position 1 is pinned, but canvas says None"),
+    ({"canvas": [1, None], "pinned": [True, True]}, "pinned has position 1, but canvas says None"),
 ], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_an_impossible_request_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):

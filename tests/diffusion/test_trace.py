@@ -99,6 +99,27 @@ def test_damaged_log_probabilities_are_named(tmp_path, logprobs):
         read_trace(path)
 
 
+def test_candidates_and_steps_before_survive_and_are_left_out_where_there_are_none(tmp_path):
+    started, denoised = replace(EVENTS[0], steps_before=3), replace(
+        EVENTS[1], entropies=[0.5, 0.0], candidates=[[(6, 0.75), (8, 0.123456)], [(7, 1.0)]])
+    trace = read_trace(write(tmp_path / "a", [started, denoised]))
+    assert trace.events == [started, replace(denoised, candidates=[[(6, 0.75), (8, 0.1235)], [(7, 1.0)]])]
+    assert set(trace.pieces) == {5, 0, 6, 7, 8}
+    plain = write(tmp_path / "b").read_text()
+    assert '"candidates"' not in plain and '"steps_before"' not in plain
+
+
+@pytest.mark.parametrize("candidates", ["3", "[3,4]", "[[6,1]]", '[[["6",1]],[]]', "[[[6,1,2]],[]]", "[[[9,1]],[]]",
+                                        "[[[6,1]]]"])
+def test_damaged_candidates_are_named(tmp_path, candidates):
+    path = write(tmp_path / "a", [replace(EVENTS[1], candidates=[[(6, 0.75)], []])])
+    whole = '"candidates":[[[6,0.75]],[]]'
+    assert whole in path.read_text()
+    path.write_text(path.read_text().replace(whole, f'"candidates":{candidates}'))
+    with pytest.raises(DgemmaError, match="line 2 is damaged"):
+        read_trace(path)
+
+
 def test_lines_are_readable_and_pieces_are_written_once(tmp_path):
     lines = [json.loads(line) for line in write(tmp_path / "a.jsonl").read_text().splitlines()]
     assert [line.get("event") for line in lines] == [

@@ -225,15 +225,6 @@ def test_memory_of_a_request_is_never_less_than_what_it_holds(engine_of, ask):
     assert 0 < held <= engine.scheduler.memory_of(request)
 
 
-def test_pins_and_a_constraint_together_are_refused(engine_of, ask):
-    class Anything:
-        def guide(self, room):
-            return None
-
-    with pytest.raises(ValueError, match="pinned and response_format"):
-        engine_of().submit(ask(canvas=[3], pinned=[True], constraint=Anything()))
-
-
 def test_a_step_of_several_passes_hears_of_cancels_between_them(engine_of, ask):
     engine = engine_of(cached=1, between=lambda: engine.cancel(2))  # every canvas is a pass of its own
     events = list(engine.run([ask([3 + i], id=i) for i in range(3)]))

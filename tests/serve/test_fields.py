@@ -286,7 +286,7 @@ def test_a_strict_server_refuses_what_has_no_effect(strict, path, fields, code):
 
 @pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("fields", [
-    {"suffix": "x"}, {"audio": {"voice": "x"}}, {"best_of": 3}, {"min_tokens": 5}, {"ignore_eos": True},
+    {"audio": {"voice": "x"}}, {"best_of": 3}, {"min_tokens": 5}, {"ignore_eos": True},
     {"stop_token_ids": [3]}, {"functions": [{"name": "f"}]}, {"bad_words": ["x"]}, {"prompt_logprobs": 1},
     {"chat_template": "x"}, {"modalities": ["text", "audio"]}, {"include_stop_str_in_output": True},
     {"web_search_options": {}}, {"continue_final_message": True}, {"truncate_prompt_tokens": 5},
@@ -305,6 +305,8 @@ def test_what_would_change_the_answer_is_refused_by_name(server, path, fields):
     ("/v1/chat/completions", {"echo": True}), ("/v1/chat/completions", {"previous_response_id": "resp_1"}),
     ("/v1/responses", {"system": "Be brief."}), ("/v1/responses", {"n": 2}), ("/v1/responses", {"echo": True}),
     ("/v1/messages", {"instructions": "Be brief."}), ("/v1/messages", {"logprobs": True}), ("/v1/messages", {"n": 2}),
+    ("/v1/chat/completions", {"suffix": "x"}), ("/v1/responses", {"suffix": "x"}), ("/v1/messages", {"suffix": "x"}),
+    ("/v1/completions", {"canvas": ["x"]}), ("/v1/responses", {"canvas": ["x"]}), ("/v1/messages", {"prefix": "x"}),
     ("/v1/messages", {"top_logprobs": 2}), ("/v1/messages", {"conversation": "conv_1"})], ids=repr)
 def test_what_only_another_route_can_do_is_refused_not_ignored(server, path, fields):
     name = next(iter(fields))

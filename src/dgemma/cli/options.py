@@ -51,6 +51,9 @@ PaceOption = Annotated[float, typer.Option(min=0.0, max=10.0, help="Show every s
                                            "model does not wait for it.")]
 TraceOption = Annotated[Path | None, typer.Option(
     help="Save every denoising step to this file, for `dgemma replay`.", show_default=False)]
+CandidatesOption = Annotated[int | None, typer.Option(
+    metavar="N", help="Save the N most probable tokens at every place with --trace. Takes time at every step.",
+    show_default=False)]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … Default: a GPU if there is one.",
                                                   show_default=False)]
 

@@ -5,15 +5,41 @@ A constraint sees distributions and token ids only. It never sees the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 # Positions of the canvas and their log-probabilities [n, V], float32, some positions at a time and in order: a whole
 # canvas of a large vocabulary never stands in memory.
 Walk = Iterable[tuple[slice, Tensor]]
+
+
+def said_tokens(tokens: Sequence[int | None], pinned: Sequence[bool], stops: Collection[int], room: int) -> int:
+    """How many of a canvas' first ``room`` tokens belong to the answer because of what is pinned.
+
+    What is pinned is said: a stop token ends the answer behind it only, or where it is pinned itself.
+    """
+    asked = next((i for i, pin in enumerate(pinned) if pin and tokens[i] in stops), len(pinned))
+    return max((i + 1 for i, pin in enumerate(pinned[: min(asked, room)]) if pin), default=0)
+
+
+def held(walk: Walk, tokens: Tensor, pinned: Tensor, stops: Collection[int], room: int) -> Walk:
+    """The walk in which a pinned position can only be its token, and no `said_tokens` a stop token.
+
+    tokens and pinned [C], on the walk's device. Behind ``room`` nothing is the answer's.
+    """
+    pinned = pinned.clone()
+    pinned[room:] = False
+    said = said_tokens(tokens.tolist(), pinned.tolist(), stops, room)
+    for place, log_p in walk:
+        log_p[: max(said - place.start, 0), list(stops)] = -torch.inf
+        rows = pinned[place].nonzero().squeeze(1)
+        log_p[rows] = -torch.inf
+        log_p[rows, tokens[place][rows]] = 0.0
+        yield place, log_p
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,16 @@ class CanvasStarted:
     pinned: list[bool]  # positions that will not change, [C]
     context_tokens: int  # tokens in the cache: the prompt and every committed canvas
     max_steps: int
+    steps_before: int = 0  # that the caller's canvas has behind it: the next one is counted from there
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """One denoising step is done. All lists have one entry per canvas position."""
+    """One denoising step is done. All lists have one entry per canvas position.
+
+    ``candidates`` are tokens and their probabilities, best first, at the step's temperature and as the network gives
+    them: before pins, forms, ``top_k`` and ``top_p``, after ``logit_bias``.
+    """
 
     request: int
     canvas: int
@@ -42,6 +47,7 @@ class Denoised:
     changed: list[bool]  # positions whose draft token differs from the step before (all, at the first step)
     temperature: float
     seconds: float  # since the request began
+    candidates: list[list[tuple[int, float]]] | None = None  # at each place the most probable tokens, if asked for
 
     @property
     def mean_entropy(self) -> float:

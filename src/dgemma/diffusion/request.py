@@ -6,11 +6,14 @@ Works on token ids and settings; knows nothing of text or of who asks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dgemma.config import GenerationConfig, ModelConfig
-from dgemma.diffusion.constraint import Constraint
+from dgemma.diffusion.constraint import Constraint, Guide, held, said_tokens
 from dgemma.diffusion.prompt import SoftSpan, check_spans
 from dgemma.diffusion.reading import NoReader, TextReader
 from dgemma.errors import ContextLengthError
@@ -81,15 +84,18 @@ class Request:
 
     ``spans`` are the prompt's soft tokens (pictures), in order.
     ``canvas`` seeds the first canvas: token ids from its start, None where noise shall stand; ``pinned`` (same length)
-    marks those that must not change. ``seed`` fixes all of the request's randomness. ``logprobs`` asks for the
+    marks those that must not change. A pinned token is said, as far as the answer is so long: no stop token before it
+    ends the answer, but one that is pinned itself does. ``from_step`` says that the canvas has so many steps behind it:
+    schedule and noise go on from there; ``soft`` [C, D] is what the last of them left for self-conditioning (None:
+    nothing, as at a first step). ``seed`` fixes all of the request's randomness. ``logprobs`` asks for the
     log-probability of every answer token and of so many alternatives; ``constraint`` says what the answer may be;
-    ``stop`` ends it before any of these strings; without ``drafts`` no Denoised events are made. Requests of one
-    ``client`` wait for each other, not those of another for them; within a client the same goes for its ``user``s.
-    What this request reads is read again by those of its ``tenant`` only, but for its first ``shared`` tokens.
-    ``adapter`` is put on the network for this request.
-    ``tools`` are the declarations of the tools that the answer may call (None: those that the prompt declares).
-    ``held``: the constraint makes the calls. ``thoughts`` bounds them; with ``redraw_empty`` an answer that comes out
-    empty at its first canvas is drawn again.
+    ``stop`` ends it before any of these strings; without ``drafts`` no Denoised events are made, and with
+    ``candidates`` each tells so many of the most probable tokens at every place. Requests of one ``client`` wait for
+    each other, not those of another for them; within a client the same goes for its ``user``s. What this request reads
+    is read again by those of its ``tenant`` only, but for its first ``shared`` tokens. ``adapter`` is put on the
+    network for this request. ``tools`` are the declarations of the tools that the answer may call (None: those that the
+    prompt declares). ``held``: the constraint makes the calls. ``thoughts`` bounds them; with ``redraw_empty`` an
+    answer that comes out empty at its first canvas is drawn again.
     """
 
     id: int
@@ -113,6 +119,9 @@ class Request:
     thoughts: Thoughts | None = None
     redraw_empty: bool = False
     spans: tuple[SoftSpan, ...] = ()
+    from_step: int = 0
+    soft: Tensor | None = field(default=None, compare=False)
+    candidates: int = 0
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -133,40 +142,74 @@ class Request:
                 f"the prompt has {len(self.prompt_ids)} tokens; this model takes at most {room} before a "
                 f"canvas of {config.canvas_length}", len(self.prompt_ids), room)
         check_spans(self.spans, len(self.prompt_ids), config.hidden_size)
-        if self.canvas is not None:
-            if len(self.canvas) > config.canvas_length:
-                raise ValueError(f"canvas has {len(self.canvas)} tokens, the model's canvas {config.canvas_length}")
-            odd = [token for token in self.canvas if token is not None and type(token) is not int]
-            if odd:
-                raise ValueError(f"canvas holds token ids and None, not {odd[0]!r}")
-            wrong = [token for token in self.canvas if token is not None and not 0 <= token < config.vocab_size]
-            if wrong:
-                raise ValueError(f"token id {wrong[0]} in canvas is outside the vocabulary of {config.vocab_size}")
+        self._check_canvas(config)
         if self.logprobs is not None and (type(self.logprobs) is not int or self.logprobs < 0):
             raise ValueError(f"logprobs must be a whole number of at least 0, got {self.logprobs!r}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop must be strings of at least one character, got {list(self.stop)!r}")
-        if self.constraint is not None and self.pinned is not None and any(self.pinned):
-            raise ValueError("pinned and response_format cannot be had together")
         odd = [token for token, _ in self.sampling.logit_bias if not 0 <= token < config.vocab_size]
         if odd:
             raise ValueError(f"token id {odd[0]} in logit_bias is outside the vocabulary of {config.vocab_size}")
         if self.constraint is not None:
             most = canvas_room(config, len(self.prompt_ids))
             try:
-                self.constraint.guide(min(self.settings.max_tokens, most))
+                guide = self.constraint.guide(min(self.settings.max_tokens, most))
             except ValueError as error:  # nothing valid is so short
                 if self.settings.max_tokens < most:
                     raise
                 message = str(error).removesuffix(": raise max_tokens")
                 raise ValueError(f"{message}, to the end of the model's context") from error
+            self._check_pins(guide, config, min(self.settings.max_tokens, most))
+
+    def _check_pins(self, guide: Guide, config: ModelConfig, room: int) -> None:
+        """Raises ValueError unless some valid answer has what is pinned where it is pinned."""
+        if self.canvas is None or self.pinned is None or not any(self.pinned):
+            return
+        left = config.canvas_length - len(self.canvas)
+        tokens = torch.tensor([*(token or 0 for token in self.canvas), *([0] * left)])
+        pinned = torch.tensor([*self.pinned, *([False] * left)])
+        pinned[room:] = False
+        level = ((slice(i, i + 1), torch.zeros(1, config.vocab_size)) for i in range(config.canvas_length))
+        guide.template(config.canvas_length, room)
+        stops = self.settings.eos_token_id
+        chosen = guide.choose(held(level, tokens, pinned, stops, room), config.canvas_length, room,
+                              torch.zeros(len(tokens)))
+        for place in (pinned & (chosen.draft != tokens)).nonzero().squeeze(1).tolist():
+            raise ValueError("pinned contradicts response_format or tool_choice: no answer of that form has all that "
+                             f"is pinned, token {self.canvas[place]} at position {place} for one")
+        said = said_tokens(self.canvas, self.pinned, stops, room)
+        if any(token in stops for token in chosen.draft[:said].tolist()):
+            raise ValueError("pinned contradicts response_format or tool_choice: an answer of that form is over before "
+                             "all that is pinned is said")
+
+    def _check_canvas(self, config: ModelConfig) -> None:
+        """Raises ValueError unless the canvas that the request starts from is one."""
+        if self.canvas is not None:
+            if len(self.canvas) > config.canvas_length:
+                raise ValueError(f"canvas has {len(self.canvas)} tokens, the model's canvas {config.canvas_length}")
+            odd = [token for token in self.canvas if token is not None and type(token) is not int]
+            if odd:
+                raise ValueError(f"canvas must hold token ids and None, not {odd[0]!r}")
+            wrong = [token for token in self.canvas if token is not None and not 0 <= token < config.vocab_size]
+            if wrong:
+                raise ValueError(f"canvas has token id {wrong[0]}, outside the vocabulary of {config.vocab_size}")
         if self.pinned is not None:
             if self.canvas is None or len(self.pinned) != len(self.canvas):
                 raise ValueError("pinned must have one entry for every entry of canvas")
             loose = [i for i, (pin, token) in enumerate(zip(self.pinned, self.canvas, strict=True))
                      if pin and token is None]
             if loose:
-                raise ValueError(f"position {loose[0]} is pinned, but canvas says None there")
+                raise ValueError(f"pinned has position {loose[0]}, but canvas says None there")
+        if type(self.from_step) is not int or not 0 <= self.from_step < self.settings.max_denoising_steps:
+            raise ValueError("from_step must be a whole number from 0 to max_denoising_steps - 1 "
+                             f"({self.settings.max_denoising_steps - 1}), got {self.from_step!r}")
+        if self.from_step and self.canvas is None:
+            raise ValueError("from_step needs canvas: what stood there after so many steps")
+        shape = [config.canvas_length, config.hidden_size]
+        if self.soft is not None and (list(self.soft.shape) != shape or self.canvas is None):
+            raise ValueError(f"soft must be {shape} numbers beside a canvas, got {list(self.soft.shape)}")
+        if type(self.candidates) is not int or self.candidates < 0:
+            raise ValueError(f"candidates must be a whole number of at least 0, got {self.candidates!r}")
 
 
 MakeReader = Callable[[Request], TextReader]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dgemma import seeds
 from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.diffusion.constraint import said_tokens
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, FinishReason
 from dgemma.diffusion.prompt import Piece, piece_of, prompt_keys
 from dgemma.diffusion.reading import ReadText, TextReader
@@ -36,6 +37,7 @@ class SequenceState:
     draft: Tensor = field(init=False)  # [C] argmax of the last step
     history: Tensor = field(init=False)  # [H, C] argmax canvases that must agree with the next, -1: none yet
     pinned: Tensor | None = None  # [C] bool
+    asked: Tensor | None = None  # [C] bool: what of it the request pins; a form's tokens are not
     token_ids: list[int] = field(init=False)  # committed answer tokens
     context: list[int] = field(init=False)  # every token the cache holds or will hold: prompt and whole canvases
     steps: list[int] = field(init=False)  # of each canvas that was committed
@@ -108,15 +110,18 @@ class SequenceState:
 
     def start_canvas(self, known: list[int | None] | None = None) -> CanvasStarted:
         """Open a canvas of noise; the first one as the request seeds it. Tokens that are ``known`` [C] are pinned."""
-        self.step = 0
+        self.step = self.steps_before
         if self.closes_thought and known is None and self.request.thoughts is not None:
             known = [self.request.thoughts.closed, *([None] * (self.config.canvas_length - 1))]
         self.closes_thought = False
         self.canvas = self.random_canvas()
-        self.pinned = None
+        self.pinned = self.asked = None
         request = self.request
         if self.canvas_index == 0 and request.canvas is not None:
             self._place(request.canvas, request.pinned)
+            self.asked = None if self.pinned is None else self.pinned.clone()
+            for _ in range(request.from_step):
+                self.draw_noise()  # so that the next step has the noise that it has in a canvas of this seed
         if known is not None:
             self._place(known, [token is not None for token in known])
         self.draft = torch.full_like(self.canvas, -1)
@@ -125,7 +130,7 @@ class SequenceState:
         self.history = torch.full((kept, len(self.canvas)), -1)
         pinned = [False] * len(self.canvas) if self.pinned is None else self.pinned.tolist()
         return CanvasStarted(request.id, self.canvas_index, self.canvas.tolist(), pinned, len(self.context),
-                             request.settings.max_denoising_steps)
+                             request.settings.max_denoising_steps, self.steps_before)
 
     def _place(self, tokens: list[int | None], pinned: list[bool] | None) -> None:
         """Write tokens over the beginning of the canvas, where they are not None, and pin those that are to stay."""
@@ -134,6 +139,11 @@ class SequenceState:
         if pinned is not None and any(pinned):
             self.pinned = torch.zeros(len(self.canvas), dtype=torch.bool) if self.pinned is None else self.pinned
             self.pinned[: len(given)] |= torch.tensor(pinned)
+
+    @property
+    def steps_before(self) -> int:
+        """Steps that the open canvas had behind it when it came here."""
+        return 0 if self.canvas_index else self.request.from_step
 
     @property
     def temperature(self) -> float:
@@ -146,7 +156,8 @@ class SequenceState:
         uniform = torch.rand(self.config.canvas_length, tiles, 2, generator=self.generator)
         return uniform, self.random_canvas()
 
-    def advance(self, draft: Tensor, canvas: Tensor, entropy: Tensor, accepted: Tensor) -> Denoised | None:
+    def advance(self, draft: Tensor, canvas: Tensor, entropy: Tensor, accepted: Tensor,
+                candidates: list[list[tuple[int, float]]] | None = None) -> Denoised | None:
         """Take over a step's outcome, all [C] on the CPU; its event, if the request wants to hear of drafts."""
         temperature = self.temperature
         changed = draft != self.draft
@@ -157,7 +168,8 @@ class SequenceState:
         if not self.request.drafts:
             return None
         return Denoised(self.request.id, self.canvas_index, self.step, draft.tolist(), canvas.tolist(),
-                        entropy.tolist(), accepted.tolist(), changed.tolist(), temperature, self.seconds())
+                        entropy.tolist(), accepted.tolist(), changed.tolist(), temperature, self.seconds(),
+                        candidates)
 
     def close_canvas(self, least: int = 0) -> CanvasCommitted:
         """End this canvas: its draft up to a stop token, a stop string or the length limit joins the answer.
@@ -179,8 +191,9 @@ class SequenceState:
             kept, self.token_ids = kept[: length - before], self.token_ids[:length]
             self.finish_reason, self.stop_token_id = "stop", None
             self.closes_thought = False
-        self.steps.append(self.step)
-        event = CanvasCommitted(self.request.id, self.canvas_index, kept, self.step, self.seconds(), pieces=pieces)
+        steps = self.step - self.steps_before
+        self.steps.append(steps)
+        event = CanvasCommitted(self.request.id, self.canvas_index, kept, steps, self.seconds(), pieces=pieces)
         self.context += whole
         self.canvas_index += 1
         return event
@@ -188,13 +201,15 @@ class SequenceState:
     def end(self, reason: FinishReason, counted: bool = False) -> None:
         """Nothing follows; ``counted``: the steps of the canvas that is open are told of."""
         self.finish_reason = reason
-        if counted and self.step:
-            self.steps.append(self.step)
+        if counted and self.step > self.steps_before:
+            self.steps.append(self.step - self.steps_before)
 
     def _end_of(self, tokens: list[int]) -> tuple[list[int], int | None, FinishReason | None]:
         """What of a canvas is the answer's, the stop token behind it, and whether the answer ends with it."""
-        room = self.room
-        end = next((i for i, token in enumerate(tokens) if token in self.request.settings.eos_token_id), None)
+        room, stops = self.room, self.request.settings.eos_token_id
+        pinned = [] if self.asked is None else self.asked.tolist()
+        said = said_tokens(tokens, pinned, stops, room)
+        end = next((i for i in range(said, len(tokens)) if tokens[i] in stops), None)
         if end is not None and end <= room:
             return tokens[:end], tokens[end], "stop"
         return (tokens[:room], None, "length") if len(tokens) >= room else (tokens, None, None)

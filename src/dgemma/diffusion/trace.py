@@ -5,8 +5,8 @@ Works on: events, and the bytes of each token they mention. Knows nothing of: te
 The file is JSON Lines. The first line is a header; each other line is one event: its class, its fields, and the
 `pieces` of tokens that were not met before. A piece is its text where that is UTF-8, else `{"hex": "e697"}`; special
 tokens are `{"text": "<eos>", "special": true}`. Lists of flags are strings of 0 and 1. Entropies keep four decimals; so
-do log-probabilities (left out where none were asked for), each `[token, logprob, [[token, logprob], …]]` with the
-alternatives last.
+do log-probabilities, each `[token, logprob, [[token, logprob], …]]` with the alternatives last, and candidates,
+`[[token, probability], …]` at each place. What was not asked for is left out. docs/traces.md shows a file.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ VERSION = 1
 DECIMALS = 4  # of entropies and log-probabilities; the sampler's thresholds are around 0.005 nats
 
 # What was read of an event's tokens is not kept: whoever has them can read them again.
+_LEFT_OUT = ("logprobs", "candidates", "steps_before")  # where they say nothing
 UNKEPT = {CanvasCommitted: ("pieces",), Finished: ("answer",)}
 Piece = tuple[bytes, bool]  # a token's bytes, and whether it is special
 _CLASSES = {cls.__name__: cls for cls in (CanvasStarted, Denoised, CanvasCommitted, Finished, Failed)}
@@ -155,7 +156,8 @@ def _tokens(event: Event) -> Iterable[int]:
     if isinstance(event, Failed):
         return []
     if isinstance(event, Denoised):
-        return [*event.token_ids, *event.canvas_ids]
+        likely = [token for place in event.candidates or [] for token, _ in place]
+        return [*event.token_ids, *event.canvas_ids, *likely]
     if isinstance(event, CanvasStarted):
         return event.token_ids
     said = event.generation if isinstance(event, Finished) else event
@@ -191,28 +193,33 @@ def _fields_of(event: Event | Generation) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for field in _kept(type(event)):
         value = getattr(event, field.name)
+        if field.name in _LEFT_OUT and value == field.default:
+            continue  # not asked for, as nearly always
         if isinstance(value, Generation):
             value = _fields_of(value)
         elif field.type == "list[bool]":
             value = "".join("01"[bool(flag)] for flag in value)
         elif field.name == "entropies":
             value = [round(entropy, DECIMALS) for entropy in value]
+        elif field.name == "candidates":
+            value = [_rounded(place) for place in value]
         elif field.name == "logprobs":
-            if value is None:
-                continue  # not asked for, as nearly always
             value = [_logprob_record(place) for place in value]
         record[field.name] = value
     return record
 
 
 def _logprob_record(place: TokenLogprob) -> list[Any]:
-    top = [[token, round(logprob, DECIMALS)] for token, logprob in place.top]
-    return [place.token_id, round(place.logprob, DECIMALS), top]
+    return [place.token_id, round(place.logprob, DECIMALS), _rounded(place.top)]
+
+
+def _rounded(place: list[tuple[int, float]]) -> list[list[Any]]:
+    return [[token, round(value, DECIMALS)] for token, value in place]
 
 
 def _logprob_from(record: Any) -> TokenLogprob:
     token_id, logprob, top = record
-    pairs = [(_value("a token", "int", token), _value("a logprob", "float", value)) for token, value in top]
+    pairs = [_value("an alternative", "tuple[int, float]", pair) for pair in top]
     return TokenLogprob(_value("a token", "int", token_id), _value("a logprob", "float", logprob), pairs)
 
 
@@ -251,6 +258,9 @@ def _value(name: str, kind: str, value: Any) -> Any:
         if isinstance(value, list):
             inner = kind[len("list[") : -1]
             return [_value(name, inner, item) for item in value]
+    elif kind == "tuple[int, float]":
+        token, number = value
+        return _value(name, "int", token), _value(name, "float", number)
     elif kind == "TokenLogprob":
         return _logprob_from(value)
     elif (

@@ -349,8 +349,10 @@ class Engine:
             slot.guide.begin_with([sequence.request.thoughts.closed])
         known = None if slot.guide is None else slot.guide.template(config.canvas_length, sequence.room)
         self._events.append(sequence.start_canvas(known))
-        slot.soft = torch.zeros(config.canvas_length, config.hidden_size, dtype=self.network.dtype,
-                                device=self.network.device)
+        given = sequence.request.soft if sequence.canvas_index == 0 else None
+        if given is None:
+            given = torch.zeros(config.canvas_length, config.hidden_size)
+        slot.soft = given.to(self.network.device, self.network.dtype)
 
     def _denoise(self, slots: list[Slot]) -> list[Outcome]:
         self._activate(slots[0].sequence.request.adapter)

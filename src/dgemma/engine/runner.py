@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dgemma.cache.pages import PagedBatch
-from dgemma.diffusion.constraint import Guide, Walk
+from dgemma.diffusion.constraint import Guide, Walk, held
 from dgemma.diffusion.events import Denoised, TokenLogprob
 from dgemma.diffusion.sampler import EntropyBoundSampler, Sampler, StepSettings
 from dgemma.diffusion.sequence import SequenceState
@@ -105,13 +105,15 @@ class Runner:
                                 partial(self._predicted, slots, state) if special else None)
         *columns, done, finite = [t.cpu() for t in (result.draft, result.canvas, result.entropy, result.accepted,
                                                     result.done, result.finite)]
+        candidates = [_candidates(self.network, slot, result.hidden[index]) for index, slot in enumerate(slots)]
         outcomes = []
         for index, (slot, sound, ended) in enumerate(zip(slots, finite.tolist(), done.tolist(), strict=True)):
             if not sound:
                 outcomes.append(Outcome(None, False, finite=False))
                 continue
             slot.soft, slot.hidden, slot.noise = result.soft[index], result.hidden[index], None
-            outcomes.append(Outcome(slot.sequence.advance(*(column[index] for column in columns)), ended))
+            event = slot.sequence.advance(*(column[index] for column in columns), candidates=candidates[index])
+            outcomes.append(Outcome(event, ended))
         return outcomes
 
     def _state(self, slots: Sequence[Slot]) -> StepState:
@@ -186,6 +188,18 @@ def token_logprobs(distributions: Distributions, token_ids: Tensor, top: int, up
     return found
 
 
+def _candidates(network: DiffusionTransformer, slot: Slot, hidden: Tensor) -> list[list[tuple[int, float]]] | None:
+    """The most probable tokens at every place and their probabilities, if the request wants to hear of them."""
+    request = slot.sequence.request
+    if not (request.candidates and request.drafts):
+        return None
+    found: list[list[tuple[int, float]]] = []
+    for _, log_p in _distributions(network, slot, hidden, slot.sequence.temperature):
+        best, tokens = log_p.topk(min(request.candidates, log_p.shape[1]))
+        found += [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), best.exp().tolist(), strict=True)]
+    return found
+
+
 def _narrows(slot: Slot) -> bool:
     # Under a guide the sample is another one.
     return bool(slot.sequence.request.sampling.logit_bias) or (slot.guide is None and _draws_narrowed(slot))
@@ -217,6 +231,11 @@ def _guide(network: DiffusionTransformer, slot: Slot, hidden: Tensor, stats: Can
     """Put what the constraint chooses in the place of the sequence's argmax and sample."""
     sequence, noise = slot.sequence, slot.noise
     assert slot.guide is not None and noise is not None
+    pinned = sequence.asked
+    if pinned is not None:
+        pinned, canvas = pinned.to(hidden.device), sequence.canvas.to(hidden.device)
+        for tokens in (stats.argmax, stats.sample):
+            tokens[index] = torch.where(pinned, canvas, tokens[index])
     # What is valid as it was predicted is the most probable canvas, and a draw as good as one among the valid ones.
     if slot.guide.may_be_empty and not _draws_narrowed(slot) and all(
             slot.guide.takes(tokens[index].tolist(), network.config.canvas_length, sequence.room)
@@ -227,6 +246,8 @@ def _guide(network: DiffusionTransformer, slot: Slot, hidden: Tensor, stats: Can
     walk: Walk = _distributions(network, slot, hidden, sequence.temperature * (sampling.temperature or 1.0))
     if _draws_narrowed(slot):
         walk = ((place, favoured(log_p, sampling.top_k, sampling.top_p)) for place, log_p in walk)
+    if pinned is not None:
+        walk = held(walk, sequence.canvas.to(hidden.device), pinned, sequence.settings.eos_token_id, sequence.room)
     chosen = slot.guide.choose(walk, network.config.canvas_length, sequence.room, noise[0][:, 0, 0])
     stats.argmax[index] = chosen.draft.to(hidden.device)
     stats.sample[index] = chosen.sample.to(hidden.device)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request as HttpRequest
 
+from dgemma.chat.infill import middle_canvas
 from dgemma.chat.tokenizer import Tokenizer
 from dgemma.constrain.choice import ToolsError, calls_of, read_tool_choice
 from dgemma.diffusion.request import Request
@@ -86,6 +87,14 @@ class Ask:
     prompt_param: str = "messages"
     max_tokens_param: str = "max_tokens"
     format_param: str = "response_format"
+
+
+async def between(serving: Serving, ask: Ask, suffix: str, count: int) -> Ask:
+    """The same with an answer of ``count`` tokens, or as many as a canvas has room for, between prompt and suffix."""
+    model = serving.model
+    count, canvas = await asyncio.to_thread(middle_canvas, suffix, count, model.tokenizer, model.config.canvas_length)
+    return dataclasses.replace(ask, max_tokens=count, options={
+        **ask.options, "canvas": canvas.token_ids, "pinned": canvas.pinned})
 
 
 async def engine_request(serving: Serving, ask: Ask) -> Request:

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from dgemma.chat.reply import Called, Piece, Thought
 from dgemma.chat.tokenizer import Tokenizer
-from dgemma.diffusion.events import CanvasCommitted, Denoised, Event, Failed, Finished, TokenLogprob
+from dgemma.diffusion.constraint import said_tokens
+from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Denoised, Event, Failed, Finished, TokenLogprob
 from dgemma.diffusion.request import Request
 from dgemma.engine.service import RequestEvents
 from dgemma.serve.usage import request_usage
@@ -47,16 +48,26 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Draft:
-    """What the open canvas looks like now. All lists have one entry per canvas position."""
+    """What the open canvas looks like after a step. All lists have one entry per canvas position.
+
+    What a trace's `Denoised` tells has the same names here.
+    """
 
     canvas: int  # from 0, in this answer
     step: int  # from 1
     max_steps: int
-    token_ids: list[int]
+    token_ids: list[int]  # the most probable
     tokens: list[str]
+    canvas_ids: list[int]  # what the next step starts from
     entropies: list[float]  # nats
+    mean_entropy: float
     accepted: list[bool]
-    text: str  # up to the first stop token, special tokens left out
+    changed: list[bool]  # since the step before
+    pinned: list[bool]
+    temperature: float
+    seconds: float  # since the request began
+    text: str  # up to the stop token or the length limit, special tokens left out
+    candidates: list[list[tuple[int, str, float]]] | None = None  # token ids, tokens, probabilities, if asked for
 
 
 @dataclass(frozen=True)
@@ -141,12 +152,15 @@ async def deltas(events: RequestEvents, request: Request, tokenizer: Tokenizer, 
     calls = 0
     clock = asyncio.get_running_loop().time
     next_draft = clock() if drafts_per_second else float("inf")
+    pinned: list[bool] = []
     async for event in events:
         heard(event)
         pieces: Sequence[Piece] = ()
-        if isinstance(event, Denoised) and clock() >= next_draft:
+        if isinstance(event, CanvasStarted):
+            pinned = event.pinned
+        elif isinstance(event, Denoised) and clock() >= next_draft:
             next_draft = clock() + 1 / drafts_per_second
-            yield draft_of(event, request, tokenizer)
+            yield draft_of(event, pinned, request, tokenizer)
         elif isinstance(event, CanvasCommitted):
             logprobs += event.logprobs or []
             pieces = event.pieces
@@ -183,14 +197,21 @@ async def first_call_only(stream: AsyncGenerator[Delta, None]) -> AsyncGenerator
             called = called or isinstance(delta, ToolCall)
 
 
-def draft_of(event: Denoised, request: Request, tokenizer: Tokenizer) -> Draft:
+def draft_of(event: Denoised, pinned: list[bool], request: Request, tokenizer: Tokenizer) -> Draft:
     """The canvas as it stands after a step."""
+    def spelt(token: int) -> str:
+        return tokenizer.token_bytes(token).decode("utf-8", "replace")  # U+FFFD: a part of a character
+
     ids = event.token_ids
-    end = next((i for i, token in enumerate(ids) if token in request.settings.eos_token_id), len(ids))
-    return Draft(event.canvas, event.step, request.settings.max_denoising_steps, ids,
-                 [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids],  # U+FFFD: a part of one
-                 [round(value, 4) for value in event.entropies],
-                 event.accepted, tokenizer.decode(ids[:end], skip_special_tokens=True))
+    stops, room = request.settings.eos_token_id, request.settings.max_tokens if event.canvas == 0 else len(ids)
+    said = said_tokens(ids, pinned, stops, room)
+    end = next((i for i in range(said, len(ids)) if ids[i] in stops), len(ids))
+    likely = None if event.candidates is None else [
+        [(token, spelt(token), round(probability, 4)) for token, probability in place] for place in event.candidates]
+    return Draft(event.canvas, event.step, request.settings.max_denoising_steps, ids, [spelt(token) for token in ids],
+                 event.canvas_ids, [round(value, 4) for value in event.entropies], round(event.mean_entropy, 4),
+                 event.accepted, event.changed, pinned, event.temperature, round(event.seconds, 4),
+                 tokenizer.decode(ids[: min(end, room)], skip_special_tokens=True), likely)
 
 
 def logprob_entry(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, Any]:

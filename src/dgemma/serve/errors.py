@@ -183,7 +183,7 @@ def _context_error(error: ContextLengthError) -> ApiError:
 
 _MESSAGE = re.compile(r"message (\d+)\b")
 _TOOL = re.compile(r"tool (\d+)\b")
-_FIELD = re.compile(r"([a-z][a-z_]*) (?:must|has|needs|is) ")
+_FIELD = re.compile(r"([a-z][a-z_]*(?:\[\d+\])?) (?:must|has|needs|is|contradicts) ")
 
 
 def _param_of(message: str) -> str | None:

@@ -40,6 +40,7 @@ def run(
     preview: options.PreviewOption = options.PreviewKind.AUTO,
     pace: options.PaceOption = 0.1,
     trace: options.TraceOption = None,
+    candidates: options.CandidatesOption = None,
     url: options.UrlOption = None,
     api_key: options.ApiKeyOption = None,
     *,
@@ -54,6 +55,8 @@ def run(
     if not redraw_empty:
         settings["redraw_empty"] = False
     shown = _shown(prompt, image or [], video, fps, image_tokens)
+    if candidates is not None and trace is None:
+        raise DgemmaError("--candidates are for a trace: name its file with --trace")
     text = _prompt_text(prompt)
     if url is None and image:
         from dgemma.chat.pictures import open_picture
@@ -72,6 +75,8 @@ def run(
 
         pictures.preview(shown, preview)
     loaded = open_model(model, url=url, api_key=api_key, live=live, **local)
+    if candidates is not None:
+        settings["candidates"] = candidates
     events = loaded.stream([said_of(shown, text)] if shown else text, seed=seed, system=system, thinking=thinking,
                            **settings)
     generation = follow(loaded, events, visual=live, trace=trace, prompt=text, pace=pace)

@@ -206,7 +206,8 @@ class StreamReader:
         canvas, step, max_steps = (int(draft[name]) for name in ("canvas", "step", "max_steps"))
         token_ids, tokens, accepted = draft["token_ids"], draft["tokens"], draft["accepted"]
         entropies = [float(entropy) for entropy in draft["entropies"]]
-        if not token_ids or not len(token_ids) == len(tokens) == len(entropies) == len(accepted):
+        pinned = draft.get("pinned") or [False] * len(token_ids)
+        if not token_ids or not len(token_ids) == len(tokens) == len(entropies) == len(accepted) == len(pinned):
             raise ValueError("a draft whose lists differ in length")
         self._vocabulary.learn(token_ids, tokens)
         events: list[Event] = []
@@ -215,10 +216,10 @@ class StreamReader:
             if before is not None and before.canvas != canvas:
                 events.append(self._commit(self._committed + len(before.token_ids)))
             before = None  # or it is drawn once more
-            pinned = [False] * len(token_ids)
             events.append(CanvasStarted(0, canvas, token_ids, pinned, 0, max_steps))  # its context is not told
         changed = [before is None or token != before.token_ids[i] for i, token in enumerate(token_ids)]
-        # Neither the canvas that the next step starts from nor the temperature is sent; nobody who looks on asks.
+        # Nobody who looks on asks for the canvas that the next step starts from (its tokens are not named) or the
+        # temperature.
         self._shown = Denoised(0, canvas, step, token_ids, token_ids, entropies, accepted, changed, math.nan,
                                self._seconds())
         return [*events, self._shown]

@@ -114,7 +114,8 @@ class CanvasView:
             parts.append(Part(f"committed after {count_text(self._commits[-1], 'step')}", 0, Style.null()))
         else:
             parts = [Part(f"canvas {started.canvas + 1}", 2)]
-            parts.append(Part(f"step {step.step if step else 0}/{started.max_steps}", 0, Style.null()))
+            done = step.step if step else started.steps_before
+            parts.append(Part(f"step {done}/{started.max_steps}", 0, Style.null()))
         if step:
             bar = _bar(step.mean_entropy / self._peak if self._peak else 0.0)
             parts.append(Part(bar, 4, LIVELY, joined=True))

@@ -143,7 +143,7 @@ class GenerateBody(OllamaBody):
 
     def check(self, http: HttpRequest, settings: Settings) -> None:
         super().check(http, settings)
-        for name, instead in (("suffix", "text cannot be filled in between two others here"),
+        for name, instead in (("suffix", "ask /v1/completions for text between two others"),
                               ("template", "the checkpoint's own template is used; for none at all set raw: true"),
                               ("context", "use /api/chat and send the conversation")):
             if getattr(self, name):

@@ -16,6 +16,7 @@ from dgemma.serve.fields import AnswerFields, ProbabilityFields
 from dgemma.serve.settings import Settings
 
 MAX_CHOICES = 128  # answers to one request
+MIDDLE = 16  # tokens between a prompt and its suffix where max_tokens does not say: OpenAI's default
 
 TokenId = Annotated[Whole, Field(ge=0, lt=2**31)]
 Prompts = (str | Annotated[Listed[str], Field(min_length=1)] | Annotated[Listed[TokenId], Field(min_length=1)]
@@ -23,11 +24,15 @@ Prompts = (str | Annotated[Listed[str], Field(min_length=1)] | Annotated[Listed[
 
 
 class StreamOptions(Body):
-    """``include_drafts`` adds chunks without choices, each with a draft of the open canvas under ``dgemma``."""
+    """``include_drafts`` adds chunks without choices, each with a draft of the open canvas under ``dgemma``.
+
+    ``candidates``: drafts tell so many of the most probable tokens at every place.
+    """
 
     include_usage: bool | None = None
     include_drafts: bool | None = None
     drafts_per_second: Annotated[float, Field(gt=0, le=100)] = 10.0
+    candidates: Annotated[Whole, Field(ge=0, le=20)] = 0
 
 
 class CompletionFields(AnswerFields):
@@ -40,6 +45,10 @@ class CompletionFields(AnswerFields):
     def drafts_per_second(self) -> float:
         options = self.stream_options
         return options.drafts_per_second if options is not None and options.include_drafts else 0.0
+
+    def ask_options(self) -> dict[str, Any]:
+        wanted = self.stream_options.candidates if self.stream_options is not None and self.drafts_per_second else 0
+        return {**super().ask_options(), "candidates": wanted}
 
     @property
     def with_usage(self) -> bool:
@@ -77,6 +86,17 @@ class ChatBody(CompletionFields, ProbabilityFields):
 
     messages: Annotated[Listed[Message], Field(min_length=1)]
     tools: Listed[Tool] | None = None
+    canvas: Annotated[str | Listed[Any] | None, Field(
+        description="What the answer starts from: parts (text that stays, {text, pinned: false}, {blank: tokens}, "
+                    "{end: true}), or token ids and nulls.")] = None
+    pinned: Annotated[Listed[bool] | None, Field(description="Which of the canvas' token ids stay.")] = None
+    prefix: Annotated[str | Listed[TokenId] | None, Field(
+        description="What the answer has said before the canvas; it is not told again.")] = None
+    from_step: Annotated[Whole | None, Field(ge=0, description="Denoising steps that the canvas has behind it.")] = None
+
+    def ask_options(self) -> dict[str, Any]:
+        return {**super().ask_options(), "canvas": self.canvas, "pinned": self.pinned, "prefix": self.prefix,
+                "from_step": self.from_step or 0}
 
     def prompt_messages(self) -> list[dict[str, Any]]:
         """The messages as the library reads them. Raises `ApiError` for a part that cannot be read."""
@@ -123,11 +143,13 @@ class CompletionBody(CompletionFields):
     """POST /v1/completions: the prompt goes to the model as it is, without a chat template.
 
     ``add_special_tokens`` puts the vocabulary's first token (<bos>) before a prompt of text that does not begin so.
+    With ``suffix`` the answer is what stands between it and the prompt.
     """
 
     prompt_param = "prompt"
 
     prompt: Prompts
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     add_special_tokens: bool = True
@@ -148,7 +170,7 @@ class CompletionBody(CompletionFields):
         return self.logprobs
 
     def ask_options(self) -> dict[str, Any]:
-        return {"tools": []}  # nothing that is said is a call
+        return {**super().ask_options(), "tools": []}  # nothing that is said is a call
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one."""

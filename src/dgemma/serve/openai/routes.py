@@ -18,12 +18,12 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from dgemma.diffusion.request import Request
-from dgemma.serve.ask import choice_seeds, engine_request, prompt_tokens
+from dgemma.serve.ask import between, choice_seeds, engine_request, prompt_tokens
 from dgemma.serve.backend import Serving
 from dgemma.serve.bodies import Listed, RequestBody
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.forms import answer_form
-from dgemma.serve.openai.body import ChatBody, CompletionBody, TokenId, TokenizeBody
+from dgemma.serve.openai.body import MIDDLE, ChatBody, CompletionBody, TokenId, TokenizeBody
 from dgemma.serve.openai.responses_body import ResponsesBody, response_format
 from dgemma.serve.openai.responses_stream import ResponseRendering
 from dgemma.serve.openai.stream import ChatCompletion, ChatRendering, TextCompletion, TextRendering
@@ -132,14 +132,17 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/v1/completions", tags=["OpenAI"], response_model=TextCompletion,
                  responses=answer_docs(TextCompletion, "chunks"))
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
-        """Go on with a text."""
+        """Go on with a text, or with ``suffix`` fill in what is before it."""
         adapter = serving.adapter(body.model)
         body.check(http, settings)
         seeds = choice_seeds(body.seed, body.n or 1)
         requests: list[Request] = []
         for prompt in body.prompts():
             ids = await prompt_tokens(serving, prompt, body.add_special_tokens)
-            request = await engine_request(serving, body.ask(http, ids, adapter))
+            ask = body.ask(http, ids, adapter)
+            if body.suffix:
+                ask = await between(serving, ask, body.suffix, ask.max_tokens or MIDDLE)
+            request = await engine_request(serving, ask)
             requests += [dataclasses.replace(request, seed=seed) for seed in seeds]
         echo = []
         if body.echo:

@@ -6,7 +6,6 @@ Works on: the pieces of `deltas`. Knows nothing of: HTTP, requests.
 from __future__ import annotations
 
 import codecs
-import dataclasses
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -142,7 +141,8 @@ class ChatRendering(Rendering):
 
     def feed(self, index: int, delta: Delta) -> Iterator[Made]:
         if isinstance(delta, Draft):
-            yield {**self._chunk(), "dgemma": {"draft": {"index": index, **dataclasses.asdict(delta)}}}
+            draft = {name: value for name, value in vars(delta).items() if value is not None}
+            yield {**self._chunk(), "dgemma": {"draft": {"index": index, **draft}}}
             return
         said, logprobs = self.piece(delta), None
         if isinstance(delta, Text) and delta.logprobs is not None:
