@@ -14,8 +14,10 @@ from dgemma.model import read_parts, seeing
 from dgemma.nn.adapters import AdapterConfig, adapters
 from dgemma.nn.passes import Passes
 from dgemma.train.batch import collate
+from dgemma.train.checks.bench import Bench
+from dgemma.train.checks.inputs import pictures_are_seen
 from dgemma.train.checks.plan import recipe_plan
-from dgemma.train.checks.preflight import Bench, pictures_are_seen, run_preflight
+from dgemma.train.checks.preflight import run_preflight
 from dgemma.train.data.conversations import read_conversations
 from dgemma.train.data.examples import prepare
 from dgemma.train.noise import draw_noise
