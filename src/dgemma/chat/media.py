@@ -25,7 +25,7 @@ _READING = re.compile(
     r"\b(read|reads|transcri\w+|ocr|writ(?:ten|ing)|handwrit\w+|text|documents?|scan(?:ned)?|receipts?|invoices?|tables?"
     r"|forms?|small print|screenshots?|formulas?|equations?|code|spreadsheets?|says?|lies|lesen|steht|abschreib\w*"
     r"|rechnung\w*|tabelle\w*|lis|lire|écrit\w*|facture\w*|lee|leer|escrito|factura\w*)\b", re.IGNORECASE)
-
+_LONGEST_PATH = 4096  # Linux' limit; elsewhere it is less
 
 P = TypeVar("P", Picture, Fitted)
 
@@ -121,6 +121,9 @@ def _source_of(part: dict, name: str) -> tuple[Any, str | None]:
     kind, name = part["type"], part.get("name", name)
     source = next((part[key] for key in (kind, "path") if part.get(key) is not None), None)
     source = _of_url(part.get("url"), kind, name) if source is None else source
+    if isinstance(source, str) and len(source) > _LONGEST_PATH:
+        raise DgemmaError(f"{name}: {shown(source, 40)} is no path, with its {len(source):,} characters; base64 is "
+                          "given as a data URL (data:image/png;base64,…)")
     return source, None if isinstance(source, (str, Path)) else name
 
 
