@@ -25,6 +25,7 @@ from dgemma.train.objective import Objective, batch_loss, totals_of
 from dgemma.train.parallel.distributed import Ranks
 from dgemma.train.recipe import ConversationData, Evaluation, OptimizerSettings, Recipe
 from dgemma.train.runs.state import begin, parts_of
+from dgemma.train.sights import PreparedPictures
 from dgemma.train.trainer import Trainer
 from support.pictures import random_picture
 from support.seeing import CAPTIONS, captioned, save_captions, save_pupil
@@ -52,7 +53,8 @@ def examples(folder, captions):
 def examples_of(folder, data):
     parts = read_parts(folder)
     return prepare(read_conversations(data, image_tokens=70).rows, parts.tokenizer, parts.config.canvas_length,
-                   stop_ids=parts.generation_config.eos_token_id, vision=seeing(parts)[0].vision).examples
+                   stop_ids=parts.generation_config.eos_token_id,
+                   pictures=PreparedPictures.of(seeing(parts)[0])).examples
 
 
 @pytest.fixture(scope="module")

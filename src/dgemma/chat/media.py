@@ -34,7 +34,7 @@ P = TypeVar("P", Picture, Fitted)
 class Shown(Generic[P]):
     """A part of a message made ready: a picture, or a film's frames, each with its time (``stamps``).
 
-    Or without pixels, what sizes they will have: `outline`.
+    Or without pixels, what sizes they will have.
     """
 
     pictures: tuple[P, ...]
@@ -102,18 +102,14 @@ def show(part: dict, config: VisionConfig, tokens: int | None = None, fps: float
     return Shown((resized(image, budget_for(*image.size, words, config) if tokens is None else tokens, config),))
 
 
-def outline(part: dict, config: VisionConfig, tokens: int | None = None, fps: float | None = None, words: str = "",
-            name: str = "the picture") -> Shown[Fitted]:
-    """How large `show` would make a part, for what makes it ready later; of most pictures only the header is read.
+def outline(part: dict, config: VisionConfig, words: str = "", name: str = "the picture") -> Fitted:
+    """How large `show` would make a picture, for what makes it ready later; mostly its header is read and no more.
 
     Raises what `show` raises, but for damage behind the header.
     """
-    if part["type"] == "video":
-        film = show(part, config, tokens, fps, words, name)
-        return Shown(tuple(Fitted(p.pixels.shape[1], p.pixels.shape[0], p.tokens) for p in film.pictures), film.stamps)
     size = size_of(*_source_of(part, name))
-    tokens = part.get("tokens", tokens)
-    return Shown((fitted(*size, budget_for(*size, words, config) if tokens is None else tokens, config),))
+    tokens = part.get("tokens")
+    return fitted(*size, budget_for(*size, words, config) if tokens is None else tokens, config)
 
 
 def _source_of(part: dict, name: str) -> tuple[Any, str | None]:
