@@ -165,6 +165,9 @@ class Trainer:
         self.state = begin(recipe, parts, whole_on, lambda done, total: self._tell(events.Loading(done, total)),
                            shows_pictures(self.source))
         self.network = self.state.network
+        if ranks.world > 1 and self.state.trains_tower:
+            raise DgemmaError(f"recipe {recipe.name}: a vision tower learns in one process only so far; this is one of "
+                              f"{ranks.world}: leave it as it is (freeze, or an adapter's targets)")
         self.passes = self.state.seeing(shard(self.network, ranks, recipe.checkpointing))
         self._check()
         self.optimizers = Optimizers(self.network, recipe.optimizer)
@@ -256,9 +259,6 @@ class Trainer:
     def _check_pictures(self) -> None:
         """Raises DgemmaError for what cannot be done with pictures yet."""
         recipe = self.recipe
-        if self.ranks.world > 1:
-            raise DgemmaError(f"recipe {recipe.name}: there are pictures in its data, which are trained on in one "
-                              f"process only so far; this is one of {self.ranks.world}")
         if recipe.evaluation.metric is not None and not recipe.objective.denoising_weight:
             raise DgemmaError(f"recipe {recipe.name}: evaluation: an autoregressive model is not asked about pictures "
                               "yet: take the metric out")

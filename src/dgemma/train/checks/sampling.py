@@ -19,7 +19,7 @@ from dgemma.train.checks.bench import (
     distance_of,
     tolerance_of,
 )
-from dgemma.train.objective import embedded
+from dgemma.train.objective import seen_in
 
 POSITIONS = 32  # canvas positions whose logits are compared: [32, V] at a time
 
@@ -51,14 +51,14 @@ def _compared(bench: Bench, sampler: DiffusionTransformer, row: int, passes: lis
     """The largest distance between the logits of a row's passes and the engine's, and between what they fed back."""
     batch, config = bench.batch, sampler.config
     own, length = batch.rows[row], batch.before[row]
-    inputs, spans = batch.context[own : own + 1, :length], None
+    ids, spans, pictures = batch.context[own : own + 1, :length], None, []
     if batch.sights:
         # As the engine sees them: not by what the loss does.
         engine_passes = dataclasses.replace(bench.passes, see=PictureEncoder.of(bench.network).see)
-        inputs = embedded(sampler, batch, engine_passes)[own : own + 1, :length]
+        pictures = [(0, start, soft) for place, start, soft in seen_in(batch, engine_passes) if place == own]
         spans = (batch.spans or [])[own : own + 1]
     cache = Paged(PageFormat(config, sampler.device, sampler.cache_type))
-    sampler.encode(inputs, PagedBatch([cache], [length]), spans=spans)
+    sampler.encode(ids, PagedBatch([cache], [length]), spans=spans, seen=pictures)
     width = batch.canvas.shape[1]
     places = torch.linspace(0, width - 1, min(width, POSITIONS)).round().long()
     temperature = torch.tensor([bench.objective.temperature], device=sampler.device)
