@@ -266,3 +266,11 @@ def test_the_plan_counts_the_tower(folder, captions, examples):
     parameters = sum(p.numel() for p in vision.parameters())
     assert taught["optimizer state"] - text["optimizer state"] == 8 * parameters
     assert taught["pictures"] > seen["pictures"]
+
+
+def test_the_plan_of_several_processes_has_the_whole_tower_on_each(folder, captions):
+    made = recipe(folder, captions)
+    weights = sum(tensor.nbytes for tensor in dgemma.load(folder).pictures.load().state_dict().values())
+    one, four = (recipe_plan(made, parts_of(made).config, folder, 100, RANKS.device, ranks, 63).lines[0]
+                 for ranks in (1, 4))
+    assert four.nbytes == weights + (one.nbytes - weights) // 4 and "the tower whole on every device" in four.reason
