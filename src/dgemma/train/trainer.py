@@ -154,6 +154,10 @@ class Trainer:
         self.source = source_of(recipe, parts.tokenizer, parts.config, parts.generation_config, folder, self._note)
         if shows_pictures(self.source):
             self._check_pictures()
+        has_tower = shows_pictures(self.source) or (recipe.fresh and parts.config.vision is not None)
+        if ranks.world > 1 and has_tower and recipe.trains_tower:
+            raise DgemmaError(f"recipe {recipe.name}: a vision tower learns in one process only so far; this is one of "
+                              f"{ranks.world}: leave it as it is (freeze, or an adapter's targets)")
         self.max_steps = self._length()
         self.evaluator = Evaluator(recipe, self.source, parts.generation_config)
         if self.max_steps < (rising := recipe.optimizer.warmup_steps):
@@ -165,9 +169,6 @@ class Trainer:
         self.state = begin(recipe, parts, whole_on, lambda done, total: self._tell(events.Loading(done, total)),
                            shows_pictures(self.source))
         self.network = self.state.network
-        if ranks.world > 1 and self.state.trains_tower:
-            raise DgemmaError(f"recipe {recipe.name}: a vision tower learns in one process only so far; this is one of "
-                              f"{ranks.world}: leave it as it is (freeze, or an adapter's targets)")
         self.passes = self.state.seeing(shard(self.network, ranks, recipe.checkpointing))
         self._check()
         self.optimizers = Optimizers(self.network, recipe.optimizer)
