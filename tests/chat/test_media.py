@@ -116,7 +116,9 @@ def test_a_film_is_frames_of_seventy_tokens_with_their_times():
 
 
 @pytest.mark.parametrize(("part", "said"), [
-    ({"type": "image"}, "needs it"), ({"type": "video", "url": "https://x.example/a.mp4"}, "nothing is fetched"),
+    ({"type": "image"}, "needs it"),
+    ({"type": "image", "image": "iVBOR" * 1000}, r"^.{50,60} is no path, with its 5,000 characters; base64 is"),
+    ({"type": "video", "url": "https://x.example/a.mp4"}, "nothing is fetched"),
     ({"type": "image", "url": "data:image/png;base64,§"}, "not valid base64"),
     ({"type": "image", "image": film(3)}, "this is a video"), ({"type": "video", "video": b"no"}, "not a film")])
 def test_a_part_that_is_none_is_an_error(part, said):

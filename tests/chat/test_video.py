@@ -12,6 +12,7 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 from dgemma.chat.video import MOST_FRAMES, Film, first_frame, frame_numbers, read_film
 from dgemma.errors import DgemmaError
 from support.films import STEP, film, sound, turned_film
+from support.pictures import as_file, random_picture
 
 
 def shown(found: Film) -> list[int]:
@@ -101,7 +102,10 @@ def test_a_file_is_read_like_its_bytes(tmp_path):
 @pytest.mark.parametrize(("data", "said"), [
     (b"", "not a film"), (b"hello there", "not a film"), (film(30)[:700], "not a film|damaged"),
     (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n", "not a film"),
-    (b"ffconcat version 1.0\nfile /etc/passwd\n", "not a film"), (sound(), "only sound")])
+    (b"ffconcat version 1.0\nfile /etc/passwd\n", "not a film"), (sound(), "only sound"),
+    (as_file(random_picture(60, 50), "JPEG"), "this is a picture: give it as one"),
+    (as_file(random_picture(60, 50), "WEBP", save_all=True, append_images=[random_picture(60, 50, 1)]),
+     "of an animated WebP the first frame is seen")])
 def test_what_is_no_film_is_an_error(data, said):
     with pytest.raises(DgemmaError, match=said):
         read_film(data)

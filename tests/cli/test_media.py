@@ -73,6 +73,12 @@ def test_a_picture_may_come_on_stdin(run, picture):
     assert prompt_tokens(on_stdin) == prompt_tokens(run("--json", "--image", picture, "Hi"))
 
 
+@pytest.mark.parametrize(("stdin", "words"), [(b"", "there is nothing in it"), (PICTURE[:50], "damaged or cut off")])
+def test_what_stdin_holds_and_is_no_picture_is_said(run, stdin, words):
+    outcome = run("--image", "-", "Hi", stdin=stdin)
+    assert outcome.code == 1 and outcome.err.startswith("Error: the picture on stdin: ") and words in outcome.err
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (("--image", "-"), "stdin holds one picture"),
     (("--image", "-", "--image", "-", "Hi"), "stdin holds one picture"),

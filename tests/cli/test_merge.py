@@ -69,6 +69,7 @@ def test_mistakes(merge, checkpoint, adapter, tmp_path):
 
     out = tmp_path / "out"
     assert "--type is for a GGUF file" in refused("-o", out, "--type", "Q8_0")
+    assert "--mmproj-type is for a GGUF file" in refused("-o", out, "--mmproj-type", "F16")
     assert "no such adapter" in refused("-o", out, adapter=tmp_path / "nothing")
     assert "does not fit this model" in refused("-o", out, model="sudoku")
     assert "does not fit this model" in refused("-o", tmp_path / "x.gguf", model="sudoku")

@@ -143,6 +143,7 @@ def test_two_questions_about_one_picture_ask_the_tower_once(http, seeing):
     (image("/etc/passwd"), "not as text", "messages[0].content[0]"),
     (image("file:///etc/passwd"), "not as file:", "messages[0].content[0]"),
     ({"type": "image_url"}, "needs the picture", "messages[0].content[0]"),
+    (image(URL, detail="huge"), "detail must be one of auto, low, high, original, got", "messages[0].content[0]"),
     ({"type": "image", "path": "/etc/passwd"}, "needs the picture", "messages[0].content[0]"),
     ({"type": "input_audio"}, "is not read here", "messages[0].content[0]")])
 def test_a_part_that_cannot_be_seen_is_an_error_that_names_it(http, part, said, param):

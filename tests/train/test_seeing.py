@@ -14,8 +14,10 @@ from dgemma.model import read_parts, seeing
 from dgemma.nn.adapters import AdapterConfig, adapters
 from dgemma.nn.passes import Passes
 from dgemma.train.batch import collate
+from dgemma.train.checks.bench import Bench
+from dgemma.train.checks.inputs import pictures_are_seen
 from dgemma.train.checks.plan import recipe_plan
-from dgemma.train.checks.preflight import Bench, pictures_are_seen, run_preflight
+from dgemma.train.checks.preflight import run_preflight
 from dgemma.train.data.conversations import read_conversations
 from dgemma.train.data.examples import prepare
 from dgemma.train.noise import draw_noise
@@ -23,6 +25,7 @@ from dgemma.train.objective import Objective, batch_loss, totals_of
 from dgemma.train.parallel.distributed import Ranks
 from dgemma.train.recipe import ConversationData, Evaluation, OptimizerSettings, Recipe
 from dgemma.train.runs.state import begin, parts_of
+from dgemma.train.sights import PreparedPictures
 from dgemma.train.trainer import Trainer
 from support.pictures import random_picture
 from support.seeing import CAPTIONS, captioned, save_captions, save_pupil
@@ -50,7 +53,8 @@ def examples(folder, captions):
 def examples_of(folder, data):
     parts = read_parts(folder)
     return prepare(read_conversations(data, image_tokens=70).rows, parts.tokenizer, parts.config.canvas_length,
-                   stop_ids=parts.generation_config.eos_token_id, vision=seeing(parts)[0].vision).examples
+                   stop_ids=parts.generation_config.eos_token_id,
+                   pictures=PreparedPictures.of(seeing(parts)[0])).examples
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +216,9 @@ def test_what_is_not_there_is_said(folder, captions, tmp_path):
     text.write_text(json.dumps({"prompt": "Hi", "response": "Hello"}))
     with pytest.raises(DgemmaError, match="no 'vision' to adapt here"):
         Trainer(recipe(folder, text, adapter=AdapterConfig(targets=("vision",))), tmp_path / "text", ranks=RANKS)
-    with pytest.raises(DgemmaError, match="in one process only so far; this is one of 2"):
-        Trainer(recipe(folder, captions), tmp_path / "two", ranks=dataclasses.replace(RANKS, world=2))
+    with pytest.raises(DgemmaError, match="a vision tower learns in one process only so far; this is one of 2"):
+        Trainer(recipe(folder, captions, freeze=(".router.",)), tmp_path / "two",
+                ranks=dataclasses.replace(RANKS, world=2))
 
 
 @QUIET
@@ -261,3 +266,11 @@ def test_the_plan_counts_the_tower(folder, captions, examples):
     parameters = sum(p.numel() for p in vision.parameters())
     assert taught["optimizer state"] - text["optimizer state"] == 8 * parameters
     assert taught["pictures"] > seen["pictures"]
+
+
+def test_the_plan_of_several_processes_has_the_whole_tower_on_each(folder, captions):
+    made = recipe(folder, captions)
+    weights = sum(tensor.nbytes for tensor in dgemma.load(folder).pictures.load().state_dict().values())
+    one, four = (recipe_plan(made, parts_of(made).config, folder, 100, RANKS.device, ranks, 63).lines[0]
+                 for ranks in (1, 4))
+    assert four.nbytes == weights + (one.nbytes - weights) // 4 and "the tower whole on every device" in four.reason

@@ -13,7 +13,7 @@ from dgemma.model import read_parts, seeing
 from dgemma.train.data.conversations import read_conversations
 from dgemma.train.data.examples import prepare
 from dgemma.train.data.sources import fingerprint
-from dgemma.train.sights import pictures_of
+from dgemma.train.sights import PreparedPictures, pictures_of
 from support.films import film
 from support.pictures import as_file, random_picture
 from support.seeing import captioned, save_captions, save_pupil
@@ -33,7 +33,7 @@ def parts(folder):
 def prepared(parts, data, **options):
     return prepare(read_conversations(data, skip_bad=options.get("skip_bad", False)).rows, parts.tokenizer,
                    parts.config.canvas_length, stop_ids=parts.generation_config.eos_token_id,
-                   vision=seeing(parts)[0].vision, **options)
+                   pictures=PreparedPictures.of(seeing(parts)[0]), **options)
 
 
 def test_the_context_is_the_prompt_that_the_model_gets(folder, parts, tmp_path):
@@ -90,6 +90,41 @@ def test_a_picture_that_changed_since_is_not_put_in_its_place(parts, tmp_path):
     random_picture(500, 20).save(tmp_path / "data" / "0.png")
     with pytest.raises(DgemmaError, match=r"captions.jsonl:1, message 1: 0.png has another size than"):
         pictures_of([sight])
+
+
+def test_a_film_is_decoded_once_for_all_turns_and_epochs(parts, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(film(90, 30))
+    asked = [{"type": "video", "path": "a.mp4"}, {"type": "text", "text": "What?"}]
+    said = {"role": "assistant", "content": "This."}
+    data = write_lines(tmp_path / "d.jsonl", {"messages": [{"role": "user", "content": asked}, said,
+                                                           {"role": "user", "content": "Sure?"}, said]})
+    first, second = prepared(parts, data).examples
+    (tmp_path / "a.mp4").unlink()
+    frames = pictures_of(first.sights)
+    assert len(frames) == 3 and all(a is b for a, b in zip(frames, pictures_of(second.sights), strict=True))
+    assert first.sights[0].medium.prepared.made == 1
+
+
+def test_pixels_are_kept_as_far_as_they_may_be_and_then_stay(parts, tmp_path):
+    data = save_captions(tmp_path / "data")
+    one, other = (example.sights for example in prepared(parts, data).examples)
+    pictures = one[0].medium.prepared
+    assert pictures.nbytes == 0  # of pictures only sizes were needed so far
+    size = pictures_of(one)[0].pixels.nbytes
+    pictures.kept = 2 * size - 1
+    for _ in range(2):
+        pictures_of(one)
+        pictures_of(other)
+    assert (pictures.made, pictures.nbytes) == (3, size)
+
+
+def test_one_picture_is_prepared_once_for_each_size_that_it_is_seen_at(parts, tmp_path):
+    random_picture(1600, 1500).save(tmp_path / "a.png")
+    data = write_lines(tmp_path / "d.jsonl", *(captioned("a.png", "A", words) for words in
+                                               ("What?", "Read the small print", "Who?")))
+    one, other, again = (example.sights for example in prepared(parts, data).examples)
+    assert pictures_of(one)[0] is pictures_of(again)[0] and pictures_of(one)[0].tokens < pictures_of(other)[0].tokens
+    assert one[0].medium.prepared.made == 2
 
 
 def test_a_shortened_context_cuts_no_picture(parts, tmp_path):

@@ -1,17 +1,20 @@
 """Adapters on the vision tower: in PEFT's format both ways, and merged into a checkpoint."""
 
 import copy
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dgemma
-from dgemma.errors import CheckpointError
+from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.model import read_parts, seeing
 from dgemma.nn.adapters import AdapterConfig, adapter_parameters, adapters, attach
 from dgemma.weights.adapters import adapts_tower, load_adapter, save_adapter
 from dgemma.weights.load import load_network
-from dgemma.weights.merge import merge_to_folder
+from dgemma.weights.merge import merge_to_folder, merge_to_gguf
+from dgemma.weights.quantize import convert
 from support.seeing import save_pupil
 
 PICTURE = torch.rand(6, 9, 768, generator=torch.Generator().manual_seed(1))
@@ -91,6 +94,47 @@ def test_it_is_merged_into_a_checkpoint(folder, network, adapter, tmp_path):
     merge_to_folder(folder, adapter, tmp_path / "merged")
     merged = dgemma.load(tmp_path / "merged").pictures.load()
     torch.testing.assert_close(seen(merged), seen(network.vision), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_it_is_merged_into_the_tower_beside_a_gguf_file(folder, network, tmp_path, kind, dora):
+    targets = ("attention", "vision", "vision_tower.patch_embedder.input_proj")  # whose rows lie in another order there
+    attach(network, config := AdapterConfig(r=2, targets=targets, dora=dora))
+    stir(adapter_parameters(network).values())
+    save_adapter(network, config, tmp_path / "adapter")
+    source = folder
+    if kind == "gguf":
+        source = tmp_path / "source.gguf"
+        convert(folder, source, "BF16", tower="F32")
+    summary = merge_to_gguf(source, tmp_path / "adapter", tmp_path / "merged.gguf", "BF16", tower="F32")
+    assert summary.tower == tmp_path / "mmproj-merged.gguf"
+    merged = dgemma.load(tmp_path / "merged.gguf").pictures.load()
+    torch.testing.assert_close(seen(merged), seen(network.vision), atol=1e-4, rtol=0)
+    assert (seen(dgemma.load(folder).pictures.load()) - seen(merged)).abs().max() > 1e-2
+
+
+def test_a_tower_to_change_must_be_there_and_stays_where_it_is(folder, adapter, tmp_path):
+    convert(folder, tmp_path / "source.gguf", "BF16")
+    tower = tmp_path / "mmproj-source.gguf"
+    tower.rename(tmp_path / "mmproj-merged.gguf")
+    with pytest.raises(DgemmaError, match="mmproj-merged.gguf: this is the source's own vision tower"):
+        merge_to_gguf(tmp_path / "source.gguf", adapter, tmp_path / "merged.gguf", force=True)
+    (tmp_path / "mmproj-merged.gguf").unlink()
+    with pytest.raises(CheckpointError, match="the adapter changes the vision tower, too, and no mmproj file beside"):
+        merge_to_gguf(tmp_path / "source.gguf", adapter, tmp_path / "merged.gguf")
+    assert not (tmp_path / "merged.gguf").exists()
+
+
+def test_a_checkpoint_without_its_tower_takes_no_merge_into_it(folder, adapter, tmp_path):
+    shutil.copytree(folder, tmp_path / "blind")
+    path = tmp_path / "blind" / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if "vision" not in name}
+    save_file(tensors, path, {"format": "pt"})
+    for merge, out in ((merge_to_folder, "merged"), (merge_to_gguf, "merged.gguf")):
+        with pytest.raises(CheckpointError, match="the vision tower is not in this checkpoint"):
+            merge(tmp_path / "blind", adapter, tmp_path / out)
+        assert not (tmp_path / out).exists()
 
 
 def test_a_network_without_its_tower_cannot_take_it(folder, adapter):

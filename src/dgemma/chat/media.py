@@ -25,7 +25,7 @@ _READING = re.compile(
     r"\b(read|reads|transcri\w+|ocr|writ(?:ten|ing)|handwrit\w+|text|documents?|scan(?:ned)?|receipts?|invoices?|tables?"
     r"|forms?|small print|screenshots?|formulas?|equations?|code|spreadsheets?|says?|lies|lesen|steht|abschreib\w*"
     r"|rechnung\w*|tabelle\w*|lis|lire|écrit\w*|facture\w*|lee|leer|escrito|factura\w*)\b", re.IGNORECASE)
-
+_LONGEST_PATH = 4096  # Linux' limit; elsewhere it is less
 
 P = TypeVar("P", Picture, Fitted)
 
@@ -34,7 +34,7 @@ P = TypeVar("P", Picture, Fitted)
 class Shown(Generic[P]):
     """A part of a message made ready: a picture, or a film's frames, each with its time (``stamps``).
 
-    Or without pixels, what sizes they will have: `outline`.
+    Or without pixels, what sizes they will have.
     """
 
     pictures: tuple[P, ...]
@@ -89,9 +89,8 @@ def show(part: dict, config: VisionConfig, tokens: int | None = None, fps: float
 
     It has its picture under "image" (a film: "video") or "path", or as a data URL under "url"; under "tokens" its own
     number of soft tokens, if not ``tokens``; a tower that was trained on fewer gets those. None is automatic:
-    `budget_for`, of ``words``. ``fps`` are a film's frames
-    a second; ``name`` is what it is called in errors, unless it has a "name". Raises DgemmaError for what is no picture
-    or film, and for a URL that would have to be fetched.
+    `budget_for`, of ``words``. ``fps`` are a film's frames a second; ``name`` is what it is called in errors, unless it
+    has a "name". Raises DgemmaError for what is no picture or film, and for a URL that would have to be fetched.
     """
     source, named = _source_of(part, name)
     if part["type"] == "video":
@@ -103,17 +102,13 @@ def show(part: dict, config: VisionConfig, tokens: int | None = None, fps: float
     return Shown((resized(image, _budget(part, tokens, image.size, words, config), config),))
 
 
-def outline(part: dict, config: VisionConfig, tokens: int | None = None, fps: float | None = None, words: str = "",
-            name: str = "the picture") -> Shown[Fitted]:
-    """How large `show` would make a part, for what makes it ready later; of most pictures only the header is read.
+def outline(part: dict, config: VisionConfig, words: str = "", name: str = "the picture") -> Fitted:
+    """How large `show` would make a picture, for what makes it ready later; mostly its header is read and no more.
 
     Raises what `show` raises, but for damage behind the header.
     """
-    if part["type"] == "video":
-        film = show(part, config, tokens, fps, words, name)
-        return Shown(tuple(Fitted(p.pixels.shape[1], p.pixels.shape[0], p.tokens) for p in film.pictures), film.stamps)
     size = size_of(*_source_of(part, name))
-    return Shown((fitted(*size, _budget(part, tokens, size, words, config), config),))
+    return fitted(*size, _budget(part, None, size, words, config), config)
 
 
 def _source_of(part: dict, name: str) -> tuple[Any, str | None]:
@@ -121,6 +116,9 @@ def _source_of(part: dict, name: str) -> tuple[Any, str | None]:
     kind, name = part["type"], part.get("name", name)
     source = next((part[key] for key in (kind, "path") if part.get(key) is not None), None)
     source = _of_url(part.get("url"), kind, name) if source is None else source
+    if isinstance(source, str) and len(source) > _LONGEST_PATH:
+        raise DgemmaError(f"{name}: {shown(source, 40)} is no path, with its {len(source):,} characters; base64 is "
+                          "given as a data URL (data:image/png;base64,…)")
     return source, None if isinstance(source, (str, Path)) else name
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MOST_FRAMES = 60  # of a film: what the model was trained on
 FRAME_BUDGET = 70  # soft tokens of a frame
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,ogg,flv,gif,apng,webp_pipe,asf"
+_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM")  # how their files begin
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +115,10 @@ def _opened(source: str | Path | bytes, name: str) -> Iterator[Any]:
                 yield container
         # IndexError: a damaged packet names a stream that is not there.
         except (av.error.FFmpegError, ValueError, EOFError, IndexError) as error:
+            file.seek(0)
+            if (head := file.read(12)).startswith(_PICTURES) or head[8:] == b"WEBP":
+                raise DgemmaError(f"{name}: this is a picture: give it as one (of an animated WebP the first frame is "
+                                  "seen), or make a film of it") from error
             raise DgemmaError(f"{name}: not a film that can be read (MP4, MOV, WebM, MKV, AVI, MPEG, GIF): "
                               f"{getattr(error, 'strerror', None) or error}") from error
 

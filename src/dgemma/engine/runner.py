@@ -87,9 +87,8 @@ class Runner:
         starts = [0, *itertools.accumulate(counts)]
         soft = [(0, start + begin, rows) for start, part in zip(starts, parts, strict=False)
                 for begin, _, rows in part.soft]
-        inputs = self.network.embed_seen(ids, soft) if soft else ids
         spans = [[(start, start + len(rows)) for _, start, rows in soft]] if soft else None
-        hidden = self.passes.encode(inputs, batch, spans=spans)
+        hidden = self.passes.encode(ids, batch, spans=spans, seen=soft)
         fine = [bool(part.all()) for part in hidden[0].isfinite().all(-1).cpu().split(counts)]
         for index, good in enumerate(fine):
             if not good:

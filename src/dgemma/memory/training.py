@@ -161,10 +161,13 @@ def _weights(run: TrainingRun, shapes: Mapping[str, Shape], held: Mapping[str, i
     """The weights, and what is made of them for a pass."""
     plain = {name: size for name, size in held.items() if run.weights[name] in DTYPES}
     packed = sum(held.values()) - sum(plain.values())
+    # Of several processes each has all of the tower.
+    tower = sum(plain.pop(name) for name in list(plain) if name.startswith("vision.")) if run.ranks > 1 else 0
     types = sorted(set(run.weights.values()))
     reason = ", ".join(types) if len(types) > 1 else f"all {types[0]}"
-    uses = [Use("weights", packed + sum(plain.values()) // run.ranks,
-                reason + ("; packed ones whole on every device" if run.ranks > 1 and packed else ""))]
+    everywhere = [name for name, size in (("packed ones", packed), ("the tower", tower)) if size and run.ranks > 1]
+    uses = [Use("weights", packed + tower + sum(plain.values()) // run.ranks,
+                reason + (f"; {' and '.join(everywhere)} whole on every device" if everywhere else ""))]
     if run.ranks > 1:
         blocks = Counter[str]()
         for name, size in plain.items():

@@ -70,16 +70,18 @@ class DiffusionTransformer(nn.Module):
         return x
 
     def encode(self, inputs: Tensor, cache: Cache, lengths: Sequence[int] | None = None,
-               spans: Spans | None = None) -> Tensor:
+               spans: Spans | None = None, seen: Sequence[tuple[int, int, Tensor]] = ()) -> Tensor:
         """Causal pass over token ids [B, T], or what they are embedded as [B, T, D]; the cache takes them in.
 
         Returns hidden states [B, T, D]. ``lengths`` says how many leading tokens of each row are real; the rest is
         padding, which no token sees and the cache does not keep (its hidden states mean nothing). None: all of them.
-        ``spans`` are the columns of each row that are pictures. Raises ValueError when the batch sizes differ.
+        ``spans`` are the columns of each row that are pictures, whose soft tokens are in the embeddings or, with token
+        ids, ``seen`` as in `embed_seen`. Raises ValueError when the batch sizes differ.
         """
         batch, width = inputs.shape[:2]
         if batch != cache.batch_size:
             raise ValueError(f"token_ids have {batch} rows, the cache {cache.batch_size}")
+        inputs = self.embed_seen(inputs, seen) if seen else inputs
         outputs = []
         for columns, reading in cache.reading(width, lengths, spans):
             piece = inputs[:, columns]

@@ -112,18 +112,14 @@ class Outgoing:
             await self.app(scope, receive, send)
             return
         head = scope["method"] == "HEAD"
+        # A scope of its own: the server looks at its own method again when it sends, the log when it writes.
+        inner = {**scope, "method": "GET"} if head else scope
 
         async def outgoing(message: Message) -> None:
-            if message["type"] == "http.response.start" and (ignored := scope.get("dgemma.ignored")):
+            if message["type"] == "http.response.start" and (ignored := inner.get("dgemma.ignored")):
                 MutableHeaders(raw=message["headers"])[IGNORED_HEADER] = ignored
             if head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             await send(message)
 
-        if head:
-            scope["method"] = "GET"
-        try:
-            await self.app(scope, receive, outgoing)
-        finally:
-            if head:
-                scope["method"] = "HEAD"  # what the log shall say
+        await self.app(inner, receive, outgoing)

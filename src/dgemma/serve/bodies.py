@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dgemma.config import SAMPLER_SETTINGS
+from dgemma.fields import shown
 from dgemma.serve.errors import ApiError
 
 T = TypeVar("T")
@@ -97,7 +98,8 @@ class SamplerFields(RequestBody):
 SEEN = {"image": "image", "image_url": "image", "input_image": "image", "video": "video", "video_url": "video",
         "input_video": "video"}
 UNREAD = frozenset(("input_audio", "audio", "audio_url", "container_upload", "computer_screenshot", "browser_state"))
-_DETAILS = {"low": 70, "high": 1120, "original": 1120}  # of pictures, as OpenAI calls them -> soft tokens
+# How large pictures are seen, as OpenAI calls it -> soft tokens.
+_DETAILS = {"auto": None, "low": 70, "high": 1120, "original": 1120}
 _TEXTS = ("text/", "application/json", "application/xml", "application/yaml", "application/x-yaml")
 
 
@@ -122,9 +124,13 @@ def media_part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
     source = given if isinstance(given, Mapping) else {"url": given}
     url, detail = source.get("url"), source.get("detail", part.get("detail"))
     if not isinstance(url, str) or not url:
-        raise ApiError(400, f"{where}: a {part['type']} part needs the picture, as a data: URL: nothing is stored here "
-                       "under an id", where)
-    return media(SEEN[part["type"]], url, where, _DETAILS.get(detail) if isinstance(detail, str) else None)
+        raise ApiError(400, f"{where}: this part ({part['type']}) needs the picture, as a data: URL: nothing is stored "
+                       "here under an id", where)
+    if detail is None:
+        return media(SEEN[part["type"]], url, where)
+    if not isinstance(detail, str) or detail not in _DETAILS:
+        raise ApiError(400, f"{where}: detail must be one of {', '.join(_DETAILS)}, got {shown(detail)}", where)
+    return media(SEEN[part["type"]], url, where, _DETAILS[detail])
 
 
 def media(kind: str, url: str, where: str, tokens: int | None = None) -> dict[str, Any]:

@@ -151,17 +151,16 @@ def read(network: DiffusionTransformer, batch: Batch, passes: Passes) -> tuple[T
     cache = network.new_cache(len(batch.context), spare, checkpointed=passes.checkpointed)
     if not batch.sights:
         return passes.encode(batch.context, cache, lengths), cache
-    return passes.encode(embedded(network, batch, passes), cache, lengths, spans=batch.spans), cache
+    return passes.encode(batch.context, cache, lengths, spans=batch.spans, seen=seen_in(batch, passes)), cache
 
 
-def embedded(network: DiffusionTransformer, batch: Batch, passes: Passes) -> Tensor:
-    """What the rows of a batch with pictures are embedded as [R, T, D]. Raises DgemmaError for a picture that cannot
-    be read, and where nothing sees it."""
+def seen_in(batch: Batch, passes: Passes) -> list[tuple[int, int, Tensor]]:
+    """The soft tokens of a batch's pictures, each with its row and the column where they start. Raises DgemmaError for
+    a picture that cannot be read, and where nothing sees it."""
     if passes.see is None:
         raise DgemmaError("there are pictures in these examples, and nothing that sees them: the network has no tower")
     soft = passes.see(pictures_of([sight for _, sight in batch.sights]))
-    return network.embed_seen(batch.context, [(row, sight.start, rows) for (row, sight), rows in
-                                              zip(batch.sights, soft, strict=True)])
+    return [(row, sight.start, rows) for (row, sight), rows in zip(batch.sights, soft, strict=True)]
 
 
 def prefixes(batch: Batch, cache: KVCache) -> KVCache:

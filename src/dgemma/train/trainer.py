@@ -155,6 +155,10 @@ class Trainer:
         self.source = source_of(recipe, parts.tokenizer, parts.config, parts.generation_config, folder, self._note)
         if shows_pictures(self.source):
             self._check_pictures()
+        has_tower = shows_pictures(self.source) or (recipe.fresh and parts.config.vision is not None)
+        if ranks.world > 1 and has_tower and recipe.trains_tower:
+            raise DgemmaError(f"recipe {recipe.name}: a vision tower learns in one process only so far; this is one of "
+                              f"{ranks.world}: leave it as it is (freeze, or an adapter's targets)")
         self.max_steps = self._length()
         self.evaluator = Evaluator(recipe, self.source, parts.generation_config)
         if self.max_steps < (rising := recipe.optimizer.warmup_steps):
@@ -258,9 +262,6 @@ class Trainer:
     def _check_pictures(self) -> None:
         """Raises DgemmaError for what cannot be done with pictures yet."""
         recipe = self.recipe
-        if self.ranks.world > 1:
-            raise DgemmaError(f"recipe {recipe.name}: there are pictures in its data, which are trained on in one "
-                              f"process only so far; this is one of {self.ranks.world}")
         if recipe.evaluation.metric is not None and not recipe.objective.denoising_weight:
             raise DgemmaError(f"recipe {recipe.name}: evaluation: an autoregressive model is not asked about pictures "
                               "yet: take the metric out")

@@ -6,6 +6,7 @@ Works on files, a few rows or one file at a time, and never holds a network; kno
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,32 +14,41 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dgemma.config import load_model_config
-from dgemma.errors import DgemmaError, refuse
+from dgemma.config import ModelConfig, load_model_config
+from dgemma.errors import CheckpointError, DgemmaError, refuse
 from dgemma.files import make_folder, name_beside
+from dgemma.gguf import vision as vision_keys
 from dgemma.gguf.keys import gguf_name
 from dgemma.kernels.products import pieces
 from dgemma.nn.adapters import Factors
+from dgemma.nn.vision import Vision
 from dgemma.weights.adapters import adapts_tower, read_adapter
 from dgemma.weights.files import INDEX_FILE, weight_files
 from dgemma.weights.gguf_model import open_gguf
-from dgemma.weights.load import empty_network, empty_vision, match, read_headers, tensor_shapes
-from dgemma.weights.names import trained_name
+from dgemma.weights.gguf_vision import pixel_order, plane_order
+from dgemma.weights.load import empty_network, empty_vision, match, match_vision, read_headers, tensor_shapes
+from dgemma.weights.names import trained_name, within_vision
 from dgemma.weights.quantize import Change, Progress, Summary, check_space, convert, is_gguf_file
 from dgemma.weights.save import write_safetensors
+from dgemma.weights.towers import find_tower
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".md", "")  # what stands beside weights; no suffix: LICENSE
 
 
 def merge_to_gguf(source: Path, adapter: Path, out: Path, mixture: str = "Q4_K_M", *, force: bool = False,
-                  progress: Progress | None = None) -> Summary:
+                  progress: Progress | None = None, tower: str | None = "BF16") -> Summary:
     """Write the checkpoint ``source`` (a folder or a GGUF file) with the adapter in it as the GGUF file ``out``.
 
-    The sum is taken in float32 and packed once, as `convert` packs. Raises what that and `read_adapter` raise.
+    The vision tower goes to a file beside it, its matrices as ``tower`` (None: it is left out) and with what the
+    adapter changes of it. The sum is taken in float32 and packed once, as `convert` packs. Raises what that and
+    `read_adapter` raise.
     """
     config = open_gguf(source).config if is_gguf_file(source) else load_model_config(source)
-    factors = read_adapter(adapter, empty_network(config)).factors
-    return convert(source, out, mixture, force=force, progress=progress, changes=_changes(factors))
+    network = empty_network(config)
+    if adapts_tower(adapter):
+        network.attach_vision(_empty_tower(source, config))
+    factors = read_adapter(adapter, network).factors
+    return convert(source, out, mixture, force=force, progress=progress, changes=_changes(factors), tower=tower)
 
 
 def merge_to_folder(source: Path, adapter: Path, out: Path, progress: Progress | None = None) -> int:
@@ -56,8 +66,8 @@ def merge_to_folder(source: Path, adapter: Path, out: Path, progress: Progress |
     contents = read_headers(source)
     _, problems = match(contents, tensor_shapes(network))
     refuse(problems, f"{source}: this checkpoint cannot be merged")
-    if config.vision is not None and adapts_tower(adapter):
-        network.attach_vision(empty_vision(config.vision, config.hidden_size))
+    if adapts_tower(adapter):
+        network.attach_vision(_empty_tower(source, config))
     factors = read_adapter(adapter, network).factors
     total = sum(tensor.nbytes for tensor in contents.tensors.values())
     done = 0
@@ -98,10 +108,26 @@ def copy_companions(source: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
+def _empty_tower(source: Path, config: ModelConfig) -> Vision:
+    """The shape of the vision tower that `convert` and `merge_to_folder` find; CheckpointError where there is none."""
+    found = find_tower(source, config)
+    if found is None:
+        where = "no mmproj file beside this GGUF file fits it" if source.is_file() else "this checkpoint has none"
+        raise CheckpointError(f"{source}: the adapter changes the vision tower, too, and {where}")
+    vision = empty_vision(found.config, config.hidden_size)
+    if not source.is_file():
+        match_vision(source, vision)
+    return vision
+
+
 def _changes(factors: Mapping[str, Factors]) -> dict[str, Change]:
     """GGUF name -> the change of that tensor, also where gate and up experts are stored apart."""
     changes: dict[str, Change] = {}
     for name, change in factors.items():
+        if seen := within_vision(f"{name}.weight"):
+            changes[vision_keys.gguf_name(seen)] = _of_planes(change) if seen == vision_keys.PATCHES else \
+                change.merged_rows
+            continue
         stored = gguf_name(name if ".experts." in name else f"{name}.weight")
         changes[stored] = change.merged_rows
         if "gate_up_exps" not in stored:
@@ -112,6 +138,16 @@ def _changes(factors: Mapping[str, Factors]) -> dict[str, Change]:
             part = Factors(change.a, change.b[:, rows].contiguous(), magnitude, change.scale)
             changes[stored.replace("gate_up_exps", f"{half}_exps")] = part.merged_rows
     return changes
+
+
+def _of_planes(change: Factors) -> Change:
+    """The change of the matrix over patches, of which files have rows in the order of a convolution."""
+    def merged(rows: Tensor, start: int) -> Tensor:
+        side = math.isqrt(rows.shape[1] // 3)
+        found = change.merged_rows(pixel_order(rows.view(-1, 3, side, side)), start)
+        return plane_order(found, side).flatten(1)
+
+    return merged
 
 
 def _rewrite(path: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> int:

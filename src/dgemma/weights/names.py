@@ -60,19 +60,25 @@ def trained_name(checkpoint_name: str) -> str | None:
     return network_name(checkpoint_name) if seeing is None else f"{_TOWER}{seeing}"
 
 
+def within_vision(network_name: str) -> str | None:
+    """The name within `dgemma.nn.vision.Vision` of what a network that holds its tower calls so; None for the text
+    network's."""
+    return network_name.removeprefix(_TOWER) if network_name.startswith(_TOWER) else None
+
+
 def pass_names(network_name: str) -> tuple[str, ...]:
     """Where `transformers` has a module or matrix of ours: in the decoder, and in the encoder if that has it, too; the
     tower's only there."""
-    if network_name.startswith(_TOWER):
-        return (vision_checkpoint_name(network_name.removeprefix(_TOWER)),)
+    if seen := within_vision(network_name):
+        return (vision_checkpoint_name(seen),)
     shared = network_name.startswith("layers.")
     return (_DECODER + network_name, _ENCODER + network_name) if shared else (_DECODER + network_name,)
 
 
 def checkpoint_name(network_name: str) -> str:
     """The inverse of `trained_name`: where a tensor of ours stands in a checkpoint."""
-    if network_name.startswith(_TOWER):
-        return vision_checkpoint_name(network_name.removeprefix(_TOWER))
+    if seen := within_vision(network_name):
+        return vision_checkpoint_name(seen)
     scalar = _ENCODER_SCALAR_OURS.fullmatch(network_name)
     if scalar:
         return f"{_ENCODER}layers.{scalar[1]}.layer_scalar"

@@ -6,6 +6,7 @@ nor a whole tensor. `mixture_type` decides which tensor gets which type, by llam
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,11 +108,11 @@ def convert(source: Path, out: Path, mixture: str = "Q4_K_M", *, name: str | Non
 
     ``mixture`` is a key of `MIXTURES`; ``name`` what the file calls the model (default: what the source is called).
     Tensors that have the right type already are copied byte for byte, but for those that ``changes`` (by GGUF name)
-    has a function for. The vision tower, if the source has one, goes to a file of its own beside ``out``
-    (`files.tower_name`), its matrices as ``tower``, one of `files.TOWER_TYPES` (None: it is left out). A file appears
-    when it is complete, and whatever interrupts this, nothing unfinished is left behind. Raises CheckpointError for a
-    source that is damaged, incomplete or not a DiffusionGemma, and DgemmaError when a file exists (without ``force``),
-    is the source, or cannot be written.
+    has a function for; of a convolution this gets whole filters as rows. The vision tower, if the source has one, goes
+    to a file of its own beside ``out`` (`files.tower_name`), its matrices as ``tower``, one of `files.TOWER_TYPES`
+    (None: it is left out). A file appears when it is complete, and whatever interrupts this, nothing unfinished is left
+    behind. Raises CheckpointError for a source that is damaged, incomplete or not a DiffusionGemma, and DgemmaError
+    when a file exists (without ``force``), is the source, or cannot be written.
     """
     began = time.monotonic()
     source, out = Path(source), Path(out)
@@ -125,6 +126,9 @@ def convert(source: Path, out: Path, mixture: str = "Q4_K_M", *, name: str | Non
     seeing = None if tower is None else _tower_of_gguf(source) if of_file else _tower_of_folder(source)
     beside = out.with_name(tower_name(out.name))
     if seeing is not None and seeing.file is not None and beside.exists() and beside.samefile(seeing.file):
+        if any(tensor.name in (changes or {}) for tensor in seeing.tensors):
+            raise DgemmaError(f"{beside}: this is the source's own vision tower, which is to be changed: give another "
+                              "name to write to")
         seeing = None  # it is where it should be
     metadata = {**opened.metadata, **_file_type(MIXTURES[mixture].file_type)}
     if name:
@@ -309,7 +313,9 @@ def _pieces(tensor: _Stored, type: BlockType, change: Change | None) -> Iterator
 
     Raises CheckpointError for NaN and infinite numbers.
     """
-    row_bytes, step = tensor.type.row_bytes(tensor.shape[-1]), max(1, _PIECE // tensor.shape[-1])
+    # A row of a convolution is a whole filter.
+    width = math.prod(tensor.shape[1:]) if len(tensor.shape) == 4 else tensor.shape[-1]
+    row_bytes, step = tensor.type.row_bytes(width), max(1, _PIECE // width)
     pieces = [tensor.values] if tensor.values is not None else read_pieces(
         tensor.file, tensor.offset, tensor.nbytes, step * row_bytes, tensor.called)
     for index, piece in enumerate(pieces):

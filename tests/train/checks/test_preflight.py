@@ -12,7 +12,9 @@ from dgemma.nn import DiffusionTransformer, KVCache
 from dgemma.nn.adapters import AdapterConfig, LowRank, attach, merge
 from dgemma.nn.passes import Passes
 from dgemma.train.batch import collate
-from dgemma.train.checks.preflight import Bench, require, run_preflight, training_equals_sampling
+from dgemma.train.checks.bench import Bench
+from dgemma.train.checks.preflight import require, run_preflight
+from dgemma.train.checks.sampling import training_equals_sampling
 from dgemma.train.objective import Objective, batch_loss
 from support.reference import random_network, tiny_config
 from support.token_examples import Example, random_example

@@ -87,3 +87,43 @@ def test_image_columns_of_datasets_come_as_their_files_bytes(tmp_path, kind):
         data.to_parquet(tmp_path / "data" / "x.parquet")
     rows = read_conversations(tmp_path / "data").rows
     assert [parts_of(row)[0]["image"] for row in rows] == [as_file(picture, "PNG") for picture in pictures]
+
+
+def test_the_metadata_of_an_image_folder_names_its_pictures(tmp_path):
+    write_lines(tmp_path / "metadata.jsonl", {"file_name": "a/0.png", **SAID},
+                {"images_file_names": ["0.png", "1.png"], **SAID}, {"file_name": "film.mp4", **SAID})
+    one, two, film = (parts_of(conversation) for conversation in read_conversations(tmp_path).rows)
+    assert one == [{"type": "image", "path": str(tmp_path / "a" / "0.png")}, {"type": "text", "text": "What?"}]
+    assert [part.get("path") for part in two] == [str(tmp_path / "0.png"), str(tmp_path / "1.png"), None]
+    assert film[0] == {"type": "video", "path": str(tmp_path / "film.mp4")}
+    write_lines(tmp_path / "other.jsonl", {"file_name": "0.png", **SAID})  # where it is a column like any other
+    assert parts_of(read_conversations(tmp_path / "other.jsonl").rows[0]) == "What?"
+
+
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_a_picture_with_a_caption_is_answered_with_it(column):
+    conversation = conversation_of({"image": "a.png", column: "A cat."})
+    assert parts_of(conversation) == [{"type": "image", "path": "a.png"}]
+    assert parts_of(conversation, 1) == "A cat."
+    with pytest.raises(DgemmaError, match="no known form"):
+        conversation_of({column: "A cat."})
+
+
+def test_pairs_of_questions_and_answers_about_a_row_s_pictures():
+    texts = [{"user": "What?", "assistant": "This.", "source": "x"}, {"user": "Sure?", "assistant": "Yes."}]
+    conversation = conversation_of({"images": ["a.png"], "texts": texts})
+    assert parts_of(conversation) == [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What?"}]
+    assert [message["content"] for message in conversation.messages[1:]] == ["This.", "Sure?", "Yes."]
+    assert conversation.trained == (1, 3)
+
+
+def test_a_column_of_paths_is_that_of_the_pictures_where_there_is_no_other():
+    assert parts_of(conversation_of({**SAID, "image_path": "a.png"}))[0] == {"type": "image", "path": "a.png"}
+    both = parts_of(conversation_of({**SAID, "image": b"x", "image_path": "a.png"}))
+    assert both == [{"type": "image", "image": b"x"}, {"type": "text", "text": "What?"}]
+
+
+@pytest.mark.parametrize("value", [{"bytes": b"x", "path": None}, [{"bytes": b"x"}]], ids=repr)
+def test_pictures_in_a_column_of_another_name_are_not_passed_over(value):
+    with pytest.raises(DgemmaError, match="column 'img' holds a picture or film, which are taken from columns called"):
+        conversation_of({**SAID, "img": value})

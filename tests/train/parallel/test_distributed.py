@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -14,17 +15,23 @@ import pytest
 import torch
 
 from dgemma.cache import store
-from dgemma.config import FULL, SLIDING
+from dgemma.config import FULL, SLIDING, VisionConfig
+from dgemma.engine.pictures import PictureEncoder
 from dgemma.errors import DgemmaError
 from dgemma.nn.adapters import AdapterConfig, attach
+from dgemma.nn.vision import Vision
 from dgemma.train.batch import collate
 from dgemma.train.checks.preflight import run_preflight
 from dgemma.train.noise import keyed_noise, noise_key
 from dgemma.train.objective import Objective, batch_loss, totals_of
 from dgemma.train.parallel.distributed import Ranks, clip_gradients, collect, gathered, joined, shard, spread
-from support.reference import random_network, tiny_config
+from dgemma.train.sights import Medium, PreparedPictures, Sight
+from support.pictures import random_picture
+from support.reference import random_network, randomise, tiny_config
 
 VOCAB, CANVAS, STEPS = 50, 8, 3
+TOWER = VisionConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4,
+                     num_key_value_heads=4, head_dim=12, position_embedding_size=64)
 ONE = Ranks(torch.device("cpu"))
 
 pytestmark = pytest.mark.timeout(600)  # two processes that wait for each other, on a machine that may be busy
@@ -42,18 +49,26 @@ class Example:
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained; ``piece`` is how many context tokens are encoded at once."""
+    """What is trained; ``piece`` is how many context tokens are encoded at once, and before the first ``pictures``
+    canvases is a picture each."""
 
     kind: str = "full"
     checkpointing: bool = False
     causal_weight: float = 1.0
     examples: int = 6
     piece: int = 1024
+    pictures: int = 0
 
     def network(self, ranks):
-        network = random_network(tiny_config(num_hidden_layers=2, layer_types=[SLIDING, FULL]))
+        config = tiny_config(num_hidden_layers=2, layer_types=[SLIDING, FULL])
+        network = random_network(dataclasses.replace(config, vision=TOWER if self.pictures else None))
+        if self.pictures:
+            network.attach_vision(Vision(TOWER, config.hidden_size).eval().requires_grad_(False))
+            randomise(network.vision, seed=1)
         if self.kind == "full":
             network.requires_grad_(True)
+            if network.vision is not None:
+                network.vision.requires_grad_(False)
             for layer in network.layers:
                 layer.router.requires_grad_(False)
         else:
@@ -62,6 +77,8 @@ class Case:
             targets = ("attention", "mlp") if "dora" in self.kind else ("attention", "mlp", "experts")
             attach(network, AdapterConfig(r=4, targets=targets, dora="dora" in self.kind))
         passes = shard(network, ranks, self.checkpointing)
+        if self.pictures:
+            passes = dataclasses.replace(passes, see=PictureEncoder.of(network).see)
         # A large eps: Adam makes rounding errors of a tiny gradient as large as any other number.
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=2e-3, eps=1e-3)
         return network, passes, optimizer
@@ -73,8 +90,18 @@ class Case:
             return torch.randint(VOCAB, (count,), generator=generator).tolist()
 
         lengths = [5 + (7 * place + step) % 11 for place in range(self.examples)]
-        return [Example(ids(length), length, ids(CANVAS), CANVAS - place % 3, [1.0 + place] * CANVAS)
-                for place, length in enumerate(lengths)]
+        sights = [(sight_of(place + step),) if place < self.pictures else () for place in range(self.examples)]
+        room = [sum(sight.stop for sight in own) for own in sights]
+        return [Example(ids(length + more), length + more, ids(CANVAS), CANVAS - place % 3, [1.0 + place] * CANVAS, own)
+                for place, (length, more, own) in enumerate(zip(lengths, room, sights, strict=True))]
+
+
+def sight_of(seed):
+    """A picture that begins behind two tokens."""
+    part = {"type": "image", "image": random_picture(60, 50, seed=seed), "tokens": 70}
+    medium = Medium(part, "", PreparedPictures(TOWER), "image 1", "row")
+    size = medium.sizes.pictures[0]
+    return Sight(medium, 0, 2, size.tokens, (size.width, size.height))
 
 
 CASES = {
@@ -83,6 +110,8 @@ CASES = {
     "adapters, fewer examples than processes": Case("lora", examples=1),
     "dora on bfloat16": Case("bf16 dora", checkpointing=True, examples=3),
     "contexts of several pieces": Case("lora", checkpointing=True, causal_weight=0.0, examples=4, piece=4),
+    "pictures, that one process sees": Case(checkpointing=True, examples=4, pictures=2),
+    "pictures in contexts of several pieces": Case("lora", causal_weight=0.0, examples=4, piece=4, pictures=1),
 }
 # Pieces are for reading only: the preflight of that case is that of other adapters.
 CHECKED = [name for name, case in CASES.items() if case.piece == Case.piece]
@@ -254,7 +283,8 @@ def test_while_gathered_each_process_computes_and_saves_by_itself(two):
 @pytest.mark.parametrize("name", CHECKED)
 def test_the_preflight_looks_at_a_sharded_network_and_leaves_it_as_it_was(one, two, name):
     for checks, same, step in (found["preflights"][name] for found in two):
-        assert len(checks) == 7 and all(found is True for found in checks.values()), checks
+        assert all(found is True for found in checks.values()), checks
+        assert len(checks) == (8 if CASES[name].pictures else 7)
         assert same
         torch.testing.assert_close(step, one[name][0][0], atol=CLOSE[name], rtol=CLOSE[name])
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dgemma.cli.commands.quantize import TypeName, show
+from dgemma.cli.commands.quantize import TowerType, TypeName, show
 from dgemma.cli.terminal.console import say
 from dgemma.errors import DgemmaError
 
@@ -20,11 +20,15 @@ def merge(
                                       "to write if it ends in .gguf.", show_default=False)],
     type: Annotated[TypeName | None, typer.Option(case_sensitive=False, help="For a GGUF file, as in dgemma quantize. "
                                                   "Default: Q4_K_M.", show_default=False)] = None,
+    mmproj_type: Annotated[TowerType | None, typer.Option(
+        case_sensitive=False, help="For a GGUF file, as in dgemma quantize. Default: BF16.",
+        show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a GGUF file that exists.")] = False,
 ) -> None:
     """Write a checkpoint with an adapter merged into its weights, which then runs without the adapter, everywhere.
 
-    OUT appears when it is complete. The sum is rounded once, to the type of the weights that are written.
+    OUT appears when it is complete; beside a GGUF file the vision tower does, in a file of its own. The sum is rounded
+    once, to the type of the weights that are written.
     """
     from dgemma.cli.terminal.progress import DownloadBar, ProgressBar
     from dgemma.formats import size_text
@@ -32,13 +36,15 @@ def merge(
     from dgemma.weights.merge import merge_to_folder, merge_to_gguf
 
     to_gguf = out.suffix.lower() == ".gguf"
-    if type is not None and not to_gguf:
-        raise DgemmaError(f"--type is for a GGUF file, and {out} does not end in .gguf")
+    for option, value in (("--type", type), ("--mmproj-type", mmproj_type)):
+        if value is not None and not to_gguf:
+            raise DgemmaError(f"{option} is for a GGUF file, and {out} does not end in .gguf")
+    tower = mmproj_type or TowerType.BF16
     source = locate(model, DownloadBar)
     with ProgressBar() as bar:
         if to_gguf:
             summary = merge_to_gguf(source, adapter, out, (type or TypeName.Q4_K_M).value, force=force,
-                                    progress=bar.step)
+                                    progress=bar.step, tower=None if tower is TowerType.none else tower.value)
         else:
             written = merge_to_folder(source, adapter, out, progress=bar.step)
     if to_gguf:

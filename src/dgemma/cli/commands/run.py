@@ -62,7 +62,7 @@ def run(
         from dgemma.chat.pictures import open_picture
 
         for part in shown[: len(image)]:  # before a model is loaded for nothing
-            open_picture(part.get("image") or part["path"], part.get("name"))
+            open_picture(part["image"] if "image" in part else part["path"], part.get("name"))
 
     from dgemma.cli.remote.model import RemoteModel, known, refuse_with_url
     from dgemma.cli.session import follow, open_model

@@ -137,13 +137,14 @@ def _preview_data(data: list[str], model: str, count: int, skip_bad: bool) -> No
     from dgemma.model import read_parts, seeing
     from dgemma.train.data.conversations import read_conversations
     from dgemma.train.data.examples import prepare
+    from dgemma.train.sights import PreparedPictures
 
     parts = read_parts(model)
     canvas = parts.config.canvas_length
     found = read_conversations(data, skip_bad=skip_bad)
     prepared = prepare(found.rows, parts.tokenizer, canvas, stop_ids=parts.generation_config.eos_token_id,
                        max_context=parts.config.max_position_embeddings - canvas, skip_bad=skip_bad,
-                       vision=seeing(parts)[0].vision)
+                       pictures=PreparedPictures.of(seeing(parts)[0]))
     _show(prepared.examples, parts.tokenizer, count, found.bad + prepared.skipped)
 
 

@@ -6,6 +6,7 @@ runs, Arrow's pictures ({"bytes", "path"}, as the `datasets` library stores them
 
 from __future__ import annotations
 
+import mimetypes
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from dgemma.errors import DgemmaError
 # What the parts of messages and the columns of rows with pictures and films are called.
 _KINDS = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 _COLUMNS = {"images": "image", "image": "image", "videos": "video", "video": "video"}
+# Where a row has none of these: beside them it says where they come from.
+_PATHS = {"image_path": "image", "video_path": "video"}
 _MARK = re.compile(r"\s*<(image|video)>\s*")
 _SOURCES = ("image", "video", "path", "url", "image_url", "video_url")
 
@@ -29,8 +32,7 @@ def with_media(messages: Sequence[dict[str, Any]], row: Mapping[str, Any], folde
     about it. ``image_tokens`` is for pictures that do not say "tokens" themselves. Raises DgemmaError where there are
     not as many as there are places.
     """
-    columns = [{"type": kind, kind: source} for name, kind in _COLUMNS.items()
-               for source in _several(row.get(name), name)]
+    columns = _in_columns(row)
     if columns:
         messages = [_unmarked(message) for message in messages]
     empty = [part for part in _media_parts(messages) if not any(part.get(key) is not None for key in _SOURCES)]
@@ -50,6 +52,45 @@ def with_media(messages: Sequence[dict[str, Any]], row: Mapping[str, Any], folde
         messages = _put_first(messages, columns)
     return [{**message, "content": [ready(part) for part in message["content"]]}
             if isinstance(message.get("content"), list) else message for message in messages]
+
+
+def has_media(row: Mapping[str, Any]) -> bool:
+    """Whether there are pictures or films in a row's columns."""
+    return bool(_in_columns(row))
+
+
+def of_image_folder(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a folder's metadata file as the `datasets` library's imagefolder has it: what ``file_name`` names is its
+    picture or film; ``X_file_name`` and ``X_file_names`` are its column X."""
+    found = {}
+    for name, value in row.items():
+        column = re.fullmatch(r"(?:(.+)_)?file_names?", name)
+        if column is None:
+            found[name] = value
+        elif column[1]:
+            found[column[1]] = value
+        else:
+            first = next(iter(_several(value, name)), "")
+            film = str(mimetypes.guess_type(str(first))[0]).startswith("video/")
+            found["video" if film else "image"] = value
+    return found
+
+
+def _in_columns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pictures and films in a row's columns as parts; DgemmaError for those of a column of another name."""
+    others = [name for name, value in row.items() if name not in _COLUMNS and _is_stored(value)]
+    if others:
+        raise DgemmaError(f"column {others[0]!r} holds a picture or film, which are taken from columns called "
+                          f"{', '.join(_COLUMNS)}: rename it, or drop it")
+    return next(filter(None, ([{"type": kind, kind: source} for name, kind in names.items()
+                               for source in _several(row.get(name), name)] for names in (_COLUMNS, _PATHS))), [])
+
+
+def _is_stored(value: Any) -> bool:
+    """Whether this is a file as Arrow holds it, or a list of such."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_stored, value))
+    return isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes) and value.keys() <= {"bytes", "path"}
 
 
 def _unmarked(message: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Works on: files and plain dictionaries. Knows nothing of: tokens, templates, canvases. JSONL and JSON need no library;
 Parquet and the hub need `datasets`.
 
-A row has one of three forms, told apart by its columns: chat messages, a prompt and its response, or
-ShareGPT's list of turns. All of them become messages as a user would send them to the model.
+A row has one of four forms, told apart by its columns: chat messages, a prompt and its response, ShareGPT's list of
+turns, or pictures with what was said of them. All of them become messages as a user would send them to the model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 
 from dgemma.chat.messages import normalise_messages, normalise_tools
 from dgemma.errors import DgemmaError
-from dgemma.train.data.columns import with_media
+from dgemma.train.data.columns import has_media, of_image_folder, with_media
 
 PROMPTS = ("prompt", "instruction", "question")
 RESPONSES = ("response", "output", "answer", "completion")
 INPUTS = ("input", "context")
+CAPTIONS = ("text", "caption")  # what is to be said of pictures that nothing is asked about
 SYSTEMS = ("system", "system_prompt")
 THOUGHTS = ("reasoning", "reasoning_content", "thinking")
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -106,8 +107,11 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         return _sharegpt_messages(row)
     if any(row.get(name) is not None for name in PROMPTS) and any(row.get(name) is not None for name in RESPONSES):
         return _prompt_messages(row)
+    if has_media(row) and (row.get("texts") is not None or any(row.get(name) is not None for name in CAPTIONS)):
+        return _picture_messages(row)
     raise DgemmaError(f"columns {', '.join(map(str, row))} are no known form: give messages; or one of "
-                      f"{', '.join(PROMPTS)} with one of {', '.join(RESPONSES)}; or conversations")
+                      f"{', '.join(PROMPTS)} with one of {', '.join(RESPONSES)}; or conversations; or pictures with "
+                      f"texts or one of {', '.join(CAPTIONS)}")
 
 
 def _prompt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -125,6 +129,16 @@ def _prompt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     messages.append({"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt})
     messages.append({"role": "assistant", "content": response, **({"reasoning": thought} if thought else {})})
     return messages
+
+
+def _picture_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Pairs of questions and answers about a row's pictures ("texts", as The Cauldron and FineVision have them), or a
+    caption: the answer to the pictures alone."""
+    if row.get("texts") is None:
+        return [{"role": "user", "content": []},
+                {"role": "assistant", "content": _column(row, CAPTIONS, "the caption")}]
+    return [{"role": role, "content": turn.get(role)} for turn in _mappings(row["texts"], "texts")
+            for role in ("user", "assistant")]
 
 
 def _sharegpt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -234,6 +248,12 @@ def _rows(source: str | Path, split: str) -> Iterator[tuple[str, Any, Path | Non
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
+    for where, row in _rows_in(path):
+        described = path.stem == "metadata" and isinstance(row, Mapping)
+        yield where, of_image_folder(row) if described else row
+
+
+def _rows_in(path: Path) -> Iterator[Row]:
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return

@@ -12,11 +12,10 @@ from typing import Literal
 import numpy as np
 
 from dgemma.chat.tokenizer import Tokenizer
-from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
 from dgemma.train.data.conversations import Conversation
 from dgemma.train.data.turns import Thinking, Turn, turn_of
-from dgemma.train.sights import Sight
+from dgemma.train.sights import PreparedPictures, Sight
 
 TooLong = Literal["error", "truncate", "skip"]
 Fill = Literal["eos", "pad"]
@@ -70,7 +69,7 @@ class Prepared:
 def prepare(conversations: Iterable[Conversation], tokenizer: Tokenizer, canvas_length: int, fill_weight: float = 1.0,
             max_context: int | None = None, *, too_long: TooLong = "error", thinking: Thinking = "auto",
             fill: Fill = "eos", stop_ids: Sequence[int] | None = None, skip_bad: bool = False,
-            vision: VisionConfig | None = None) -> Prepared:
+            pictures: PreparedPictures | None = None) -> Prepared:
     """`examples_of` each conversation. With ``skip_bad`` one that the template refuses or misrepresents is left out.
 
     Raises `DgemmaError` as `examples_of` does, and when nothing is left to train on.
@@ -80,7 +79,7 @@ def prepare(conversations: Iterable[Conversation], tokenizer: Tokenizer, canvas_
     for conversation in conversations:
         try:
             found = examples_of(conversation, tokenizer, canvas_length, fill_weight, max_context, too_long=too_long,
-                                thinking=thinking, fill=fill, stop_ids=stop_ids, vision=vision)
+                                thinking=thinking, fill=fill, stop_ids=stop_ids, pictures=pictures)
         except DgemmaError as error:
             if not skip_bad:
                 raise
@@ -99,14 +98,14 @@ def prepare(conversations: Iterable[Conversation], tokenizer: Tokenizer, canvas_
 def examples_of(conversation: Conversation, tokenizer: Tokenizer, canvas_length: int, fill_weight: float = 1.0,
                 max_context: int | None = None, *, too_long: TooLong = "error", thinking: Thinking = "auto",
                 fill: Fill = "eos", stop_ids: Sequence[int] | None = None,
-                vision: VisionConfig | None = None) -> list[Example]:
+                pictures: PreparedPictures | None = None) -> list[Example]:
     """Every canvas of every turn to learn from, in order.
 
     ``max_context`` is the most tokens that may stand before a canvas; what does not fit is an error, loses its oldest
     turns ("truncate"; system messages stay) or is left out as a whole turn ("skip"). ``thinking`` "auto" switches it on
     for conversations with thoughts in them; "off" leaves those out. ``fill`` stands behind the stop token. ``stop_ids``
-    are the checkpoint's (`GenerationConfig.eos_token_id`); None: those of the family that the tokenizer has. ``vision``
-    is the model's tower, which pictures need.
+    are the checkpoint's (`GenerationConfig.eos_token_id`); None: those of the family that the tokenizer has.
+    ``pictures`` makes them ready for the model's tower, which they need.
     Raises `DgemmaError` naming the conversation.
     """
     if canvas_length < 1 or fill_weight < 0:
@@ -118,7 +117,7 @@ def examples_of(conversation: Conversation, tokenizer: Tokenizer, canvas_length:
     examples = []
     for message in conversation.trained:
         turn = _fitting_turn(conversation, message, tokenizer, canvas_length, max_context, too_long, thinking, stop_ids,
-                             vision)
+                             pictures)
         if turn is not None:
             for index in range(-(-len(turn.response_ids) // canvas_length)):
                 real = turn.response_ids[index * canvas_length : (index + 1) * canvas_length]
@@ -155,9 +154,9 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int)
 
 def _fitting_turn(conversation: Conversation, message: int, tokenizer: Tokenizer, canvas_length: int,
                   max_context: int | None, too_long: TooLong, thinking: Thinking,
-                  stop_ids: Sequence[int] | None, vision: VisionConfig | None) -> Turn | None:
+                  stop_ids: Sequence[int] | None, pictures: PreparedPictures | None) -> Turn | None:
     """The turn, with what ``too_long`` allows if its last canvas would stand behind too much; None: left out."""
-    turn = turn_of(conversation, message, tokenizer, thinking=thinking, stop_ids=stop_ids, vision=vision)
+    turn = turn_of(conversation, message, tokenizer, thinking=thinking, stop_ids=stop_ids, pictures=pictures)
     if max_context is None or (needed := _needed(turn, canvas_length)) <= max_context:
         return turn
     if too_long == "skip":
@@ -167,7 +166,7 @@ def _fitting_turn(conversation: Conversation, message: int, tokenizer: Tokenizer
         users = [at for at in range(message) if conversation.messages[at].get("role") == "user"]
         for first in users[1:]:
             turn = turn_of(conversation, message, tokenizer, thinking=thinking, stop_ids=stop_ids, first=first,
-                           vision=vision)
+                           pictures=pictures)
             needed = _needed(turn, canvas_length)
             if needed <= max_context:
                 return turn

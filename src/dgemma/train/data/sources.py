@@ -24,6 +24,7 @@ from dgemma.train.data.examples import Example, batches, prepare
 from dgemma.train.data.puzzles import Puzzles, SeenPuzzles, numbered
 from dgemma.train.data.text import TextSource, read_texts
 from dgemma.train.recipe import ConversationData, ExtractionData, Recipe, SudokuData, TextData
+from dgemma.train.sights import PreparedPictures
 
 Report = Callable[[str], None]
 
@@ -162,12 +163,13 @@ def split(rows: Sequence[Conversation], share: float) -> tuple[list[Conversation
 def _listed(recipe: Recipe, data: ConversationData, train: list[Conversation], kept: list[Conversation],
             tokenizer: Tokenizer, config: ModelConfig, generation: GenerationConfig, report: Report) -> Listed:
     room = config.max_position_embeddings - config.canvas_length
+    pictures = PreparedPictures.of(config)
     found = []
     for rows in (train, kept):
         prepared = prepare(rows, tokenizer, config.canvas_length, recipe.objective.fill_weight,
                            min(data.max_context or room, room), too_long=data.too_long, thinking=data.thinking,
                            fill=data.fill, stop_ids=generation.eos_token_id, skip_bad=data.skip_bad,
-                           vision=config.vision) if rows else None
+                           pictures=pictures) if rows else None
         found.append(prepared.examples if prepared else [])
         _tell(prepared.skipped if prepared else [], report)
     report(f"{len(train):,} conversations to train on ({len(found[0]):,} canvases), {len(kept):,} kept for validation "

@@ -17,11 +17,10 @@ from dgemma.chat.messages import normalise_messages
 from dgemma.chat.reply import inside_thought, read_answer
 from dgemma.chat.thoughts import CLOSE, HEADER, OPEN
 from dgemma.chat.tokenizer import Tokenizer
-from dgemma.config import VisionConfig
 from dgemma.errors import DgemmaError
 from dgemma.tokenizer_files import STOPS
 from dgemma.train.data.conversations import Conversation, text_of
-from dgemma.train.sights import Sight, media_of, placed_sights
+from dgemma.train.sights import PreparedPictures, Sight, media_of, placed_sights
 
 Thinking = Literal["auto", "on", "off"]
 
@@ -56,10 +55,11 @@ class Turn:
 
 
 def turn_of(conversation: Conversation, message: int, tokenizer: Tokenizer, *, thinking: Thinking = "auto",
-            stop_ids: Sequence[int] | None = None, first: int = 0, vision: VisionConfig | None = None) -> Turn:
+            stop_ids: Sequence[int] | None = None, first: int = 0, pictures: PreparedPictures | None = None) -> Turn:
     """The turn of the assistant's message with that index. ``first``: earlier messages, but for system messages at the
-    beginning, are left out of its context. ``vision`` is the tower of the model, if it has one. Raises `DgemmaError`
-    when the template does not show what was written, and for pictures that cannot be read or seen."""
+    beginning, are left out of its context. ``pictures`` makes them ready for the tower of the model, if it has one.
+    Raises `DgemmaError` when the template does not show what was written, and for pictures that cannot be read or
+    seen."""
     where = f"{conversation.where}, message {message}"
     stops = {token for name in STOPS if (token := tokenizer.token_to_id(name)) is not None}
     stops = set(stop_ids) if stop_ids else stops
@@ -69,7 +69,7 @@ def turn_of(conversation: Conversation, message: int, tokenizer: Tokenizer, *, t
     head = next((i for i, one in enumerate(before) if one.get("role") not in ("system", "developer")), len(before))
     before = before[:head] + before[max(first, head) :]
     try:
-        media = media_of(before, vision, where)
+        media = media_of(before, pictures, where)
         context = tokenizer.apply_chat_template(before, thinking=thinks, tools=conversation.tools)
         response = _response(tokenizer, context, before, written, conversation.tools, thinks, stops)
         context, sights = placed_sights(media, context, tokenizer)

@@ -22,6 +22,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dgemma.cache import Spans
+from dgemma.cache.visibility import pieces
 from dgemma.errors import DgemmaError
 from dgemma.model import parse_device
 from dgemma.nn import DiffusionTransformer, KVCache
@@ -130,7 +132,8 @@ def shard(network: DiffusionTransformer, ranks: Ranks, checkpointing: bool = Fal
     gathered when it runs and let go of again; embedding table, self-conditioning and final norm, which losses read by
     themselves, stay gathered from the first pass to the end of the backward one. Nothing is cast: a gradient has its
     parameter's dtype, so frozen bfloat16 weights and float32 adapters may share a block. Packed weights are no
-    parameters: each rank holds all of them.
+    parameters: each rank holds all of them. So it does of a vision tower, which must be frozen: ranks look at pictures
+    by themselves, each at its own and not equally many.
     """
     if ranks.world == 1:
         return Passes.of(network, checkpointing)
@@ -140,7 +143,8 @@ def shard(network: DiffusionTransformer, ranks: Ranks, checkpointing: bool = Fal
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for block in network.layers:
         fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    seeing = set() if network.vision is None else set(network.vision.to(ranks.device).parameters())
+    fully_shard(network, mesh=mesh, ignored_params=seeing)
     for module in _sharded(network).values():
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor, even of 1
@@ -153,19 +157,22 @@ def _in_step(passes: Passes) -> Passes:
     """The same passes on all ranks whatever their contexts: as many pieces of `encode`, forwards and backwards."""
     waiting: list[Tensor] = []
 
-    def padded_encode(token_ids: Tensor, cache: KVCache, lengths: Sequence[int] | None = None) -> Tensor:
+    def padded_encode(token_ids: Tensor, cache: KVCache, lengths: Sequence[int] | None = None,
+                      spans: Spans | None = None, **others: Any) -> Tensor:
         if not torch.is_grad_enabled():
-            return passes.encode(token_ids, cache, lengths)
+            return passes.encode(token_ids, cache, lengths, spans=spans, **others)
         if not any(cache.lengths):
             waiting.clear()  # a new cache: what was not denoised with the last one never will be
         batch, width = token_ids.shape
-        pieces = torch.tensor(-(-width // cache.piece))
-        dist.all_reduce(pieces, dist.ReduceOp.MAX)
-        missing = (int(pieces) - 1) * cache.piece + 1 - width
-        if missing > 0:
+        own = list(pieces(width, cache.piece, spans))
+        most = torch.tensor(len(own))
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        if (missing := int(most) - len(own)) > 0:
             lengths = [width] * batch if lengths is None else lengths
-            token_ids = F.pad(token_ids, (0, missing))
-        hidden = passes.encode(token_ids, cache, lengths)
+            # To the end of the last piece and one token into the last that is missing.
+            full = max(own[-1].start + cache.piece, width)
+            token_ids = F.pad(token_ids, (0, full + (missing - 1) * cache.piece + 1 - width))
+        hidden = passes.encode(token_ids, cache, lengths, spans=spans, **others)
         if hidden.requires_grad:
             waiting.append(hidden)
         return hidden[:, :width]
