@@ -1,4 +1,4 @@
-"""Fetching: what came, from where, as what. What is refused is tested where pictures are (tests/serve/test_media.py)."""
+"""Fetching: what came, from where, as what. More of what is refused: tests/serve/test_media.py."""
 
 from __future__ import annotations
 
