@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -38,6 +39,13 @@ def test_a_configuration_names_servers(tmp_path):
     assert read_servers(path) == [
         McpServer("files", "npx", ("-y", "server"), {"A": "b"}),
         McpServer("there", url="https://example.com/mcp", headers={"Authorization": "Bearer x"})]
+
+
+def test_the_example_of_the_docs_is_a_configuration(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "tools.md").read_text()
+    path = tmp_path / "mcp.json"
+    path.write_text(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[0])
+    assert [server.name for server in read_servers(path)] == ["files", "company"]
 
 
 @pytest.mark.parametrize(("text", "said"), [

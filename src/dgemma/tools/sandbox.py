@@ -41,10 +41,15 @@ _ETC = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "fonts", "l
         "ca-certificates", "pki", "protocols", "services")
 _ETC_FOR_NETWORK = ("resolv.conf", "hosts", "nsswitch.conf", "gai.conf")
 _INSTALL = "install bubblewrap 0.8 or later (apt install bubblewrap, dnf install bubblewrap)"
+_ALLOW = "this system forbids user namespaces to programs; docs/tools.md says how they are allowed"
 
 
 class SandboxError(DgemmaError):
-    """Code is not run here: there is no sandbox to run it in."""
+    """Code is not run here: there is no sandbox to run it in. ``why``, and ``mend``: what to do."""
+
+    def __init__(self, why: str, mend: str):
+        super().__init__(f"code runs in a sandbox only, and {why}: {mend}")
+        self.why, self.mend = why, mend
 
 
 @dataclass(frozen=True)
@@ -105,28 +110,31 @@ def clipped(text: str, most: int) -> str:
     return kept.text()
 
 
-@cache
-def check_sandbox(bwrap: str = "bwrap") -> None:
-    """Runs nothing, once, in the sandbox. Raises `SandboxError` that says what is missing if that does not work."""
+def probe_sandbox(bwrap: str = "bwrap") -> None:
+    """Runs nothing, in the sandbox. Raises `SandboxError` that says what is missing if that does not work."""
     if sys.platform != "linux":
-        raise SandboxError("code runs in a sandbox only, and that needs Linux")
+        raise SandboxError(f"there is none for {sys.platform}", "use Linux, or do without python and bash")
     if shutil.which(bwrap) is None:
-        raise SandboxError(f"code runs in a sandbox only, and there is no {bwrap}: {_INSTALL}")
+        raise SandboxError(f"there is no {bwrap}", _INSTALL)
     limits = Limits(seconds=10)
     with _seccomp() as rules:
         try:
             ran = subprocess.run(_command(bwrap, limits, False, rules), capture_output=True, pass_fds=rules,
                                  input=_settings("bash", "true & wait", limits, {}), timeout=_PROBE_SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise SandboxError(f"code runs in a sandbox only, and {bwrap} fails: {error}") from error
+            raise SandboxError(f"{bwrap} fails ({error})", _INSTALL) from error
     with suppress(ValueError, TypeError, KeyError):
         if ran.returncode == 0 and json.loads(ran.stdout)["code"] == 0:
             return
     said = clipped(ran.stderr.decode(errors="replace").strip(), 400) or f"exit code {ran.returncode}"
     forbidden = any(word in said for word in ("namespace", "uid map", "Operation not permitted", "Permission denied"))
-    todo = ("this system forbids user namespaces to programs: docs/tools.md says how they are allowed" if forbidden
-            else _INSTALL)
-    raise SandboxError(f"code runs in a sandbox only, and bubblewrap cannot make one here ({said}): {todo}")
+    raise SandboxError(f"bubblewrap cannot make one here ({said})", _ALLOW if forbidden else _INSTALL)
+
+
+@cache
+def check_sandbox(bwrap: str = "bwrap") -> None:
+    """`probe_sandbox`, until it has once worked."""
+    probe_sandbox(bwrap)
 
 
 async def run_code(language: str, code: str, *, limits: Limits = Limits(), network: bool = False,
