@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dgemma.chat.messages import normalise_messages
+from dgemma.chat.tokenizer import Tokenizer
 from dgemma.errors import DgemmaError
 from dgemma.tools.loop import (
     NOT_ALLOWED,
@@ -23,6 +24,7 @@ from dgemma.tools.loop import (
     with_answers,
 )
 from dgemma.tools.tool import Say, Tool, Toolbox, ToolError, ToolResult, schema
+from dgemma.train.data import tokenizer as bundled
 from support.scripted_speaker import ScriptedSpeaker, allow, ask_nobody, echo, generation, refuse
 
 ASKED = [{"role": "user", "content": "go"}]
@@ -71,6 +73,16 @@ def test_a_call_is_proposed_approved_run_and_answered():
     assert last["content"] == "done"
     assert speaker.heard[1][0] == [*ASKED, spoken, answered]
     assert normalise_messages(speaker.heard[1][0])
+
+
+def test_the_chat_template_shows_the_call_and_its_result():
+    tokenizer = Tokenizer(bundled.build_byte_tokenizer(), bundled.TEMPLATE_FILE.read_text(), {"bos_token": "<bos>"})
+    speaker = ScriptedSpeaker(generation("", ("echo", {"text": "x"})), generation("done"))
+    toolbox = Toolbox([echo()])
+    turn(speaker, toolbox)
+    shown = tokenizer.decode(tokenizer.apply_chat_template(
+        normalise_messages(speaker.heard[1][0]), tools=toolbox.declarations()), skip_special_tokens=False)
+    assert 'call:echo{text:<|"|>x<|"|>}' in shown and "said x" in shown and "Says it." in shown
 
 
 def test_several_calls_are_answered_in_order():

@@ -73,6 +73,10 @@ def test_files_come_back_and_can_be_given():
     assert got.files == {"in.csv": b"1,2\n", "a/b.txt": b"1,2\n1,2\n"}
 
 
+def test_a_module_in_the_scratch_folder_can_be_imported():
+    assert ran("import helper; print(helper.x)", files={"helper.py": b"x = 7"}).output == "7\n"
+
+
 def test_a_picture_drawn_with_matplotlib_comes_back():
     pytest.importorskip("matplotlib")
     got = ran("import matplotlib.pyplot as p; p.plot([1, 3, 2]); p.savefig('plot.png')", limits=Limits(seconds=60))
@@ -113,7 +117,7 @@ def test_other_processes_are_not_seen_nor_reached():
 def test_the_environment_is_not_told():
     names = {line.partition("=")[0] for line in ran("env", "bash").output.splitlines()}
     assert names <= {"PATH", "HOME", "LANG", "TMPDIR", "MPLBACKEND", "MPLCONFIGDIR", "OPENBLAS_NUM_THREADS",
-                     "PYTHONDONTWRITEBYTECODE", "PWD", "SHLVL", "_", "OLDPWD"}
+                     "PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PWD", "SHLVL", "_", "OLDPWD"}
 
 
 CONNECT = "import socket\ns = socket.socket({family})\ns.settimeout(3)\ns.connect({to})\nprint('through')"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dgemma.cli.terminal.console import say
 from dgemma.diffusion.events import Event, Finished, Generation
 from dgemma.errors import DgemmaError
-from dgemma.files import make_folder
+from dgemma.files import atomic_write, make_folder
 from dgemma.formats import size_text
 from dgemma.machine import signals_handled
 from dgemma.tools.loop import (
@@ -109,17 +109,22 @@ class TerminalTools:
             raise StoppedError from error
 
     def _saved(self, result: ToolResult) -> list[str]:
-        """Put the files of a result into a folder of this conversation's, and name them with their sizes."""
+        """Put the files of a result into a folder of this conversation's: their paths and sizes, or what went wrong."""
         shown = []
         for name, data in result.files.items():
             if self.folder is None:
                 self.folder = Path(tempfile.mkdtemp(prefix="dgemma-files-"))
             path = self.folder / name
-            if not path.resolve().is_relative_to(self.folder.resolve()):
-                raise DgemmaError(f"a tool made a file of the name {name!r:.80}, which leads elsewhere")
-            make_folder(path.parent)
-            path.write_bytes(data)
-            shown.append(f"{path} ({size_text(len(data))})")
+            try:
+                if not path.resolve().is_relative_to(self.folder.resolve()):
+                    raise DgemmaError(f"{name!r:.80}: this name leads elsewhere")
+                make_folder(path.parent)
+                with atomic_write(path) as beside:
+                    beside.write_bytes(data)
+            except DgemmaError as error:
+                shown.append(f"not saved: {error}")
+            else:
+                shown.append(f"{path} ({size_text(len(data))})")
         return shown
 
     def command(self, text: str) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mcp import Client
 
 _MOST_TOOLS = 200
+_MOST_ABOUT = 4000  # characters of a tool's description
 _MOST_FILE = 16 << 20  # bytes of a picture
 _NAME = re.compile(r"[^A-Za-z0-9_-]+")
 
@@ -217,8 +218,8 @@ class McpServers:
                 raise ToolError(f"the MCP server {server} refuses: {_why(error)}") from error
             return _read(result)
 
-        return Tool(_NAME.sub("_", f"{server}__{name}")[:64], listed.description or listed.title or name,
-                    listed.input_schema, call, room=server)
+        about = clipped(listed.description or listed.title or name, _MOST_ABOUT)
+        return Tool(_NAME.sub("_", f"{server}__{name}")[:64], about, listed.input_schema, call, room=server)
 
 
 async def _ended(task: asyncio.Task[None] | None) -> None:

@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import site
 import subprocess
 import sys
@@ -181,7 +182,7 @@ async def run_code(language: str, code: str, *, limits: Limits = Limits(), netwo
         while process.returncode is None:
             over = await asyncio.to_thread(_uses_more, process.pid, limits)
             if over:
-                process.kill()
+                _kill(process)
                 return
             await asyncio.sleep(_LOOK)
 
@@ -194,8 +195,7 @@ async def run_code(language: str, code: str, *, limits: Limits = Limits(), netwo
         late = True
     finally:
         watching.cancel()
-        with suppress(ProcessLookupError):
-            process.kill()  # its namespace's first process dies with it, and with that all others
+        _kill(process)  # its namespace's first process dies with it, and with that all others
         await process.wait()
     return _result(output.text(), bytes(handed), limits, "memory" if over else "time" if late else "killed")
 
@@ -270,7 +270,8 @@ def _command(bwrap: str, limits: Limits, network: bool, rules: tuple[int, ...]) 
         command += [*_folders(*reversed(list(map(str, Path(folder).parents))[:-1])), "--ro-bind", folder, folder]
     command += ["--remount-ro", "/", "--chdir", "/scratch", "--clearenv"]
     for name, value in {"PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp",
-                        "LANG": "C.UTF-8", "TMPDIR": "/tmp", "MPLBACKEND": "Agg", "MPLCONFIGDIR": "/tmp/matplotlib",
+                        "LANG": "C.UTF-8", "TMPDIR": "/tmp", "PYTHONPATH": "/scratch",
+                        "MPLBACKEND": "Agg", "MPLCONFIGDIR": "/tmp/matplotlib",
                         "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}.items():
         command += ["--setenv", name, value]
     return [*command, "--", sys.executable, "-I", "-S", "-c", _INSIDE.read_text(encoding="utf-8")]
@@ -312,6 +313,13 @@ def _seccomp() -> Iterator[tuple[int, ...]]:
         yield (reading,)
     finally:
         os.close(reading)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    """End a process unless it has ended. Its own method would look whether it has, and take that from asyncio."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def _uses_more(pid: int, limits: Limits) -> bool:

@@ -82,9 +82,11 @@ def web_tools(search: Search = ddgs_search, get: Callable[[str], Fetched] = guar
             raise ToolError("start is a number of characters from the beginning")
         try:
             page = await asyncio.to_thread(get, url)
+            title, text = await asyncio.wait_for(asyncio.to_thread(_text, page), _SECONDS)
         except FetchError as error:
             raise ToolError(f"{url}: {error}") from error
-        title, text = await asyncio.to_thread(_text, page)
+        except TimeoutError as error:
+            raise ToolError(f"{url}: this page is too tangled to be read") from error
         cited = source(url, title)
         shown = text[start : start + _PAGE]
         if len(text) > start + _PAGE:
