@@ -120,7 +120,7 @@ def probe_sandbox(bwrap: str = "bwrap") -> None:
     limits = Limits(seconds=10)
     with _seccomp() as rules:
         try:
-            ran = subprocess.run(_command(bwrap, limits, False, rules), capture_output=True, pass_fds=rules,
+            ran = subprocess.run(_command(bwrap, limits, False, rules), capture_output=True, pass_fds=rules, env={},
                                  input=_settings("bash", "true & wait", limits, {}), timeout=_PROBE_SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SandboxError(f"{bwrap} fails ({error})", _INSTALL) from error
@@ -152,7 +152,7 @@ async def run_code(language: str, code: str, *, limits: Limits = Limits(), netwo
     with _seccomp() as rules:
         process = await asyncio.create_subprocess_exec(
             *_command(bwrap, limits, network, rules), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE, pass_fds=rules, start_new_session=True)
+            stderr=asyncio.subprocess.PIPE, pass_fds=rules, start_new_session=True, env={})
     output, handed, over = Clipped(limits.output), bytearray(), False
     most = limits.returned_bytes + _HEAD_BYTES
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
@@ -244,9 +244,13 @@ def _settings(language: str, code: str, limits: Limits, files: Mapping[str, byte
 
 
 def _command(bwrap: str, limits: Limits, network: bool, rules: tuple[int, ...]) -> list[str]:
-    """The command that makes the sandbox and runs `inside` in it. Mounts come in order: later ones lie on earlier."""
-    command = [bwrap, "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--die-with-parent",
-               "--new-session", "--hostname", "sandbox", "--cap-drop", "ALL"]
+    """The command that makes the sandbox and runs `inside` in it. Mounts come in order: later ones lie on earlier.
+
+    It is to be started without an environment: the namespace's first process keeps what it began with, and the code can
+    read that.
+    """
+    command = [shutil.which(bwrap) or bwrap, "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
+               "--die-with-parent", "--new-session", "--hostname", "sandbox", "--cap-drop", "ALL"]
     if os.geteuid() == 0:  # real root needs no user namespace, and becomes nobody inside; both are these
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
