@@ -94,4 +94,5 @@ def found(most, most_bytes):
     return names, left_out
 
 
-main()
+if __name__ == "__main__":
+    main()
