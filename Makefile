@@ -57,7 +57,7 @@ sanitize: .venv/.dev
 # What the extras ask for, without building the package itself again.
 .venv/.dev: .venv/.base
 	@$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
-	  print(*(need for extra in ('serve', 'train', 'vision', 'dev') for need in extras[extra] if not need.startswith('dgemma')), sep='\n')" \
+	  print(*(need for extra in ('serve', 'tools', 'train', 'vision', 'dev') for need in extras[extra] if not need.startswith('dgemma')), sep='\n')" \
 	  > .venv/dev.txt
 	@$(BIN)/pip install --quiet --requirement .venv/dev.txt
 	@touch $@

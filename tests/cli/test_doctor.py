@@ -26,7 +26,7 @@ def test_all_is_looked_at(examined, hub):
     found, code = examined()
     assert code == 0
     assert list(found) == ["python", "torch", "threads", "model", "kernels", "compiler", "gpu", "memory", "disk", "hub",
-                           "serve", "train", "vision", "iq"]
+                           "sandbox", "serve", "train", "vision", "tools", "iq"]
     assert torch.__version__ in found["torch"]["found"]
     assert "the bundled model answers" in found["model"]["found"]
     assert found["kernels"]["found"].startswith(native.isa()) or not native.available()
@@ -71,7 +71,7 @@ def test_a_part_that_is_missing_has_its_line(examined, free_space, monkeypatch):
     found, code = examined()
     assert code == 0
     mended = {name: check["mend"] for name, check in found.items() if check["state"] == "missing"}
-    assert mended.keys() == {"kernels", "compiler", "gpu", "disk", "hub", "serve", "train", "iq", "threads"}
+    assert mended.keys() == {"kernels", "compiler", "gpu", "disk", "hub", "serve", "train", "iq", "threads", "sandbox"}
     assert mended["iq"] == "pip install 'dgemma[iq]'" and mended["threads"] == openmp.ADVICE
     assert mended["compiler"] == "xcode-select --install"
     assert mended["kernels"].startswith("xcode-select --install, then pip install")

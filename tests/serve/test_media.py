@@ -11,10 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from dgemma.fetch import FetchRules, addresses_of
 from dgemma.serve.errors import ApiError
-from dgemma.serve.media import MediaRules, addresses_of, media_bytes
+from dgemma.serve.media import media_bytes
 
-HERE = MediaRules(("pictures.example",), is_public=lambda address: True)
+HERE = FetchRules(("pictures.example",), is_public=lambda address: True)
 
 
 class Site(BaseHTTPRequestHandler):
@@ -51,7 +52,7 @@ def site() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-def fetched(site: ThreadingHTTPServer, path: str, rules: MediaRules = HERE, host: str = "pictures.example") -> bytes:
+def fetched(site: ThreadingHTTPServer, path: str, rules: FetchRules = HERE, host: str = "pictures.example") -> bytes:
     return media_bytes(f"http://{host}:{site.server_port}{path}", rules, "part", lambda host, port: ["127.0.0.1"])
 
 
@@ -66,7 +67,7 @@ def refusal(*args: object, **kwargs: object) -> str:
 @pytest.mark.parametrize("url", ["data:image/png;base64," + base64.b64encode(b"a\0b").decode(), "data:,a%00b",
                                  "DATA:image/png;BASE64,YQBi", "data:image/png;base64,YQ%42i"])
 def test_a_data_url_holds_its_bytes(url):
-    assert media_bytes(url, MediaRules(), "part") == b"a\0b"
+    assert media_bytes(url, FetchRules(), "part") == b"a\0b"
 
 
 @pytest.mark.parametrize(("url", "said"), [
@@ -74,7 +75,7 @@ def test_a_data_url_holds_its_bytes(url):
     ("file:///etc/passwd", "not as file:"), ("picture.png", "not as text"), ("", "not as text"),
     ("https://pictures.example/a.png", "fetches nothing")])
 def test_what_is_no_data_url_is_refused_unless_a_domain_is_allowed(url, said):
-    assert said in refusal(url, MediaRules(), "part")
+    assert said in refusal(url, FetchRules(), "part")
 
 
 def test_an_allowed_domain_and_those_below_it_are_fetched_from(site):
@@ -90,14 +91,14 @@ def test_other_domains_are_not(site, host):
 @pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.7", "169.254.169.254", "192.168.1.1", "::1", "fe80::1",
                                      "0.0.0.0", "::ffff:127.0.0.1", "100.64.0.1"])
 def test_a_name_that_points_into_a_private_network_is_not_asked(address):
-    rules = MediaRules(("*",))
+    rules = FetchRules(("*",))
     said = refusal("http://pictures.example/a.png", rules, "part", lambda host, port: ["1.1.1.1", address])
     assert "public internet" in said
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "2130706433", "[::1]"])
 def test_this_machine_is_not_asked_by_any_of_its_names(site, host):
-    assert refusal(f"http://{host}:{site.server_port}/a.png", MediaRules(("*",)), "part", addresses_of)
+    assert refusal(f"http://{host}:{site.server_port}/a.png", FetchRules(("*",)), "part", addresses_of)
 
 
 def test_redirects_are_followed_to_where_it_is_allowed(site):
@@ -118,4 +119,4 @@ def test_a_name_without_an_address_is_an_error_of_the_client(site):
     def nowhere(host: str, port: int) -> list[str]:
         raise OSError("no such name")
 
-    assert "no such name" in refusal("http://pictures.example/", MediaRules(("*",)), "part", nowhere)
+    assert "no such name" in refusal("http://pictures.example/", FetchRules(("*",)), "part", nowhere)

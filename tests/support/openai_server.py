@@ -25,6 +25,15 @@ def text_chunks(*texts: str, reason: str | None = "stop", **extra: Any) -> list[
             {"choices": [], "usage": usage, **extra}]
 
 
+def call_chunks(name: str, arguments: dict[str, Any], text: str = "") -> list[Any]:
+    """What a server streams that calls a tool."""
+    call = {"index": 0, "id": "call_1", "type": "function",
+            "function": {"name": name, "arguments": json.dumps(arguments)}}
+    said = text_chunks(*([text] if text else []), reason="tool_calls")
+    said.insert(-2, {"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]})
+    return said
+
+
 def draft_chunk(text: str, *, canvas: int = 0, step: int = 1, length: int = 16, sure: int = 0) -> dict[str, Any]:
     """A draft of ours: a byte a token, `<turn|>` and fill after the text, the first `sure` positions settled."""
     tokens = [*text, "<turn|>", *["<eos>"] * length][:length]
@@ -44,6 +53,7 @@ class _Server(ThreadingHTTPServer):
 class OpenAIStandIn:
     models: Any = field(default_factory=lambda: [{"id": "first", "owned_by": "them"}, {"id": "second"}])
     chunks: list[Any] = field(default_factory=lambda: text_chunks("Hello", " there"))
+    before: list[list[Any]] = field(default_factory=list)  # chunks of the first requests, one after another
     done: bool = True  # [DONE] at the end
     key: str | None = None  # must be sent
     status: int = 200  # of a chat completion
@@ -114,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for chunk in server.chunks:
+        for chunk in server.before.pop(0) if server.before else server.chunks:
             if chunk is WAIT:
                 server.waiting.set()
                 select.select([self.connection], [], [], 60)  # readable: the client has closed it

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dgemma.chat.tools import CLOSE, MAX_DEPTH, NUMBER, QUOTE, Notation, Tool, Tools, names_at
+from dgemma.chat.tools import CLOSE, MAX_DEPTH, NUMBER, QUOTE, Notation, Tool, Tools, is_of, names_at
 
 BARE_KEY = re.compile(r"[^\s{}\[\](),:;=<>\"'`\ue000-\uf8fe]+")
 _PREFIX = re.compile(r"call\s*:\s*")
@@ -328,22 +328,13 @@ def _bound(values: list[Any], named: dict[str, Any], tool: Tool | None) -> dict[
         if len(values) == 1 and len(tool.required) == 1:
             orders = {tuple(tool.required)}
         fitting = [order for order in orders if len(values) <= len(order) and not {*order[: len(values)]} & {*named}
-                   and (len(orders) == 1 or all(_fits(value, tool.types.get(name)) for name, value
+                   and (len(orders) == 1 or all(is_of(value, tool.types.get(name)) for name, value
                                                 in zip(order, values, strict=False)))]
         bound = [{**dict(zip(order, values, strict=False)), **named} for order in fitting]
         ways += [way for way in bound if tool.required <= {*way}]
     if len({json.dumps(way, sort_keys=True) for way in ways}) != 1:
         raise NoCallError("values without names")
     return ways[0]
-
-
-def _fits(value: Any, types: frozenset[str] | None) -> bool:
-    """Whether a value is of one of these JSON types (None: of any)."""
-    if types is None:
-        return True
-    own = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-    kind = own.get(type(value), "null")
-    return kind in types or (kind == "integer" and "number" in types)
 
 
 def _word(text: str, at: int) -> str:

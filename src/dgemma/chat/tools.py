@@ -108,6 +108,15 @@ def _types(schema: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(name.lower() for name in named)
 
 
+def is_of(value: Any, types: frozenset[str] | None) -> bool:
+    """Whether a value is of one of these JSON types (None: of any)."""
+    if types is None:
+        return True
+    own = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+    kind = own.get(type(value), "null")
+    return kind in types or (kind == "integer" and "number" in types)
+
+
 def well_formed(source: str, closed: bool, tools: Tools, repeats: bool) -> Called:
     """The call that ``source`` is; ValueError unless it is one to the letter. ``repeats``: a key may come twice."""
     prefix = _PREFIX.match(source)

@@ -27,7 +27,7 @@ _ROOM = 20_000_000_000  # bytes: what one usual model takes on a disk
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _MEND_COMPILER = {"linux": "sudo apt install g++   (or your system's C++ compiler)", "darwin": "xcode-select --install",
                   "win32": "winget install Microsoft.VisualStudio.2022.BuildTools"}
-_EXTRAS = {"serve": "the HTTP server", "train": "training", "vision": "pictures",
+_EXTRAS = {"serve": "the HTTP server", "train": "training", "vision": "pictures", "tools": "the web and MCP tools",
            "iq": "the block types IQ1, IQ2 and IQ3"}
 
 
@@ -47,7 +47,7 @@ class Check:
 
 def checks() -> Iterator[Check]:
     """All checks, in the order in which one part builds on another, each made when it is asked for."""
-    for check in (python, torch, threads, model, kernels, compiler, gpu, memory, disk, hub):
+    for check in (python, torch, threads, model, kernels, compiler, gpu, memory, disk, hub, sandbox):
         try:
             yield check()
         except DgemmaError as error:  # it says itself what to do
@@ -174,6 +174,17 @@ def hub() -> Check:
         return Check("hub", MISSING, f"{constants.ENDPOINT} answers with HTTP {answer.status_code}",
                      "unset HF_ENDPOINT" if "HF_ENDPOINT" in os.environ else "hf auth login")
     return Check("hub", OK, f"{constants.ENDPOINT} answers ({key})")
+
+
+def sandbox() -> Check:
+    """Where code that a model writes runs, and nowhere else."""
+    from dgemma.tools.sandbox import SandboxError, probe_sandbox
+
+    try:
+        probe_sandbox()
+    except SandboxError as error:
+        return Check("sandbox", MISSING, f"the tools python and bash do not run: {error.why}", error.mend)
+    return Check("sandbox", OK, "the tools python and bash run in bubblewrap's")
 
 
 def extras() -> Iterator[Check]:

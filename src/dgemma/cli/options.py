@@ -49,6 +49,11 @@ PreviewOption = Annotated[PreviewKind, typer.Option(
     envvar="DGEMMA_PREVIEW")]
 PaceOption = Annotated[float, typer.Option(min=0.0, max=10.0, help="Show every step for at least so many seconds; the "
                                            "model does not wait for it.")]
+ToolsOption = Annotated[str | None, typer.Option(
+    metavar="KINDS", help="Tools that the model may call: python and bash (in a sandbox), web, mcp; with commas, "
+                          "or all. You are asked before each call.", show_default=False)]
+McpConfigOption = Annotated[Path | None, typer.Option(
+    metavar="FILE", help='MCP servers whose tools the model may call, too: {"mcpServers": {…}}.', show_default=False)]
 TraceOption = Annotated[Path | None, typer.Option(
     help="Save every denoising step to this file, for `dgemma replay`.", show_default=False)]
 CandidatesOption = Annotated[int | None, typer.Option(

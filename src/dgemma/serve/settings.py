@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dgemma.errors import DgemmaError
-from dgemma.serve.media import MediaRules
+from dgemma.fetch import FetchRules
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Settings:
     share_system_prompts: bool = False  # what one key's system prompt was read to is found by the others
     redraw_empty: bool = True  # draw an answer that comes out empty at its first canvas once more
     strict_fields: bool = False  # refuse fields that are unknown or have no effect, rather than tell of them
-    media: MediaRules = field(default_factory=MediaRules)  # what may be fetched for a request
+    media: FetchRules = field(default_factory=FetchRules)  # what may be fetched for a request
     adapters_from: Path | None = None  # where clients may have adapters loaded from; None: nowhere
 
     def __post_init__(self) -> None:

@@ -26,7 +26,9 @@ from dgemma.files import atomic_write, json_bytes
 from dgemma.machine import signals_handled
 
 if TYPE_CHECKING:
+    from dgemma.cli.calls import TerminalTools
     from dgemma.cli.session import AnyModel
+    from dgemma.diffusion.events import Generation
 
 HELP = '''/help             this
 /image FILE       show a picture with the next message (--image-tokens N: in so many);
@@ -39,6 +41,8 @@ HELP = '''/help             this
 /save FILE        keep this conversation
 /load FILE        go on with a kept one
 /clear            forget the conversation
+/tools NAME WHAT  let a tool run by itself (auto), after a question (ask) or never
+                  (off)  (/tools alone: show them)
 /exit             leave (Ctrl-D too)
 Ctrl-C stops an answer. \"\"\" starts and ends a message of several lines. A message
 that begins with / is sent with // or in these quotes; a path (/etc/hosts) as it is.'''
@@ -56,6 +60,8 @@ def chat(
     pace: options.PaceOption = 0.1,
     url: options.UrlOption = None,
     api_key: options.ApiKeyOption = None,
+    tools: options.ToolsOption = None,
+    mcp_config: options.McpConfigOption = None,
     *,
     local: dict[str, Any],
     settings: dict[str, Any],
@@ -67,8 +73,19 @@ def chat(
     if not has_stdin():
         raise DgemmaError("stdin is closed, and chat reads its messages there")
     live = visual and is_terminal()
-    loaded = open_model(model, url=url, api_key=api_key, live=live, **local)
-    conversation = checked(Conversation(system=system, thinking=thinking, seed=seed, settings=settings), loaded)
+    with contextlib.ExitStack() as stack:
+        callable_tools = None
+        if tools is not None or mcp_config is not None:
+            from dgemma.cli.calls import open_tools
+
+            callable_tools = stack.enter_context(open_tools(tools, mcp_config))
+        loaded = open_model(model, url=url, api_key=api_key, live=live, **local)
+        conversation = checked(Conversation(system=system, thinking=thinking, seed=seed, settings=settings), loaded)
+        _converse(loaded, conversation, Look(live, pace, preview), callable_tools)
+
+
+def _converse(loaded: AnyModel, conversation: Conversation, look: Look, tools: TerminalTools | None) -> None:
+    """Greet whoever sits there, and talk. Raises typer.Exit where nobody does and a message went wrong."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -80,7 +97,7 @@ def chat(
     # Nothing that goes wrong with a message may cost the conversation. Ctrl-C never does more than stop an answer,
     # however often it comes: only at the prompt is it an exception.
     with signals_handled(lambda *_: loaded.cancel(), signal.SIGINT):
-        sound = _talk(loaded, conversation, Look(live, pace, preview))
+        sound = _talk(loaded, conversation, look, tools)
     if not sound and not interactive:
         raise typer.Exit(1)
 
@@ -94,13 +111,13 @@ class Look:
     preview: str
 
 
-def _talk(model: AnyModel, conversation: Conversation, look: Look) -> bool:
+def _talk(model: AnyModel, conversation: Conversation, look: Look, tools: TerminalTools | None) -> bool:
     """Read and handle messages until there are no more; whether every one of them went well."""
     sound = True
     while True:
         try:
             message = _read_message()
-            if message is None or not handle(model, conversation, message, look):
+            if message is None or not handle(model, conversation, message, look, tools):
                 return sound
         except KeyboardInterrupt:
             say("(stopped)", dim=True, err=True)
@@ -152,7 +169,8 @@ def checked(conversation: Conversation, model: AnyModel) -> Conversation:
     return conversation
 
 
-def handle(model: AnyModel, conversation: Conversation, message: str, look: Look) -> bool:
+def handle(model: AnyModel, conversation: Conversation, message: str, look: Look,
+           tools: TerminalTools | None = None) -> bool:
     """Carry out or answer what was entered; False means leave.
 
     The path of a picture that is there, and nothing else, shows it. A message may begin with a slash: as a path does
@@ -164,9 +182,9 @@ def handle(model: AnyModel, conversation: Conversation, message: str, look: Look
         show(model, conversation, look, *found)
         return True
     elif message.startswith("/") and "/" not in message.split(maxsplit=1)[0][1:]:
-        return command(model, conversation, message, look)
+        return command(model, conversation, message, look, tools)
     if message.strip():
-        answer(model, conversation, message, look)
+        answer(model, conversation, message, look, tools)
     return True
 
 
@@ -204,24 +222,37 @@ def _line(prompt: str, interactive: bool) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def answer(model: AnyModel, conversation: Conversation, message: str, look: Look) -> None:
-    """Send a message and show the answer; both join the conversation. A stopped answer stays as far as it came."""
+def answer(model: AnyModel, conversation: Conversation, message: str, look: Look,
+           tools: TerminalTools | None = None) -> None:
+    """Send a message and show the answer, with what the model calls on the way to it; all of it joins the conversation.
+
+    A stopped answer stays as far as it came.
+    """
     from dgemma.cli.session import follow
+
+    def ask(messages: list[dict[str, Any]], declared: list[dict[str, Any]]) -> Generation:
+        settings = {**conversation.settings, "tools": declared} if declared else conversation.settings
+        events = model.stream(messages, system=conversation.system, thinking=conversation.thinking,
+                              seed=conversation.seed, **settings)
+        generation = follow(model, events, visual=look.live, pace=look.pace, insist=False)
+        if not look.live and (generation.text or not generation.tool_calls):
+            print_text(generation.text)
+        return generation
 
     before, shown = waiting(conversation.messages)
     messages = [*before, said_of(shown, message)]
     try:
-        events = model.stream(messages, system=conversation.system, thinking=conversation.thinking,
-                              seed=conversation.seed, **conversation.settings)
-        generation = follow(model, events, visual=look.live, pace=look.pace, insist=False)
+        if tools is None:
+            generation = ask(messages, [])
+            said = [*messages, {"role": "assistant", "content": generation.text}]
+            stopped = generation.finish_reason == "cancelled"
+        else:
+            said, stopped = tools.answer(ask, messages)
     except Exception:
         conversation.messages = before  # a picture may be what is wrong: the next message must not fail of it, too
         raise
-    stopped = generation.finish_reason == "cancelled"
-    if generation.text or not stopped:
-        conversation.messages = [*messages, {"role": "assistant", "content": generation.text}]
-    if not look.live:
-        print_text(generation.text)
+    if not stopped or said[-1]["content"]:
+        conversation.messages = said
     if stopped:
         say("(stopped)", dim=True, err=True)
 
@@ -249,7 +280,8 @@ def show(model: AnyModel, conversation: Conversation, look: Look, kind: str, pat
     say(f"{path.name}{size}: shown with the next message")
 
 
-def command(model: AnyModel, conversation: Conversation, line: str, look: Look) -> bool:
+def command(model: AnyModel, conversation: Conversation, line: str, look: Look,
+            tools: TerminalTools | None = None) -> bool:
     """Carry out a /command; False means leave. Raises DgemmaError on a mistake."""
     name, _, rest = line[1:].strip().partition(" ")
     rest = rest.strip()
@@ -275,6 +307,10 @@ def command(model: AnyModel, conversation: Conversation, line: str, look: Look) 
         say("random seeds" if conversation.seed is None else f"seed {conversation.seed}")
     elif name == "set":
         _set(model, conversation, rest)
+    elif name == "tools":
+        if tools is None:
+            raise DgemmaError("there are no tools: dgemma chat --tools python,bash,web")
+        tools.command(rest)
     elif name == "clear":
         conversation.messages = []
         model.prefixes.clear()

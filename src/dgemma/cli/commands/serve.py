@@ -91,7 +91,7 @@ def serve(
         raise DgemmaError(f'the server needs {", ".join(missing)}: pip install "dgemma[serve]"')
 
     from dgemma.cli.session import BUNDLED, load_model
-    from dgemma.serve.media import MediaRules
+    from dgemma.fetch import FetchRules
     from dgemma.serve.server import bind, check_exposure
     from dgemma.serve.server import serve as serve_model
     from dgemma.serve.settings import Settings
@@ -103,7 +103,7 @@ def serve(
         allowed_hosts=(*(allowed_hosts or ()), host, socket.gethostname()), access_log=access_log,
         debug_requests=debug_requests, redraw_empty=redraw_empty, share_system_prompts=share_system_prompts,
         strict_fields=strict_fields, adapters_from=adapters_from,
-        media=MediaRules(tuple(name.strip().lower() for name in (media_domains or "").split(",") if name.strip())))
+        media=FetchRules(tuple(name.strip().lower() for name in (media_domains or "").split(",") if name.strip())))
     fixed, named = _adapters(adapter or (), settings)
     check_exposure(host, settings, allow_insecure)
     with bind(host, port) as listener:

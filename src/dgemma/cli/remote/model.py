@@ -102,7 +102,8 @@ class RemoteModel:
         self._stream: ChatStream | None = None
 
     def stream(self, prompt: str | list[dict[str, Any]], *, system: str | None = None, thinking: bool = False,
-               seed: int | None = None, **settings: Any) -> Iterator[Event]:
+               seed: int | None = None, tools: list[dict[str, Any]] | None = None,
+               **settings: Any) -> Iterator[Event]:
         """The events of an answer, as `Model.stream` gives them. Raises DgemmaError when the server cannot."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
@@ -110,8 +111,9 @@ class RemoteModel:
         options: dict[str, Any] = {"include_usage": True}
         if self.has_drafts:
             options |= {"include_drafts": True, "drafts_per_second": DRAFTS_PER_SECOND}
-        body = {"model": self.name, "messages": sent(messages), "stream": True, "stream_options": options}
-        body |= {name: value for name, value in {"seed": seed, **settings}.items() if value is not None}
+        body = {"model": self.name, "messages": list(map(_with_calls, sent(messages))), "stream": True,
+                "stream_options": options}
+        body |= {name: value for name, value in {"seed": seed, "tools": tools, **settings}.items() if value is not None}
         if thinking:
             body["chat_template_kwargs"] = {"enable_thinking": True}
         # It is known before the first event is asked for, so that a cancel can never come too early.
@@ -266,6 +268,16 @@ def known(generation: Generation) -> dict[str, Any]:
     if generation.seed == _UNKNOWN_SEED:
         fields["seed"] = None
     return fields
+
+
+def _with_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as OpenAI's API has it: the arguments of its calls are text, thoughts have the name servers know."""
+    message = {"reasoning_content" if name == "reasoning" else name: value for name, value in message.items()}
+    if "tool_calls" in message:
+        message["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            if not isinstance(call["function"]["arguments"], str) else call for call in message["tool_calls"]]
+    return message
 
 
 def _arguments(text: str) -> Any:

@@ -19,7 +19,7 @@ from dgemma.tasks.sudoku_questions import PictureQuestion, PictureQuestions, hel
 from dgemma.train.data.conversations import Conversation
 from dgemma.train.data.examples import Example
 from dgemma.train.data.turns import Turn
-from dgemma.train.sights import Medium, Sight, placed_sights
+from dgemma.train.sights import Medium, PreparedPictures, Sight, placed_sights
 
 _LOOKED_AT = 20  # steps of a stream, to tell what is in it
 _DRAWN = 4  # where that takes long
@@ -30,6 +30,7 @@ class SeenPuzzles:
 
     def __init__(self, made: SudokuBatches, vision: VisionConfig, share: float, questions: PictureQuestions):
         self.made, self.vision, self.share, self.questions = made, vision, share, questions
+        self._prepared = PreparedPictures(vision, kept=0)  # no picture comes twice
         self._prompts: dict[str, list[int]] = {}  # rendered, by what is said: rendering is slow
 
     def batch(self, step: int) -> list[Example] | None:
@@ -52,7 +53,7 @@ class SeenPuzzles:
         [picture] = show({"type": "image", "image": question.image}, self.vision, words=words).pictures
         # What the tower sees, and no more: it is resized already, and small.
         part = {"type": "image", "image": Image.fromarray(picture.pixels), "tokens": picture.budget}
-        ids, sights = placed_sights([Medium(part, words, self.vision, "image 1", row)], self._prompt(question),
+        ids, sights = placed_sights([Medium(part, words, self._prepared, "image 1", row)], self._prompt(question),
                                     made.tokenizer)
         return _example(made, ids, made.canvas(question.answers[-1]), row, 2 * len(question.said) - 1, sights)
 
