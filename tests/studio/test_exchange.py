@@ -57,7 +57,8 @@ def test_another_file_is_refused(store, data, why):
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("role", "system"), ("status", "odd"), ("parent", "nobody"), ("content", 7), ("created", "yesterday"), ("info", [])])
+    ("role", "system"), ("status", "odd"), ("parent", "nobody"), ("content", 7), ("created", "yesterday"),
+    ("info", [])])
 def test_a_message_that_cannot_be_is_refused(store, chat, field, value):
     data = json.loads(export_json(store, [chat.id]))
     data["conversations"][0]["messages"][1][field] = value

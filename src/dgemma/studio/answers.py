@@ -207,9 +207,9 @@ def ask_of(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) ->
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
         raise DgemmaError(f"there is no setting {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
-    plain = {name: options.get(name) for name in _PLAIN}
+    plain: dict[str, Any] = {name: options.get(name) for name in _PLAIN}
     others = {name: options[name] for name in _OTHERS if options.get(name) is not None}
-    return Ask(prompt=list(messages), client=_CALLER, options=others, **plain)
+    return Ask(prompt=[dict(message) for message in messages], client=_CALLER, options=others, **plain)
 
 
 class Answers:

@@ -130,7 +130,8 @@ def _from_markdown(text: str) -> tuple[Conversation, list[Message]]:
             messages.append(Message(str(len(messages)), "", parent, role, said, thought, created=now))
             thought = ""
     title = title or title_of(text_of(messages[0].content) if messages else "")
-    return Conversation("", title, system, head=messages[-1].id if messages else None, created=now, updated=now), messages
+    head = messages[-1].id if messages else None
+    return Conversation("", title, system, head=head, created=now, updated=now), messages
 
 
 def _renamed(conversation: Conversation, messages: Sequence[Message]) -> tuple[Conversation, list[Message]]:

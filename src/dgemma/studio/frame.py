@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nicegui import Event, ui
+from nicegui import Event, context, ui
 
 from dgemma.serve.backend import Serving
 from dgemma.studio.answers import Answers
 from dgemma.studio.auth import Sessions
 from dgemma.studio.markdown import code_styles
 from dgemma.studio.store import Store
+from dgemma.studio.widgets.buttons import icon_button
 
 STATIC = Path(__file__).parent / "static"
 THEMES = {"auto": None, "light": False, "dark": True}
@@ -54,10 +55,14 @@ class Studio:
 
 @dataclass(frozen=True)
 class Frame:
-    """``side`` and ``bar`` are the page's own places, in the sidebar and above; ``session`` is whose page it is."""
+    """The page's own places: in the sidebar (``side``), above (``bar``), at the ``top`` level, where drawers must be.
+
+    ``session`` is the digest of the session whose page it is.
+    """
 
     side: ui.element
     bar: ui.element
+    top: ui.element
     drawer: ui.left_drawer
     session: str
 
@@ -69,11 +74,10 @@ def frame(studio: Studio, page: Page, session: str) -> Iterator[Frame]:
     ui.page_title(f"{page.title} · dgemma studio")
     ui.colors(primary="#4f46e5")
     dark = ui.dark_mode(THEMES[_theme(studio)])
-    with ui.left_drawer(value=None).props("width=288 breakpoint=900").classes("side") as drawer:
-        with ui.row().classes("side-head"):
-            with ui.link(target="/").classes("brand"):
-                ui.image("/static/icon.svg").props('no-spinner alt="" width=26px')
-                ui.label("dgemma studio")
+    with ui.left_drawer(value=None, top_corner=True).props("width=288 breakpoint=900").classes("side") as drawer:
+        with ui.row().classes("side-head"), ui.link(target="/").classes("brand"):
+            ui.image("/static/icon.svg").props('no-spinner alt="" width=26px')
+            ui.label("dgemma studio")
         if len(studio.pages) > 1:
             with ui.element("nav").classes("side-pages").props('aria-label="Pages"'):
                 for other in studio.pages:
@@ -83,13 +87,12 @@ def frame(studio: Studio, page: Page, session: str) -> Iterator[Frame]:
         side = ui.element("div").classes("side-own")
         with ui.row().classes("side-foot"):
             ui.label(studio.serving().settings.served_names[0]).classes("side-model").props('title="The model"')
-            button = ui.button(icon=_ICONS[_theme(studio)], on_click=lambda: _next_theme(studio, dark, button))
-            button.props('flat round dense aria-label="Light or dark"').classes("quiet")
+            button = icon_button(_ICONS[_theme(studio)], "Light or dark", lambda: _next_theme(studio, dark, button))
     with ui.header(elevated=False).classes("bar"):
-        ui.button(icon="menu", on_click=drawer.toggle).props('flat round dense aria-label="Sidebar"').classes("quiet")
+        icon_button("menu", "Sidebar", drawer.toggle)
         bar = ui.element("div").classes("bar-own")
     with ui.element("main").classes("page"):
-        yield Frame(side, bar, drawer, session)
+        yield Frame(side, bar, context.client.content, drawer, session)
 
 
 def _theme(studio: Studio) -> str:
@@ -103,7 +106,6 @@ def _next_theme(studio: Studio, dark: ui.dark_mode, button: ui.button) -> None:
     studio.store.set_setting("theme", theme)
     dark.value = THEMES[theme]
     button.set_icon(_ICONS[theme])
-    ui.notify(f"Theme: {theme}", position="top", timeout=900)
 
 
 @functools.cache

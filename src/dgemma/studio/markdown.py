@@ -32,9 +32,9 @@ from pygments.util import ClassNotFound
 LONGEST_CODE = 100_000  # characters that are highlighted; Pygments takes a second for about a million
 LONGEST_FORMULA = 4_000
 
-_MATH = {"math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "msup", "msub", "msubsup", "mfrac", "msqrt", "mroot",
-         "mover", "munder", "munderover", "mtable", "mtr", "mtd", "mlabeledtr", "mmultiscripts", "mprescripts", "none",
-         "mpadded", "mphantom", "mstyle", "menclose", "mfenced"}
+_MATH = {"math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "msup", "msub", "msubsup", "mfrac", "msqrt",
+         "mroot", "mover", "munder", "munderover", "mtable", "mtr", "mtd", "mlabeledtr", "mmultiscripts",
+         "mprescripts", "none", "mpadded", "mphantom", "mstyle", "menclose", "mfenced"}
 _MATH_ATTRIBUTES = {"mathvariant", "stretchy", "fence", "form", "separator", "lspace", "rspace", "minsize", "maxsize",
                     "largeop", "movablelimits", "accent", "accentunder", "linethickness", "columnalign", "rowspacing",
                     "columnspacing", "columnlines", "rowlines", "displaystyle", "scriptlevel", "width", "height",
@@ -73,14 +73,14 @@ def _rules(formatter: HtmlFormatter, scope: str) -> list[str]:
 
 @functools.cache
 def _renderer() -> MarkdownIt:
-    made = MarkdownIt("commonmark", {"html": False, "linkify": False, "highlight": _highlighted})
+    made = MarkdownIt("commonmark", {"html": False, "breaks": True, "linkify": False, "highlight": _highlighted})
     made.enable(["table", "strikethrough"])
     made.use(dollarmath_plugin, renderer=_formula, allow_space=False, allow_digits=False, double_inline=True)
     made.use(texmath_plugin, delimiters="brackets")
     made.use(tasklists_plugin)
-    for name, rule in {"fence": _fence, "code_block": _fence, "image": _image, "math_inline": _math, "math_block": _math,
-                       "math_block_eqno": _math, "math_single": _math, "math_inline_double": _math_block,
-                       "math_block_label": _math}.items():
+    for name, rule in {"fence": _fence, "code_block": _fence, "image": _image, "math_inline": _math,
+                       "math_block": _math, "math_block_eqno": _math, "math_single": _math,
+                       "math_inline_double": _math_block, "math_block_label": _math}.items():
         made.add_render_rule(name, rule)
     return made
 
@@ -135,9 +135,10 @@ def _formula(source: str, options: dict[str, Any]) -> str:
 
 
 def _clean(made: str) -> str:
+    with_class = {tag: _ATTRIBUTES.get(tag, set()) | {"class"} for tag in ("span", "a", *_CLASSES)}
     return nh3.clean(
         made, tags=_TEXT | _MATH, clean_content_tags={"script", "style", "annotation", "annotation-xml"},
-        attributes={**_ATTRIBUTES, **{tag: _ATTRIBUTES.get(tag, set()) | {"class"} for tag in ("span", "a", *_CLASSES)}},
+        attributes={**_ATTRIBUTES, **with_class},
         attribute_filter=_attribute, url_schemes={"http", "https", "mailto"}, strip_comments=True,
         link_rel="noopener noreferrer nofollow", set_tag_attribute_values={"a": {"target": "_blank"}})
 

@@ -1,4 +1,4 @@
-"""How an answer came to be, step by step: kept while it is made, packed for the disk, sent to a browser in small frames.
+"""How an answer came to be, step by step: kept while it is made, packed for the disk, sent to a browser in frames.
 
 Works on: the engine's events, and what tokens spell. Knows nothing of: pages, the store, the network.
 

@@ -171,14 +171,16 @@ class Store:
 
     def conversations(self) -> list[Conversation]:
         """All of them: pinned ones first, then by when they last changed."""
-        return [_conversation(row) for row in
-                self._run(f"SELECT {_CONVERSATION} FROM conversations c ORDER BY pinned DESC, updated DESC, c.rowid DESC")]
+        rows = self._run(f"SELECT {_CONVERSATION} FROM conversations c "
+                         "ORDER BY pinned DESC, updated DESC, c.rowid DESC")
+        return [_conversation(row) for row in rows]
 
     def conversation(self, id: str) -> Conversation | None:
         rows = self._run(f"SELECT {_CONVERSATION} FROM conversations c WHERE id = ?", id)
         return _conversation(rows[0]) if rows else None
 
-    def new_conversation(self, title: str, *, system: str = "", options: Mapping[str, Any] | None = None) -> Conversation:
+    def new_conversation(self, title: str, *, system: str = "",
+                         options: Mapping[str, Any] | None = None) -> Conversation:
         now = self._clock()
         made = Conversation(_new_id(), title, system, dict(options or {}), created=now, updated=now)
         self._run("INSERT INTO conversations (id, title, system, options, created, updated) VALUES (?, ?, ?, ?, ?, ?)",

@@ -8,6 +8,7 @@ that shows the conversation, this one among them, hears of it and shows what is 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from nicegui import ui
@@ -15,6 +16,7 @@ from nicegui import ui
 from dgemma.errors import DgemmaError
 from dgemma.studio.frame import Frame, Page, Studio
 from dgemma.studio.store import Message, title_of
+from dgemma.studio.widgets.buttons import icon_button
 from dgemma.studio.widgets.controls import Controls
 from dgemma.studio.widgets.conversations import Conversations
 from dgemma.studio.widgets.message import Actions, Shown, show, show_branches
@@ -42,12 +44,11 @@ class Chat:
             self._list = Conversations(studio, self.open, lambda: self._id)
         with frame.bar:
             self._title = ui.label().classes("bar-title")
-            ui.button(icon="tune", on_click=lambda: panel.toggle()).props(
-                'flat round dense aria-label="Settings of the answers"').classes("quiet")
-        with ui.right_drawer(value=False).props("width=340 overlay bordered").classes("panel") as panel:
+            icon_button("tune", "Settings of the answers", lambda: panel.toggle())
+        with frame.top, ui.right_drawer(value=False).props("width=340 overlay bordered").classes("panel") as panel:
             with ui.row().classes("panel-head"):
                 ui.label("Settings").classes("panel-title")
-                ui.button(icon="close", on_click=panel.hide).props('flat round dense aria-label="Close"').classes("quiet")
+                icon_button("close", "Close the settings", panel.hide)
             owner = self._store.conversation(conversation) if conversation else None
             options, system = self._last_used() if owner is None else (owner.options, owner.system)
             self._controls = Controls(studio.serving().model.generation_config, options, system, self._set)
@@ -66,7 +67,7 @@ class Chat:
             self._words.on("keydown", lambda event: self.send(event.args), js_handler=_SEND_ON_ENTER)
             self._send = ui.button(icon="arrow_upward", on_click=lambda: self.send(self._words.value)).props(
                 'round unelevated dense aria-label="Send"').classes("send")
-            self._stop = ui.button(icon="stop", on_click=self.stop).props(
+            self._stop = ui.button(color=None, icon="stop", on_click=self.stop).props(
                 'round unelevated dense aria-label="Stop" data-key=stop').classes("send stop")
         with ui.row().classes("compose-foot"):
             ui.label("Enter sends · Shift+Enter is a new line · Esc stops").classes("keys")
@@ -196,7 +197,7 @@ class Chat:
             with ui.element("div").classes("ideas"):
                 for title, words in _PUZZLES if sudoku else _IDEAS:
                     idea = ui.element("button").classes("idea").props('type="button"')
-                    idea.on("click", lambda words=words: self.send(words))
+                    idea.on("click", partial(self.send, words))
                     with idea:
                         ui.label(title).classes("idea-title")
                         ui.label(words).classes("idea-words")

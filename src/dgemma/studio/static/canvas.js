@@ -206,8 +206,13 @@ export default {
         const element = document.createElement("span");
         element.dataset.place = place;
         body.append(element);
-        return { element, text: null, look: null, heat: null };
+        return { element, text: null, look: null, heat: null, broken: null };
       });
+      // Cells are as wide as most of what is spelt: the model's tokens decide.
+      const lengths = Object.entries(this.film.texts).filter(([id]) => !this.film.special.has(Number(id)))
+        .map(([, text]) => text.trim().length).sort((one, other) => one - other);
+      const usual = lengths[Math.floor(0.85 * (lengths.length - 1))] ?? 6;
+      body.style.setProperty("--cell", Math.min(10, Math.max(1, usual)));
     },
 
     set(place, id, look, sure, byte) {
@@ -219,12 +224,22 @@ export default {
       if (breaks) text = sure && this.layout === "flow" ? text.replaceAll("\n", "↵\n") : text.replaceAll("\n", "↵");
       if (this.layout === "grid") text = text.trim() || (special ? text : "␣");
       if (look.startsWith("fill") && this.layout === "grid") text = "·";
-      const name = `t ${look}${special ? " mark" : ""}${breaks && sure ? " break" : ""}`;
+      this.breakAfter(cell, breaks && sure && this.layout === "grid");
+      const name = `t ${look}${special ? " mark" : ""}`;
       if (cell.text !== text) cell.element.textContent = cell.text = text;
       if (cell.look !== name) cell.element.className = cell.look = name;
       if (this.heat && cell.heat !== byte) {
         cell.element.style.setProperty("--h", (byte / 255).toFixed(3));
         cell.heat = byte;
+      }
+    },
+
+    breakAfter(cell, wanted) {
+      if (Boolean(cell.broken) === wanted) return;
+      if (wanted) cell.element.after((cell.broken = document.createElement("br")));
+      else {
+        cell.broken.remove();
+        cell.broken = null;
       }
     },
 

@@ -13,6 +13,7 @@ from nicegui import ui
 
 from dgemma.config import GenerationConfig
 from dgemma.errors import DgemmaError
+from dgemma.studio.widgets.buttons import text_button
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Control:
 ANSWER = (
     Control("max_tokens", "Longest answer", "Tokens after which the answer is cut off. Empty: the end of the context.",
             whole=True, least=1),
-    Control("seed", "Seed", "The same seed and settings make the same answer. Empty: another one each time.", whole=True),
+    Control("seed", "Seed", "The same seed and settings make the same answer. Empty: another one each time.",
+            whole=True),
     Control("reasoning_budget", "Thinking budget", "Most tokens to think; then the thought is closed and it answers.",
             whole=True),
 )
@@ -52,7 +54,8 @@ DRAW = (
     Control("temperature", "Temperature", "Scales the draw on top of the schedule; 0 takes the likeliest token.",
             most=10, step=0.1),
     Control("top_k", "Top k", "Draw among so many of the likeliest tokens only; 0 is all.", whole=True),
-    Control("top_p", "Top p", "Draw among the likeliest tokens that make up this share.", least=0.01, most=1, step=0.05),
+    Control("top_p", "Top p", "Draw among the likeliest tokens that make up this share.", least=0.01, most=1,
+            step=0.05),
 )
 _USUAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -79,7 +82,7 @@ class Controls:
                 self._row(control)
         self._error = ui.label().classes("control-error").props("role=alert")
         self._error.set_visibility(False)
-        ui.button("Back to the model's own settings", on_click=self.reset).props("flat no-caps").classes("quiet wide")
+        text_button("Back to the model's own settings", self.reset).classes("wide")
 
     def _row(self, control: Control) -> None:
         usual = getattr(self._defaults, control.name, None) if control.name != "max_tokens" else None

@@ -15,6 +15,7 @@ from dgemma.errors import DgemmaError
 from dgemma.studio.exchange import export_json, export_markdown, import_file
 from dgemma.studio.frame import Studio
 from dgemma.studio.store import Conversation
+from dgemma.studio.widgets.buttons import icon_button, main_button, text_button
 
 LARGEST_IMPORT = 64 << 20  # bytes
 
@@ -25,16 +26,16 @@ class Conversations:
     def __init__(self, studio: Studio, open_: Callable[[str | None], None], current: Callable[[], str | None]):
         self._studio, self._open, self._current = studio, open_, current
         with ui.element("div").classes("find"):
-            new = ui.button("New chat", icon="add", on_click=lambda: open_(None)).props("flat no-caps align=left data-key=new")
-            new.classes("new-chat")
+            new = text_button("New chat", lambda: open_(None), icon="add").classes("new-chat", remove="quiet")
+            new.props("align=left data-key=new")
             self._words = ui.input(placeholder="Search", on_change=self.refresh)
             self._words.props('outlined dense clearable debounce=150 data-key=search aria-label="Search conversations"')
             with self._words.add_slot("prepend"):
                 ui.icon("search").classes("find-icon")
         self._list = ui.element("nav").classes("conversations").props('aria-label="Conversations"')
         with ui.row().classes("find-foot"):
-            ui.button("Import", icon="upload_file", on_click=self._import).props("flat dense no-caps size=sm").classes("quiet")
-            ui.button("Export all", icon="download", on_click=self._export_all).props("flat dense no-caps size=sm").classes("quiet")
+            text_button("Import", self._import, icon="upload_file", small=True)
+            text_button("Export all", self._export_all, icon="download", small=True)
         self.refresh()
 
     def refresh(self) -> None:
@@ -75,14 +76,13 @@ class Conversations:
                 ui.label(conversation.title).classes("conversation-title")
                 if excerpt:
                     ui.label(excerpt).classes("conversation-excerpt")
-            with ui.button(icon="more_horiz").props('flat round dense size=sm aria-label="More"').classes("quiet more"):
-                with ui.menu().props("auto-close"):
-                    ui.menu_item("Unpin" if conversation.pinned else "Pin", lambda: self._pin(conversation))
-                    ui.menu_item("Rename …", lambda: self._rename(conversation))
-                    ui.menu_item("Export as Markdown", lambda: self._export(conversation, "md"))
-                    ui.menu_item("Export as JSON", lambda: self._export(conversation, "json"))
-                    ui.separator()
-                    ui.menu_item("Delete …", lambda: self._delete(conversation)).classes("danger")
+            with icon_button("more_horiz", "More", small=True).classes("more"), ui.menu().props("auto-close"):
+                ui.menu_item("Unpin" if conversation.pinned else "Pin", lambda: self._pin(conversation))
+                ui.menu_item("Rename …", lambda: self._rename(conversation))
+                ui.menu_item("Export as Markdown", lambda: self._export(conversation, "md"))
+                ui.menu_item("Export as JSON", lambda: self._export(conversation, "json"))
+                ui.separator()
+                ui.menu_item("Delete …", lambda: self._delete(conversation)).classes("danger")
 
     def _pin(self, conversation: Conversation) -> None:
         self._studio.store.change_conversation(conversation.id, pinned=not conversation.pinned)
@@ -90,8 +90,8 @@ class Conversations:
 
     def _rename(self, conversation: Conversation) -> None:
         def rename() -> None:
-            if name.value.strip():
-                self._studio.store.change_conversation(conversation.id, title=name.value.strip())
+            if words := (name.value or "").strip():
+                self._studio.store.change_conversation(conversation.id, title=words)
                 self._studio.changed.emit(conversation.id)
             dialog.close()
 
@@ -149,11 +149,11 @@ class Conversations:
         return dialog
 
 
-def _buttons(dialog: ui.dialog, label: str | None, action: Callable[[], None], color: str = "primary") -> None:
+def _buttons(dialog: ui.dialog, label: str | None, action: Callable[[], object], color: str = "primary") -> None:
     with ui.row().classes("dialog-buttons"):
-        ui.button("Cancel" if label else "Close", on_click=dialog.close).props("flat no-caps").classes("quiet")
+        text_button("Cancel" if label else "Close", dialog.close)
         if label:
-            ui.button(label, on_click=action, color=color).props("unelevated no-caps")
+            main_button(label, action, color=color)
 
 
 def when(seconds: float, now: float | None = None) -> str:

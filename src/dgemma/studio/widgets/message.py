@@ -13,6 +13,7 @@ from nicegui import background_tasks, ui
 from dgemma.studio.answers import Answer
 from dgemma.studio.markdown import plain_to_html, to_html
 from dgemma.studio.store import Message
+from dgemma.studio.widgets.buttons import icon_button, main_button, text_button
 from dgemma.studio.widgets.canvas import Canvas, summary
 
 
@@ -52,15 +53,8 @@ def show_branches(place: ui.element, message: Message, siblings: list[Message], 
 
 
 def _arrow(icon: str, label: str, to: Message | None, actions: Actions) -> None:
-    button = _small(icon, label, lambda: to is not None and actions.switch(to))
+    button = icon_button(icon, label, lambda: to is not None and actions.switch(to), small=True)
     button.set_enabled(to is not None)
-
-
-def _small(icon: str, label: str, action: Callable[[], object]) -> ui.button:
-    button = ui.button(icon=icon, on_click=action).props(f'flat round dense size=sm aria-label="{label}"')
-    with button:
-        ui.tooltip(label).props("delay=500")
-    return button.classes("quiet")
 
 
 def _copy(text: str) -> None:
@@ -74,13 +68,13 @@ def _question(message: Message, siblings: list[Message], actions: Actions, answe
             ui.html(plain_to_html(message.text)).classes("prose")
         with ui.row().classes("tools") as tools:
             branches = ui.row().classes("branches")
-            _small("content_copy", "Copy", lambda: _copy(message.text))
-            _small("edit", "Edit, and ask again", lambda: open_editor())
+            icon_button("content_copy", "Copy", lambda: _copy(message.text), small=True)
+            icon_button("edit", "Edit, and ask again", lambda: open_editor(), small=True)
         with ui.element("div").classes("editor") as editor:
             words = ui.textarea(value=message.text).props('autogrow borderless aria-label="Edit the message"')
             with ui.row().classes("editor-buttons"):
-                ui.button("Cancel", on_click=lambda: close_editor()).props("flat no-caps").classes("quiet")
-                ui.button("Ask again", on_click=lambda: actions.edit(message, words.value)).props("unelevated no-caps")
+                text_button("Cancel", lambda: close_editor())
+                main_button("Ask again", lambda: actions.edit(message, words.value or ""))
         editor.set_visibility(False)
 
     def open_editor() -> None:
@@ -111,8 +105,8 @@ def _answer(message: Message, siblings: list[Message], actions: Actions, answer:
                         recorded="steps" in message.info or bool(message.info.get("tokens")))
         with ui.row().classes("tools") as tools:
             branches = ui.row().classes("branches")
-            _small("content_copy", "Copy", lambda: _copy(text_of()))
-            _small("refresh", "Make this answer again", lambda: actions.again(message))
+            icon_button("content_copy", "Copy", lambda: _copy(text_of()), small=True)
+            icon_button("refresh", "Make this answer again", lambda: actions.again(message), small=True)
 
     def text_of() -> str:
         return answer.text if answer is not None else message.text
@@ -127,7 +121,7 @@ def _answer(message: Message, siblings: list[Message], actions: Actions, answer:
         canvas.set_visibility(not over or canvas_is_worth_it())
 
     def canvas_is_worth_it() -> bool:
-        return answer is not None and bool(answer.recording.canvases) or bool(message.info.get("canvases"))
+        return bool(message.info.get("canvases")) or (answer is not None and bool(answer.recording.canvases))
 
     async def follow_text(answer: Answer) -> None:
         said = None
