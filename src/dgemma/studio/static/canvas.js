@@ -5,8 +5,8 @@
 
 const MOST_ENTROPY = 12.5;
 const SETTLED = 0.1, LEANING = 0.7, VAGUE = 2.0; // nats, as in the terminal
-const LONGEST_LAG = 900; // milliseconds that what is shown may be behind what has come
-const PACE = 90; // milliseconds that a step is shown for, unless that would be too far behind
+const PACE = 90; // milliseconds that a step is shown for, unless others wait
+const MOST_WAITING = 12; // steps; older ones are left out
 
 const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 const nats = (byte) => (byte / 255) ** 2 * MOST_ENTROPY;
@@ -144,13 +144,12 @@ export default {
     },
 
     advance() {
-      const most = Math.max(1, Math.floor(LONGEST_LAG / PACE));
-      if (this.queue.length > most) this.queue.splice(0, this.queue.length - most);
+      if (this.queue.length > MOST_WAITING) this.queue.splice(0, this.queue.length - MOST_WAITING);
       const next = this.queue.shift();
       if (next) {
         this.paint(...next);
         this.tell(...next);
-        this.timer = setTimeout(() => this.advance(), this.queue.length > 2 ? PACE / 3 : PACE);
+        this.timer = setTimeout(() => this.advance(), Math.max(16, PACE / Math.max(1, this.queue.length)));
         return;
       }
       this.timer = null;
@@ -211,8 +210,8 @@ export default {
       // Cells are as wide as most of what is spelt: the model's tokens decide.
       const lengths = Object.entries(this.film.texts).filter(([id]) => !this.film.special.has(Number(id)))
         .map(([, text]) => text.trim().length).sort((one, other) => one - other);
-      const usual = lengths[Math.floor(0.85 * (lengths.length - 1))] ?? 6;
-      body.style.setProperty("--cell", Math.min(10, Math.max(1, usual)));
+      const usual = lengths[Math.floor(0.93 * (lengths.length - 1))] ?? 6;
+      body.style.setProperty("--cell", Math.min(9, Math.max(1, usual)));
     },
 
     set(place, id, look, sure, byte) {
