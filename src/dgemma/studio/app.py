@@ -74,7 +74,7 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
     # Tailwind would compile styles in the browser; ours are in static/studio.css. What is compressed is so outside of
     # the policy, which has to read pages.
     ui.run_with(app, title="dgemma studio", favicon=STATIC / "icon.svg", tailwind=False, show_welcome_message=False,
-                gzip_middleware_factory=None, reconnect_timeout=10.0, dark=None)
+                gzip_middleware_factory=None, reconnect_timeout=10.0, dark=None, language="en-US")
     names = frozenset(gate.first_part(path) for route in api.routes if (path := getattr(route, "path", "")))
     inside = _ByPath(GZipMiddleware(gate.PagePolicy(app), minimum_size=1000, compresslevel=5), api, names)
     guarded = gate.Gate(inside, studio.sessions, Passwords(store), port=port, allowed_hosts=allowed_hosts, api=names,

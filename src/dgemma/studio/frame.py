@@ -76,7 +76,7 @@ def frame(studio: Studio, page: Page, session: str) -> Iterator[Frame]:
     dark = ui.dark_mode(THEMES[_theme(studio)])
     with ui.left_drawer(value=None, top_corner=True).props("width=288 breakpoint=900").classes("side") as drawer:
         with ui.row().classes("side-head"), ui.link(target="/").classes("brand"):
-            ui.image("/static/icon.svg").props('no-spinner alt="" width=26px')
+            ui.element("img").props('src="/static/icon.svg" alt="" width=26 height=26')
             ui.label("dgemma studio")
         if len(studio.pages) > 1:
             with ui.element("nav").classes("side-pages").props('aria-label="Pages"'):
