@@ -149,6 +149,11 @@ class Sessions:
                 self._store.delete_session(session.digest)
         return [session for session in sessions if session.seen >= oldest]
 
+    def end_all(self) -> None:
+        """End every session."""
+        for session in self.all():
+            self.end(session.digest)
+
     def end(self, digest: str) -> None:
         """End a session: its pages lose their connection."""
         self._noted.pop(digest, None)
