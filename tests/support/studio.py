@@ -36,7 +36,8 @@ def demo(folder, *, seconds=0.1, steps=20):
     process = subprocess.Popen(
         [sys.executable, "-m", "support.studio_demo", "--data", str(folder), "--seconds", str(seconds), "--steps",
          str(steps)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])})
+        env={**os.environ, "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])})
     try:
         yield process.stdout.readline().removeprefix("open ").strip()
     finally:

@@ -45,8 +45,8 @@ def accept(entropy, bound):
 | 8 | 121 | 0.84 |
 | 17 | 256 | 0.004 |
 
-After ten to thirty looks nothing changes any more, and the canvas is committed as text. So $p(x) \\approx \\prod_i p(x_i)$
-holds for what was believed together.
+After ten to thirty looks nothing changes any more, and the canvas is committed as text. So
+$p(x) \\approx \\prod_i p(x_i)$ holds for what was believed together.
 """
 
 
@@ -94,7 +94,8 @@ class Slow(ScriptedService):
         canvases = [ids[start : start + CANVAS] for start in range(0, len(ids), CANVAS)]
         for index, tokens in enumerate(canvases):
             target = [*tokens, *[end] * (CANVAS - len(tokens))]
-            settles = [1 + (self.steps - 3) * (0.55 * place / CANVAS + 0.45 * random_.random()) for place in range(CANVAS)]
+            settles = [1 + (self.steps - 3) * (0.55 * place / CANVAS + 0.45 * random_.random())
+                       for place in range(CANVAS)]
             start = [random_.choice(noise) for _ in target]
             yield CanvasStarted(0, index, start, [False] * CANVAS, len(request.prompt_ids), 48)
             before = start
@@ -103,7 +104,8 @@ class Slow(ScriptedService):
                 sure = [step >= at for at in settles]
                 draft = [token if step >= at - 2 else random_.choice(noise)
                          for token, at in zip(target, settles, strict=True)]
-                entropies = [random_.random() * 0.02 if known else max(0.1, (at - step) / self.steps * 7) * random_.uniform(.5, 1)
+                entropies = [random_.uniform(0, 0.02) if known else
+                             max(0.1, (at - step) / self.steps * 7) * random_.uniform(0.5, 1)
                              for known, at in zip(sure, settles, strict=True)]
                 yield Denoised(0, index, step, draft, draft, entropies, sure,
                                [one != other for one, other in zip(draft, before, strict=True)], 0.8 - step / 100, 0.1)

@@ -36,8 +36,8 @@ def _appearance(studio: Studio) -> None:
 
     with _section("Appearance", "Light, dark, or as the system has it."):
         names = {name: name.capitalize() for name in THEMES}
-        ui.toggle(names, value=studio.store.setting("theme", "auto"), on_change=lambda event: choose(event.value)).props(
-            "no-caps unelevated toggle-color=primary")
+        toggle = ui.toggle(names, value=studio.store.setting("theme", "auto"), on_change=lambda: choose(toggle.value))
+        toggle.props("no-caps unelevated toggle-color=primary")
 
 
 def _password(studio: Studio) -> None:
@@ -55,12 +55,12 @@ def _password(studio: Studio) -> None:
         studio.sessions.end_all()
         ui.navigate.to("/signin")
 
-    with _section("Password", f"{SHORTEST} characters at least. It lets you sign in without a link, and other machines "
-                              "with --host. Setting one ends all sessions, this one too."):
-        with ui.row().classes("fields"):
-            first = ui.input("New password", password=True).props("outlined dense autocomplete=new-password")
-            second = ui.input("Once more", password=True).props("outlined dense autocomplete=new-password")
-            main_button("Change it" if known else "Set it", change)
+    about = (f"{SHORTEST} characters at least. It lets you sign in without a link, and other machines with --host. "
+             "Setting one ends all sessions, this one too.")
+    with _section("Password", about), ui.row().classes("fields"):
+        first = ui.input("New password", password=True).props("outlined dense autocomplete=new-password")
+        second = ui.input("Once more", password=True).props("outlined dense autocomplete=new-password")
+        main_button("Change it" if known else "Set it", change)
 
 
 def _sessions(studio: Studio, own: str) -> None:
