@@ -50,11 +50,17 @@ def test_a_launch_link_works_once(sessions):
     assert sessions.use_token(token, "again") is None
 
 
-def test_a_launch_link_grows_old_and_a_newer_one_takes_its_place(sessions, clock):
-    first, second = sessions.new_token(), sessions.new_token()
-    assert sessions.use_token(first, "") is None
+def test_a_launch_link_grows_old(sessions, clock):
+    token = sessions.new_token()
     clock.now += 60 * LINK_MINUTES + 1
-    assert sessions.use_token(second, "") is None
+    assert sessions.use_token(token, "") is None
+
+
+def test_whoever_asks_for_links_spoils_no_others_and_is_slowed_down(sessions, clock):
+    first, *_ = [sessions.new_token() for _ in range(round(TRIES))]
+    with pytest.raises(TooManyTriesError):
+        sessions.new_token()
+    assert sessions.use_token(first, "")
 
 
 @pytest.mark.parametrize("token", ["", "x", "é\ud800"])

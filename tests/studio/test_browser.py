@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from dgemma.studio.store import Store
 from support.studio import PUZZLE, demo, launch_link, studio
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not here (pip install playwright)")
@@ -175,6 +176,49 @@ def test_stop_stops_and_the_conversation_goes_on(tab, tmp_path):
         finished(page)
         assert "stopped by you" in page.locator(".cv-status").inner_text()
         assert page.get_by_role("button", name="Send").is_visible()
+
+
+def test_conversations_are_renamed_found_and_deleted(tab, link_to):
+    page = tab()
+    link_to(page)
+    ask(page, PUZZLE)
+    finished(page)
+
+    def menu(name):
+        page.locator(".conversation.here").hover()
+        page.locator(".conversation.here").get_by_role("button", name="More").click()
+        page.get_by_role("menuitem", name=name).click()
+
+    menu("Rename")
+    page.get_by_role("textbox", name="Name").fill("A puzzle of mine")
+    page.get_by_role("button", name="Rename").click()
+    playwright.expect(page.locator(".bar-title")).to_have_text("A puzzle of mine")
+    page.get_by_role("textbox", name="Search conversations").fill("puzzle mine")
+    playwright.expect(page.locator(".conversation")).to_have_count(1)
+    page.get_by_role("textbox", name="Search conversations").fill("")
+    menu("Delete")
+    page.get_by_role("button", name="Delete").click()
+    playwright.expect(page.get_by_text("A puzzle of mine")).to_have_count(0)
+    playwright.expect(page.get_by_text("Watch a text come into focus")).to_be_visible()
+
+
+def test_a_server_that_is_stopped_keeps_what_there_was(tab, tmp_path):
+    with demo(tmp_path, seconds=0.05, steps=10) as link:
+        page = tab(foreseen="WebSocket|ERR_CONNECTION_REFUSED")
+        page.goto(link)
+        page.wait_for_selector(WORDS)
+        ask(page, "Once")
+        finished(page)
+    with demo(tmp_path, seconds=0.3, steps=100) as link:
+        page.goto(link)
+        page.wait_for_selector(WORDS)
+        page.locator(".conversation").click()
+        ask(page, "Twice")
+        page.wait_for_selector(".cv.live .t")
+    store = Store(tmp_path)
+    _, first, _, second = store.branch(store.conversations()[0].id)
+    store.close()
+    assert first.status == "done" and second.status == "stopped" and "server" in second.info["error"]
 
 
 def test_the_page_fits_a_phone(tab, link_to):

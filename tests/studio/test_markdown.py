@@ -130,6 +130,10 @@ def test_formulas_become_mathml(source):
     assert "<msup><mi>x</mi><mn>2</mn></msup>" in to_html(f"Here: {source}" if "\n" not in source else source)
 
 
+def test_lines_stay_lines():
+    assert "<br>" in to_html("534678912\n672195348")
+
+
 def test_prices_are_no_formulas():
     assert "<math" not in to_html("It costs $5 today and $6 tomorrow.")
 

@@ -79,6 +79,7 @@ class Answer:
         self._began: float | None = None
         self._token_ids: list[int] = []
         self._stopped = False
+        self._why: str | None = None
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -96,9 +97,9 @@ class Answer:
             self._end("stopped", None)
             self._tell()
 
-    def stop(self) -> None:
-        """End it within a step; what was committed stays."""
-        self._stopped = True
+    def stop(self, why: str | None = None) -> None:
+        """End it within a step; what was committed stays. ``why``: what is told of that, if it was not the user."""
+        self._stopped, self._why = True, why
         if self.running and self._task is not None:
             self._task.cancel()
 
@@ -186,7 +187,7 @@ class Answer:
             self.text, self.reasoning, self.calls = read.text, read.reasoning or "", list(read.tool_calls)
             self.info = {"seed": request.seed}
         self._count("stopped")
-        self._end("stopped", None)
+        self._end("stopped", self._why)
 
     def _end(self, status: Status, error: str | None) -> None:
         if not self.running:
@@ -300,7 +301,7 @@ class Answers:
     async def close(self) -> None:
         """Stop everything, and wait until it is written down."""
         for answer in self._answers.values():
-            answer.stop()
+            answer.stop(STOPPING)
         if self._savers:
             await asyncio.wait(self._savers)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import secrets
 import time
 from collections.abc import Callable
@@ -97,21 +96,23 @@ class Sessions:
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.time):
         self._store, self._clock = store, clock
-        self._token: tuple[str, float] | None = None  # digest, until when
+        self._tokens: dict[str, float] = {}  # digest -> until when
+        self._links = RateLimit(TRIES)
         self._noted: dict[str, float] = {}  # digest -> when it was last noted as seen
 
     def new_token(self) -> str:
-        """What a launch link has in it; an older one works no more."""
+        """What a launch link has in it. Raises `TooManyTriesError`: whoever asks for links is not known yet."""
+        if wait := self._links.wait("", self._clock()):
+            raise TooManyTriesError(wait)
         token = secrets.token_urlsafe(32)
-        self._token = (_digest(token), self._clock() + 60 * LINK_MINUTES)
+        self._tokens[_digest(token)] = self._clock() + 60 * LINK_MINUTES
         return token
 
     def use_token(self, token: str, label: str) -> str | None:
         """The cookie of a new session for a token that was not used before; None for any other."""
-        known, until = self._token or ("", 0.0)
-        if not hmac.compare_digest(known, _digest(token)) or self._clock() > until:
+        self._tokens = {digest: until for digest, until in self._tokens.items() if until >= self._clock()}
+        if self._tokens.pop(_digest(token), None) is None:
             return None
-        self._token = None
         return self.begin(label)
 
     def begin(self, label: str) -> str:

@@ -151,14 +151,15 @@ class Gate:
             return _sign_in_page(self._with_password())
         if request.url.path == SIGN_IN and request.method == "POST":
             form = await _form(request)
-            if "link" in form:
-                self._tell(f"{request.url.scheme}://{request.headers['host']}{LAUNCH}?token="
-                           f"{quote(self.sessions.new_token())}")
-                return _sign_in_page(self._with_password(), "A new link is in the terminal.")
             try:
+                if "link" in form:
+                    self._tell(f"{request.url.scheme}://{request.headers['host']}{LAUNCH}?token="
+                               f"{quote(self.sessions.new_token())}")
+                    return _sign_in_page(self._with_password(), "A new link is in the terminal.")
                 right = await self.passwords.check(form.get("password", ""), address)
             except TooManyTriesError as error:
-                return _sign_in_page(True, f"Too many tries. Wait {error.seconds:.0f} seconds.", 429)
+                message = f"Too many tries. Wait {error.seconds:.0f} seconds."
+                return _sign_in_page(self._with_password(), message, 429)
             if right:
                 return self._welcome(request, self.sessions.begin(label))
             return _sign_in_page(self._with_password(), "That is not the password.", 403)

@@ -8,12 +8,14 @@ from typing import Any
 from nicegui import ui
 
 
-def icon_button(icon: str, label: str, action: Callable[..., Any] | None = None, *, small: bool = False) -> ui.button:
-    """A round button; ``label`` is what is read out, and shown after a while."""
+def icon_button(icon: str, label: str, action: Callable[..., Any] | None = None, *, small: bool = False,
+                hint: bool = True) -> ui.button:
+    """A round button; ``label`` is what is read out and, as a ``hint``, shown after a while."""
     button = ui.button(color=None, icon=icon, on_click=action).classes("quiet")
     button.props(f'flat round dense{" size=sm" if small else ""} aria-label="{label}"')
-    with button:
-        ui.tooltip(label).props("delay=600")
+    if hint:
+        with button:
+            ui.tooltip(label).props("delay=600")
     return button
 
 

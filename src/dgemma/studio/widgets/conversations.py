@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from datetime import date, datetime, timedelta
+from functools import partial
 
 from nicegui import events, ui
 
@@ -25,6 +26,7 @@ class Conversations:
 
     def __init__(self, studio: Studio, open_: Callable[[str | None], None], current: Callable[[], str | None]):
         self._studio, self._open, self._current = studio, open_, current
+        self._most = 60  # rows
         with ui.element("div").classes("find"):
             new = text_button("New chat", lambda: open_(None), icon="add").classes("new-chat", remove="quiet")
             new.props("align=left data-key=new")
@@ -49,6 +51,8 @@ class Conversations:
             conversations = self._studio.store.conversations()
             if not conversations:
                 ui.label("Your conversations will be here.").classes("nothing")
+            more = len(conversations) - self._most
+            conversations = conversations[: self._most]
             group = ""
             for conversation in conversations:
                 heading = "Pinned" if conversation.pinned else when(conversation.updated)
@@ -56,6 +60,12 @@ class Conversations:
                     group = heading
                     ui.label(heading).classes("group-name")
                 self._row(conversation)
+            if more > 0:
+                text_button(f"Show {more} more", self._show_more, small=True).classes("wide")
+
+    def _show_more(self) -> None:
+        self._most *= 4
+        self.refresh()
 
     def _found(self, words: str) -> None:
         seen: set[str] = set()
@@ -76,13 +86,20 @@ class Conversations:
                 ui.label(conversation.title).classes("conversation-title")
                 if excerpt:
                     ui.label(excerpt).classes("conversation-excerpt")
-            with icon_button("more_horiz", "More", small=True).classes("more"), ui.menu().props("auto-close"):
-                ui.menu_item("Unpin" if conversation.pinned else "Pin", lambda: self._pin(conversation))
-                ui.menu_item("Rename …", lambda: self._rename(conversation))
-                ui.menu_item("Export as Markdown", lambda: self._export(conversation, "md"))
-                ui.menu_item("Export as JSON", lambda: self._export(conversation, "json"))
-                ui.separator()
-                ui.menu_item("Delete …", lambda: self._delete(conversation)).classes("danger")
+            more = icon_button("more_horiz", "More", lambda: self._menu(more, conversation), small=True, hint=False)
+            more.classes("more")
+
+    def _menu(self, button: ui.button, conversation: Conversation) -> None:
+        """What can be done with a conversation: made when it is wanted, for there may be hundreds of rows."""
+        with button, ui.menu().props("auto-close no-parent-event") as menu:
+            for label, action in (
+                ("Unpin" if conversation.pinned else "Pin", self._pin), ("Rename …", self._rename),
+                ("Export as Markdown", partial(self._export, "md")), ("Export as JSON", partial(self._export, "json")),
+                ("Delete …", self._delete)):
+                item = ui.menu_item(label, partial(action, conversation)).props("role=menuitem")
+            item.classes("danger")
+        menu.on("hide", menu.delete)
+        menu.open()
 
     def _pin(self, conversation: Conversation) -> None:
         self._studio.store.change_conversation(conversation.id, pinned=not conversation.pinned)
@@ -113,7 +130,7 @@ class Conversations:
             _buttons(dialog, "Delete", delete, color="negative")
         dialog.open()
 
-    def _export(self, conversation: Conversation, kind: str) -> None:
+    def _export(self, kind: str, conversation: Conversation) -> None:
         store = self._studio.store
         data = (export_json(store, [conversation.id]) if kind == "json"
                 else export_markdown(store, conversation.id).encode("utf-8", "replace"))
