@@ -196,6 +196,7 @@ def test_conversations_are_renamed_found_and_deleted(tab, link_to):
     page.get_by_role("textbox", name="Search conversations").fill("puzzle mine")
     playwright.expect(page.locator(".conversation")).to_have_count(1)
     page.get_by_role("textbox", name="Search conversations").fill("")
+    playwright.expect(page.locator(".conversations .group-name").first).to_be_visible()
     menu("Delete")
     page.get_by_role("button", name="Delete").click()
     playwright.expect(page.get_by_text("A puzzle of mine")).to_have_count(0)

@@ -17,9 +17,9 @@ from nicegui import Event, context, ui
 from dgemma.serve.backend import Serving
 from dgemma.studio.answers import Answers
 from dgemma.studio.auth import Sessions
+from dgemma.studio.buttons import icon_button
 from dgemma.studio.markdown import code_styles
 from dgemma.studio.store import Store
-from dgemma.studio.widgets.buttons import icon_button
 
 STATIC = Path(__file__).parent / "static"
 THEMES = {"auto": None, "light": False, "dark": True}

@@ -14,9 +14,9 @@ from typing import Any
 from nicegui import ui
 
 from dgemma.errors import DgemmaError
+from dgemma.studio.buttons import icon_button
 from dgemma.studio.frame import Frame, Page, Studio
 from dgemma.studio.store import Message, title_of
-from dgemma.studio.widgets.buttons import icon_button
 from dgemma.studio.widgets.controls import Controls
 from dgemma.studio.widgets.conversations import Conversations
 from dgemma.studio.widgets.message import Actions, Shown, show, show_branches

@@ -14,8 +14,8 @@ from nicegui import ui
 from dgemma import __version__
 from dgemma.errors import DgemmaError
 from dgemma.studio.auth import SHORTEST, Session, has_password, set_password
+from dgemma.studio.buttons import main_button, text_button
 from dgemma.studio.frame import THEMES, Frame, Page, Studio
-from dgemma.studio.widgets.buttons import main_button, text_button
 
 
 async def build(studio: Studio, frame: Frame) -> None:

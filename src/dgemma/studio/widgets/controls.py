@@ -13,7 +13,7 @@ from nicegui import ui
 
 from dgemma.config import GenerationConfig
 from dgemma.errors import DgemmaError
-from dgemma.studio.widgets.buttons import text_button
+from dgemma.studio.buttons import text_button
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from functools import partial
 from nicegui import events, ui
 
 from dgemma.errors import DgemmaError
+from dgemma.studio.buttons import icon_button, main_button, text_button
 from dgemma.studio.exchange import export_json, export_markdown, import_file
 from dgemma.studio.frame import Studio
 from dgemma.studio.store import Conversation
-from dgemma.studio.widgets.buttons import icon_button, main_button, text_button
 
 LARGEST_IMPORT = 64 << 20  # bytes
 
@@ -34,6 +34,7 @@ class Conversations:
             self._words.props('outlined dense clearable debounce=150 data-key=search aria-label="Search conversations"')
             with self._words.add_slot("prepend"):
                 ui.icon("search").classes("find-icon")
+        self._apart = ui.element("div")  # for what has to outlive a row: answers end, and the list is made anew
         self._list = ui.element("nav").classes("conversations").props('aria-label="Conversations"')
         with ui.row().classes("find-foot"):
             text_button("Import", self._import, icon="upload_file", small=True)
@@ -91,7 +92,7 @@ class Conversations:
 
     def _menu(self, button: ui.button, conversation: Conversation) -> None:
         """What can be done with a conversation: made when it is wanted, for there may be hundreds of rows."""
-        with button, ui.menu().props("auto-close no-parent-event") as menu:
+        with self._apart, ui.menu().props(f'auto-close no-parent-event target="#{button.html_id}"') as menu:
             for label, action in (
                 ("Unpin" if conversation.pinned else "Pin", self._pin), ("Rename …", self._rename),
                 ("Export as Markdown", partial(self._export, "md")), ("Export as JSON", partial(self._export, "json")),
@@ -161,7 +162,7 @@ class Conversations:
         dialog.open()
 
     def _dialog(self, title: str) -> ui.dialog:
-        with self._list, ui.dialog() as dialog, ui.card().classes("dialog"):
+        with self._apart, ui.dialog() as dialog, ui.card().classes("dialog"):
             ui.label(title).classes("dialog-title")
         return dialog
 

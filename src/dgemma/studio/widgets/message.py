@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from nicegui import background_tasks, ui
 
 from dgemma.studio.answers import Answer
+from dgemma.studio.buttons import icon_button, main_button, text_button
 from dgemma.studio.markdown import plain_to_html, to_html
 from dgemma.studio.store import Message
-from dgemma.studio.widgets.buttons import icon_button, main_button, text_button
 from dgemma.studio.widgets.canvas import Canvas, summary
 
 
