@@ -1,4 +1,5 @@
 # make demo: an environment, then the bundled model solves a Sudoku before your eyes.
+# make studio: an environment, then the studio opens in the browser.
 # make test: an environment, then the whole test suite. PYTHON=python3.12 make … chooses another Python.
 
 PYTHON ?= python3
@@ -7,11 +8,14 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint clients sanitize clean
+.PHONY: demo studio test lint clients sanitize clean
 
 demo: .venv/.base
 	@$(BIN)/dgemma run --seed 1 --pace 0.3 \
 	  "Please solve this Sudoku: 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+
+studio: .venv/.studio
+	@$(BIN)/dgemma studio $(ARGS)
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
@@ -54,11 +58,19 @@ sanitize: .venv/.dev
 	@$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-# What the extras ask for, without building the package itself again.
+# What an extra asks for, without building the package itself again.
+define needs
+$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+  print(*(need for extra in '$(1)'.split() for need in extras[extra] if not need.startswith('dgemma')), sep='\n')"
+endef
+
+.venv/.studio: .venv/.base
+	@$(call needs,serve studio) > .venv/studio.txt
+	@$(BIN)/pip install --quiet --requirement .venv/studio.txt
+	@touch $@
+
 .venv/.dev: .venv/.base
-	@$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
-	  print(*(need for extra in ('serve', 'tools', 'train', 'vision', 'dev') for need in extras[extra] if not need.startswith('dgemma')), sep='\n')" \
-	  > .venv/dev.txt
+	@$(call needs,serve studio tools train vision dev) > .venv/dev.txt
 	@$(BIN)/pip install --quiet --requirement .venv/dev.txt
 	@touch $@
 

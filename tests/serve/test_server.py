@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import httpx2 as httpx
 import pytest
+import websockets.sync.client
 from typer.testing import CliRunner
 
 from dgemma.cli.main import app
@@ -119,6 +120,20 @@ def test_an_answer_may_take_longer_than_its_request(model):
     with served(application, http=impatient(0.3)) as url, httpx.Client(timeout=30) as http:
         for _ in range(2):
             assert http.post(url + PATH, json=CHAT).json()["choices"][0]["message"]["content"] == "ab"
+
+
+def test_a_websocket_may_be_silent_for_as_long_as_it_likes():
+    async def echo(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": message["text"]})
+
+    with (served(echo, http=impatient(0.2)) as url,
+          websockets.sync.client.connect(url.replace("http", "ws"), proxy=None) as socket):
+        time.sleep(0.5)
+        socket.send("still here")
+        assert socket.recv(timeout=5) == "still here"
 
 
 @pytest.mark.parametrize("changes", [

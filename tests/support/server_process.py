@@ -1,4 +1,4 @@
-"""`dgemma serve` as a process of its own."""
+"""`dgemma serve`, or another command that serves, as a process of its own."""
 
 import os
 import re
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 class Process:
     """The command, its port once it is ready, and what it says on stderr."""
 
-    def __init__(self, *arguments, **environment):
+    def __init__(self, *arguments, command="serve", **environment):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dgemma.cli.main", "serve", *arguments], stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "dgemma.cli.main", command, *arguments], stderr=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
         self.lines = []
         self.reader = threading.Thread(target=self._read, daemon=True)

@@ -25,6 +25,7 @@ from dgemma.cli.commands.quantize import quantize
 from dgemma.cli.commands.replay import replay
 from dgemma.cli.commands.run import run
 from dgemma.cli.commands.serve import serve
+from dgemma.cli.commands.studio import studio
 from dgemma.cli.commands.train import train
 from dgemma.cli.streams import give_up_stdout, occupy_descriptors
 from dgemma.cli.terminal.console import printable, say, say_error, say_warning
@@ -50,7 +51,7 @@ app = typer.Typer(name="dgemma", cls=Commands, no_args_is_help=True, add_complet
                   pretty_exceptions_enable=False,
                   help="Run, watch and train DiffusionGemma: text by denoising a whole canvas at a time.",
                   context_settings={"help_option_names": ["-h", "--help"]})
-for command in (run, chat, serve, pull, inspect, quantize, merge, bench, replay, train, doctor):
+for command in (run, chat, serve, studio, pull, inspect, quantize, merge, bench, replay, train, doctor):
     app.command()(command)
 app.add_typer(models_app, name="models")
 app.add_typer(evaluate_app, name="eval")

@@ -46,11 +46,12 @@ class Health(BaseModel):
 
 
 def create_app(model: ServedModel, backend: Backend, settings: Settings) -> FastAPI:
-    """The application over a backend that runs, or will when the first request comes."""
+    """The application over a backend that runs, or will when the first request comes; its state has the `Serving`."""
     metrics = Metrics(backend.stats, model.pictures)
     request_log = None if settings.debug_requests is None else RequestLog(settings.debug_requests)
     serving = Serving(model, backend, settings, metrics)
     app = FastAPI(title="dgemma", version=__version__, description=_ABOUT, redoc_url=None)
+    app.state.serving = serving
     errors.install(app)
 
     @app.get("/health", tags=["Server"], response_model=Health,

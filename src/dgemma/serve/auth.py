@@ -97,10 +97,13 @@ class AuthMiddleware:
         part of that page's site, which may read everything. Who has a key is no such page.
         """
         given, allowed = headers.get("host", ""), self.settings.allowed_hosts
-        if self.keys or "*" in allowed or not given or _is_address(given) or _name(given) in map(_name, allowed):
+        if self.keys or "*" in allowed or not given or is_address(given):
             return
-        raise ApiError(403, f"this server does not answer to the name {_name(given)!r}: start it with --allowed-hosts "
-                       f"{_name(given)}, or with an API key", code="host_not_allowed")
+        if host_name(given) in map(host_name, allowed):
+            return
+        name = host_name(given)
+        raise ApiError(403, f"this server does not answer to the name {name!r}: start it with --allowed-hosts {name}, "
+                       "or with an API key", code="host_not_allowed")
 
     def _check_origin(self, headers: Headers) -> None:
         """Web pages of other origins may not call, not even with requests that browsers send without asking first.
@@ -115,7 +118,7 @@ class AuthMiddleware:
             own = urlsplit(origin).netloc
         except ValueError:
             own = ""
-        if own and own == headers.get("host") and _is_address(own):
+        if own and own == headers.get("host") and is_address(own):
             return
         raise ApiError(403, f"web pages of {origin!r} may not use this server: start it with --allowed-origins")
 
@@ -168,7 +171,7 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
-def _name(netloc: str) -> str:
+def host_name(netloc: str) -> str:
     """The host of "host:port", in lower case; what is no host as it is."""
     try:
         host = urlsplit(f"//{netloc}").hostname
@@ -177,9 +180,9 @@ def _name(netloc: str) -> str:
     return (host or netloc).lower().removesuffix(".")
 
 
-def _is_address(netloc: str) -> bool:
+def is_address(netloc: str) -> bool:
     """Whether a host is an IP address or this very machine, whose meaning no name server can change."""
-    host = _name(netloc)
+    host = host_name(netloc)
     if host in LOCAL_NAMES:
         return True
     try:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from dgemma.engine.service import Service
@@ -59,22 +60,36 @@ def serve(model: Model, settings: Settings, listener: socket.socket, *, max_num_
 
     Then nothing more is taken, and what runs or waits has ``grace`` seconds to finish; a second Ctrl-C ends that.
     """
-    _log_to_stderr()
     service = Service(model.network, model.reader, model.prefixes, max_num_seqs=max_num_seqs, max_queue=max_queue,
                       memory=model.request_memory())
     for name, path in adapters.items():
         service.load_adapter(name, path)
     app = create_app(model, service, settings)
-    # The log is ours; headers that name the software say nothing a client needs.
-    config = uvicorn.Config(app, http=impatient(settings.body_timeout), log_config=None, access_log=False,
-                            server_header=False, timeout_graceful_shutdown=round(grace + _SLACK))
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     limit = min(settings.max_model_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    url = url_of(listener)
     ready = (f"dgemma serves {', '.join([*settings.served_names, *adapters])} at {url} "
              f"({max_num_seqs} at a time, {max_queue} waiting, {limit} tokens each, "
              f"{'with a key' if settings.api_keys else 'no key needed'}); docs at {url}/docs, Ctrl-C stops")
-    server = _Server(config, service, grace, lambda: log.info(ready))
+    return run(app, service, listener, grace=grace, body_timeout=settings.body_timeout, ready=lambda: log.info(ready))
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a server that listens there is found."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(app: ASGIApp, service: Service, listener: socket.socket, *, grace: float, body_timeout: float,
+        ready: Callable[[], None]) -> int:
+    """Run an application and the engine it stands on until SIGTERM or Ctrl-C; returns how many answers were cut off.
+
+    ``ready`` is called when it takes requests; ``body_timeout`` are the seconds that a client has for a request's head.
+    """
+    _log_to_stderr()
+    # The log is ours; headers that name the software say nothing a client needs.
+    config = uvicorn.Config(app, http=impatient(body_timeout), log_config=None, access_log=False,
+                            server_header=False, timeout_graceful_shutdown=round(grace + _SLACK))
+    server = _Server(config, service, grace, ready)
     service.start()
     server.run(sockets=[listener])
     return server.cut
@@ -104,6 +119,10 @@ def impatient(seconds: float) -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._wait_no_more()
             super().connection_lost(exc)
+
+        def handle_websocket_upgrade(self, *event: Any) -> None:
+            self._wait_no_more()  # the connection is another protocol's from now on
+            super().handle_websocket_upgrade(*event)  # type: ignore[misc]
 
         def _busy(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete

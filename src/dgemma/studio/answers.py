@@ -1,0 +1,329 @@
+"""Answers while they are made, and for a while after: they live here, on the server, whoever looks at them.
+
+A page that is reloaded, or a second one, finds its answer by its message and goes on watching. Works on: a backend
+(`dgemma.serve.backend`), a store. Knows nothing of: pages, the network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dgemma.chat.reply import Called, Piece, Thought, read_answer
+from dgemma.config import SAMPLER_SETTINGS
+from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Event, Failed, Finished
+from dgemma.diffusion.request import Request
+from dgemma.errors import DgemmaError
+from dgemma.serve.ask import Ask, Caller, engine_request
+from dgemma.serve.backend import Serving
+from dgemma.serve.errors import as_api_error
+from dgemma.serve.metrics import RequestListener
+from dgemma.studio.recording import Recording
+from dgemma.studio.store import Message, Status, Store
+
+log = logging.getLogger("dgemma.studio")
+
+RECENT = 20  # answers whose recordings stay in memory
+SAVE_EVERY = 1.0  # seconds at least between two notes of an answer that goes on
+STOPPING = "The server is stopping and has cut off this answer."
+_CALLER = Caller("studio", "", "studio")
+_PLAIN = ("max_tokens", "seed", "temperature", "top_k", "top_p")  # what an `Ask` has a field for
+_OTHERS = ("thinking", "reasoning_budget", "stop", *SAMPLER_SETTINGS)
+OPTIONS = (*_PLAIN, *_OTHERS)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is worth telling of an answer, so far. ``tokens`` are delivered ones: noise, fill and stop tokens are none.
+
+    ``seconds`` are from its first canvas on; ``finish_reason`` is None until it is over.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    canvases: int = 0
+    prompt_tokens: int = 0
+    finish_reason: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+class Answer:
+    """One answer: what it says by now, how it came to be, and whether it goes on.
+
+    For the event loop's thread. ``changed`` waits for news; who watches reads the fields then, as fast as he likes.
+    """
+
+    def __init__(self, serving: Serving, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any],
+                 clock: Callable[[], float] = time.monotonic):
+        """``messages`` and ``options`` (of `OPTIONS`) are what it answers, and how."""
+        self.serving, self.messages, self.options = serving, list(messages), dict(options)
+        self.id = ""  # of its message, if it has one
+        self.conversation = ""
+        self.recording = Recording()
+        self.text = self.reasoning = ""
+        self.calls: list[dict[str, Any]] = []
+        self.status: Status = "running"
+        self.error: str | None = None
+        self.figures = Figures()
+        self.info: dict[str, Any] = {}  # what is kept of it, when it is over
+        self._clock = clock
+        self._began: float | None = None
+        self._token_ids: list[int] = []
+        self._stopped = False
+        self._why: str | None = None
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.status == "running"
+
+    def start(self) -> None:
+        """Begin; once."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        if self.running:  # stopped before it had begun
+            self._end("stopped", None)
+            self._tell()
+
+    def stop(self, why: str | None = None) -> None:
+        """End it within a step; what was committed stays. ``why``: what is told of that, if it was not the user."""
+        self._stopped, self._why = True, why
+        if self.running and self._task is not None:
+            self._task.cancel()
+
+    async def changed(self) -> None:
+        """Wait for news; there may have been some before."""
+        await self._news.wait()
+
+    async def finished(self) -> None:
+        """Wait until it is over."""
+        while self.running:
+            await self.changed()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def _run(self) -> None:
+        """All of it. Nothing is raised: what goes wrong is the answer's ``error``."""
+        request: Request | None = None
+        try:
+            request = await engine_request(self.serving, ask_of(self.messages, self.options))
+            listener = RequestListener(self.serving.metrics, request, self.serving.model.tokenizer.decode)
+            events = await self.serving.backend.admit(request)
+            try:
+                async for event in events:
+                    listener(event)
+                    self._apply(event, request)
+                    self._tell()
+            finally:
+                await asyncio.shield(events.aclose())
+            if self.running:
+                self._end("failed", "The engine ended without finishing this answer.")
+        except asyncio.CancelledError:
+            self._cut(request)
+            if not self._stopped:
+                raise  # the loop is ending
+        except Exception as error:
+            foreseen = DgemmaError(str(error)) if isinstance(error, ValueError) else error  # of what cannot be run
+            self._end("failed", as_api_error(foreseen).message)
+        finally:
+            self._tell()
+
+    def _apply(self, event: Event, request: Request) -> None:
+        tokenizer = self.serving.model.tokenizer
+        self.recording.apply(event, lambda token: (tokenizer.token_bytes(token), tokenizer.is_special(token)))
+        if isinstance(event, CanvasStarted) and self._began is None:
+            self._began = self._clock()
+            self.figures = Figures(prompt_tokens=len(request.prompt_ids))
+        elif isinstance(event, CanvasCommitted):
+            self._token_ids += event.token_ids
+            self._say(event.pieces)
+            self._count()
+        elif isinstance(event, Finished):
+            made = event.generation
+            self._say(event.answer.rest)
+            reason = "stop" if event.answer.stopped is not None else made.finish_reason
+            self._count("tool_calls" if reason == "stop" and self.calls else reason)
+            self.info = {"steps": made.steps, "seed": made.seed, "cached_tokens": made.cached_tokens,
+                         "thought_tokens": event.answer.thought_tokens}
+            cut = reason == "cancelled"
+            self._end("stopped" if cut else "done", STOPPING if cut else None)
+        elif isinstance(event, Failed):
+            log.error("an answer could not be finished: %s", event.error)
+            self._end("failed", event.told or "The engine could not finish this answer: the terminal says why.")
+
+    def _say(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if isinstance(piece, Called):
+                self.calls.append({"name": piece.name, "arguments": piece.arguments})
+            elif isinstance(piece, Thought):
+                self.reasoning += piece.text
+            else:
+                self.text += piece.text
+
+    def _count(self, finish_reason: str | None = None) -> None:
+        seconds = 0.0 if self._began is None else self._clock() - self._began
+        self.figures = Figures(len(self._token_ids), seconds, len(self.recording.canvases),
+                               self.figures.prompt_tokens, finish_reason)
+
+    def _cut(self, request: Request | None) -> None:
+        """It was stopped: what was committed is all there is."""
+        if request is not None:
+            tokenizer = self.serving.model.tokenizer
+            read = read_answer(tokenizer, request.prompt_ids, self._token_ids, **request.reading)
+            self.text, self.reasoning, self.calls = read.text, read.reasoning or "", list(read.tool_calls)
+            self.info = {"seed": request.seed}
+        self._count("stopped")
+        self._end("stopped", self._why)
+
+    def _end(self, status: Status, error: str | None) -> None:
+        if not self.running:
+            return
+        self.status, self.error, figures = status, error, self.figures
+        self.info = {**self.info, "finish_reason": figures.finish_reason, "tokens": figures.tokens,
+                     "seconds": round(figures.seconds, 3), "tokens_per_second": round(figures.tokens_per_second, 1),
+                     "prompt_tokens": figures.prompt_tokens, "canvases": figures.canvases,
+                     "model": self.serving.settings.served_names[0], "options": self.options}
+        if self.calls:
+            self.info["tool_calls"] = self.calls
+        if error is not None:
+            self.info["error"] = error
+
+
+def ask_of(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Ask:
+    """What is asked of the model; options that are None are left to it. Raises DgemmaError for unknown ones."""
+    unknown = sorted(options.keys() - set(OPTIONS))
+    if unknown:
+        raise DgemmaError(f"there is no setting {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
+    plain: dict[str, Any] = {name: options.get(name) for name in _PLAIN}
+    others = {name: options[name] for name in _OTHERS if options.get(name) is not None}
+    return Ask(prompt=[dict(message) for message in messages], client=_CALLER, options=others, **plain)
+
+
+class Answers:
+    """The answers to the messages of conversations: those that are made, and the recordings of recent ones.
+
+    ``serving`` gives what answers at the moment. ``changed`` is told of a conversation in which something began or
+    ended.
+    """
+
+    def __init__(self, serving: Callable[[], Serving], store: Store,
+                 changed: Callable[[str], None] = lambda conversation: None,
+                 clock: Callable[[], float] = time.monotonic):
+        self._serving, self._store, self._changed, self._clock = serving, store, changed, clock
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
+        self._savers: set[asyncio.Task[None]] = set()
+
+    def get(self, message: str) -> Answer | None:
+        """The answer that a message of the assistant is, if it is made now or was lately."""
+        return self._answers.get(message)
+
+    def running(self, conversation: str) -> list[Answer]:
+        """What is made in a conversation now."""
+        return [answer for answer in self._answers.values() if answer.conversation == conversation and answer.running]
+
+    def start(self, question: Message, options: Mapping[str, Any] | None = None) -> Answer:
+        """Answer a message, the last one of its branch; another answer to the same one is a branch beside it.
+
+        ``options``: those of the conversation if None. Raises DgemmaError when the conversation is not there any more.
+        """
+        owner = self._store.conversation(question.conversation)
+        if owner is None:
+            raise DgemmaError("this conversation was deleted")
+        options = owner.options if options is None else options
+        answer = Answer(self._serving(), prompt_of(self._store, owner.system, question), options, self._clock)
+        message = self._store.add_message(owner.id, "assistant", "", parent=question.id, status="running",
+                                          info={"model": answer.serving.settings.served_names[0]})
+        answer.id, answer.conversation = message.id, owner.id
+        self._answers[message.id] = answer
+        self._forget()
+        answer.start()
+        saver = asyncio.get_running_loop().create_task(self._save(answer))
+        self._savers.add(saver)
+        saver.add_done_callback(self._savers.discard)
+        self._changed(owner.id)
+        return answer
+
+    def stop(self, message: str) -> None:
+        """Stop the answer, if it is being made."""
+        if (answer := self.get(message)) is not None:
+            answer.stop()
+
+    def stop_all(self, conversation: str) -> None:
+        """Stop what is made in a conversation, as when it is deleted."""
+        for answer in self.running(conversation):
+            answer.stop()
+
+    def recording(self, message: str) -> Recording | None:
+        """How an answer came to be; None if nothing was kept of it. Raises DgemmaError when that is damaged."""
+        if (answer := self.get(message)) is not None:
+            return answer.recording
+        data = self._store.recording(message)
+        return None if data is None else Recording.unpack(data)
+
+    def _forget(self) -> None:
+        over = [id for id, answer in self._answers.items() if not answer.running]
+        for id in over[: max(len(self._answers) - RECENT, 0)]:
+            del self._answers[id]
+
+    async def _save(self, answer: Answer) -> None:
+        """Write an answer down as it comes: at its canvases' ends, once a second at most, and when it is over."""
+        saved, last = 0, -SAVE_EVERY
+        while answer.running:
+            await answer.changed()
+            if answer.running and answer.figures.canvases and answer.figures.tokens > saved:
+                wait = last + SAVE_EVERY - self._clock()
+                if wait > 0:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(answer.finished(), wait)
+                if answer.running:
+                    saved, last = answer.figures.tokens, self._clock()
+                    self._store.change_message(answer.id, content=answer.text, reasoning=answer.reasoning)
+        self._store.change_message(answer.id, content=answer.text, reasoning=answer.reasoning, status=answer.status,
+                                   info=answer.info)
+        if answer.recording.canvases:
+            self._store.put_recording(answer.id, answer.recording.pack())
+        self._changed(answer.conversation)
+
+    async def close(self) -> None:
+        """Stop everything, and wait until it is written down."""
+        for answer in self._answers.values():
+            answer.stop(STOPPING)
+        if self._savers:
+            await asyncio.wait(self._savers)
+
+
+def prompt_of(store: Store, system: str, last: Message) -> list[dict[str, Any]]:
+    """The messages of a branch up to ``last``, as a chat template wants them."""
+    known = {message.id: message for message in store.messages(last.conversation)}
+    path: list[Message] = []
+    at: Message | None = last
+    while at is not None:
+        path.append(at)
+        at = known.get(at.parent or "")
+    said = [{"role": "system", "content": system}] if system.strip() else []
+    return [*said, *({"role": message.role, "content": message.content, **_calls(message)} for message in path[::-1])]
+
+
+def _calls(message: Message) -> dict[str, Any]:
+    """What else a message has beside its content: an assistant's calls, a tool's name."""
+    calls = message.info.get("tool_calls")
+    if message.role == "assistant" and calls:
+        return {"tool_calls": [{"type": "function", "id": f"{message.id}-{number}", "function": call}
+                               for number, call in enumerate(calls)]}
+    if message.role == "tool":
+        return {name: message.info[name] for name in ("name", "tool_call_id") if name in message.info}
+    return {}

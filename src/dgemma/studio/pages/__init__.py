@@ -1,0 +1,1 @@
+"""The studio's pages: each module has a ``PAGE`` (`dgemma.studio.app.Page`), and is found by that."""
