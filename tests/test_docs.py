@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HERE = [page for page in PAGES if page.name != "serving.md"]  # that needs a server: test_serving_docs.py
 # A download, hours, a server, a model that sees (test_fine_tuning_docs.py, test_examples.py).
-SKIPPED = ("26B", "ORG/", "recipes/", "runs/extraction/", "dgemma serve", "dgemma studio", "--url", "scans", "examples/")
+SKIPPED = ("26B", "ORG/", "recipes/", "runs/extraction/", "dgemma serve", "dgemma studio", "--url", "scans",
+           "examples/")
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 
 RECIPE = """

@@ -48,7 +48,8 @@ def alone(store: Store) -> Iterator[None]:
 def run_studio(model: Model, settings: Settings, store: Store, listener: socket.socket, *, browser: bool,
                closed: bool) -> None:
     """Run until SIGTERM or Ctrl-C. ``closed``: the API wants a session, too."""
-    service = Service(model.network, model.reader, model.prefixes, max_num_seqs=MOST_AT_A_TIME, max_queue=MOST_WAITING)
+    service = Service(model.network, model.reader, model.prefixes, max_num_seqs=MOST_AT_A_TIME, max_queue=MOST_WAITING,
+                      memory=model.request_memory())
     url = url_of(listener)
     app, studio = create_studio(create_app(model, service, settings), store, port=listener.getsockname()[1],
                                 allowed_hosts=settings.allowed_hosts, closed=closed,
