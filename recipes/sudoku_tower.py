@@ -30,6 +30,7 @@ from dgemma.config import VisionConfig, vision_config_to_dict
 from dgemma.files import atomic_write, make_folder
 from dgemma.nn.vision import Vision
 from dgemma.tasks.sudoku_pictures import picture
+from dgemma.tasks.sudoku_questions import random_digits
 from dgemma.train.runs.state import initialise
 from dgemma.weights.files import SINGLE_FILE
 from dgemma.weights.save import write_safetensors
@@ -50,7 +51,7 @@ class Seen:
 
     def __init__(self, seed: tuple[int, ...], photo: bool, held_out: bool):
         rng = np.random.default_rng(seed)
-        self.grid = np.where(rng.random(81) < rng.uniform(0.2, 0.95), rng.integers(1, 10, 81), 0)
+        self.grid = random_digits(rng)
         drawn = picture(self.grid, rng, photo=photo, held_out=held_out)
         seen = prepare(drawn.image, BUDGET, TOWER)
         size, (height, width) = TOWER.patch_size, seen.pixels.shape[:2]

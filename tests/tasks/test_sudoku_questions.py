@@ -54,3 +54,10 @@ def test_held_out_pictures_are_the_same_every_time_and_are_read_and_solved():
             assert solved[0]["content"][0]["image"] == image
             assert Image.open(io.BytesIO(image)).mode == "RGB"
             assert sudoku.is_solved(sudoku.parse(solved[1]["content"]), sudoku.parse(read[1]["content"]))
+
+
+def test_random_digits_are_read_as_they_are_drawn_and_never_solved():
+    read = about(photos=0.0, reading=1.0, scribbled=1.0)
+    assert {one.answers[-1] for one in read}.isdisjoint(map(sudoku.format_grid, PUZZLES))
+    solved = about(photos=0.0, reading=0.0, scribbled=1.0)
+    assert [one.answers[-1] for one in solved] == list(map(sudoku.format_grid, SOLUTIONS))

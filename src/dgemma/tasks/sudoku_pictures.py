@@ -214,8 +214,8 @@ def _light(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.4:
         edge, softness, depth = rng.uniform(-0.4, 0.4), rng.uniform(0.01, 0.1), rng.uniform(0.1, 0.4)
         across = (sine * x)[None] - (cosine * y)[:, None]
-        shadow = np.exp((np.float32(edge) - across) / np.float32(softness))
-        light *= 1 - np.float32(depth) / (1 + shadow)
+        # A logistic step, by tanh: exp would overflow far from the edge.
+        light *= 1 - np.float32(depth / 2) * (1 + np.tanh((across - np.float32(edge)) / np.float32(2 * softness)))
     return light
 
 

@@ -51,23 +51,32 @@ class PictureQuestion:
 @dataclass(frozen=True)
 class PictureQuestions:
     """Questions about pictures: a share of ``photos`` photographed, a share of ``reading`` asked what they say, the
-    others to be solved. ``held_out``: in fonts that no other picture shows."""
+    others to be solved. In a share of ``scribbled`` of those that are read stand random digits, so that the picture
+    alone says which. ``held_out``: in fonts that no other picture shows."""
 
     photos: float
     reading: float
     held_out: bool = False
+    scribbled: float = 0.0
 
     def about(self, puzzles: np.ndarray, solutions: np.ndarray, rng: np.random.Generator) -> list[PictureQuestion]:
         """A question about each puzzle [N, 81], now and then all of them such as come after another."""
         turned = rng.random() < _TURNED
         found = []
         for puzzle, solution in zip(puzzles, solutions, strict=True):
-            image = picture(puzzle, rng, photo=bool(rng.random() < self.photos), held_out=self.held_out).image
             reads = [bool(rng.random() < self.reading) for _ in range(1 + turned)]
+            if all(reads) and rng.random() < self.scribbled:
+                puzzle = random_digits(rng)
+            image = picture(puzzle, rng, photo=bool(rng.random() < self.photos), held_out=self.held_out).image
             found.append(PictureQuestion(
                 image, tuple(str(rng.choice(_READ if read else _SOLVE)) for read in reads),
                 tuple(sudoku.format_grid(puzzle if read else solution) for read in reads)))
         return found
+
+
+def random_digits(rng: np.random.Generator) -> np.ndarray:
+    """A grid [81] of random digits, between a fifth of it and nearly all: no rule of Sudoku helps to read it."""
+    return np.where(rng.random(81) < rng.uniform(0.2, 0.95), rng.integers(1, 10, 81), 0)
 
 
 def held_out_questions(count: int, seed: int = 0) -> dict[str, list[list[dict[str, Any]]]]:

@@ -72,7 +72,7 @@ class SudokuData:
     ``beyond_singles``: the least share of puzzles that naked and hidden singles alone do not solve; ``stuck``: the
     share of those in which all that singles give is filled in already. ``pictures``: the share of batches in which
     puzzles come as pictures, of which a share of ``photos`` are photographed, and a share of ``reading`` are asked what
-    they say; the others are to be solved.
+    they say; the others are to be solved. ``scribbled``: of those that are read the share with random digits.
     """
 
     bases: int = 40_000
@@ -85,10 +85,11 @@ class SudokuData:
     pictures: float = 0.0
     photos: float = 0.5
     reading: float = 0.5
+    scribbled: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self, "between 0 and 1", lambda share: 0 <= share <= 1, "beyond_singles", "stuck", "pictures",
-                 "photos", "reading")
+                 "photos", "reading", "scribbled")
         if self.bases < 1 or self.curriculum_steps < 0:
             raise ValueError("bases must be at least 1 and curriculum_steps at least 0")
         if not MIN_GIVENS <= self.givens[0] <= self.givens[1] <= 80:

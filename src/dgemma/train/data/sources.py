@@ -200,7 +200,7 @@ def _puzzles(recipe: Recipe, data: SudokuData, tokenizer: Tokenizer, config: Mod
     if not data.pictures or config.vision is None:
         return Puzzles(made, kept)
     seen, kept_seen = (SeenPuzzles(batches, config.vision, data.pictures,
-                                   PictureQuestions(data.photos, data.reading, held_out))
+                                   PictureQuestions(data.photos, data.reading, held_out, data.scribbled))
                        for batches, held_out in ((made, False), (kept, True)))
     return Puzzles(made, kept, seen, kept_seen)
 
