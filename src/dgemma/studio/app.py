@@ -126,8 +126,7 @@ def _file(find: Callable[[], Path], kind: str, disposition: str = "inline") -> R
     if not path.is_file():
         return Response("this file is not there any more", 404)
     return FileResponse(path, media_type=kind, headers={
-        "Content-Disposition": disposition, "Cache-Control": "private, max-age=86400",
-        "Content-Security-Policy": "default-src 'none'; sandbox"})
+        "Content-Disposition": disposition, "Cache-Control": "private, max-age=86400"})
 
 
 def _add(page: Page, studio: Studio) -> None:

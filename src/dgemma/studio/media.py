@@ -11,6 +11,7 @@ import base64
 import hashlib
 import mimetypes
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,8 @@ Part = dict[str, Any]  # of a message: {"type": of KINDS, "media": the hash, "na
 class MediaFolder:
     """The folder; it is made when something is put into it."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, largest: Mapping[str, int] = LARGEST):
+        self.folder, self._largest = folder, largest
 
     def put_seen(self, data: bytes, name: str) -> Part:
         """Keep a picture or a film that somebody shows: the part of a message that it is. Raises DgemmaError."""
@@ -61,8 +62,8 @@ class MediaFolder:
 
     def _put(self, data: bytes, name: str, kind: str, image: Image | None) -> Part:
         name = Path(name).name[-_LONGEST:] or kind
-        if len(data) > LARGEST[kind]:
-            raise DgemmaError(f"{name}: {size_text(len(data))} are too much: at most {size_text(LARGEST[kind])}")
+        if len(data) > self._largest[kind]:
+            raise DgemmaError(f"{name}: {size_text(len(data))} are too much: at most {size_text(self._largest[kind])}")
         digest = hashlib.sha256(data).hexdigest()
         make_folder(self.folder)
         self.folder.chmod(0o700)  # what people show is theirs alone

@@ -140,13 +140,18 @@ class Toolboxes:
 
 def is_chosen(chosen: Choice) -> bool:
     """Whether a conversation has any tools."""
-    return any(value in ("ask", "auto") for name, value in chosen.items() if name in ABOUT or name.startswith(MCP))
+    return any(value in ("ask", "auto") for value in rooms_of(chosen).values())
 
 
-def with_rooms(chosen: Choice, room: str, value: Approval) -> dict[str, str]:
+def rooms_of(chosen: Choice) -> dict[str, str]:
+    """What a choice says of rooms alone."""
+    return {name: value for name, value in chosen.items() if name in ABOUT or name.startswith(MCP)}
+
+
+def with_room(chosen: Choice, room: str, value: Approval) -> dict[str, str]:
     """A choice in which a room is another: what was said of single tools is said no more."""
-    kept = {name: old for name, old in chosen.items() if name in ABOUT or name.startswith(MCP)}
-    return {**kept, room: value} if value != "off" else {name: old for name, old in kept.items() if name != room}
+    others = {name: old for name, old in rooms_of(chosen).items() if name != room}
+    return others if value == "off" else {**others, room: value}
 
 
 def approval(tool: str, room: str, chosen: Choice) -> Approval:

@@ -18,7 +18,7 @@ from dgemma.studio.exchange import export_json, export_markdown, import_file
 from dgemma.studio.frame import Studio
 from dgemma.studio.store import Conversation
 
-LARGEST_IMPORT = 64 << 20  # bytes
+LARGEST_IMPORT = 256 << 20  # bytes; pictures are in it
 
 
 class Conversations:
