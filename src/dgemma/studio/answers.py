@@ -111,9 +111,9 @@ class Answer(Watched):
             self._end("stopped", why)
             self._tell()
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, advice: str = "") -> None:
         """It cannot begin."""
-        self._end("failed", why)
+        self._end("failed", why, advice)
         self._tell()
 
     async def finished(self) -> None:
@@ -318,7 +318,8 @@ class Answers:
                 await Turn(self._store, question, first.messages, toolbox, speak, self._calls,
                            lambda: self._changed(conversation), partial(self._allow, conversation)).run()
         except DgemmaError as error:
-            first.fail(str(error))  # it has not begun, or the conversation is gone
+            # It has not begun, or the conversation is gone.
+            first.fail(str(error), "Mend that, or turn the tool off in the settings (the sliders above).")
 
     def _allow(self, conversation: str, tool: str) -> None:
         """A tool of a conversation runs without a question from now on."""

@@ -49,7 +49,7 @@ _ATTRIBUTES: dict[str, set[str]] = {
 _CLASSES = {"div": {"code", "code-head", "formula"}, "span": {"code-language", "code-copy", "picture"},
             "ul": {"contains-task-list"}, "li": {"task-list-item"}, "a": {"picture"}, "math": {"formula-error"},
             "code": {"formula-error"}}
-_STYLES = {"dark": "github-dark", "light": "friendly"}
+_STYLES = {"dark": "github-dark", "light": "xcode"}
 
 
 def to_html(text: str, sources: Mapping[int, tuple[str, str]] | None = None) -> str:

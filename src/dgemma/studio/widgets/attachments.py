@@ -72,8 +72,8 @@ class Attachments:
             for part in self._parts:
                 with ui.element("div").classes("attached-one"):
                     thumbnail(part)
-                    icon_button("close", f"Take {part['name']} away", partial(self._remove, part), small=True,
-                                hint=False).classes("attached-remove")
+                    away = icon_button("close", "Take it away", partial(self._remove, part), small=True, hint=False)
+                    away.classes("attached-remove").props["aria-label"] = f"Take {part['name']} away"
             if self._coming:
                 ui.spinner(size="1.5rem").props('aria-label="A file is on its way"')
 

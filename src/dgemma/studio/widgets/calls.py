@@ -62,7 +62,7 @@ def show_call(message: Message, call: CallInHand | None, current: Callable[[], M
                 else:
                     show(shown, partial(text_button, "Stop this call", call.stop, icon="stop", small=True))
                     with below:
-                        output = ui.label().classes("call-output")
+                        output = ui.label().classes("call-output").props("tabindex=0")
             if output is not None:
                 output.set_text(call.output)
                 output.set_visibility(bool(call.output))
@@ -87,7 +87,7 @@ def _arguments(name: str, arguments: Any) -> None:
         arguments = {"arguments": arguments}
     for key, value in arguments.items():
         if name in _LANGUAGES and key == "code" and isinstance(value, str):
-            ui.html(code_to_html(value, name)).classes("prose")
+            ui.html(code_to_html(value.rstrip(), name)).classes("prose")
         else:
             with ui.element("div").classes("call-argument"):
                 ui.label(key).classes("call-key")
@@ -117,7 +117,7 @@ def _result(text: str, info: dict[str, Any]) -> None:
     for lost in info.get("lost", ()):
         ui.label(str(lost)).classes("muted small")
     if text:
-        output = ui.label(text).classes("call-output")
+        output = ui.label(text).classes("call-output").props("tabindex=0")
         lines = text.count("\n") + 1
         if sources or lines > _LINES or len(text) > _LETTERS:
             _fold(output, lines, bool(sources))

@@ -75,13 +75,14 @@ class Controls:
         self._quiet = False
         ui.label("Speed").classes("group-name")
         self._preset = ui.toggle([*PRESETS, _CUSTOM], value=preset_of(options) or _CUSTOM, on_change=self._choose)
-        self._preset.props('no-caps unelevated dense spread toggle-color=primary aria-label="Preset"').classes("wide")
+        self._preset.props('no-caps unelevated dense spread toggle-color=primary role=group aria-label="Preset"')
+        self._preset.classes("wide")
         self._about = ui.label().classes("control-about")
         self._tell_preset()
         with ui.row().classes("control"):
             self._words_of("Thinking", "Whether it thinks before it answers. Auto: where what is asked looks hard.")
             self._thinking = ui.toggle(_THINKING, value=_thinking_of(options), on_change=self._tell)
-            self._thinking.props('no-caps unelevated dense toggle-color=primary aria-label="Thinking"')
+            self._thinking.props('no-caps unelevated dense toggle-color=primary role=group aria-label="Thinking"')
         with ui.row().classes("control") as row:
             self._words_of("Picture budget", "Most tokens of a picture. Auto: more where something is to be read.")
             self._budget = ui.select({0: "auto", **{budget: str(budget) for budget in BUDGETS}},

@@ -144,11 +144,12 @@ def _answer(message: Message, siblings: list[Message], actions: Actions, answer:
     def tell(said: str, thoughts: str, info: Mapping[str, Any], over: bool) -> None:
         text.set_content(to_html(said, sources))
         thinking.set_content(to_html(thoughts))
+        text.set_visibility(bool(said))
         thought.set_visibility(bool(thoughts))
         failure.set_visibility("error" in info)
         why.set_text(info.get("error", ""))
         advice.set_text(info.get("advice", ""))
-        tools.set_visibility(over)
+        tools.set_visibility(over and bool(said or len(siblings) > 1 or not info.get("tool_calls")))
         canvas.set_visibility(not over or canvas_is_worth_it())
 
     def canvas_is_worth_it() -> bool:

@@ -67,7 +67,8 @@ class ToolChoice:
                     ui.label(f"always allowed: {', '.join(alone)}").classes("control-about")
             value = "off" if missing else self.chosen.get(room, "off")
             toggle = ui.toggle(_VALUES, value=value, on_change=lambda event: self._set(room, event.value))
-            toggle.props(f'no-caps unelevated dense toggle-color=primary aria-label="{_name(room)}"')
+            toggle.props("no-caps unelevated dense toggle-color=primary role=group")
+            toggle.props["aria-label"] = _name(room)  # a name may have quotes in it
             toggle.set_enabled(not missing)
 
     def _set(self, room: str, value: str) -> None:
