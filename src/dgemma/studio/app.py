@@ -73,7 +73,7 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
         return Response(json.dumps(found.for_page(), separators=(",", ":")), media_type="application/json",
                         headers={"Cache-Control": "no-store"})
 
-    _serve_media(app, studio)
+    serve_media(app, studio)
     for page in studio.pages:
         _add(page, studio)
     # Tailwind would compile styles in the browser; ours are in static/studio.css. What is compressed is so outside of
@@ -88,7 +88,7 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
     return guarded, studio
 
 
-def _serve_media(app: FastAPI, studio: Studio) -> None:
+def serve_media(app: FastAPI, studio: Studio) -> None:
     """Files of conversations: taken in, shown as previews, handed out."""
     folder = studio.store.media
 
