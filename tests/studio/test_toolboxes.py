@@ -76,7 +76,7 @@ def test_a_server_that_is_configured_anew_is_started_anew(store):
         boxes.configure(CONFIG)
         async with boxes.use("chat", {"mcp:helper": "ask"}) as first:
             pass
-        boxes.configure(CONFIG.replace("]", ', "again"]'))
+        boxes.configure(CONFIG.replace("]", '], "env": {"NEW": "1"}'))
         async with boxes.use("chat", {"mcp:helper": "ask"}) as second:
             fresh = not any(tool in first.tools.values() for tool in second.tools.values())
         await boxes.close_all()
