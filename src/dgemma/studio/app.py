@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from nicegui import Event, ui
 from starlette.middleware.gzip import GZipMiddleware
@@ -120,12 +120,12 @@ def serve_media(app: FastAPI, studio: Studio) -> None:
 def _file(find: Callable[[], Path], kind: str, disposition: str = "inline") -> Response:
     """A kept file under a type that is ours, whatever it holds."""
     try:
-        path = find()
+        data = find().read_bytes()
     except DgemmaError as error:
         return Response(str(error), 404)
-    if not path.is_file():
+    except OSError:
         return Response("this file is not there any more", 404)
-    return FileResponse(path, media_type=kind, headers={
+    return Response(data, media_type=kind, headers={
         "Content-Disposition": disposition, "Cache-Control": "private, max-age=86400"})
 
 
