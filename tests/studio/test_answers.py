@@ -8,7 +8,8 @@ from dgemma.engine.service import Overloaded
 from dgemma.errors import DgemmaError
 from dgemma.serve.app import create_app
 from dgemma.serve.settings import Settings
-from dgemma.studio.answers import RECENT, STOPPING, Answer, Answers, ask_of, prompt_of
+from dgemma.studio.answers import RECENT, STOPPING, Answer, Answers
+from dgemma.studio.asking import ask_of, prompt_of
 from dgemma.studio.recording import Recording
 from support.scripted_service import ScriptedService
 from support.studio import PUZZLE

@@ -31,11 +31,11 @@ def launch_link(process):
 
 
 @contextmanager
-def demo(folder, *, seconds=0.1, steps=20):
+def demo(folder, *, seconds=0.1, steps=20, model="sudoku"):
     """A studio whose model takes its time (`support.studio_demo`): its launch link."""
     process = subprocess.Popen(
         [sys.executable, "-m", "support.studio_demo", "--data", str(folder), "--seconds", str(seconds), "--steps",
-         str(steps)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+         str(steps), "--model", str(model)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1",
              "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])})
     try:

@@ -1,5 +1,6 @@
 """A studio whose model writes a given text, at a given speed, in words and canvases of 256: to be seen, and for tests
-that need an answer that takes its time. `python -m support.studio_demo --help`."""
+that need an answer that takes its time. Where it has tools it calls Python before. `python -m support.studio_demo
+--help`."""
 
 from __future__ import annotations
 
@@ -50,6 +51,15 @@ $p(x) \\approx \\prod_i p(x_i)$ holds for what was believed together.
 """
 
 
+CODE = """from PIL import Image
+
+Image.linear_gradient("L").rotate(90).save("fog.png")
+for step in range(1, 31):
+    print(step, round(3.2 * 0.8 ** step, 3))
+"""
+CALL = f'<|tool_call>call:python{{code:<|"|>{CODE}<|"|>}}<tool_call|>'
+
+
 class Words:
     """The bundled model's tokenizer, with words beside its bytes."""
 
@@ -77,6 +87,7 @@ class Slow(ScriptedService):
     def __init__(self, model: Any, words: Words, steps: int, seconds: float):
         super().__init__(model, "")
         self.words, self.steps, self.pause = words, steps, seconds
+        self.called = False
 
     def start(self) -> None:
         """As a `Service` does."""
@@ -85,7 +96,9 @@ class Slow(ScriptedService):
         return 0
 
     async def admit(self, request: Request) -> Any:
-        return Answering(self, self._denoise(request))  # type: ignore[arg-type]
+        self.called = bool(request.tools) and not self.called
+        made = self._events(request, CALL) if self.called else self._denoise(request)
+        return Answering(self, made)  # type: ignore[arg-type]
 
     async def _denoise(self, request: Request) -> AsyncIterator[Event]:
         random_ = random.Random(request.seed)
@@ -123,8 +136,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=0.08, help="of a step")
+    parser.add_argument("--model", default="sudoku", help="whose tokenizer, and eyes, it has")
     given = parser.parse_args()
-    model = dgemma.load("sudoku")
+    model = dgemma.load(given.model)
     words = Words(model.tokenizer, TEXT)
     model.tokenizer = words  # type: ignore[assignment]  # of this process alone
     service, settings = Slow(model, words, given.steps, given.seconds), Settings(("demo",), timeout=0)

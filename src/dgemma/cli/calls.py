@@ -33,6 +33,7 @@ from dgemma.tools.loop import (
     take_turn,
     with_answers,
 )
+from dgemma.tools.mcp import read_servers
 from dgemma.tools.opening import open_toolbox, read_kinds
 from dgemma.tools.tool import Toolbox, ToolResult
 
@@ -150,7 +151,8 @@ class _Asked:
 def open_tools(kinds: str | None, mcp_config: Path | None) -> Iterator[TerminalTools]:
     """The tools that the options ask for. Raises DgemmaError for what is missing or broken."""
     with asyncio.Runner() as runner:
-        opened = open_toolbox(read_kinds(kinds, mcp_config), mcp_config)
+        chosen = read_kinds(kinds, mcp_config)
+        opened = open_toolbox(chosen, [] if mcp_config is None else read_servers(mcp_config))
         toolbox = runner.run(_entered(opened.__aenter__()))
         try:
             yield TerminalTools(runner, toolbox, _input if sys.stdin.isatty() else None)

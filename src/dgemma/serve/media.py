@@ -25,13 +25,15 @@ def media_in(prompt: Any) -> Iterator[Mapping[str, Any]]:
 def with_media(prompt: Any, rules: FetchRules, resolve: Resolve = addresses_of) -> Any:
     """A conversation with the bytes of its pictures and films in place of their URLs; other prompts as they are.
 
+    A part that has its bytes already keeps them.
+
     Raises `ApiError`, naming the field that a part came in.
     """
     if next(media_in(prompt), None) is None:
         return prompt
 
     def fetched(part: Any) -> Any:
-        if not _is_media(part):
+        if not _is_media(part) or part.get(part["type"]) is not None:
             return part
         kept = {name: value for name, value in part.items() if name != "url"}
         return kept | {part["type"]: media_bytes(part["url"], rules, part["name"], resolve)}

@@ -1,7 +1,8 @@
 """Answers while they are made, and for a while after: they live here, on the server, whoever looks at them.
 
-A page that is reloaded, or a second one, finds its answer by its message and goes on watching. Works on: a backend
-(`dgemma.serve.backend`), a store. Knows nothing of: pages, the network.
+A page that is reloaded, or a second one, finds its answer by its message and goes on watching. With tools an answer is
+a turn of several messages (`turns`). Works on: a backend (`dgemma.serve.backend`), a store. Knows nothing of: pages,
+the network.
 """
 
 from __future__ import annotations
@@ -13,29 +14,30 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dgemma.chat.reply import Called, Piece, Thought, read_answer
-from dgemma.config import SAMPLER_SETTINGS
 from dgemma.diffusion.events import CanvasCommitted, CanvasStarted, Event, Failed, Finished
 from dgemma.diffusion.request import Request
 from dgemma.errors import DgemmaError
-from dgemma.serve.ask import Ask, Caller, engine_request
+from dgemma.serve.ask import engine_request
 from dgemma.serve.backend import Serving
-from dgemma.serve.errors import as_api_error
+from dgemma.serve.errors import ApiError, as_api_error
 from dgemma.serve.metrics import RequestListener
+from dgemma.studio.asking import ask_of, prompt_of, settings_of, with_files
+from dgemma.studio.media import MediaFolder
+from dgemma.studio.news import Watched
 from dgemma.studio.recording import Recording
 from dgemma.studio.store import Message, Status, Store
+from dgemma.studio.toolboxes import Toolboxes, is_chosen
+from dgemma.studio.turns import CallInHand, Turn
 
 log = logging.getLogger("dgemma.studio")
 
 RECENT = 20  # answers whose recordings stay in memory
 SAVE_EVERY = 1.0  # seconds at least between two notes of an answer that goes on
 STOPPING = "The server is stopping and has cut off this answer."
-_CALLER = Caller("studio", "", "studio")
-_PLAIN = ("max_tokens", "seed", "temperature", "top_k", "top_p")  # what an `Ask` has a field for
-_OTHERS = ("thinking", "reasoning_budget", "stop", *SAMPLER_SETTINGS)
-OPTIONS = (*_PLAIN, *_OTHERS)
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,16 @@ class Figures:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
-class Answer:
+class Answer(Watched):
     """One answer: what it says by now, how it came to be, and whether it goes on.
 
     For the event loop's thread. ``changed`` waits for news; who watches reads the fields then, as fast as he likes.
     """
 
     def __init__(self, serving: Serving, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any],
-                 clock: Callable[[], float] = time.monotonic):
-        """``messages`` and ``options`` (of `OPTIONS`) are what it answers, and how."""
+                 clock: Callable[[], float] = time.monotonic, media: MediaFolder | None = None):
+        """``messages`` and ``options`` (of `OPTIONS`) are what it answers, and how; their files are in ``media``."""
+        super().__init__()
         self.serving, self.messages, self.options = serving, list(messages), dict(options)
         self.id = ""  # of its message, if it has one
         self.conversation = ""
@@ -75,21 +78,23 @@ class Answer:
         self.error: str | None = None
         self.figures = Figures()
         self.info: dict[str, Any] = {}  # what is kept of it, when it is over
-        self._clock = clock
+        self.finished_with: Finished | None = None  # how the engine ended it
+        self._clock, self._media = clock, media
         self._began: float | None = None
         self._token_ids: list[int] = []
         self._stopped = False
         self._why: str | None = None
-        self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
     def running(self) -> bool:
         return self.status == "running"
 
-    def start(self) -> None:
-        """Begin; once."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
+    def start(self, tools: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Begin, unless it was stopped before; once. ``tools`` are declared to the model."""
+        if not self.running:
+            return
+        self._task = asyncio.get_running_loop().create_task(self._run(tools))
         self._task.add_done_callback(self._over)
 
     def _over(self, task: asyncio.Task[None]) -> None:
@@ -102,25 +107,27 @@ class Answer:
         self._stopped, self._why = True, why
         if self.running and self._task is not None:
             self._task.cancel()
+        elif self.running:  # it waits for its tools
+            self._end("stopped", why)
+            self._tell()
 
-    async def changed(self) -> None:
-        """Wait for news; there may have been some before."""
-        await self._news.wait()
+    def fail(self, why: str, advice: str = "") -> None:
+        """It cannot begin."""
+        self._end("failed", why, advice)
+        self._tell()
 
     async def finished(self) -> None:
         """Wait until it is over."""
         while self.running:
             await self.changed()
 
-    def _tell(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
-
-    async def _run(self) -> None:
+    async def _run(self, tools: Sequence[Mapping[str, Any]]) -> None:
         """All of it. Nothing is raised: what goes wrong is the answer's ``error``."""
         request: Request | None = None
         try:
-            request = await engine_request(self.serving, ask_of(self.messages, self.options))
+            messages = self.messages if self._media is None else await asyncio.to_thread(
+                with_files, self.messages, self._media)
+            request = await engine_request(self.serving, ask_of(messages, self.options, tools))
             listener = RequestListener(self.serving.metrics, request, self.serving.model.tokenizer.decode)
             events = await self.serving.backend.admit(request)
             try:
@@ -138,7 +145,8 @@ class Answer:
                 raise  # the loop is ending
         except Exception as error:
             foreseen = DgemmaError(str(error)) if isinstance(error, ValueError) else error  # of what cannot be run
-            self._end("failed", as_api_error(foreseen).message)
+            failure = as_api_error(foreseen)
+            self._end("failed", failure.message, advice_for(failure))
         finally:
             self._tell()
 
@@ -153,7 +161,7 @@ class Answer:
             self._say(event.pieces)
             self._count()
         elif isinstance(event, Finished):
-            made = event.generation
+            made, self.finished_with = event.generation, event
             self._say(event.answer.rest)
             reason = "stop" if event.answer.stopped is not None else made.finish_reason
             self._count("tool_calls" if reason == "stop" and self.calls else reason)
@@ -189,7 +197,7 @@ class Answer:
         self._count("stopped")
         self._end("stopped", self._why)
 
-    def _end(self, status: Status, error: str | None) -> None:
+    def _end(self, status: Status, error: str | None, advice: str = "") -> None:
         if not self.running:
             return
         self.status, self.error, figures = status, error, self.figures
@@ -201,35 +209,51 @@ class Answer:
             self.info["tool_calls"] = self.calls
         if error is not None:
             self.info["error"] = error
+        if advice:
+            self.info["advice"] = advice
 
 
-def ask_of(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Ask:
-    """What is asked of the model; options that are None are left to it. Raises DgemmaError for unknown ones."""
-    unknown = sorted(options.keys() - set(OPTIONS))
-    if unknown:
-        raise DgemmaError(f"there is no setting {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
-    plain: dict[str, Any] = {name: options.get(name) for name in _PLAIN}
-    others = {name: options[name] for name in _OTHERS if options.get(name) is not None}
-    return Ask(prompt=[dict(message) for message in messages], client=_CALLER, options=others, **plain)
+def advice_for(error: ApiError) -> str:
+    """What to do about an error."""
+    if error.status in (429, 503):
+        return "Others are being answered: try again in a moment."
+    if error.code == "context_length_exceeded":
+        return "Start a new chat, or edit a message to say less."
+    if "vision tower" in error.message:
+        return "Edit the message and leave the picture out, or start the studio with a model that sees (-m, --mmproj)."
+    if error.status == 400:
+        return "Change that in the settings (the sliders above), and try again."
+    return "Try again; the terminal says more."
 
 
 class Answers:
     """The answers to the messages of conversations: those that are made, and the recordings of recent ones.
 
-    ``serving`` gives what answers at the moment. ``changed`` is told of a conversation in which something began or
-    ended.
+    ``tools`` are those that conversations may choose. ``serving`` gives what answers at the moment. ``changed`` is told
+    of a conversation in which something began or ended.
     """
 
     def __init__(self, serving: Callable[[], Serving], store: Store,
                  changed: Callable[[str], None] = lambda conversation: None,
-                 clock: Callable[[], float] = time.monotonic):
+                 clock: Callable[[], float] = time.monotonic, tools: Toolboxes | None = None):
         self._serving, self._store, self._changed, self._clock = serving, store, changed, clock
         self._answers: OrderedDict[str, Answer] = OrderedDict()
         self._savers: set[asyncio.Task[None]] = set()
+        self.tools = tools or Toolboxes(store)
+        self._turns: dict[asyncio.Task[None], str] = {}  # those that go on -> their conversations
+        self._calls: dict[str, CallInHand] = {}
 
     def get(self, message: str) -> Answer | None:
         """The answer that a message of the assistant is, if it is made now or was lately."""
         return self._answers.get(message)
+
+    def call(self, message: str) -> CallInHand | None:
+        """The call that a message of a tool is, if it is being made now."""
+        return self._calls.get(message)
+
+    def busy(self, conversation: str) -> bool:
+        """Whether something is said or done in a conversation, or waits for an approval."""
+        return conversation in self._turns.values() or bool(self.running(conversation))
 
     def running(self, conversation: str) -> list[Answer]:
         """What is made in a conversation now."""
@@ -238,24 +262,77 @@ class Answers:
     def start(self, question: Message, options: Mapping[str, Any] | None = None) -> Answer:
         """Answer a message, the last one of its branch; another answer to the same one is a branch beside it.
 
-        ``options``: those of the conversation if None. Raises DgemmaError when the conversation is not there any more.
+        ``options``: those of the conversation if None. With tools chosen in them, what comes back is the first answer
+        of a turn. Raises DgemmaError when the conversation is not there any more.
         """
         owner = self._store.conversation(question.conversation)
         if owner is None:
             raise DgemmaError("this conversation was deleted")
         options = owner.options if options is None else options
-        answer = Answer(self._serving(), prompt_of(self._store, owner.system, question), options, self._clock)
-        message = self._store.add_message(owner.id, "assistant", "", parent=question.id, status="running",
+        messages = prompt_of(self._store, owner.system, question)
+        settings, chosen = settings_of(options, messages), options.get("tools") or {}
+        answer = self._add(question.id, owner.id, messages, settings)
+        if is_chosen(chosen):
+            turn = asyncio.get_running_loop().create_task(self._take_turn(question, answer, chosen))
+            self._turns[turn] = owner.id
+            turn.add_done_callback(partial(self._turn_over, answer))
+        else:
+            answer.start()
+        self._changed(owner.id)
+        return answer
+
+    def _add(self, parent: str, conversation: str, messages: Sequence[Mapping[str, Any]],
+             settings: Mapping[str, Any]) -> Answer:
+        """An answer that has a message and has not begun."""
+        answer = Answer(self._serving(), messages, settings, self._clock, self._store.media)
+        message = self._store.add_message(conversation, "assistant", "", parent=parent, status="running",
                                           info={"model": answer.serving.settings.served_names[0]})
-        answer.id, answer.conversation = message.id, owner.id
+        answer.id, answer.conversation = message.id, conversation
         self._answers[message.id] = answer
         self._forget()
-        answer.start()
         saver = asyncio.get_running_loop().create_task(self._save(answer))
         self._savers.add(saver)
         saver.add_done_callback(self._savers.discard)
-        self._changed(owner.id)
         return answer
+
+    async def _take_turn(self, question: Message, first: Answer, chosen: Mapping[str, str]) -> None:
+        """Let the model answer with tools, ``first`` its first answer."""
+        conversation = question.conversation
+
+        async def speak(parent: str, messages: list[dict[str, Any]],
+                        tools: list[dict[str, Any]]) -> tuple[str, Finished | None]:
+            answer = first
+            if parent != question.id:
+                answer = self._add(parent, conversation, messages, first.options)
+                self._changed(conversation)
+            answer.start(tools)
+            try:
+                await answer.finished()
+            except asyncio.CancelledError:
+                answer.stop()
+                raise
+            return answer.id, answer.finished_with if answer.status == "done" else None
+
+        try:
+            async with self.tools.use(conversation, chosen) as toolbox:
+                await Turn(self._store, question, first.messages, toolbox, speak, self._calls,
+                           lambda: self._changed(conversation), partial(self._allow, conversation)).run()
+        except DgemmaError as error:
+            # It has not begun, or the conversation is gone.
+            first.fail(str(error), "Mend that, or turn the tool off in the settings (the sliders above).")
+
+    def _allow(self, conversation: str, tool: str) -> None:
+        """A tool of a conversation runs without a question from now on."""
+        if (owner := self._store.conversation(conversation)) is not None:
+            options = {**owner.options, "tools": {**owner.options.get("tools", {}), tool: "auto"}}
+            self._store.change_conversation(conversation, options=options)
+
+    def _turn_over(self, first: Answer, turn: asyncio.Task[None]) -> None:
+        conversation = self._turns.pop(turn)
+        first.stop()  # if it has not begun
+        if not turn.cancelled() and (error := turn.exception()) is not None:
+            log.error("a turn could not be finished", exc_info=error)
+        self._changed(conversation)
 
     def stop(self, message: str) -> None:
         """Stop the answer, if it is being made."""
@@ -264,6 +341,9 @@ class Answers:
 
     def stop_all(self, conversation: str) -> None:
         """Stop what is made in a conversation, as when it is deleted."""
+        for turn, owner in self._turns.items():
+            if owner == conversation:
+                turn.cancel()
         for answer in self.running(conversation):
             answer.stop()
 
@@ -302,28 +382,8 @@ class Answers:
         """Stop everything, and wait until it is written down."""
         for answer in self._answers.values():
             answer.stop(STOPPING)
-        if self._savers:
-            await asyncio.wait(self._savers)
-
-
-def prompt_of(store: Store, system: str, last: Message) -> list[dict[str, Any]]:
-    """The messages of a branch up to ``last``, as a chat template wants them."""
-    known = {message.id: message for message in store.messages(last.conversation)}
-    path: list[Message] = []
-    at: Message | None = last
-    while at is not None:
-        path.append(at)
-        at = known.get(at.parent or "")
-    said = [{"role": "system", "content": system}] if system.strip() else []
-    return [*said, *({"role": message.role, "content": message.content, **_calls(message)} for message in path[::-1])]
-
-
-def _calls(message: Message) -> dict[str, Any]:
-    """What else a message has beside its content: an assistant's calls, a tool's name."""
-    calls = message.info.get("tool_calls")
-    if message.role == "assistant" and calls:
-        return {"tool_calls": [{"type": "function", "id": f"{message.id}-{number}", "function": call}
-                               for number, call in enumerate(calls)]}
-    if message.role == "tool":
-        return {name: message.info[name] for name in ("name", "tool_call_id") if name in message.info}
-    return {}
+        for turn in self._turns:
+            turn.cancel()
+        while going := [*self._turns, *self._savers]:
+            await asyncio.wait(going)
+        await self.tools.close_all()

@@ -5,14 +5,16 @@ Works on: `serve`'s application, NiceGUI. Knows nothing of: sockets, the network
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import json
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from nicegui import Event, ui
 from starlette.middleware.gzip import GZipMiddleware
@@ -23,6 +25,7 @@ from dgemma.studio import gate
 from dgemma.studio.answers import Answers
 from dgemma.studio.auth import Passwords, Sessions, has_password
 from dgemma.studio.frame import STATIC, Page, Studio, frame
+from dgemma.studio.media import LARGEST, PREVIEW_TYPE
 from dgemma.studio.store import Store
 
 PAGES = ("chat", "models", "arena", "training", "settings")  # modules of `dgemma.studio.pages`, in the order shown
@@ -47,6 +50,7 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
     answers = Answers(lambda: serving, store, changed.emit)
     studio = Studio(store, Sessions(store), answers, lambda: serving, changed, find_pages())
     store.mark_interrupted()
+    store.forget_media()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -69,6 +73,7 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
         return Response(json.dumps(found.for_page(), separators=(",", ":")), media_type="application/json",
                         headers={"Cache-Control": "no-store"})
 
+    serve_media(app, studio)
     for page in studio.pages:
         _add(page, studio)
     # Tailwind would compile styles in the browser; ours are in static/studio.css. What is compressed is so outside of
@@ -81,6 +86,47 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
     guarded = gate.Gate(inside, studio.sessions, Passwords(store), port=port, allowed_hosts=allowed_hosts, api=names,
                         closed=closed, with_password=lambda: has_password(store), tell=tell)
     return guarded, studio
+
+
+def serve_media(app: FastAPI, studio: Studio) -> None:
+    """Files of conversations: taken in, shown as previews, handed out."""
+    folder = studio.store.media
+
+    @app.post("/media")
+    async def take(request: Request, name: str) -> Response:
+        """Keep a picture or a film: the part of a message that it is."""
+        try:
+            if studio.serving().model.pictures is None:
+                raise DgemmaError(f"{name:.120}: this model reads text only, it has no vision tower. Start the studio "
+                                  "with a model that sees (-m, --mmproj)")
+            data = bytearray()
+            async for piece in request.stream():
+                data += piece
+                if len(data) > max(LARGEST.values()):
+                    raise DgemmaError(f"{name:.120}: this is too large")
+            return JSONResponse(await asyncio.to_thread(folder.put_seen, bytes(data), name))
+        except DgemmaError as error:
+            return JSONResponse({"error": str(error)}, 400)
+
+    @app.get("/media/{name}")
+    def shown(name: str) -> Response:
+        return _file(lambda: folder.preview(name), PREVIEW_TYPE)
+
+    @app.get("/media/{name}/file")
+    def handed_out(name: str) -> Response:
+        return _file(lambda: folder.path(name), "application/octet-stream", "attachment")
+
+
+def _file(find: Callable[[], Path], kind: str, disposition: str = "inline") -> Response:
+    """A kept file under a type that is ours, whatever it holds."""
+    try:
+        data = find().read_bytes()
+    except DgemmaError as error:
+        return Response(str(error), 404)
+    except OSError:
+        return Response("this file is not there any more", 404)
+    return Response(data, media_type=kind, headers={
+        "Content-Disposition": disposition, "Cache-Control": "private, max-age=86400"})
 
 
 def _add(page: Page, studio: Studio) -> None:

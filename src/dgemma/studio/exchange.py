@@ -1,18 +1,22 @@
 """Conversations as files: JSON, which holds all of them, and Markdown, which anybody can read.
 
-Works on: a store's records. Knows nothing of: pages.
+Works on: a store's records. Knows nothing of: pages. In JSON pictures and other files are data URLs ("url" in place of
+"media"); Markdown says where one was. What a file allows to tools is not brought in: it may be somebody else's.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from dgemma.errors import DgemmaError
+from dgemma.studio.media import KINDS, MediaFolder, Part, data_url, is_kept, kept_parts
 from dgemma.studio.store import Conversation, Message, Store, new_ids, text_of, title_of
 
 FORMAT = "dgemma-conversations"
@@ -27,8 +31,42 @@ def export_json(store: Store, ids: Sequence[str]) -> bytes:
     """Conversations with all of their branches."""
     kept = [conversation for id in ids if (conversation := store.conversation(id)) is not None]
     return json.dumps({"format": FORMAT, "version": VERSION, "conversations": [
-        {**asdict(conversation), "messages": [asdict(message) for message in store.messages(conversation.id)]}
+        {**asdict(conversation), "messages": [asdict(_with_files(message, partial(_with_url, media=store.media)))
+                                              for message in store.messages(conversation.id)]}
         for conversation in kept]}, indent=1).encode()
+
+
+def _with_files(message: Message, change: Callable[[Any], Any]) -> Message:
+    """A message whose files, in what it says and of what a tool made, are changed."""
+    content, files = message.content, message.info.get("files")
+    return replace(message, content=[*map(change, content)] if isinstance(content, list) else content,
+                   info={**message.info, "files": [*map(change, files)]} if isinstance(files, list) else message.info)
+
+
+def _with_url(part: Any, media: MediaFolder) -> Any:
+    """A kept file as one that has a data URL; one that is gone stays as it is."""
+    if not is_kept(part):
+        return part
+    try:
+        url = data_url(part, media.read(part))
+    except DgemmaError:
+        return part
+    return {**{name: value for name, value in part.items() if name != "media"}, "url": url}
+
+
+def _with_media(part: Any, media: MediaFolder) -> Any:
+    """A file that has a data URL as a kept one. Raises DgemmaError."""
+    if not isinstance(part, dict) or part.get("type") not in KINDS or not isinstance(part.get("url"), str):
+        return part
+    head, _, data = part["url"].partition(",")
+    if not re.fullmatch(r"data:[\w.+/-]*;base64", head):
+        raise DgemmaError("a picture in this file is no data URL")
+    try:
+        raw, name = base64.b64decode(data, validate=True), str(part.get("name", ""))
+    except ValueError as error:
+        raise DgemmaError(f"a picture in this file is damaged ({error})") from error
+    made = media.put_made(raw, name) if part["type"] == "file" else media.put_seen(raw, name)
+    return {**{name: value for name, value in part.items() if name != "url"}, **made}
 
 
 def export_markdown(store: Store, id: str) -> str:
@@ -42,8 +80,15 @@ def export_markdown(store: Store, id: str) -> str:
     for message in store.branch(id):
         if message.reasoning:
             parts.append(f"<!-- dgemma: thought -->\n\n## Thought\n\n{message.reasoning}")
-        parts.append(f"<!-- dgemma: {message.role} -->\n\n## {_NAMES[message.role]}\n\n{message.text}")
+        files = map(_place, [*kept_parts(message.content), *kept_parts(message.info.get("files"))])
+        said = "\n\n".join(filter(None, [*files, message.text]))
+        parts.append(f"<!-- dgemma: {message.role} -->\n\n## {_NAMES[message.role]}\n\n{said}")
     return "\n\n".join(parts) + "\n"
+
+
+def _place(part: Part) -> str:
+    """What Markdown says of a file."""
+    return f"*[{part['type']}: {part.get('name', '')}]*"
 
 
 def import_file(store: Store, data: bytes) -> list[Conversation]:
@@ -54,6 +99,9 @@ def import_file(store: Store, data: bytes) -> list[Conversation]:
         raise DgemmaError("this file is no text: choose one that was exported as JSON or Markdown") from error
     whole = _from_json(text) if text.lstrip().startswith("{") else [_from_markdown(text)]
     renamed = [_renamed(conversation, messages) for conversation, messages in whole]
+    take = partial(_with_media, media=store.media)
+    renamed = [(conversation, [_with_files(message, take) for message in messages])
+               for conversation, messages in renamed]
     for conversation, messages in renamed:
         store.add_whole(conversation, messages)
     return [conversation for conversation, _ in renamed]
@@ -77,7 +125,8 @@ def _from_json(text: str) -> list[tuple[Conversation, list[Message]]]:
 def _whole(record: dict[str, Any]) -> tuple[Conversation, list[Message]]:
     conversation = Conversation(
         _typed(record, "id", str), _typed(record, "title", str), _typed(record, "system", str),
-        _typed(record, "options", dict), _typed(record, "pinned", bool), record["head"],
+        {name: value for name, value in _typed(record, "options", dict).items() if name != "tools"},
+        _typed(record, "pinned", bool), record["head"],
         _typed(record, "created", (int, float)), _typed(record, "updated", (int, float)))
     messages, known = [], set()
     for item in _typed(record, "messages", list):

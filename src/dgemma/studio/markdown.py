@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import html
-from collections.abc import MutableMapping, Sequence
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import nh3
@@ -48,12 +49,21 @@ _ATTRIBUTES: dict[str, set[str]] = {
 _CLASSES = {"div": {"code", "code-head", "formula"}, "span": {"code-language", "code-copy", "picture"},
             "ul": {"contains-task-list"}, "li": {"task-list-item"}, "a": {"picture"}, "math": {"formula-error"},
             "code": {"formula-error"}}
-_STYLES = {"dark": "github-dark", "light": "friendly"}
+_STYLES = {"dark": "github-dark", "light": "xcode"}
 
 
-def to_html(text: str) -> str:
-    """The text as harmless HTML."""
-    return _clean(_renderer().render(text))
+def to_html(text: str, sources: Mapping[int, tuple[str, str]] | None = None) -> str:
+    """The text as harmless HTML. ``sources``: title and address of what it cites as [number], which become links."""
+    # As if the text ended in definitions of these links: Markdown knows then what is code and what a citation.
+    cited = {str(number): {"title": f"[{number}] {title}", "href": address}
+             for number, (title, address) in (sources or {}).items()}
+    return _clean(_renderer().render(text, {"references": cited}))
+
+
+def code_to_html(code: str, language: str) -> str:
+    """Code as harmless HTML, highlighted."""
+    fence = "`" * (3 + max((len(run) for run in re.findall("`+", code)), default=0))
+    return to_html(f"{fence}{language}\n{code}\n{fence}")
 
 
 def plain_to_html(text: str) -> str:

@@ -1,7 +1,7 @@
 """What the studio keeps: conversations as trees of messages, settings, sessions, runs; in one SQLite file.
 
-Works on: a file, in write-ahead mode: a process that is killed loses nothing that was written. Knows nothing of:
-pages, models, the network.
+Works on: a file, in write-ahead mode: a process that is killed loses nothing that was written; files of conversations
+lie beside it (`media`). Knows nothing of: pages, models, the network.
 
 A message's parent is the message that it answers. Siblings are branches: a message that was edited, an answer that was
 made again. A conversation's ``head`` is the last message of the branch that is shown.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import sqlite3
 import threading
@@ -22,12 +23,14 @@ from typing import Any, Literal
 
 from dgemma.errors import DgemmaError
 from dgemma.files import make_folder
+from dgemma.studio.media import MediaFolder
 from dgemma.studio.migrations import migrate
 
 FILE = "studio.db"
 INTERRUPTED = "The server was stopped in the middle of this answer; what was there by then was kept."
 _BUSY = 5.0  # seconds to wait for another process that writes
 _TITLE = 60  # characters
+_MEDIA = re.compile(r'"media":"([0-9a-f]{64})"')  # as `_json` writes it: within a text the quotes are escaped
 
 Status = Literal["running", "done", "stopped", "failed"]
 Content = str | list[dict[str, Any]]  # text, or OpenAI's typed parts
@@ -35,7 +38,10 @@ Content = str | list[dict[str, Any]]  # text, or OpenAI's typed parts
 
 @dataclass(frozen=True)
 class Message:
-    """``info`` is what became of an answer: finish_reason, tokens, steps, seconds, seed, model, error, tool_calls."""
+    """``info`` is what became of an answer: finish_reason, tokens, steps, seconds, seed, model, error, tool_calls.
+
+    Of a call (role "tool"): name, tool_call_id, arguments, fault, files, sources (`dgemma.studio.turns`).
+    """
 
     id: str
     conversation: str
@@ -116,6 +122,7 @@ class Store:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time):
         """Opens the file in a folder, or makes it. Raises DgemmaError when it cannot be used."""
         self.path = make_folder(folder) / FILE
+        self.media = MediaFolder(folder / "media")
         self._clock = clock
         self._lock = threading.RLock()
         try:
@@ -199,8 +206,21 @@ class Store:
                       *changed.values(), id)
 
     def delete_conversation(self, id: str) -> None:
-        """Delete it with all of its messages and recordings."""
+        """Delete it with all of its messages, recordings and files."""
+        held = self._held_media("conversation = ?", id)
         self._run("DELETE FROM conversations WHERE id = ?", id)
+        for name in held - self._held_media():
+            self.media.remove(name)
+
+    def forget_media(self) -> None:
+        """Remove files that no message has: they were chosen, and never sent."""
+        for name in self.media.names() - self._held_media():
+            self.media.remove(name)
+
+    def _held_media(self, where: str = "TRUE", *values: Any) -> set[str]:
+        rows = self._run(f"SELECT content || info FROM messages WHERE {where} AND content || info LIKE '%\"media\":%'",
+                         *values)
+        return {name for (text,) in rows for name in _MEDIA.findall(text)}
 
     # ---- messages ----
 

@@ -54,7 +54,12 @@ def read_servers(path: Path) -> list[McpServer]:
 
     Those marked "disabled" are left out. Raises `McpError` naming the file and what is wrong.
     """
-    top = Fields(read_json(path, McpError), str(path), failure=McpError)
+    return servers_in(read_json(path, McpError), str(path))
+
+
+def servers_in(data: Any, source: str) -> list[McpServer]:
+    """The servers of a configuration that has been read; ``source`` names it in errors. Raises `McpError`."""
+    top = Fields(data, source, failure=McpError)
     servers = top.within("mcpServers")
     if servers is None:
         raise top.missing("mcpServers")

@@ -1,16 +1,17 @@
 """The tools that somebody asks for by name, ready to be called.
 
-Works on: the names of `KINDS`, a configuration of MCP servers. What is missing is said before anything is loaded.
+Works on: the names of `KINDS`, MCP servers. What is missing is said before anything is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from dgemma.errors import DgemmaError
+from dgemma.tools.mcp import McpServer, McpServers
 from dgemma.tools.sandbox import LANGUAGES, check_sandbox
 from dgemma.tools.tool import Tool, Toolbox
 
@@ -31,29 +32,33 @@ def read_kinds(text: str | None, mcp_config: Path | None) -> list[str]:
 
 
 @asynccontextmanager
-async def open_toolbox(kinds: Collection[str], mcp_config: Path | None = None) -> AsyncIterator[Toolbox]:
+async def open_toolbox(kinds: Collection[str], servers: Sequence[McpServer] = ()) -> AsyncIterator[Toolbox]:
     """The tools of these kinds, with MCP servers that run as long as they are used.
 
-    Raises DgemmaError where a package, the sandbox, the configuration or a server is missing or broken.
+    Raises DgemmaError where a package, the sandbox or a server is missing or broken.
     """
     for kind in kinds:
-        if missing := [name for name in _NEEDED.get(kind, ()) if find_spec(name) is None]:
-            raise DgemmaError(f'the {kind} tools need {", ".join(missing)}: pip install "dgemma[tools]"')
+        check_kind(kind)
     tools = list(_own_tools(kinds))
-    if "mcp" not in kinds or mcp_config is None:
+    if "mcp" not in kinds:
         yield Toolbox(tools)
         return
-    from dgemma.tools.mcp import McpServers, read_servers
-
-    async with McpServers(read_servers(mcp_config)) as of_servers:
+    async with McpServers(list(servers)) as of_servers:
         yield Toolbox([*tools, *of_servers])
+
+
+def check_kind(kind: str) -> None:
+    """Raises DgemmaError where the tools of a kind cannot be had: for want of a package, or of a sandbox."""
+    if missing := [name for name in _NEEDED.get(kind, ()) if find_spec(name) is None]:
+        raise DgemmaError(f'the {kind} tools need {", ".join(missing)}: pip install "dgemma[tools]"')
+    if kind in LANGUAGES:
+        check_sandbox()
 
 
 def _own_tools(kinds: Collection[str]) -> Iterator[Tool]:
     if languages := [kind for kind in LANGUAGES if kind in kinds]:
         from dgemma.tools.code import code_tools
 
-        check_sandbox()
         yield from code_tools(languages)
     if "web" in kinds:
         from dgemma.tools.web import web_tools

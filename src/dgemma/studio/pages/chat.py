@@ -16,10 +16,16 @@ from nicegui import ui
 from dgemma.errors import DgemmaError
 from dgemma.studio.buttons import icon_button
 from dgemma.studio.frame import Frame, Page, Studio
-from dgemma.studio.store import Message, title_of
+from dgemma.studio.media import kept_parts
+from dgemma.studio.store import Content, Message, title_of
+from dgemma.studio.toolboxes import rooms_of
+from dgemma.studio.widgets.attachments import Attachments
+from dgemma.studio.widgets.calls import is_source
 from dgemma.studio.widgets.controls import Controls
 from dgemma.studio.widgets.conversations import Conversations
 from dgemma.studio.widgets.message import Actions, Shown, show, show_branches
+from dgemma.studio.widgets.system_prompt import SystemPrompt
+from dgemma.studio.widgets.tools import ToolChoice
 
 _PUZZLES = (
     ("An easy Sudoku", "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"),
@@ -39,7 +45,7 @@ class Chat:
         self._studio, self._store, self._frame = studio, studio.store, frame
         self._id = conversation
         self._shown: list[Shown] = []
-        self._actions = Actions(self._edit, self._again, self._switch)
+        self._actions = Actions(self._edit, self._again, self._switch, self._store.message)
         with frame.side:
             self._list = Conversations(studio, self.open, lambda: self._id)
         with frame.bar:
@@ -49,9 +55,12 @@ class Chat:
             with ui.row().classes("panel-head"):
                 ui.label("Settings").classes("panel-title")
                 icon_button("close", "Close the settings", panel.hide)
-            owner = self._store.conversation(conversation) if conversation else None
-            options, system = self._last_used() if owner is None else (owner.options, owner.system)
-            self._controls = Controls(studio.serving().model.generation_config, options, system, self._set)
+            options, system = self._settings()
+            self._system = SystemPrompt(self._store, system, lambda _: self._set())
+            self._tools = ToolChoice(studio.answers.tools, options.get("tools", {}), lambda _: self._set())
+            model = studio.serving().model
+            self._controls = Controls(model.generation_config, options, lambda _: self._set(),
+                                      sees=model.pictures is not None)
         with ui.element("div").classes("chat"):
             with ui.element("div").classes("messages follow") as self._scroll:
                 self._messages = ui.element("div").classes("column-of-text").props('role="log" aria-label="Messages"')
@@ -61,7 +70,9 @@ class Chat:
         self.refresh()
 
     def _composer(self) -> None:
+        self._attached = Attachments(ui.element("div"))
         with ui.element("div").classes("compose-box"):
+            self._attached.button()
             self._words = ui.textarea(placeholder="Write a message").props(
                 'autogrow borderless dense autofocus data-key=compose aria-label="Message"')
             self._words.on("keydown", lambda event: self.send(event.args), js_handler=_SEND_ON_ENTER)
@@ -70,8 +81,11 @@ class Chat:
             self._stop = ui.button(color=None, icon="stop", on_click=self.stop).props(
                 'round unelevated dense aria-label="Stop" data-key=stop').classes("send stop")
         with ui.row().classes("compose-foot"):
-            ui.label("Enter sends · Shift+Enter is a new line · Esc stops").classes("keys")
-            self._meter = ui.label().classes("meter")
+            self._keys = ui.label().classes("keys")
+            with ui.row().classes("meter") as self._meter:
+                self._meter_words = ui.label()
+                self._meter_bar = ui.linear_progress(0, show_value=False, size="4px").classes("meter-bar")
+                self._meter_bar.props('aria-label="Context that is used"')
 
     # ---- what the user does ----
 
@@ -79,9 +93,10 @@ class Chat:
         """Show another conversation; None: a new one."""
         self._id = conversation
         ui.navigate.history.push("/" if conversation is None else f"/c/{conversation}")
-        owner = self._store.conversation(conversation) if conversation else None
-        options, system = self._last_used() if owner is None else (owner.options, owner.system)
-        self._controls.set(options, system)
+        options, system = self._settings()
+        self._controls.set(options)
+        self._system.set(system)
+        self._tools.set(options.get("tools", {}))
         self._clear()
         self.refresh()
         self._list.refresh()
@@ -91,35 +106,44 @@ class Chat:
     def send(self, words: str | None) -> None:
         """Ask what was written."""
         words = (words or "").strip()
-        if not words or self._running():
+        if self._running():
+            return
+        if self._attached.waiting:
+            ui.notify("A file is still on its way.", position="top")
+            return
+        content = _content(words, self._attached.take())
+        if not content:
             return
         if self._id is None or self._store.conversation(self._id) is None:
-            made = self._store.new_conversation(title_of(words), system=self._controls.system,
-                                                options=self._controls.options)
+            title = title_of(words or "A picture")
+            made = self._store.new_conversation(title, system=self._system.words, options=self._options)
             self._id = made.id
             ui.navigate.history.push(f"/c/{made.id}")
         branch = self._store.branch(self._id)
         self._words.value = ""
-        self._ask(words, branch[-1].id if branch else None)
+        self._ask(content, branch[-1].id if branch else None)
 
     def stop(self) -> None:
         """Stop what is being written."""
         if self._id is not None:
             self._studio.answers.stop_all(self._id)
 
-    def _ask(self, words: str, parent: str | None) -> None:
+    def _ask(self, content: Content, parent: str | None) -> None:
         assert self._id is not None
         try:
-            self._studio.answers.start(self._store.add_message(self._id, "user", words, parent=parent))
+            self._studio.answers.start(self._store.add_message(self._id, "user", content, parent=parent))
         except DgemmaError as error:
             ui.notify(str(error), type="negative", position="top")
         ui.run_javascript("document.querySelector('.follow')?.dispatchEvent(new Event('to-end'))")
 
     def _edit(self, message: Message, words: str) -> None:
-        if words.strip():
-            self._ask(words.strip(), message.parent)
+        content = _content(words.strip(), kept_parts(message.content))
+        if content and not self._running():
+            self._ask(content, message.parent)
 
     def _again(self, message: Message) -> None:
+        if self._running():
+            return
         question = self._store.message(message.parent or "")
         if question is not None:
             self._studio.answers.start(question)
@@ -128,12 +152,24 @@ class Chat:
         self._store.switch(message.id)
         self._studio.changed.emit(message.conversation)
 
-    def _set(self, options: dict[str, Any], system: str) -> None:
+    @property
+    def _options(self) -> dict[str, Any]:
+        """All that is set in the panel but the system prompt."""
+        return self._controls.options | ({"tools": self._tools.chosen} if self._tools.chosen else {})
+
+    def _set(self) -> None:
+        options, system = self._options, self._system.words
         if self._id is not None:
             self._store.change_conversation(self._id, options=options, system=system)
-        self._store.set_setting("last_used", {"options": options, "system": system})
+        self._store.set_setting("last_used", {"system": system, "options": {
+            **options, "tools": rooms_of(options.get("tools", {}))}})
+        self._tell_keys()
 
-    def _last_used(self) -> tuple[dict[str, Any], str]:
+    def _settings(self) -> tuple[dict[str, Any], str]:
+        """Options and system prompt of the conversation; of a new one those that were used last."""
+        owner = self._store.conversation(self._id) if self._id else None
+        if owner is not None:
+            return owner.options, owner.system
         last = self._store.setting("last_used", {})
         return last.get("options", {}), last.get("system", "")
 
@@ -145,7 +181,7 @@ class Chat:
         self._list.refresh()
 
     def _running(self) -> bool:
-        return self._id is not None and bool(self._studio.answers.running(self._id))
+        return self._id is not None and self._studio.answers.busy(self._id)
 
     def _clear(self) -> None:
         self._messages.clear()
@@ -163,26 +199,41 @@ class Chat:
         for shown in self._shown[same:]:
             shown.box.delete()
         del self._shown[same:]
+        sources: dict[int, tuple[str, str]] = {}
+        answers = self._studio.answers
         with self._messages:
             for index, message in enumerate(branch):
+                sources = sources | {source["number"]: (str(source["title"]), source["url"])
+                                     for source in message.info.get("sources", ()) if is_source(source)}
                 siblings = self._store.siblings(message)
                 if index < same:
                     show_branches(self._shown[index].branches, message, siblings, self._actions)
                 else:
-                    self._shown.append(show(message, siblings, self._actions, self._studio.answers.get(message.id)))
+                    self._shown.append(show(message, siblings, self._actions, answers.get(message.id),
+                                            answers.call(message.id), sources))
             if not branch:
                 self._welcome()
         running = self._running()
         self._send.set_visibility(not running)
         self._stop.set_visibility(running)
         self._title.set_text("New chat" if owner is None else owner.title)
+        if owner is not None:
+            self._tools.set(owner.options.get("tools", {}))
+        self._tell_keys()
         self._tell_context(branch)
+
+    def _tell_keys(self) -> None:
+        tools = self._tools.summary
+        self._keys.set_text(f"The model may use: {tools}" if tools else
+                            "Enter sends · Shift+Enter is a new line · Esc stops")
 
     def _tell_context(self, branch: list[Message]) -> None:
         used = next((message.info["prompt_tokens"] + message.info["tokens"] for message in reversed(branch)
                      if message.info.get("prompt_tokens")), 0)
         limit = self._studio.serving().context_limit
-        self._meter.set_text(f"{used:,} of {limit:,} tokens of context" if used else "")
+        self._meter.set_visibility(bool(used))
+        self._meter_words.set_text(f"{used:,} of {limit:,} tokens of context")
+        self._meter_bar.set_value(min(used / limit, 1))
         self._meter.classes(add="full" if used > 0.8 * limit else "", remove="" if used > 0.8 * limit else "full")
 
     def _welcome(self) -> None:
@@ -201,6 +252,11 @@ class Chat:
                     with idea:
                         ui.label(title).classes("idea-title")
                         ui.label(words).classes("idea-words")
+
+
+def _content(words: str, files: list[dict[str, Any]]) -> Content:
+    """A message's content: words, with files before them where there are some."""
+    return [*files, *([{"type": "text", "text": words}] if words else [])] if files else words
 
 
 _SEND_ON_ENTER = """(event) => {

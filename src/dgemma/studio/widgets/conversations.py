@@ -18,7 +18,7 @@ from dgemma.studio.exchange import export_json, export_markdown, import_file
 from dgemma.studio.frame import Studio
 from dgemma.studio.store import Conversation
 
-LARGEST_IMPORT = 64 << 20  # bytes
+LARGEST_IMPORT = 256 << 20  # bytes; pictures are in it
 
 
 class Conversations:
@@ -120,11 +120,12 @@ class Conversations:
         dialog.open()
 
     def _delete(self, conversation: Conversation) -> None:
-        def delete() -> None:
+        async def delete() -> None:
             dialog.close()
             self._studio.answers.stop_all(conversation.id)
             self._studio.store.delete_conversation(conversation.id)
             self._studio.changed.emit(conversation.id)
+            await self._studio.answers.tools.close(conversation.id)
 
         with self._dialog("Delete this conversation?") as dialog:
             ui.label(f"“{conversation.title}” will be gone, with all of its messages.").classes("muted")

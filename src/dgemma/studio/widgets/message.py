@@ -5,16 +5,24 @@ Works on: a store's messages, answers. Knows nothing of: the rest of the page, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from nicegui import background_tasks, ui
 
 from dgemma.studio.answers import Answer
 from dgemma.studio.buttons import icon_button, main_button, text_button
 from dgemma.studio.markdown import plain_to_html, to_html
+from dgemma.studio.media import kept_parts
 from dgemma.studio.store import Message
+from dgemma.studio.turns import CallInHand
+from dgemma.studio.widgets.attachments import thumbnail
+from dgemma.studio.widgets.calls import show_call
 from dgemma.studio.widgets.canvas import Canvas, summary
+
+Sources = Mapping[int, tuple[str, str]]  # title and address of what is cited as [number]
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class Actions:
     edit: Callable[[Message, str], None]  # a question, to be asked in other words
     again: Callable[[Message], None]  # an answer, to be made once more
     switch: Callable[[Message], None]  # show this one's branch
+    current: Callable[[str], Message | None]  # a message as it is now
 
 
 @dataclass
@@ -35,9 +44,20 @@ class Shown:
     branches: ui.element
 
 
-def show(message: Message, siblings: list[Message], actions: Actions, answer: Answer | None) -> Shown:
-    """Make a message where the page is just being made; ``answer`` if it is being written now, or was lately."""
-    return (_question if message.role == "user" else _answer)(message, siblings, actions, answer)
+def show(message: Message, siblings: list[Message], actions: Actions, answer: Answer | None = None,
+         call: CallInHand | None = None, sources: Sources | None = None) -> Shown:
+    """Make a message where the page is just being made.
+
+    ``answer`` if it is one that is being written now, or was lately, ``call`` if it is one that is in hand;
+    ``sources``: what it may cite.
+    """
+    if message.role == "user":
+        return _question(message, siblings, actions)
+    if message.role == "tool":
+        box = show_call(message, call, partial(actions.current, message.id))
+        with box:
+            return Shown(message, box, ui.row().classes("branches"))
+    return _answer(message, siblings, actions, answer, sources)
 
 
 def show_branches(place: ui.element, message: Message, siblings: list[Message], actions: Actions) -> None:
@@ -62,10 +82,16 @@ def _copy(text: str) -> None:
     ui.notify("Copied", position="top", timeout=900)
 
 
-def _question(message: Message, siblings: list[Message], actions: Actions, answer: Answer | None) -> Shown:
+def _question(message: Message, siblings: list[Message], actions: Actions) -> Shown:
     with ui.element("article").classes("message question").props('aria-label="You"') as box:
+        if files := kept_parts(message.content):
+            with ui.row().classes("thumbnails"):
+                for part in files:
+                    thumbnail(part)
         with ui.element("div").classes("bubble") as bubble:
             ui.html(plain_to_html(message.text)).classes("prose")
+        if not message.text:
+            bubble.classes("hidden")
         with ui.row().classes("tools") as tools:
             branches = ui.row().classes("branches")
             icon_button("content_copy", "Copy", lambda: _copy(message.text), small=True)
@@ -91,16 +117,20 @@ def _question(message: Message, siblings: list[Message], actions: Actions, answe
     return Shown(message, box, branches)
 
 
-def _answer(message: Message, siblings: list[Message], actions: Actions, answer: Answer | None) -> Shown:
+def _answer(message: Message, siblings: list[Message], actions: Actions, answer: Answer | None,
+            sources: Sources | None) -> Shown:
     running = answer is not None and answer.running
     with ui.element("article").classes("message answer").props('aria-label="Model"') as box:
         thought = ui.expansion("Thinking").classes("thought").props("dense dense-toggle")
         with thought:
             thinking = ui.html(to_html(message.reasoning)).classes("prose")
-        text = ui.html(to_html(message.text)).classes("prose")
-        with ui.row().classes("failure") as failure:
+        text = ui.html(to_html(message.text, sources)).classes("prose")
+        with ui.row().classes("failure").props("role=alert") as failure:
             ui.icon("error_outline")
-            why = ui.label()
+            with ui.element("div").classes("failure-words"):
+                why = ui.label()
+                advice = ui.label().classes("failure-advice")
+            text_button("Try again", lambda: actions.again(message), icon="refresh", small=True)
         canvas = Canvas(f"/recordings/{message.id}", running=running, summary=summary(message.info),
                         recorded="steps" in message.info or bool(message.info.get("tokens")))
         with ui.row().classes("tools") as tools:
@@ -111,13 +141,15 @@ def _answer(message: Message, siblings: list[Message], actions: Actions, answer:
     def text_of() -> str:
         return answer.text if answer is not None else message.text
 
-    def tell(said: str, thoughts: str, error: str | None, over: bool) -> None:
-        text.set_content(to_html(said))
+    def tell(said: str, thoughts: str, info: Mapping[str, Any], over: bool) -> None:
+        text.set_content(to_html(said, sources))
         thinking.set_content(to_html(thoughts))
+        text.set_visibility(bool(said))
         thought.set_visibility(bool(thoughts))
-        failure.set_visibility(error is not None)
-        why.set_text(error or "")
-        tools.set_visibility(over)
+        failure.set_visibility("error" in info)
+        why.set_text(info.get("error", ""))
+        advice.set_text(info.get("advice", ""))
+        tools.set_visibility(over and bool(said or len(siblings) > 1 or not info.get("tool_calls")))
         canvas.set_visibility(not over or canvas_is_worth_it())
 
     def canvas_is_worth_it() -> bool:
@@ -128,12 +160,12 @@ def _answer(message: Message, siblings: list[Message], actions: Actions, answer:
         while answer.running and not box.is_deleted:
             if said != (answer.text, answer.reasoning):
                 said = (answer.text, answer.reasoning)
-                tell(*said, None, over=False)
+                tell(*said, {}, over=False)
             await answer.changed()
         if not box.is_deleted:
-            tell(answer.text, answer.reasoning, answer.error, over=True)
+            tell(answer.text, answer.reasoning, answer.info, over=True)
 
-    tell(message.text, message.reasoning, message.info.get("error"), over=not running)
+    tell(message.text, message.reasoning, message.info, over=not running)
     if answer is not None and running:
         background_tasks.create(canvas.follow(answer), name="canvas")
         background_tasks.create(follow_text(answer), name="text")
