@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +120,7 @@ def draw(seed: int, start: int, count: int, photos: float, held_out: bool = Fals
             for number in range(start, start + count)]
 
 
-def drawn(pool: ProcessPoolExecutor, seed: int, step: int, size: int) -> Iterator[list[Seen]]:
+def drawn(pool: ThreadPoolExecutor, seed: int, step: int, size: int) -> Iterator[list[Seen]]:
     """The pictures of every step from ``step`` on, drawn some steps ahead."""
     ahead = [pool.submit(draw, seed, (step + i) * size, size, 0.6) for i in range(16)]
     while True:
@@ -187,7 +187,7 @@ def train(folder: Path, steps: int, batch: int, muon: float, lr: float, seed: in
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     kept = {name: draw(seed + 1, 0, count, photos, held_out=True) for name, photos in (("screens", 0), ("photos", 1))}
-    with ProcessPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         began = time.monotonic()
         for step, pictures in zip(range(done, steps), drawn(pool, seed, done, batch), strict=False):
             factor = min(1, (step + 1) / 50, max(0.02, (steps - step) / (0.75 * steps)))
