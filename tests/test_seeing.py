@@ -161,6 +161,7 @@ def test_a_prompt_that_is_too_long_with_its_pictures_does_not_bother_the_tower(f
     assert model.pictures.vision is None
 
 
-def test_a_model_without_a_tower_says_so():
+def test_a_model_without_a_tower_says_so(model):
+    blind = Model(model.network, model.tokenizer, model.generation_config, "blind")
     with pytest.raises(DgemmaError, match="this model sees no pictures: it has no vision tower"):
-        dgemma.load("sudoku").generate("What is this?", images=[IMAGE])
+        blind.generate("What is this?", images=[IMAGE])
