@@ -12,7 +12,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dgemma.chat.reply import Called, Piece, Thought, read_answer
@@ -35,7 +35,7 @@ STOPPING = "The server is stopping and has cut off this answer."
 _CALLER = Caller("studio", "", "studio")
 _PLAIN = ("max_tokens", "seed", "temperature", "top_k", "top_p")  # what an `Ask` has a field for
 _OTHERS = ("thinking", "reasoning_budget", "stop", *SAMPLER_SETTINGS)
-OPTIONS = (*_PLAIN, *_OTHERS)
+OPTIONS = (*_PLAIN, *_OTHERS, "adapter")  # the last: one of the backend's, by its name
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class Answer:
         """All of it. Nothing is raised: what goes wrong is the answer's ``error``."""
         request: Request | None = None
         try:
-            request = await engine_request(self.serving, ask_of(self.messages, self.options))
+            adapter = self.serving.adapter(self.options.get("adapter"))
+            request = await engine_request(self.serving, replace(ask_of(self.messages, self.options), adapter=adapter))
             listener = RequestListener(self.serving.metrics, request, self.serving.model.tokenizer.decode)
             events = await self.serving.backend.admit(request)
             try:
@@ -204,7 +205,10 @@ class Answer:
 
 
 def ask_of(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Ask:
-    """What is asked of the model; options that are None are left to it. Raises DgemmaError for unknown ones."""
+    """What is asked of the model; options that are None are left to it. Raises DgemmaError for unknown ones.
+
+    An adapter is not looked up here: only what serves knows it.
+    """
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
         raise DgemmaError(f"there is no setting {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
