@@ -88,6 +88,12 @@ class Battle:
         return self.first, self.second
 
 
+def about(contestant: Contestant) -> str:
+    """What it is made of, where its title does not say that already."""
+    made_of = described(contestant)
+    return "" if made_of.casefold() == contestant.title.casefold() else made_of
+
+
 def described(contestant: Contestant) -> str:
     """What sets a contestant apart, in a line."""
     parts = [part for part in (contestant.model, contestant.adapter) if part]
