@@ -28,6 +28,7 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {  # what they are call
     "steps": ("steps", number_text), "tokens": ("tokens", number_text),
     "tokens_per_forward": ("tokens a step", number_text), "seconds": ("time", duration_text),
     "tokens_per_second": ("tokens/s", lambda rate: rate_text(rate, 1))}
+_ENDINGS = {"length": "at the length limit", "stopped": "stopped", "cancelled": "cut off", "tool_calls": "with a call"}
 _VOTES = (("A is better", "1"), ("B is better", "2"), ("Tie", "3"), ("Both bad", "4"))
 
 
@@ -178,7 +179,7 @@ class _Side:
         self._figures.clear()
         if not hidden and outcome.info:
             with self._figures:
-                for name, value in _told(figures(outcome)):
+                for name, value in _told(outcome):
                     with ui.element("div"):
                         _words("dt", name)
                         _words("dd", value)
@@ -207,9 +208,12 @@ def _words(tag: str, text: str) -> None:
         ui.label(text)
 
 
-def _told(known: dict[str, Any]) -> list[tuple[str, str]]:
-    """Figures as they are read."""
-    return [(label, write(known[name])) for name, (label, write) in FIGURES.items() if known[name] is not None]
+def _told(outcome: Outcome) -> list[tuple[str, str]]:
+    """Figures as they are read, and how it ended unless the model ended it."""
+    known = figures(outcome)
+    told = [(label, write(known[name])) for name, (label, write) in FIGURES.items() if known[name] is not None]
+    ending = _ENDINGS.get(outcome.info.get("finish_reason") or "")
+    return told if ending is None else [*told, ("ended", ending)]
 
 
 def verdict_text(battle: Battle) -> str:

@@ -67,11 +67,11 @@ class Results:
                               "First wins", *(FIGURES[name][0].capitalize() for name in _MEDIANS))):
             for pair in found:
                 with ui.element("tr"):
-                    _cell(pair.first.title)
-                    _cell(pair.second.title)
+                    _cell(pair.first.title, "who")
+                    _cell(pair.second.title, "who")
                     for number in (len(pair.battles) - pair.open, pair.won, pair.lost, pair.ties, pair.bad):
                         _cell(str(number), "number")
-                    with ui.element("td"):
+                    with ui.element("td").classes("share"):
                         show_share(pair.share)
                     for name in _MEDIANS:
                         _cell(" · ".join("–" if value is None else FIGURES[name][1](value)
@@ -84,7 +84,7 @@ class Results:
                     _cell(f"{datetime.fromtimestamp(battle.created):%d %b %H:%M}")
                     _cell(" ".join(battle.prompt.split())[:200], "prompt")
                     for outcome in battle.outcomes:
-                        _cell("hidden" if battle.hidden else outcome.contestant.title)
+                        _cell("hidden" if battle.hidden else outcome.contestant.title, "who")
                     _cell(verdict_text(battle) or "not voted")
                     with ui.element("td").classes("number"):
                         icon_button("visibility", "Show this battle", partial(self._opened, battle.id), small=True,
