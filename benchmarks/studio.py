@@ -159,7 +159,7 @@ def endure(browser: Browser, minutes: float) -> None:
                 told = now
                 tools.send("HeapProfiler.collectGarbage")
                 heap, held = page.evaluate("performance.memory.usedJSHeapSize"), memory(process.process.pid)
-                kept = (Path(folder) / "studio.db").stat().st_size
+                kept = sum(path.stat().st_size for path in Path(folder).glob("studio.db*"))
                 print(f"{now / 60:6.1f} min, {4 * rounds:5d} answers: server {size_text(held)}, page's scripts "
                       f"{size_text(heap)}, file {size_text(kept)}", flush=True)
 

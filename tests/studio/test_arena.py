@@ -130,6 +130,26 @@ def test_an_adapter_that_is_not_there_is_refused_before_it_begins(serving, store
         arena_of(serving, store).start(["Hi"], Contestant(adapter="gone"), ONE)
 
 
+def test_an_adapter_answers_for_its_contestant_alone(model, store):
+    class Adapters:
+        known = {"poet": object()}
+        get = known.__getitem__
+
+        def paths(self):
+            return dict.fromkeys(self.known, "a folder")
+
+    service = ScriptedService(model, "5")
+    service.adapters = Adapters()
+
+    async def run():
+        arena = arena_of(create_app(model, service, Settings(("scripted",))).state.serving, store)
+        arena.start(["Hi"], Contestant(adapter="poet"), Contestant(), blind=False, in_turn=True)
+        await over(arena)
+
+    asyncio.run(run())
+    assert [request.adapter for request in service.requests] == [Adapters.known["poet"], None]
+
+
 def test_a_contestant_without_a_name_is_called_what_it_is_made_of():
     assert described(Contestant()) == "the model's own settings"
     made = Contestant(adapter="poet", system="Be brief.", options={"thinking": True, "entropy_bound": 0.25})

@@ -95,7 +95,8 @@ class ArenaPage:
         """Whether it began."""
         first, second = (card.contestant for card in self._cards)
         try:
-            made = self._arena.start(prompts, first, second, blind=self._blind.value, in_turn=self._in_turn.value)
+            made = self._arena.start(prompts, first, second, blind=bool(self._blind.value),
+                                     in_turn=bool(self._in_turn.value))
         except DgemmaError as error:
             ui.notify(str(error), type="negative", position="top", multi_line=True)
             return False

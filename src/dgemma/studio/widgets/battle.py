@@ -6,6 +6,7 @@ Works on: the studio's arena. Knows nothing of: how contestants are chosen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class BattleView:
             self._revealed = ui.label().classes("revealed").props("role=status")
             with ui.element("div").classes("votes") as self._votes:
                 for place, (label, key) in enumerate(_VOTES):
-                    button = ui.button(color=None, on_click=lambda place=place: self._vote(place)).classes("vote")
+                    button = ui.button(color=None, on_click=partial(self._vote, place)).classes("vote")
                     with button.props("flat no-caps"):
                         ui.label(label)
                         ui.html(f"<kbd>{key}</kbd>").props("aria-hidden=true")
