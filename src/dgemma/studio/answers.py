@@ -13,7 +13,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -127,7 +127,9 @@ class Answer(Watched):
         try:
             messages = self.messages if self._media is None else await asyncio.to_thread(
                 with_files, self.messages, self._media)
-            request = await engine_request(self.serving, ask_of(messages, self.options, tools))
+            adapter = self.serving.adapter(self.options.get("adapter"))
+            asked = replace(ask_of(messages, self.options, tools), adapter=adapter)
+            request = await engine_request(self.serving, asked)
             listener = RequestListener(self.serving.metrics, request, self.serving.model.tokenizer.decode)
             events = await self.serving.backend.admit(request)
             try:

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dgemma.errors import DgemmaError
 from dgemma.studio import gate
 from dgemma.studio.answers import Answers
+from dgemma.studio.arena import Arena
 from dgemma.studio.auth import Passwords, Sessions, has_password
 from dgemma.studio.frame import STATIC, Page, Studio, frame
 from dgemma.studio.media import LARGEST, PREVIEW_TYPE
@@ -48,14 +49,15 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
     changed: Event[str] = Event()
     serving = api.state.serving
     answers = Answers(lambda: serving, store, changed.emit)
-    studio = Studio(store, Sessions(store), answers, lambda: serving, changed, find_pages())
+    arena = Arena(lambda contestant: serving, store, Event())
+    studio = Studio(store, Sessions(store), answers, arena, lambda: serving, changed, find_pages())
     store.mark_interrupted()
     store.forget_media()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await answers.close()
+        await asyncio.gather(answers.close(), arena.close())
         store.close()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
@@ -65,7 +67,7 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
     def recording(message: str) -> Response:
         """How an answer came to be, for the scrubber."""
         try:
-            found = answers.recording(message)
+            found = answers.recording(message) or arena.recording(message)
         except DgemmaError as error:
             return Response(str(error), 500)
         if found is None:

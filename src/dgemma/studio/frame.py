@@ -16,6 +16,7 @@ from nicegui import Event, context, ui
 
 from dgemma.serve.backend import Serving
 from dgemma.studio.answers import Answers
+from dgemma.studio.arena import Arena
 from dgemma.studio.auth import Sessions
 from dgemma.studio.buttons import icon_button
 from dgemma.studio.markdown import code_styles
@@ -48,6 +49,7 @@ class Studio:
     store: Store
     sessions: Sessions
     answers: Answers
+    arena: Arena
     serving: Callable[[], Serving]  # what answers at the moment
     changed: Event[str]  # a conversation in which something changed, by its id; "" for the list of them
     pages: tuple[Page, ...]

@@ -323,6 +323,39 @@ export default {
       setTimeout(next, pace);
     },
 
+    // ---- together with other canvases (together.js) ----
+
+    async unfold() {
+      while (this.live) { // the last steps are still being shown, or on their way
+        if (this.ending) {
+          clearTimeout(this.timer);
+          this.queue = [];
+          this.finish();
+        } else await new Promise((resolve) => setTimeout(resolve, 50));
+      }
+      if (!this.open) await this.toggle();
+    },
+
+    seconds() {
+      return this.count ? this.frameOf(this.count - 1).seconds : 0;
+    },
+
+    walk(share, seconds) {
+      // To this share of its steps; or, unless null, to what it showed so many seconds after the request began.
+      if (!this.open || !this.count) return;
+      let moment = Math.round(share * (this.count - 1));
+      if (seconds !== null) {
+        moment = 0;
+        while (moment + 1 < this.count && this.frameOf(moment + 1).seconds <= seconds) moment += 1;
+      }
+      if (moment !== this.at) this.go(moment);
+    },
+
+    frameOf(moment) {
+      const [canvas, index] = this.moments[moment];
+      return this.film.canvases[canvas].frames[index];
+    },
+
     placeOf(event) {
       const place = event.target.dataset?.place;
       return place === undefined ? null : Number(place);

@@ -115,7 +115,7 @@ class Controls:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is set, by the names of `dgemma.studio.answers.OPTIONS`."""
+        """What is set, by the names of `dgemma.studio.asking.OPTIONS`."""
         thinking = _THOUGHTS[self._thinking.value or "auto"]
         made: dict[str, Any] = {} if thinking is None else {"thinking": thinking}
         if self._budget.value:
