@@ -5,12 +5,15 @@ Works on: `serve`'s application, NiceGUI. Knows nothing of: sockets, the network
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import json
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
@@ -18,11 +21,15 @@ from nicegui import Event, ui
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+import dgemma
 from dgemma.errors import DgemmaError
+from dgemma.model import Model
 from dgemma.studio import gate
 from dgemma.studio.answers import Answers
 from dgemma.studio.auth import Passwords, Sessions, has_password
 from dgemma.studio.frame import STATIC, Page, Studio, frame
+from dgemma.studio.jobs import Jobs
+from dgemma.studio.manager import ModelManager
 from dgemma.studio.store import Store
 
 PAGES = ("chat", "models", "arena", "training", "settings")  # modules of `dgemma.studio.pages`, in the order shown
@@ -36,22 +43,28 @@ def find_pages() -> tuple[Page, ...]:
 
 
 def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Collection[str] = (), closed: bool = False,
-                  tell: Callable[[str], None] = lambda link: None) -> tuple[ASGIApp, Studio]:
+                  tell: Callable[[str], None] = lambda link: None, load: Callable[..., Model] = dgemma.load,
+                  device: str | torch.device = "cpu", runs: Sequence[Path] = ()) -> tuple[ASGIApp, Studio]:
     """The whole application, once in a process (NiceGUI is one), and what its pages work with.
 
     ``api`` is `dgemma.serve.app.create_app`'s; ``closed``: it wants a session as the pages do, for nothing else
-    protects it. ``tell`` shows a new launch link to whoever started the server.
+    protects it. ``tell`` shows a new launch link to whoever started the server. ``load`` loads other models, for a
+    ``device``; ``runs`` are folders of training runs. What the server starts and stops is the studio's ``models``.
     """
     changed: Event[str] = Event()
-    serving = api.state.serving
-    answers = Answers(lambda: serving, store, changed.emit)
-    studio = Studio(store, Sessions(store), answers, lambda: serving, changed, find_pages())
+    exchanged: Event[()] = Event()
+    served = api.state.served
+    answers = Answers(served, store, changed.emit)
+    models = ModelManager(served, answers, load, torch.device(device), exchanged.emit)
+    studio = Studio(store, Sessions(store), answers, served, changed, find_pages(), models, exchanged, Jobs(),
+                    tuple(runs))
     store.mark_interrupted()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await answers.close()
+        await asyncio.to_thread(studio.jobs.close)
         store.close()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
