@@ -30,7 +30,8 @@ def search_hub(words: str, most: int = 20) -> tuple[Found, ...]:
     from huggingface_hub import HfApi
 
     try:
-        found = list(HfApi().list_models(search=words.strip() or None, sort="downloads", limit=most))
+        found = list(HfApi().list_models(search=words.strip() or None, sort="downloads", limit=most,
+                                         expand=["downloads", "likes", "lastModified", "gated"]))
     except Exception as error:
         raise explanation("the hub", error) from error
     return tuple(Found(info.id, info.downloads, info.likes, info.last_modified, bool(info.gated)) for info in found)
