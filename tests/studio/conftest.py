@@ -9,6 +9,7 @@ from dgemma.engine.service import Service
 from dgemma.serve.app import create_app
 from dgemma.serve.settings import Settings
 from dgemma.studio.store import Store
+from support.studio_browser import browser, link_to, sudoku, tab  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")

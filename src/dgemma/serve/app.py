@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dgemma import __version__
@@ -47,7 +48,7 @@ class Health(BaseModel):
 
 def create_app(model: ServedModel, backend: Backend, settings: Settings) -> FastAPI:
     """The application over a backend that runs, or will when the first request comes; its state has ``served``
-    (`Served`), by which another model can answer.
+    (`Served`), by which another model can answer, and the ``paths`` of all routes.
     """
     metrics = Metrics(lambda: served().backend.stats(), lambda: served().model.pictures)
     request_log = None if settings.debug_requests is None else RequestLog(settings.debug_requests)
@@ -72,8 +73,12 @@ def create_app(model: ServedModel, backend: Backend, settings: Settings) -> Fast
         """Counts and latencies, for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
+    # Not asked of the application: what it makes of included routers is FastAPI's own business.
+    app.state.paths = [route.path for route in app.routes if isinstance(route, Route)]
     for module in (openai, messages, ollama, adapters):
-        app.include_router(module.router(served), dependencies=keyed)
+        router = module.router(served)
+        app.state.paths += [route.path for route in router.routes if isinstance(route, Route)]
+        app.include_router(router, dependencies=keyed)
 
     # The last one added is the outermost.
     app.add_middleware(Outgoing)

@@ -89,7 +89,8 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
     ui.run_with(app, title="dgemma studio", favicon=STATIC / "icon.svg", tailwind=False, show_welcome_message=False,
                 gzip_middleware_factory=None, reconnect_timeout=10.0, dark=None, language="en-US")
     # FastAPI's page of documentation runs scripts of another server: none of these shall be a part of this origin.
-    names = frozenset(gate.first_part(path) for route in api.routes if (path := getattr(route, "path", ""))) - {"docs"}
+    # "/" is the chat's.
+    names = frozenset(map(gate.first_part, api.state.paths)) - {"docs", ""}
     inside = _ByPath(GZipMiddleware(gate.PagePolicy(app), minimum_size=1000, compresslevel=5), api, names)
     guarded = gate.Gate(inside, studio.sessions, Passwords(store), port=port, allowed_hosts=allowed_hosts, api=names,
                         closed=closed, with_password=lambda: has_password(store), tell=tell)

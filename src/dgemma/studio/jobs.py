@@ -133,6 +133,10 @@ class Jobs:
         job.start()
         return job
 
+    def runs(self, title: str) -> bool:
+        """Whether there is one under this title that is not over."""
+        return any(job.title == title and job.state == "running" for job in self.all())
+
     def forget(self, job: Job) -> None:
         """Show one that is over no more."""
         with self._changing:

@@ -145,7 +145,7 @@ def _inspected(path: Path, stamp: tuple[int, int], device: str) -> tuple[str, in
              (need.working, "to work with"), (need.vision, "to see pictures")]
     told = ", ".join(f"{size_text(size)} {what}" for size, what in parts if size)
     problem = describe(report.problems) if report.problems else ""
-    stored = report.stored[0].dtype if report.stored else ""
+    stored = report.stored[0].dtype if report.stored and report.format != "gguf" else ""  # a GGUF's type is known
     about = [f"{short_count(sum(report.parameters.values()))} parameters", stored, f"{longest:,} tokens of context",
              *(["sees pictures"] if report.tower is not None else [])]
     return ", ".join(filter(None, about)), need.total - need.program, told, problem

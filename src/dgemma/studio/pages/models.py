@@ -5,8 +5,6 @@ Works on: the studio's model manager, jobs, library. Knows nothing of: conversat
 
 from __future__ import annotations
 
-from functools import partial
-
 from nicegui import ui
 
 from dgemma.errors import DgemmaError
@@ -16,7 +14,7 @@ from dgemma.memory import machine_memory
 from dgemma.studio.buttons import text_button
 from dgemma.studio.frame import Frame, Page, Studio
 from dgemma.studio.widgets.adapters import AdapterList
-from dgemma.studio.widgets.hub import Hub, go_on
+from dgemma.studio.widgets.hub import Hub
 from dgemma.studio.widgets.sheet import section
 from dgemma.studio.widgets.shelf import Shelf
 from dgemma.studio.widgets.work import Work
@@ -35,7 +33,7 @@ class Models:
             self._work = Work(studio.jobs)
         with section("On this machine", "Whether a model fits is reckoned with its weights, the keys and values of a "
                      "conversation, and what works on them."):
-            self._shelf = Shelf(studio, partial(go_on, studio.jobs))
+            self._shelf = Shelf(studio)
         with section("Adapters", "Small additions to the model that answers, each under a name of its own."):
             self._adapters = AdapterList(studio)
         with section("On the hub", "Models are kept in the Hugging Face cache, where other programs find them, too. "

@@ -6,7 +6,6 @@ Works on: `dgemma.weights.hub`, the studio's jobs. Knows nothing of: what is don
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 
 from nicegui import ui
 
@@ -113,17 +112,27 @@ class Hub:
             elif pull.to_fetch > free:
                 ui.label(f"the disk has {size_text(free)} free").classes("tag bad")
             else:
-                text_button("Download", partial(fetch_in_background, self._jobs, pull), icon="download").props(
+                button = text_button("Download", lambda: self._fetch(pull, button), icon="download").props(
                     f'aria-label="Download {name}"')
+
+    def _fetch(self, pull: Pull, button: ui.button) -> None:
+        button.disable()  # how it goes is shown above, and there it can be stopped and gone on with
+        job = fetch_in_background(self._jobs, pull)
+        ui.notify(f"{job.title} …", position="top")
 
 
 def fetch_in_background(jobs: Jobs, pull: Pull) -> Job:
     """Fetch a model; what an earlier try has fetched is not fetched again."""
     def work(job: Job) -> str:
         fetch(pull, job)
-        return "It is here: load it above." if pull.model else f"{count_text(len(pull.files), 'file')} are here."
+        return "It is here, and can be loaded." if pull.model else f"{count_text(len(pull.files), 'file')} are here."
 
-    return jobs.start(f"Downloading {pull.model or pull.repo}", work)
+    return jobs.start(download_title(pull.model or pull.repo), work)
+
+
+def download_title(name: str) -> str:
+    """What the job is called that fetches a model."""
+    return f"Downloading {name}"
 
 
 async def go_on(jobs: Jobs, name: str) -> None:

@@ -6,7 +6,6 @@ Works on: the studio's library and manager. Knows nothing of: files.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from dgemma.studio.buttons import icon_button, main_button, text_button
 from dgemma.studio.frame import Studio
 from dgemma.studio.jobs import Job
 from dgemma.studio.library import Fit, Here, add_path, fit_of, forget_path, models_here
+from dgemma.studio.widgets.hub import download_title, go_on
 from dgemma.studio.widgets.sheet import dialog, dialog_buttons
 from dgemma.weights.files import TOWER_TYPES
 from dgemma.weights.hub.cache import GGUF, files_beside, remove_model
@@ -31,10 +31,10 @@ _TYPES = {"Q4_K_M": "Q4_K_M: the smallest", "Q5_K_M": "Q5_K_M", "Q6_K": "Q6_K", 
 
 
 class Shelf:
-    """The list; ``fetch`` goes on with a model of the hub that has come only partly."""
+    """The list, and a form to add to it."""
 
-    def __init__(self, studio: Studio, fetch: Callable[[str], Awaitable[None]]):
-        self._studio, self._fetch = studio, fetch
+    def __init__(self, studio: Studio):
+        self._studio = studio
         self._apart = ui.element("div")  # dialogs outlive the rows
         self._rows = ui.element("div").classes("wide")
         with ui.row().classes("fields wide"):
@@ -56,7 +56,7 @@ class Shelf:
         return [(here, fit_of(here.model, device)) for here in models_here(self._studio.store, self._studio.runs)]
 
     def _row(self, here: Here, fit: Fit) -> None:
-        model, models = here.model, self._studio.models
+        studio, model, models = self._studio, here.model, self._studio.models
         current = model.name == models.name and models.loaded
         with ui.element("div").classes("model" + (" here" if current else "")), ui.row().classes("line"):
             with ui.element("div").classes("line-words grow"):
@@ -74,8 +74,10 @@ class Shelf:
                     ui.label(fit.problem).classes("small danger pre")
             if current:
                 ui.label("answers now").classes("tag good")
+            elif not model.complete and studio.jobs.runs(download_title(model.name)):
+                ui.label("is coming").classes("tag")
             elif not model.complete:
-                text_button("Go on", partial(self._fetch, model.name), icon="download").props(
+                text_button("Go on", partial(go_on, studio.jobs, model.name), icon="download").props(
                     f'aria-label="Go on with {here.title}"')
             elif not fit.problem:
                 text_button("Load", partial(self.load, here, fit), icon="play_arrow").props(
