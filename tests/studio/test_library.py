@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from dgemma.errors import DgemmaError
-from dgemma.studio.library import adapters_here, add_path, fit_of, forget_path, models_here, own_paths, title_of
+from dgemma.studio.library import (
+    adapters_here,
+    add_path,
+    fit_of,
+    forget_path,
+    last_model,
+    models_here,
+    note_last,
+    own_paths,
+    title_of,
+)
 from dgemma.weights.files import bundled_path
 from dgemma.weights.hub.cache import local_models
 from support.hub_server import HubServer, connect
@@ -34,6 +44,14 @@ def test_the_users_own_folders_and_trained_models_are_listed(store, tmp_path):
     assert adapters_here([runs]) == [runs / "tuned" / "best"]
     forget_path(store, mine / "first")
     assert own_paths(store) == [] and (mine / "first").is_dir()
+
+
+def test_what_was_loaded_last_is_remembered_while_it_is_here(store, tmp_path):
+    assert last_model(store, []) is None
+    note_last(store, "org/model:Q4_K_M")
+    assert last_model(store, []) is None
+    note_last(store, "sudoku")
+    assert last_model(store, []) == "sudoku"
 
 
 def test_where_no_model_is_nothing_is_added(store, tmp_path):

@@ -17,7 +17,7 @@ def hub(monkeypatch, tmp_path):
 
 def test_repositories_are_found_by_words_of_their_names(hub):
     [found] = search_hub("diffuse-g")
-    assert (found.repo, found.downloads, found.updated.year, found.gated) == ("org/diffuse-GGUF", 12_345, 2026, False)
+    assert (found.repo, found.downloads, found.likes, found.gated) == ("org/diffuse-GGUF", 12_345, 6, False)
     assert search_hub("nothing of this name") == ()
 
 

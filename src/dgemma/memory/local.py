@@ -10,7 +10,7 @@ from dgemma.errors import CheckpointError
 from dgemma.memory.machine import model_bytes
 from dgemma.weights.hub.cache import GGUF, LocalModel
 
-_USUAL_VOCABULARY = 262_144  # tokens: the 26B model's
+USUAL_VOCABULARY = 262_144  # tokens: the 26B model's
 
 
 def memory_needed(model: LocalModel) -> int | None:
@@ -32,8 +32,8 @@ def fits(needed: int | None, available: int | None, total: int | None) -> str:
 def _vocabulary(model: LocalModel) -> int:
     """How many tokens a model knows; the usual number where only a long look into its files would tell."""
     if model.kind == GGUF:
-        return _USUAL_VOCABULARY
+        return USUAL_VOCABULARY
     try:
         return load_model_config(model.path).vocab_size
     except CheckpointError:  # it is there in part only, or not to be loaded anyway
-        return _USUAL_VOCABULARY
+        return USUAL_VOCABULARY

@@ -52,7 +52,7 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
     ``device``; ``runs`` are folders of training runs. What the server starts and stops is the studio's ``models``.
     """
     changed: Event[str] = Event()
-    exchanged: Event[()] = Event()
+    exchanged: Event[[]] = Event()
     served = api.state.served
     answers = Answers(served, store, changed.emit)
     models = ModelManager(served, answers, load, torch.device(device), exchanged.emit)

@@ -54,7 +54,7 @@ class Studio:
     changed: Event[str]  # a conversation in which something changed, by its id; "" for the list of them
     pages: tuple[Page, ...]
     models: ModelManager
-    exchanged: Event[()]  # another model answers, or is being loaded
+    exchanged: Event[[]]  # another model answers, or is being loaded
     jobs: Jobs
     runs: tuple[Path, ...]  # folders of training runs
 

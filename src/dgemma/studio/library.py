@@ -25,7 +25,7 @@ from dgemma.weights.hub.transfer import size_of
 
 Origin = Literal["bundled", "hub", "yours", "run"]
 CONTEXT = 8192  # tokens that a conversation is reckoned with, or the longest that a model takes
-_PATHS = "model_paths"  # of the store's settings
+_PATHS, _LAST = "model_paths", "last_model"  # of the store's settings
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -51,6 +51,11 @@ class Fit:
     facts: str = ""
     needed: int | None = None
     problem: str = ""
+
+
+def run_folders(store: Store) -> tuple[Path, ...]:
+    """Where training runs are looked for: those of the command line's present folder, and the studio's."""
+    return Path("runs").absolute(), store.path.parent / "runs"
 
 
 def models_here(store: Store, runs: Iterable[Path]) -> list[Here]:
@@ -93,6 +98,17 @@ def add_path(store: Store, words: str) -> list[LocalModel]:
 def forget_path(store: Store, path: Path) -> None:
     """Show what the user has added no more; its files stay."""
     store.set_setting(_PATHS, [str(one) for one in own_paths(store) if one != path and one not in path.parents])
+
+
+def note_last(store: Store, name: str) -> None:
+    """Remember what was loaded, for the next start."""
+    store.set_setting(_LAST, name)
+
+
+def last_model(store: Store, runs: Iterable[Path]) -> str | None:
+    """What was loaded last, if it is still here; nothing is ever downloaded for it."""
+    name = store.setting(_LAST)
+    return name if any(here.model.name == name and here.model.complete for here in models_here(store, runs)) else None
 
 
 def title_of(name: str) -> str:

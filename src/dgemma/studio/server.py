@@ -13,7 +13,6 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -24,6 +23,7 @@ from dgemma.serve.server import run, url_of
 from dgemma.serve.settings import Settings
 from dgemma.studio.app import create_studio
 from dgemma.studio.gate import LAUNCH
+from dgemma.studio.library import run_folders
 from dgemma.studio.manager import start_service
 from dgemma.studio.store import Store
 
@@ -54,7 +54,7 @@ def run_studio(model: Model, settings: Settings, store: Store, listener: socket.
     del model  # the studio lets it go when another one is loaded
     app, studio = create_studio(api, store, port=listener.getsockname()[1], allowed_hosts=settings.allowed_hosts,
                                 closed=closed, tell=lambda link: log.info("a new link: %s", link), load=load,
-                                device=device, runs=(Path("runs").absolute(), store.path.parent / "runs"))
+                                device=device, runs=run_folders(store))
 
     def ready() -> None:
         link = f"{_reachable(url)}{LAUNCH}?token={studio.sessions.new_token()}"

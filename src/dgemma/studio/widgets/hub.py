@@ -13,7 +13,7 @@ from dgemma.errors import DgemmaError
 from dgemma.files import free_space
 from dgemma.formats import count_text, short_count, size_text
 from dgemma.memory import machine_memory, model_bytes
-from dgemma.memory.local import fits
+from dgemma.memory.local import USUAL_VOCABULARY, fits
 from dgemma.studio.buttons import text_button
 from dgemma.studio.jobs import Job, Jobs
 from dgemma.weights.files import hub_name
@@ -22,7 +22,6 @@ from dgemma.weights.hub.repository import Pull, fetch, plan_all, plan_pull
 from dgemma.weights.hub.search import Found, search_hub
 
 _SUGGESTED = "diffusiongemma"
-_VOCABULARY = 262_144  # tokens: of the models on the hub
 
 
 class Hub:
@@ -93,7 +92,7 @@ class Hub:
 
     def _offer(self, pull: Pull, free: int, available: int | None, total: int | None) -> None:
         name = pull.model or pull.repo
-        needed = model_bytes(pull.size, ":" in name, _VOCABULARY)
+        needed = model_bytes(pull.size, ":" in name, USUAL_VOCABULARY)
         verdict = fits(needed, available, total)
         towers = [file.name for file in pull.files if "mmproj" in file.name.lower()]
         with ui.row().classes("line offer"):

@@ -17,7 +17,7 @@ from dgemma.studio.apart import convert_apart
 from dgemma.studio.buttons import icon_button, main_button, text_button
 from dgemma.studio.frame import Studio
 from dgemma.studio.jobs import Job
-from dgemma.studio.library import Fit, Here, add_path, fit_of, forget_path, models_here
+from dgemma.studio.library import Fit, Here, add_path, fit_of, forget_path, models_here, note_last
 from dgemma.studio.widgets.hub import download_title, go_on
 from dgemma.studio.widgets.sheet import dialog, dialog_buttons
 from dgemma.weights.files import TOWER_TYPES
@@ -124,7 +124,8 @@ class Shelf:
     async def _load(self, here: Here, fit: Fit, patience: float | None) -> None:
         options = {} if patience is None else {"patience": patience}
         try:
-            await self._studio.models.load(here.model.name, fit.needed, **options)
+            if await self._studio.models.load(here.model.name, fit.needed, **options):
+                note_last(self._studio.store, here.model.name)
         except DgemmaError as error:
             ui.notify(str(error), type="negative", position="top")
 
