@@ -35,10 +35,13 @@ class Desk:
         self.api = create_app(model, start_service(model), Settings(("sudoku",)))
         self.served = self.api.state.served
         self.answers = Answers(self.served, store)
-        self.told = []
-        self.manager = ModelManager(self.served, self.answers, sudoku, torch.device("cpu"),
-                                    lambda: self.told.append(self.manager.loading))
+        self.cancelling = False
+        self.manager = ModelManager(self.served, self.answers, sudoku, torch.device("cpu"), self.changed)
         self.manager.start()
+
+    def changed(self):
+        if self.cancelling and self.manager.loading:
+            self.manager.cancel()
 
     @property
     def name(self):
@@ -153,6 +156,19 @@ def test_without_a_model_everybody_is_told_so(desk, store):
         again = ask(store, desk)
         await again.finished()
         assert again.status == "done"
+        await desk.manager.stop(1)
+
+    asyncio.run(main())
+
+
+def test_loading_can_be_given_up(desk):
+    async def main():
+        desk.cancelling = True
+        assert not await desk.manager.load(OTHER)
+        assert desk.name == "sudoku" and desk.manager.name == "sudoku" and "you stopped it" in desk.manager.error
+        desk.cancelling = False
+        assert await desk.manager.load(OTHER)
+        await settled(desk)
         await desk.manager.stop(1)
 
     asyncio.run(main())

@@ -23,6 +23,7 @@ from dgemma.memory import available_memory, release_freed
 from dgemma.model import Model
 from dgemma.serve.backend import Backend, Served, Serving
 from dgemma.studio.answers import Answers
+from dgemma.studio.jobs import StoppedError
 from dgemma.studio.library import title_of
 from dgemma.studio.unloaded import NoEngine, without_model
 
@@ -74,6 +75,7 @@ class ModelManager:
         self._served, self._answers, self._load, self._changed, self._engine = served, answers, load, changed, engine
         self._busy = asyncio.Lock()
         self._leaving: dict[asyncio.Task[None], Engine] = {}
+        self._cancelled = self._closing = False
 
     @property
     def loaded(self) -> bool:
@@ -96,7 +98,8 @@ class ModelManager:
         _engine_of(self._served()).start()
 
     async def stop(self, grace: float = 30.0) -> int:
-        """Stop whatever answers; how many answers were cut short."""
+        """Stop whatever answers, and what is being loaded; how many answers were cut short."""
+        self._closing = True
         engines = [_engine_of(self._served()), *self._leaving.values()]
         return sum(await asyncio.gather(*(engine.stop(grace) for engine in engines)))
 
@@ -134,6 +137,10 @@ class ModelManager:
             finally:
                 self._tell(None)
 
+    def cancel(self) -> None:
+        """Give up what is being loaded."""
+        self._cancelled = True
+
     async def unload(self, *, patience: float = PATIENCE) -> None:
         """Take the model out of memory, when what it has begun is finished, for so many seconds at most."""
         if self._busy.locked():
@@ -167,7 +174,8 @@ class ModelManager:
         if not isinstance(error, DgemmaError):
             log.exception("%s cannot be loaded", title, exc_info=error)
         told = str(error) if isinstance(error, DgemmaError) else f"{type(error).__name__}: {error}"
-        self.error = f"{title} could not be loaded: {told}"
+        self.error = (f"{title} was not loaded: you stopped it." if isinstance(error, StoppedError)
+                      else f"{title} could not be loaded: {told}")
 
     async def _again(self, name: str, title: str) -> None:
         """The model that had to make room answers again."""
@@ -180,12 +188,16 @@ class ModelManager:
 
     async def _read(self, name: str, title: str) -> Serving:
         """Load a model in another thread and make it ready to answer."""
+        self._cancelled = False
         self._tell(Loading(title, "loading"))
 
-        def progress(done: int, total: int) -> None:
+        def progress(done: int, total: int) -> None:  # in that thread
+            if self._cancelled or self._closing:
+                raise StoppedError("stopped")
             self.loading = Loading(title, "loading", done, total)
 
         def load() -> tuple[Model, Engine]:
+            progress(0, 0)
             model = self._load(name, progress=progress)
             return model, self._engine(model)
 

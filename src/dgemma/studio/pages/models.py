@@ -11,7 +11,7 @@ from dgemma.errors import DgemmaError
 from dgemma.formats import count_text, short_count, size_text
 from dgemma.machine import resident_memory
 from dgemma.memory import machine_memory
-from dgemma.studio.buttons import text_button
+from dgemma.studio.buttons import icon_button, text_button
 from dgemma.studio.frame import Frame, Page, Studio
 from dgemma.studio.widgets.adapters import AdapterList
 from dgemma.studio.widgets.hub import Hub
@@ -71,7 +71,9 @@ class Current:
                 self._facts = ui.label().classes("muted small")
             self._unload = text_button("Unload", self._put_away, icon="eject")
         with ui.element("div").classes("wide") as self._loading:
-            self._stage = ui.label().classes("muted small figures").props("role=status")
+            with ui.row().classes("line"):
+                self._stage = ui.label().classes("muted small figures").props("role=status")
+                self._cancel = icon_button("close", "Stop loading", studio.models.cancel)
             self._bar = ui.linear_progress(0, show_value=False).props('rounded aria-label="Loading"')
         with ui.row().classes("failure") as self._failure:
             ui.icon("error_outline")
@@ -113,7 +115,8 @@ class Current:
         elif models.leaving:
             self._stage.set_text(f"{count_text(models.leaving, 'model')} still in memory, for what was begun with "
                                  "it to be finished.")
-        self._bar.set_visibility(loading is not None)
+        for part in (self._bar, self._cancel):
+            part.set_visibility(loading is not None)
         self._memory()
 
     def _memory(self) -> None:
