@@ -3,7 +3,8 @@
 import threading
 
 from dgemma.errors import DgemmaError
-from dgemma.studio.jobs import KEPT, Job, Jobs
+from dgemma.studio.jobs import KEPT, Job, Jobs, Progress
+from dgemma.studio.widgets.work import progress_text
 from support.clock import Clock
 
 
@@ -85,3 +86,9 @@ def test_closing_stops_everything():
     job = jobs.start("endless", work)
     jobs.close()
     assert job.state == "stopped"
+
+
+def test_progress_in_words():
+    assert progress_text(Progress()) == "beginning …"
+    assert progress_text(Progress("downloading a.gguf", 3_000_000_000, 16_800_000_000, 20e6, "trying again")) == (
+        "downloading a.gguf: 3.0 GB of 16.8 GB, 20.0 MB/s, 12 min left (trying again)")

@@ -4,6 +4,9 @@ import re
 
 import pytest
 
+import dgemma
+from dgemma.nn.adapters import AdapterConfig, attach
+from dgemma.weights.adapters import save_adapter
 from dgemma.weights.files import bundled_path
 from dgemma.weights.quantize import convert
 from support.hub_server import HubServer, environment_of
@@ -53,6 +56,28 @@ def test_a_model_is_unloaded_and_loaded_again(tab, link_to):
     playwright.expect(page.locator(".current-name")).to_have_text("No model is in memory")
     page.get_by_role("button", name="Load sudoku", exact=True).click()
     playwright.expect(page.locator(".current-name")).to_have_text("sudoku")
+
+
+def test_adapters_come_and_go_and_a_model_is_converted(tab, tmp_path):
+    model = dgemma.load("sudoku")
+    config = AdapterConfig(r=2, targets=("attention",))
+    attach(model.network, config)
+    save_adapter(model.network, config, tmp_path / "runs" / "puzzles" / "best")
+    with studio(tmp_path, HF_HUB_CACHE=str(tmp_path / "hub")) as process:
+        page = tab(foreseen="WebSocket|ERR_CONNECTION_REFUSED")  # when the server goes
+        page.goto(launch_link(process))
+        page.wait_for_selector(WORDS)
+        page.get_by_role("link", name="Models").click()
+        page.get_by_role("button", name="puzzles (best)").click()
+        page.get_by_role("button", name="Load the adapter").click()
+        page.get_by_role("button", name="Unload puzzles").click()
+        playwright.expect(page.get_by_role("button", name="Unload puzzles")).to_have_count(0)
+        page.get_by_role("button", name="More for sudoku").click()
+        page.get_by_role("menuitem", name="Convert to GGUF").click()
+        page.get_by_role("button", name="Convert", exact=True).click()
+        page.get_by_role("button", name="Load sudoku-Q4_K_M", exact=True).click()
+        playwright.expect(page.locator(".current-name")).to_have_text("sudoku-Q4_K_M")
+        assert (tmp_path / "models" / "sudoku-Q4_K_M.gguf").is_file()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
