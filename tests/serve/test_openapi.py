@@ -78,3 +78,7 @@ def test_the_document_speaks_of_keys_only_where_there_are_any():
     document, found = operations(())
     assert "securitySchemes" not in document["components"]
     assert not any("security" in operation or "401" in operation["responses"] for operation in found.values())
+
+
+def test_the_application_knows_all_of_its_paths():
+    assert set(app.openapi()["paths"]) <= set(app.state.paths)

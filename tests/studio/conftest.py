@@ -27,7 +27,7 @@ def service(model):
 
 @pytest.fixture(scope="session")
 def serving(model, service):
-    return create_app(model, service, Settings(("sudoku",))).state.serving
+    return create_app(model, service, Settings(("sudoku",))).state.served()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def arena_of(serving, store):
 @pytest.fixture
 def slow(model):
     """A backend whose answers take a while."""
-    return create_app(model, ScriptedService(model, ["5", "3"], seconds=0.2), Settings(("slow",))).state.serving
+    return create_app(model, ScriptedService(model, ["5", "3"], seconds=0.2), Settings(("slow",))).state.served()
 
 
 async def over(arena):
@@ -142,7 +142,7 @@ def test_an_adapter_answers_for_its_contestant_alone(model, store):
     service.adapters = Adapters()
 
     async def run():
-        arena = arena_of(create_app(model, service, Settings(("scripted",))).state.serving, store)
+        arena = arena_of(create_app(model, service, Settings(("scripted",))).state.served(), store)
         arena.start(["Hi"], Contestant(adapter="poet"), Contestant(), blind=False, in_turn=True)
         await over(arena)
 

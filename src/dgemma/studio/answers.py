@@ -349,6 +349,18 @@ class Answers:
         for answer in self.running(conversation):
             answer.stop()
 
+    def stop_those_of(self, serving: Serving, why: str) -> None:
+        """Stop what a model makes that is about to go; ``why`` is told of these answers."""
+        for answer in self._answers.values():
+            if answer.running and answer.serving is serving:
+                answer.stop(why)
+
+    def let_go(self, gone: Serving, now: Serving) -> None:
+        """Keep nothing of a model that has gone: its answers that are over are as good as those of another one."""
+        for answer in self._answers.values():
+            if answer.serving is gone:
+                answer.serving = now
+
     def recording(self, message: str) -> Recording | None:
         """How an answer came to be; None if nothing was kept of it. Raises DgemmaError when that is damaged."""
         if (answer := self.get(message)) is not None:

@@ -86,6 +86,21 @@ class Arena:
         self.battles.delete(ids)
         self.changed.emit("")
 
+    def stop_those_of(self, serving: Serving, why: str) -> None:
+        """Stop what a model makes that is about to go; ``why`` is told of these answers."""
+        for answer in self._known():
+            if answer.running and answer.serving is serving:
+                answer.stop(why)
+
+    def let_go(self, gone: Serving, now: Serving) -> None:
+        """Keep nothing of a model that has gone."""
+        for answer in self._known():
+            if answer.serving is gone:
+                answer.serving = now
+
+    def _known(self) -> list[Answer]:
+        return [answer for answers in self._answers.values() for answer in answers if answer is not None]
+
     def recording(self, name: str) -> Recording | None:
         """How an answer came to be, by its `recording_name`. Raises DgemmaError when that is damaged."""
         id, _, side = name.rpartition(".")
@@ -145,10 +160,8 @@ class Arena:
         """Stop everything, and wait until it is written down."""
         self._closing = True
         self._waiting.clear()
-        for answers in self._answers.values():
-            for answer in answers:
-                if answer is not None:
-                    answer.stop(STOPPING)
+        for answer in self._known():
+            answer.stop(STOPPING)
         if self._task is not None:
             await asyncio.wait([self._task])
         self.battles.mark_interrupted()

@@ -19,6 +19,8 @@ from dgemma.studio.answers import Answers
 from dgemma.studio.arena import Arena
 from dgemma.studio.auth import Sessions
 from dgemma.studio.buttons import icon_button
+from dgemma.studio.jobs import Jobs
+from dgemma.studio.manager import ModelManager
 from dgemma.studio.markdown import code_styles
 from dgemma.studio.store import Store
 
@@ -53,6 +55,10 @@ class Studio:
     serving: Callable[[], Serving]  # what answers at the moment
     changed: Event[str]  # a conversation in which something changed, by its id; "" for the list of them
     pages: tuple[Page, ...]
+    models: ModelManager
+    exchanged: Event[[]]  # another model answers, or is being loaded
+    jobs: Jobs
+    runs: tuple[Path, ...]  # folders of training runs
 
 
 @dataclass(frozen=True)
@@ -88,13 +94,20 @@ def frame(studio: Studio, page: Page, session: str) -> Iterator[Frame]:
                         ui.label(other.title)
         side = ui.element("div").classes("side-own")
         with ui.row().classes("side-foot"):
-            ui.label(studio.serving().settings.served_names[0]).classes("side-model").props('title="The model"')
+            model = ui.label().classes("side-model").props('title="The model"')
+            _tell_model(studio, model)
+            studio.exchanged.subscribe(lambda: _tell_model(studio, model))
             button = icon_button(_ICONS[_theme(studio)], "Light or dark", lambda: _next_theme(studio, dark, button))
     with ui.header(elevated=False).classes("bar"):
         icon_button("menu", "Sidebar", drawer.toggle)
         bar = ui.element("div").classes("bar-own")
     with ui.element("main").classes("page"):
         yield Frame(side, bar, context.client.content, drawer, session)
+
+
+def _tell_model(studio: Studio, label: ui.label) -> None:
+    name = studio.serving().settings.served_names[0]
+    label.set_text(name if studio.models.loaded else f"{name} (not loaded)")
 
 
 def _theme(studio: Studio) -> str:

@@ -39,8 +39,8 @@ class ArenaPage:
         self._view.show(battle if battle is not None else running[0] if running else None)
 
     def _contestants(self) -> None:
-        serving, store = self._studio.serving(), self._studio.store
-        defaults = serving.model.generation_config
+        store = self._studio.store
+        defaults = self._studio.serving().model.generation_config
         last = store.setting(_SETTING, {})
         known = [Contestant(**one) for one in last.get("contestants", [])]
         first, second = known if len(known) == 2 else usual_contestants(defaults)
@@ -48,7 +48,7 @@ class ArenaPage:
                if not battle.hidden for outcome in battle.outcomes}
         starts = starting_points(defaults, store.setting("last_used", {}), met)
         with ui.element("div").classes("two"):
-            self._cards = [ContestantCard(number, one, serving, starts, lambda one: self._keep())
+            self._cards = [ContestantCard(number, one, self._studio.serving, starts, lambda one: self._keep())
                            for number, one in enumerate((first, second), 1)]
         with ui.row().classes("arena-choices"):
             self._blind = ui.switch("Blind: names are told after the vote", value=last.get("blind", True),

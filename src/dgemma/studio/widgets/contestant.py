@@ -23,8 +23,8 @@ _ALONE = "the model alone"
 class ContestantCard:
     """One of the two. ``starts`` are settings to begin with, by name; ``changed`` is called with every change."""
 
-    def __init__(self, number: int, contestant: Contestant, serving: Serving, starts: Mapping[str, Contestant],
-                 changed: Callable[[Contestant], None]):
+    def __init__(self, number: int, contestant: Contestant, serving: Callable[[], Serving],
+                 starts: Mapping[str, Contestant], changed: Callable[[Contestant], None]):
         self.contestant, self._changed, self._starts = contestant, changed, starts
         self._serving, self._number = serving, number
         with ui.element("section").classes("card").props(f'aria-label="Contestant {number}"') as self.box:
@@ -52,13 +52,13 @@ class ContestantCard:
                 start.props("outlined dense options-dense").classes("start-from")
             name = ui.input("Name", value=given.name, placeholder="made from its settings if empty").classes("wide")
             name.props("outlined dense maxlength=80")
-            adapters = {_ALONE: None} | {known: known for known in self._serving.backend.adapters.paths()}
+            adapters = {_ALONE: None} | {known: known for known in self._serving().backend.adapters.paths()}
             adapter = ui.select(list(adapters), label="Adapter", value=given.adapter or _ALONE if (
                 given.adapter in (None, *adapters)) else _ALONE).props("outlined dense").classes("wide")
             adapter.set_visibility(len(adapters) > 1)
             system = ui.textarea("System prompt", value=given.system, placeholder="How it should answer, in general")
             system.props("autogrow outlined").classes("wide")
-            controls = Controls(self._serving.model.generation_config, dict(given.options), lambda options: None)
+            controls = Controls(self._serving().model.generation_config, dict(given.options), lambda options: None)
 
             def put(start: str) -> None:
                 chosen = self._starts[start]
