@@ -24,6 +24,7 @@ from dgemma.serve.ask import Ask, Caller, engine_request
 from dgemma.serve.backend import Serving
 from dgemma.serve.errors import as_api_error
 from dgemma.serve.metrics import RequestListener
+from dgemma.studio.edits import Start
 from dgemma.studio.recording import Recording
 from dgemma.studio.store import Message, Status, Store
 
@@ -34,7 +35,7 @@ SAVE_EVERY = 1.0  # seconds at least between two notes of an answer that goes on
 STOPPING = "The server is stopping and has cut off this answer."
 _CALLER = Caller("studio", "", "studio")
 _PLAIN = ("max_tokens", "seed", "temperature", "top_k", "top_p")  # what an `Ask` has a field for
-_OTHERS = ("thinking", "reasoning_budget", "stop", *SAMPLER_SETTINGS)
+_OTHERS = ("thinking", "reasoning_budget", "stop", "candidates", *SAMPLER_SETTINGS)
 OPTIONS = (*_PLAIN, *_OTHERS)
 
 
@@ -63,19 +64,20 @@ class Answer:
     """
 
     def __init__(self, serving: Serving, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any],
-                 clock: Callable[[], float] = time.monotonic):
-        """``messages`` and ``options`` (of `OPTIONS`) are what it answers, and how."""
+                 clock: Callable[[], float] = time.monotonic, start: Start | None = None):
+        """``messages`` and ``options`` (of `OPTIONS`) are what it answers, and how; ``start``: the canvas that it goes
+        on from, with what was said before that."""
         self.serving, self.messages, self.options = serving, list(messages), dict(options)
         self.id = ""  # of its message, if it has one
         self.conversation = ""
-        self.recording = Recording()
+        self.recording = Recording() if start is None else start.before
         self.text = self.reasoning = ""
         self.calls: list[dict[str, Any]] = []
         self.status: Status = "running"
         self.error: str | None = None
         self.figures = Figures()
         self.info: dict[str, Any] = {}  # what is kept of it, when it is over
-        self._clock = clock
+        self._clock, self._start = clock, start
         self._began: float | None = None
         self._token_ids: list[int] = []
         self._stopped = False
@@ -120,7 +122,10 @@ class Answer:
         """All of it. Nothing is raised: what goes wrong is the answer's ``error``."""
         request: Request | None = None
         try:
-            request = await engine_request(self.serving, ask_of(self.messages, self.options))
+            ask = ask_of(self.messages, self.options)
+            request = await engine_request(self.serving, ask if self._start is None else self._start.asked_in(ask))
+            if self._start is not None:
+                self._read(request)
             listener = RequestListener(self.serving.metrics, request, self.serving.model.tokenizer.decode)
             events = await self.serving.backend.admit(request)
             try:
@@ -155,6 +160,8 @@ class Answer:
         elif isinstance(event, Finished):
             made = event.generation
             self._say(event.answer.rest)
+            if self._start is not None:
+                self._read(request)  # what was said before and what was said now meet, in a word or a thought
             reason = "stop" if event.answer.stopped is not None else made.finish_reason
             self._count("tool_calls" if reason == "stop" and self.calls else reason)
             self.info = {"steps": made.steps, "seed": made.seed, "cached_tokens": made.cached_tokens,
@@ -179,12 +186,17 @@ class Answer:
         self.figures = Figures(len(self._token_ids), seconds, len(self.recording.canvases),
                                self.figures.prompt_tokens, finish_reason)
 
+    def _read(self, request: Request) -> None:
+        """Read all that was said, with what it goes on from (the end of the request's prompt)."""
+        prefix = [] if self._start is None else self._start.prefix
+        prompt_ids = request.prompt_ids[: len(request.prompt_ids) - len(prefix)]
+        read = read_answer(self.serving.model.tokenizer, prompt_ids, [*prefix, *self._token_ids], **request.reading)
+        self.text, self.reasoning, self.calls = read.text, read.reasoning or "", list(read.tool_calls)
+
     def _cut(self, request: Request | None) -> None:
         """It was stopped: what was committed is all there is."""
         if request is not None:
-            tokenizer = self.serving.model.tokenizer
-            read = read_answer(tokenizer, request.prompt_ids, self._token_ids, **request.reading)
-            self.text, self.reasoning, self.calls = read.text, read.reasoning or "", list(read.tool_calls)
+            self._read(request)
             self.info = {"seed": request.seed}
         self._count("stopped")
         self._end("stopped", self._why)
@@ -235,16 +247,17 @@ class Answers:
         """What is made in a conversation now."""
         return [answer for answer in self._answers.values() if answer.conversation == conversation and answer.running]
 
-    def start(self, question: Message, options: Mapping[str, Any] | None = None) -> Answer:
+    def start(self, question: Message, options: Mapping[str, Any] | None = None, start: Start | None = None) -> Answer:
         """Answer a message, the last one of its branch; another answer to the same one is a branch beside it.
 
-        ``options``: those of the conversation if None. Raises DgemmaError when the conversation is not there any more.
+        ``options``: those of the conversation if None; ``start``: the canvas that it goes on from. Raises DgemmaError when the conversation is not there any more.
         """
         owner = self._store.conversation(question.conversation)
         if owner is None:
             raise DgemmaError("this conversation was deleted")
         options = owner.options if options is None else options
-        answer = Answer(self._serving(), prompt_of(self._store, owner.system, question), options, self._clock)
+        answer = Answer(self._serving(), prompt_of(self._store, owner.system, question), options, self._clock,
+                        start)
         message = self._store.add_message(owner.id, "assistant", "", parent=question.id, status="running",
                                           info={"model": answer.serving.settings.served_names[0]})
         answer.id, answer.conversation = message.id, owner.id
@@ -256,6 +269,16 @@ class Answers:
         saver.add_done_callback(self._savers.discard)
         self._changed(owner.id)
         return answer
+
+    def denoise_again(self, message: Message, start: Start, seed: int | None = None) -> Answer:
+        """Go on from a canvas of an answer, edited: another answer beside it, with the conversation's settings of now.
+
+        ``seed`` None: that of the settings. Raises DgemmaError when the answer, or what it answers, is there no more.
+        """
+        question, owner = self._store.message(message.parent or ""), self._store.conversation(message.conversation)
+        if question is None or owner is None:
+            raise DgemmaError("this answer was deleted")
+        return self.start(question, {**owner.options, **({} if seed is None else {"seed": seed})}, start)
 
     def stop(self, message: str) -> None:
         """Stop the answer, if it is being made."""

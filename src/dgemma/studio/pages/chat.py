@@ -19,6 +19,7 @@ from dgemma.studio.frame import Frame, Page, Studio
 from dgemma.studio.store import Message, title_of
 from dgemma.studio.widgets.controls import Controls
 from dgemma.studio.widgets.conversations import Conversations
+from dgemma.studio.widgets.edit import equip
 from dgemma.studio.widgets.message import Actions, Shown, show, show_branches
 
 _PUZZLES = (
@@ -39,7 +40,7 @@ class Chat:
         self._studio, self._store, self._frame = studio, studio.store, frame
         self._id = conversation
         self._shown: list[Shown] = []
-        self._actions = Actions(self._edit, self._again, self._switch)
+        self._actions = Actions(self._edit, self._again, self._switch, partial(equip, studio))
         with frame.side:
             self._list = Conversations(studio, self.open, lambda: self._id)
         with frame.bar:

@@ -50,6 +50,10 @@ SAMPLER = (
             least=1e-5, step=0.005),
     Control("stability_threshold", "Stability", "… and when so many drafts before agree with it.", whole=True),
 )
+WATCH = (
+    Control("candidates", "Candidates", "Keep so many of the likeliest tokens at every place and step, to look at; it "
+            "costs time at every step.", whole=True, most=16),
+)
 DRAW = (
     Control("temperature", "Temperature", "Scales the draw on top of the schedule; 0 takes the likeliest token.",
             most=10, step=0.1),
@@ -57,7 +61,7 @@ DRAW = (
     Control("top_p", "Top p", "Draw among the likeliest tokens that make up this share.", least=0.01, most=1,
             step=0.05),
 )
-_USUAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+_USUAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "candidates": 0}
 
 
 class Controls:
@@ -76,7 +80,7 @@ class Controls:
                 ui.label("Let the model think before it answers.").classes("control-about")
             self._thinking = ui.switch(value=bool(options.get("thinking")), on_change=self._tell)
             self._thinking.props('aria-label="Thinking"')
-        for title, group in (("Answer", ANSWER), ("Denoising", SAMPLER), ("Draw", DRAW)):
+        for title, group in (("Answer", ANSWER), ("Denoising", SAMPLER), ("Draw", DRAW), ("Watch", WATCH)):
             ui.label(title).classes("group-name")
             for control in group:
                 self._row(control)
@@ -101,7 +105,7 @@ class Controls:
     def options(self) -> dict[str, Any]:
         """What is set, by the names of `dgemma.studio.answers.OPTIONS`."""
         made: dict[str, Any] = {"thinking": True} if self._thinking.value else {}
-        for control in (*ANSWER, *SAMPLER, *DRAW):
+        for control in (*ANSWER, *SAMPLER, *DRAW, *WATCH):
             value = self._fields[control.name].value
             if value is not None:
                 made[control.name] = int(value) if control.whole else float(value)

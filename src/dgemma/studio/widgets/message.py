@@ -24,6 +24,7 @@ class Actions:
     edit: Callable[[Message, str], None]  # a question, to be asked in other words
     again: Callable[[Message], None]  # an answer, to be made once more
     switch: Callable[[Message], None]  # show this one's branch
+    equip: Callable[[Canvas, Message], None]  # an answer's canvas, with what else can be done with it
 
 
 @dataclass
@@ -103,6 +104,7 @@ def _answer(message: Message, siblings: list[Message], actions: Actions, answer:
             why = ui.label()
         canvas = Canvas(f"/recordings/{message.id}", running=running, summary=summary(message.info),
                         recorded="steps" in message.info or bool(message.info.get("tokens")))
+        actions.equip(canvas, message)
         with ui.row().classes("tools") as tools:
             branches = ui.row().classes("branches")
             icon_button("content_copy", "Copy", lambda: _copy(text_of()), small=True)
