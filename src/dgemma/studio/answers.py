@@ -247,10 +247,12 @@ class Answers:
         """What is made in a conversation now."""
         return [answer for answer in self._answers.values() if answer.conversation == conversation and answer.running]
 
-    def start(self, question: Message, options: Mapping[str, Any] | None = None, start: Start | None = None) -> Answer:
+    def start(self, question: Message, options: Mapping[str, Any] | None = None,
+              start: Start | None = None) -> Answer:
         """Answer a message, the last one of its branch; another answer to the same one is a branch beside it.
 
-        ``options``: those of the conversation if None; ``start``: the canvas that it goes on from. Raises DgemmaError when the conversation is not there any more.
+        ``options``: those of the conversation if None; ``start``: the canvas that it goes on from.
+        Raises DgemmaError when the conversation is not there any more.
         """
         owner = self._store.conversation(question.conversation)
         if owner is None:

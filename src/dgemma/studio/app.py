@@ -25,7 +25,7 @@ from dgemma.studio.auth import Passwords, Sessions, has_password
 from dgemma.studio.frame import STATIC, Page, Studio, frame
 from dgemma.studio.store import Store
 
-PAGES = ("chat", "traces", "models", "arena", "training", "settings")  # modules of `dgemma.studio.pages`, in the order shown
+PAGES = ("chat", "traces", "models", "arena", "training", "settings")  # of `dgemma.studio.pages`, as shown
 
 
 def find_pages() -> tuple[Page, ...]:

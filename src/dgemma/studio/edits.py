@@ -21,7 +21,7 @@ Rest = Literal["stay", "go_on", "anew"]  # what becomes of unmarked places: pinn
 
 @dataclass(frozen=True)
 class Place:
-    """A position of an edited canvas: one of the recorded canvas (``origin``), or a token that was typed (``typed``)."""
+    """A position of an edited canvas: one of the recorded canvas (``origin``), or a token that was ``typed``."""
 
     origin: int | None
     typed: int | None = None
@@ -30,17 +30,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a denoising begins again. ``before`` are the canvases that the answer has behind it."""
+    """Where a denoising begins again. ``before`` are the canvases that the answer has behind it, ``prefix`` the tokens
+    that it has said in them."""
 
     canvas: list[int | None]  # None: noise
     pinned: list[bool]
     from_step: int
+    prefix: list[int]
     before: Recording
-
-    @property
-    def prefix(self) -> list[int]:
-        """The tokens that the answer has said before its canvas."""
-        return [token for canvas in self.before.canvases for token in canvas.committed or ()]
 
     def asked_in(self, ask: Ask) -> Ask:
         """The request that begins here."""
@@ -131,6 +128,8 @@ def start_of(recording: Recording, number: int, index: int, places: Sequence[Pla
                               f"{end + 1} is pinned, too; clear one of them")
     if all(pinned[: None if end is None else end]) and (end is not None or len(ids) == len(canvas.start)):
         raise DgemmaError("all of this canvas stays as it is: clear the tokens that are to be drawn again")
-    return Start(ids, pinned, step.step if rest == "go_on" else 0, recording.before(number))
+    before = recording.before(number)
+    prefix = [token for earlier in before.canvases for token in earlier.committed or ()]
+    return Start(ids, pinned, step.step if rest == "go_on" else 0, prefix, before)
 
 

@@ -125,7 +125,8 @@ def _styles() -> str:
     dark = re.search(r"\.body--dark \{(.*?)\n\}", sheet, re.DOTALL)
     canvas = re.search(r"/\* ---- the live canvas ---- \*/\n(.*?)/\* ---- ", sheet, re.DOTALL)
     assert light and dark and canvas, "studio.css has its colours and the section of the live canvas"
-    return (f":root {{ color-scheme: light dark; {light[1]}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark[1]} }} }}\n"
+    return (f":root {{ color-scheme: light dark; {light[1]}}}\n"
+            f"@media (prefers-color-scheme: dark) {{ :root {{ {dark[1]} }} }}\n"
             f"{canvas[1]}{(_STATIC / 'player.css').read_text('utf-8')}")
 
 

@@ -23,6 +23,8 @@ from dgemma.studio.recording import Canvas, Recording, Step
 if TYPE_CHECKING:
     from PIL import ImageDraw, ImageFont
 
+    Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 COLUMNS = 72
 MOST_FRAMES = 120  # of a film; of more steps some are left out, the first and last of each canvas never
 MOST_LINES = 80  # of a frame; what is below them is not seen
@@ -251,7 +253,7 @@ def to_gif(recording: Recording, stops: Collection[str]) -> bytes:
 
 
 def _draw(draw: ImageDraw.ImageDraw, frame: Frame, width: int, colour: Callable[[str], int],
-          words: ImageFont.FreeTypeFont | ImageFont.ImageFont, small: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> None:
+          words: Font, small: Font) -> None:
     draw.text((_MARGIN, _MARGIN), frame.head, colour("head"), font=small)
     draw.rectangle((_MARGIN, _MARGIN + 20, _MARGIN + frame.share * (width - 2 * _MARGIN), _MARGIN + 22), colour("bar"))
     for row, line in enumerate(frame.lines):
@@ -271,7 +273,7 @@ def _draw(draw: ImageDraw.ImageDraw, frame: Frame, width: int, colour: Callable[
                 x += _width(letter) * _CELL
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _font(size: int) -> Font:
     """A font whose characters have one width, if the machine has one; else Pillow's own."""
     from PIL import ImageFont
 

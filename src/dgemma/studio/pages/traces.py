@@ -44,11 +44,12 @@ async def build(studio: Studio, frame: Frame) -> None:
     with frame.bar:
         ui.label("Traces").classes("bar-title")
     with ui.element("div").classes("column-of-text sheet"):
-        ui.label("Watch a saved denoising again: a file of dgemma run --trace, or one that was saved from an answer here. "
-                 "It is shown on this page, and kept nowhere.").classes("muted")
+        ui.label("Watch a saved denoising again: a file of dgemma run --trace, or one that was saved from an answer "
+                 "here. It is shown on this page, and kept nowhere.").classes("muted")
         upload = ui.upload(label="Choose a trace, or drop it here", auto_upload=True, max_files=1,
                            max_file_size=_LARGEST, on_upload=read,
-                           on_rejected=lambda: ui.notify("A trace has at most 256 MiB", type="negative", position="top"))
+                           on_rejected=lambda: ui.notify("A trace is a .jsonl file of at most 256 MiB", position="top",
+                                                         type="negative"))
         upload.props('accept=".jsonl" flat bordered aria-label="Open a trace"').classes("trace-upload")
         why = ui.label().classes("control-error").props("role=alert")
         why.set_visibility(False)
