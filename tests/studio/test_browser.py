@@ -145,10 +145,11 @@ def test_a_pinned_row_is_kept_when_the_rest_is_denoised_again(tab, link_to):
     page.get_by_role("button", name="Pin", exact=True).click()
     assert page.locator(".ce-body .t.pinned").count() == 9
     page.locator(".ce-body").press("ArrowRight")
+    page.locator(".ce-body").press("Shift+ArrowRight")
     page.keyboard.press("t")
-    page.get_by_role("textbox", name="Text in place").fill("67")
+    page.get_by_role("textbox", name="Text in place").fill("6")
     page.get_by_role("button", name="Put in").click()
-    playwright.expect(page.locator(".ce-note")).to_contain_text("1 token became 2 tokens: what follows moved on by 1")
+    playwright.expect(page.locator(".ce-note")).to_contain_text("2 tokens became 1 token: what follows moved back by 1")
     page.get_by_role("button", name="Undo").click()
     page.get_by_label("The rest").select_option("anew")
     page.get_by_role("button", name="Denoise again").click()
