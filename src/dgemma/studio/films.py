@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -222,7 +222,7 @@ def _printable(text: str) -> str:
 
 
 def to_gif(recording: Recording, stops: Collection[str]) -> bytes:
-    """A GIF of 64 colours at most `MOST_FRAMES` frames that runs over and over.
+    """A GIF of 64 colours and at most `MOST_FRAMES` frames that runs over and over.
 
     Raises DgemmaError when no step was recorded, or Pillow is not here.
     """
@@ -232,18 +232,12 @@ def to_gif(recording: Recording, stops: Collection[str]) -> bytes:
         raise DgemmaError("a GIF needs Pillow: pip install 'dgemma[studio]'") from error
     frames = frames_of(recording, stops)
     size = _size(frames)
-    names = list(_LIGHT)
-    palette = [int(_LIGHT[name][at : at + 2], 16) for name in names for at in (1, 3, 5)]
-    index = {name: at for at, name in enumerate(names)}
     words, small = _font(15), _font(12)
     pictures = []
     for frame in frames:
-        picture = Image.new("P", size, index["ground"])
-        picture.putpalette(palette)
-        draw = ImageDraw.Draw(picture)
-        draw.fontmode = "1"  # the palette has no colours between
-        _draw(draw, frame, size[0], index.__getitem__, words, small)
-        pictures.append(picture)
+        picture = Image.new("RGB", size, _LIGHT["ground"])
+        _draw(ImageDraw.Draw(picture), frame, size[0], words, small)
+        pictures.append(picture.quantize(64))
     out = io.BytesIO()
     # A frame that looks like the one before would be left out by Pillow, its time added to that; none does: of each
     # step the number is seen.
@@ -252,8 +246,8 @@ def to_gif(recording: Recording, stops: Collection[str]) -> bytes:
     return out.getvalue()
 
 
-def _draw(draw: ImageDraw.ImageDraw, frame: Frame, width: int, colour: Callable[[str], int],
-          words: Font, small: Font) -> None:
+def _draw(draw: ImageDraw.ImageDraw, frame: Frame, width: int, words: Font, small: Font) -> None:
+    colour = _LIGHT.__getitem__
     draw.text((_MARGIN, _MARGIN), frame.head, colour("head"), font=small)
     draw.rectangle((_MARGIN, _MARGIN + 20, _MARGIN + frame.share * (width - 2 * _MARGIN), _MARGIN + 22), colour("bar"))
     for row, line in enumerate(frame.lines):

@@ -23,7 +23,7 @@ _REASONS = {"stop": "finished", "length": "cut off: the length limit", "tool_cal
             "stopped": "stopped by you", "cancelled": "cut off: the server stopped"}
 
 
-class Canvas(ui.element, component=_STATIC / "canvas.js", esm={"dgemma-studio": _STATIC}):
+class Canvas(ui.element, component=_STATIC / "canvas.js", esm={"dgemma-studio": str(_STATIC)}):
     """One answer's canvas: `follow` it while it is made; when it is over it can be walked through, step by step.
 
     What else can be done with it (`dgemma.studio.widgets.edit`) it tells as events: "save" with a kind of file, "type"

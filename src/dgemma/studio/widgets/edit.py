@@ -98,7 +98,7 @@ def _type(studio: Studio, recording: Callable[[], Recording], canvas: Canvas, as
     if not isinstance(text, str) or len(text) > _LONGEST:
         raise DgemmaError(f"a text of at most {_LONGEST:,} characters can be typed into a canvas")
     ids = model.tokenizer.encode(text, specials=False)
-    first, last = asked.get("first"), asked.get("last")
+    first, last = asked.get("first", -1), asked.get("last", -1)
     made = type_over(places, first, last, ids, step, model.generation_config.eos_token_id)
     texts = {token: model.tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids}
     canvas.run_method("typed", {
