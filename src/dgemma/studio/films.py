@@ -114,8 +114,7 @@ def _tokens(recording: Recording, canvas: Canvas, step: Step, before: Step | Non
 def _lines(tokens: Iterator[tuple[str, str, bool, bool]]) -> list[list[Run]]:
     lines: list[list[tuple[str, int, tuple[str, bool, bool]]]] = [[]]
     column = 0
-    for text, *looks in tokens:
-        look, accepted, changed = looks
+    for text, look, accepted, changed in tokens:
         for letter in text:
             if letter == "\n":
                 lines.append([])
