@@ -69,6 +69,78 @@ def test_an_answer_can_be_walked_through_step_by_step(tab, link_to):
     assert page.locator(".cv-body").inner_text() == last
 
 
+def test_a_pinned_row_is_kept_when_the_rest_is_denoised_again(tab, link_to):
+    page = tab()
+    link_to(page)
+    ask(page, PUZZLE)
+    finished(page)
+    page.get_by_role("button", name="Replay").click()
+    page.get_by_role("slider", name="Step").press("ArrowLeft")
+    page.locator(".cv-body").press("ArrowLeft")
+    page.locator(".cv-body").press("End")
+    page.get_by_role("button", name="Edit and denoise again").click()
+    tokens = page.locator(".ce-body .t")
+    tokens.nth(0).click()
+    tokens.nth(8).click(modifiers=["Shift"])
+    page.get_by_role("button", name="Pin", exact=True).click()
+    assert page.locator(".ce-body .t.pinned").count() == 9
+    page.locator(".ce-body").press("ArrowRight")
+    page.locator(".ce-body").press("Shift+ArrowRight")
+    page.keyboard.press("t")
+    page.get_by_role("textbox", name="Text in place").fill("6")
+    page.get_by_role("button", name="Put in").click()
+    playwright.expect(page.locator(".ce-note")).to_contain_text("2 tokens became 1 token: what follows moved back by 1")
+    page.get_by_role("button", name="Undo").click()
+    page.get_by_label("The rest").select_option("anew")
+    page.get_by_role("button", name="Denoise again").click()
+    playwright.expect(page.locator(".answer .branches")).to_contain_text("2 / 2")
+    finished(page)
+    page.get_by_role("button", name="Replay").click()
+    assert page.locator(".cv-body .t.pinned").count() == 9
+    assert page.locator(".answer .prose").last.inner_text().startswith("534678912")
+
+
+def test_what_cannot_be_denoised_is_told_in_the_editor(tab, link_to):
+    page = tab()
+    link_to(page)
+    ask(page, PUZZLE)
+    finished(page)
+    page.get_by_role("button", name="Replay").click()
+    page.get_by_role("button", name="Edit and denoise again").click()
+    page.get_by_role("button", name="Denoise again").click()
+    playwright.expect(page.get_by_role("alert").filter(has_text="clear the tokens")).to_be_visible()
+
+
+def test_a_denoising_is_saved_as_a_page_that_works_alone_and_as_a_trace_that_is_opened_again(tab, link_to, tmp_path):
+    page = tab()
+    link_to(page)
+    ask(page, PUZZLE)
+    finished(page)
+    page.get_by_role("button", name="Replay").click()
+    files = {}
+    for kind, ending in (("SVG", "svg"), ("GIF", "gif"), ("HTML", "html"), ("Trace", "jsonl")):
+        with page.expect_download() as loading:
+            page.get_by_role("button", name=f"Save as {kind}").click()
+        files[kind] = tmp_path / f"film.{ending}"
+        loading.value.save_as(files[kind])
+    assert files["SVG"].read_bytes()[:4] == b"<svg" and files["GIF"].read_bytes()[:3] == b"GIF"
+    page.goto(re.match(r"http://[^/]+", page.url)[0] + "/traces")
+    page.locator("input[type=file]").set_input_files(files["Trace"])
+    page.get_by_role("slider", name="Step").fill("0")
+    assert "step 1/" in page.locator(".cv-where").inner_text()
+    alone = page.context.browser.new_context(offline=True, service_workers="block").new_page()
+    wrong = []
+    alone.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    alone.on("pageerror", lambda error: wrong.append(str(error)))
+    alone.goto(files["HTML"].as_uri())
+    alone.keyboard.press("End")
+    assert "534678912" in alone.locator(".cv-body").inner_text()
+    alone.keyboard.press("Home")
+    assert "step 1/" in alone.locator(".cv-where").inner_text()
+    alone.context.close()
+    assert wrong == []
+
+
 def test_regenerating_and_editing_make_branches_that_can_be_switched(tab, link_to):
     page = tab()
     link_to(page)

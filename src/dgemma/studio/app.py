@@ -34,7 +34,7 @@ from dgemma.studio.manager import ModelManager
 from dgemma.studio.media import LARGEST, PREVIEW_TYPE
 from dgemma.studio.store import Store
 
-PAGES = ("chat", "models", "arena", "training", "settings")  # modules of `dgemma.studio.pages`, in the order shown
+PAGES = ("chat", "traces", "models", "arena", "training", "settings")  # of `dgemma.studio.pages`, as shown
 
 
 def find_pages() -> tuple[Page, ...]:

@@ -18,7 +18,7 @@ from dgemma.tools.loop import STOPPED
 
 _CALLER = Caller("studio", "", "studio")
 _PLAIN = ("max_tokens", "seed", "temperature", "top_k", "top_p")  # what an `Ask` has a field for
-_OTHERS = ("thinking", "reasoning_budget", "stop", "image_tokens", *SAMPLER_SETTINGS)
+_OTHERS = ("thinking", "reasoning_budget", "stop", "image_tokens", "candidates", *SAMPLER_SETTINGS)
 OPTIONS = (*_PLAIN, *_OTHERS, "adapter")  # the last: one of the backend's, by its name
 
 
