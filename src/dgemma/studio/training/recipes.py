@@ -22,7 +22,8 @@ from dgemma.train.recipe import load_recipe
 from dgemma.weights.files import bundled_models
 
 ASKED = "asked.yaml"  # in a run's folder: the recipe as it was written; the run's own recipe.yaml says every default
-KINDS = {"conversations": "My data", "sudoku": "Sudokus, made on the way", "extraction": "Notes to JSON, made on the way"}
+KINDS = {"conversations": "My data", "sudoku": "Sudokus, made on the way",
+         "extraction": "Notes to JSON, made on the way"}
 GOALS = {"": "the lowest loss on held-out examples", "exact": "answers that are equal to the reference",
          "contains": "answers that contain the reference", "json": "JSON records with the right fields",
          "tool_calls": "the right tool calls", "sudoku": "solved Sudokus"}

@@ -24,8 +24,8 @@ from typing import Literal
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, make_folder
 from dgemma.studio.training.recipes import ASKED, bases_of, name_in, steps_of, write_recipe
-from dgemma.train.log.history import read_run
 from dgemma.train.log.history import Run as History
+from dgemma.train.log.history import read_run
 from dgemma.train.log.journal import FILE as JOURNAL
 
 LOG, LOCK, PROCESS = "train.log", "process.lock", "process.json"
@@ -138,7 +138,7 @@ def _start(command: Sequence[str], folder: Path) -> None:
     try:
         import fcntl
     except ImportError as error:
-        raise DgemmaError("this system has no locks that a process inherits: begin the run with dgemma train") from error
+        raise DgemmaError("here a process cannot inherit a lock: begin the run with dgemma train") from error
     with (folder / LOCK).open("ab") as lock, (folder / LOG).open("ab") as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

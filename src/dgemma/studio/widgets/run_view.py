@@ -162,7 +162,8 @@ class RunView:
             ui.html("<h2>Checked before the first step</h2>", sanitize=False)
             for check in checks:
                 with ui.element("div").classes("train-check"):
-                    ui.icon("check_circle" if check["passed"] else "cancel").classes("good" if check["passed"] else "bad")
+                    icon, look = ("check_circle", "good") if check["passed"] else ("cancel", "bad")
+                    ui.icon(icon).classes(look)
                     with ui.element("div"):
                         ui.label(str(check["name"]))
                         ui.label(str(check["measured"])).classes("muted small")
