@@ -87,8 +87,7 @@ def _compare(runs: Runs) -> None:
 
 def _load(studio: Studio, run: Run, path: Path) -> str:
     """Offer an adapter under its run's name, in the API and wherever a model is chosen."""
-    serving = studio.serving()
-    serving.service.load_adapter(run.name, path)
+    studio.serving().backend.load_adapter(run.name, path)
     return f"The adapter {run.name} is loaded: programs ask for the model \"{run.name}\"."
 
 

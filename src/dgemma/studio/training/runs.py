@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write, make_folder
@@ -171,7 +171,7 @@ def _is_held(path: Path) -> bool:
     return False
 
 
-def _json(path: Path) -> dict[str, float | int]:
+def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

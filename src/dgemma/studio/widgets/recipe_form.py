@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class RecipeForm:
             with ui.element("div").classes("ideas"):
                 for ready in found:
                     idea = ui.element("button").classes("idea").props('type="button"')
-                    idea.on("click", lambda ready=ready: self._take(ready))
+                    idea.on("click", partial(self._take, ready))
                     with idea:
                         ui.label(ready.title).classes("idea-title")
                         ui.label(ready.about).classes("idea-words")
