@@ -244,6 +244,32 @@ def test_the_page_fits_a_phone(tab, link_to):
     playwright.expect(page.locator(".conversation.here")).to_be_visible()
 
 
+def test_a_model_is_trained_from_an_upload_to_its_curves_end(tab, link_to, tmp_path):
+    data = tmp_path / "echo.csv"
+    data.write_text("prompt,response\n" + "".join(f"say {n},{n}\n" for n in range(40)))
+    page = tab()
+    link_to(page)
+    page.goto(re.match(r"http://[^/]+", page.url)[0] + "/training")
+    page.locator("input[type=file]").set_input_files(data)
+    recipe = page.get_by_role("textbox", name="Recipe")
+    playwright.expect(recipe).to_have_value(re.compile(r"echo\.jsonl"))
+    page.get_by_role("button", name="What is learnt").click()
+    page.wait_for_selector(".train-shown .loss", timeout=60_000)
+    page.get_by_role("button", name="Memory plan").click()
+    playwright.expect(page.locator(".train-shown")).to_contain_text("it fits", timeout=60_000)
+    recipe.fill(recipe.input_value().replace("epochs: 3", "max_steps: 20"))
+    page.get_by_role("textbox", name="Film this prompt").fill("say 3")
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url(re.compile("/training/my-run"))
+    page.reload()
+    playwright.expect(page.locator("main .train-state")).to_contain_text("finished", timeout=150_000)
+    playwright.expect(page.locator(".train-plots canvas").first).to_be_visible()
+    playwright.expect(page.get_by_text("What it made")).to_be_visible()
+    playwright.expect(page.locator(".train-check .good")).not_to_have_count(0)
+    page.get_by_role("button", name="Replay").first.click(timeout=60_000)
+    playwright.expect(page.get_by_role("slider", name="Step")).to_be_visible()
+
+
 def test_axe_finds_no_serious_fault(tab, link_to):
     page = tab()
     link_to(page)

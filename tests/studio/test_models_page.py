@@ -62,7 +62,7 @@ def test_adapters_come_and_go_and_a_model_is_converted(tab, tmp_path):
     model = dgemma.load("sudoku")
     config = AdapterConfig(r=2, targets=("attention",))
     attach(model.network, config)
-    save_adapter(model.network, config, tmp_path / "runs" / "puzzles" / "best")
+    save_adapter(model.network, config, tmp_path / "training" / "runs" / "puzzles" / "best")
     with studio(tmp_path, HF_HUB_CACHE=str(tmp_path / "hub")) as process:
         page = tab(foreseen="WebSocket|ERR_CONNECTION_REFUSED")  # when the server goes
         page.goto(launch_link(process))

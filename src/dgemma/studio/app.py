@@ -89,6 +89,8 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
     serve_media(app, studio)
     for page in studio.pages:
         _add(page, studio)
+        if page.routes is not None:
+            page.routes(app, studio)
     # Tailwind would compile styles in the browser; ours are in static/studio.css. What is compressed is so outside of
     # the policy, which has to read pages.
     ui.run_with(app, title="dgemma studio", favicon=STATIC / "icon.svg", tailwind=False, show_welcome_message=False,

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastapi import FastAPI
 from nicegui import Event, context, ui
 
 from dgemma.serve.backend import Serving
@@ -42,6 +43,7 @@ class Page:
     icon: str  # of Material Icons
     build: Callable[..., Awaitable[None]]
     aliases: tuple[str, ...] = ()  # further paths, which may have parameters: "/c/{conversation}"
+    routes: Callable[[FastAPI, Studio], None] | None = None  # adds what its elements fetch
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Fit:
 
 def run_folders(store: Store) -> tuple[Path, ...]:
     """Where training runs are looked for: those of the command line's present folder, and the studio's."""
-    return Path("runs").absolute(), store.path.parent / "runs"
+    return Path("runs").absolute(), store.path.parent / "training" / "runs"
 
 
 def models_here(store: Store, runs: Iterable[Path]) -> list[Here]:

@@ -16,7 +16,7 @@ from dgemma.errors import DgemmaError
 
 _ACCESS = "Access"
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "nicegui", "argon2", "markdown_it", "mdit_py_plugins", "nh3",
-           "pygments", "latex2mathml")
+           "pygments", "latex2mathml", "yaml")
 
 
 @options.with_options(local=options.LOCAL)
