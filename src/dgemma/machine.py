@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -40,6 +41,14 @@ def peak_memory(platform: str = sys.platform) -> int:
         return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if platform == "darwin" else most * 1024  # bytes there, KiB elsewhere
+
+
+def resident_memory(statm: Path = Path("/proc/self/statm")) -> int | None:
+    """The bytes of memory that this process holds now, files that are mapped into it included; None but on Linux."""
+    try:
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def usable_cores() -> int:

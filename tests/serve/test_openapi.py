@@ -1,5 +1,6 @@
 """The API as its own OpenAPI document tells it, held to that document by schemathesis."""
 
+import re
 import zlib
 
 import pytest
@@ -78,3 +79,8 @@ def test_the_document_speaks_of_keys_only_where_there_are_any():
     document, found = operations(())
     assert "securitySchemes" not in document["components"]
     assert not any("security" in operation or "401" in operation["responses"] for operation in found.values())
+
+
+def test_the_application_knows_all_of_its_paths():
+    known = {re.sub(r":\w+}", "}", path) for path in app.state.paths}  # the document names no converters
+    assert set(app.openapi()["paths"]) <= known

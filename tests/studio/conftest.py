@@ -9,6 +9,7 @@ from dgemma.engine.service import Service
 from dgemma.serve.app import create_app
 from dgemma.serve.settings import Settings
 from dgemma.studio.store import Store
+from support.studio_browser import browser, link_to, sudoku, tab  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,7 @@ def service(model):
 
 @pytest.fixture(scope="session")
 def serving(model, service):
-    return create_app(model, service, Settings(("sudoku",))).state.serving
+    return create_app(model, service, Settings(("sudoku",))).state.served()
 
 
 @pytest.fixture

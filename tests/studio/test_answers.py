@@ -19,7 +19,7 @@ from support.studio import PUZZLE
 def scripted(model):
     """A function: what a scripted service answers -> the `Serving` over it."""
     def make(*answers, **options):
-        return create_app(model, ScriptedService(model, *answers, **options), Settings(("scripted",))).state.serving
+        return create_app(model, ScriptedService(model, *answers, **options), Settings(("scripted",))).state.served()
     return make
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import re
-import shutil
 
 import pytest
 
@@ -10,97 +9,18 @@ from dgemma.studio.store import Store
 from dgemma.tools.sandbox import SandboxError, check_sandbox
 from support.pictures import as_file, random_picture
 from support.seeing import save_seeing_sudoku
-from support.studio import PUZZLE, demo, launch_link, studio
+from support.studio import PUZZLE, demo, launch_link
+from support.studio_browser import CHROMIUM, WORDS, no_serious_fault
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not here (pip install playwright)")
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))),
-                None)
 pytestmark = [pytest.mark.browser, pytest.mark.slow,
               pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is here (apt-get install chromium)")]
-WORDS = ".compose-box textarea"
 try:
     check_sandbox()
     SANDBOX = True
 except SandboxError:
     SANDBOX = False
-DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
-@pytest.fixture
-def tab(browser):
-    """A function: a new page, of a browser of its own unless ``like`` another page. In none of them anything goes
-    wrong but what is ``foreseen``, and none asks another server for anything."""
-    contexts, wrong, elsewhere = [], [], []
-
-    def asked(request):
-        if not re.match(r"(http://127\.0\.0\.1:\d+/|data:|blob:)", request.url):
-            elsewhere.append(request.url)
-
-    def make(like=None, foreseen=None, **options):
-        def heard(message):
-            if message.type == "error" and not (foreseen and re.search(foreseen, message.text)):
-                wrong.append(message.text)
-
-        context = like.context if like else browser.new_context(**{**DESKTOP, **options})
-        if context not in contexts:
-            contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("console", heard)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", asked)
-        return page
-
-    yield make
-    for context in contexts:
-        context.close()
-    assert wrong == [] and elsewhere == []
-
-
-@pytest.fixture(scope="module")
-def sudoku(tmp_path_factory):
-    """The real thing, with the bundled model: its process."""
-    with studio(tmp_path_factory.mktemp("studio")) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def link_to(sudoku, browser):
-    """A function that signs a page in: the launch link works once, and its session is lent to the others."""
-    context = browser.new_context()
-    page = context.new_page()
-    page.goto(launch_link(sudoku))
-    page.wait_for_selector(WORDS)
-    cookies = context.cookies()
-    url = re.match(r"http://[^/]+", page.url)[0]
-    context.close()
-
-    def sign_in(page, path="/"):
-        page.context.add_cookies(cookies)
-        page.goto(f"{url}{path}")
-        page.wait_for_selector(WORDS)
-
-    return sign_in
-
-
-def no_serious_fault(page):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not here")
-    page.wait_for_timeout(400)  # drawers slide, and are faint while they do
-    # Quasar's bar at the top, which is there while something is fetched, has no name.
-    found = axe.Axe().run(page, {"exclude": [[".q-loading-bar"]]}).response["violations"]
-    serious = [f"{fault['id']}: {node['html'][:150]}" for fault in found if fault["impact"] in ("serious", "critical")
-               for node in fault["nodes"]]
-    assert not serious, "\n".join(serious)
-    return True
 
 
 def ask(page, words):
@@ -147,6 +67,78 @@ def test_an_answer_can_be_walked_through_step_by_step(tab, link_to):
     page.get_by_role("button", name="Play").click()
     playwright.expect(page.get_by_role("button", name="Play")).to_be_visible()
     assert page.locator(".cv-body").inner_text() == last
+
+
+def test_a_pinned_row_is_kept_when_the_rest_is_denoised_again(tab, link_to):
+    page = tab()
+    link_to(page)
+    ask(page, PUZZLE)
+    finished(page)
+    page.get_by_role("button", name="Replay").click()
+    page.get_by_role("slider", name="Step").press("ArrowLeft")
+    page.locator(".cv-body").press("ArrowLeft")
+    page.locator(".cv-body").press("End")
+    page.get_by_role("button", name="Edit and denoise again").click()
+    tokens = page.locator(".ce-body .t")
+    tokens.nth(0).click()
+    tokens.nth(8).click(modifiers=["Shift"])
+    page.get_by_role("button", name="Pin", exact=True).click()
+    assert page.locator(".ce-body .t.pinned").count() == 9
+    page.locator(".ce-body").press("ArrowRight")
+    page.locator(".ce-body").press("Shift+ArrowRight")
+    page.keyboard.press("t")
+    page.get_by_role("textbox", name="Text in place").fill("6")
+    page.get_by_role("button", name="Put in").click()
+    playwright.expect(page.locator(".ce-note")).to_contain_text("2 tokens became 1 token: what follows moved back by 1")
+    page.get_by_role("button", name="Undo").click()
+    page.get_by_label("The rest").select_option("anew")
+    page.get_by_role("button", name="Denoise again").click()
+    playwright.expect(page.locator(".answer .branches")).to_contain_text("2 / 2")
+    finished(page)
+    page.get_by_role("button", name="Replay").click()
+    assert page.locator(".cv-body .t.pinned").count() == 9
+    assert page.locator(".answer .prose").last.inner_text().startswith("534678912")
+
+
+def test_what_cannot_be_denoised_is_told_in_the_editor(tab, link_to):
+    page = tab()
+    link_to(page)
+    ask(page, PUZZLE)
+    finished(page)
+    page.get_by_role("button", name="Replay").click()
+    page.get_by_role("button", name="Edit and denoise again").click()
+    page.get_by_role("button", name="Denoise again").click()
+    playwright.expect(page.get_by_role("alert").filter(has_text="clear the tokens")).to_be_visible()
+
+
+def test_a_denoising_is_saved_as_a_page_that_works_alone_and_as_a_trace_that_is_opened_again(tab, link_to, tmp_path):
+    page = tab()
+    link_to(page)
+    ask(page, PUZZLE)
+    finished(page)
+    page.get_by_role("button", name="Replay").click()
+    files = {}
+    for kind, ending in (("SVG", "svg"), ("GIF", "gif"), ("HTML", "html"), ("Trace", "jsonl")):
+        with page.expect_download() as loading:
+            page.get_by_role("button", name=f"Save as {kind}").click()
+        files[kind] = tmp_path / f"film.{ending}"
+        loading.value.save_as(files[kind])
+    assert files["SVG"].read_bytes()[:4] == b"<svg" and files["GIF"].read_bytes()[:3] == b"GIF"
+    page.goto(re.match(r"http://[^/]+", page.url)[0] + "/traces")
+    page.locator("input[type=file]").set_input_files(files["Trace"])
+    page.get_by_role("slider", name="Step").fill("0")
+    assert "step 1/" in page.locator(".cv-where").inner_text()
+    alone = page.context.browser.new_context(offline=True, service_workers="block").new_page()
+    wrong = []
+    alone.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    alone.on("pageerror", lambda error: wrong.append(str(error)))
+    alone.goto(files["HTML"].as_uri())
+    alone.keyboard.press("End")
+    assert "534678912" in alone.locator(".cv-body").inner_text()
+    alone.keyboard.press("Home")
+    assert "step 1/" in alone.locator(".cv-where").inner_text()
+    alone.context.close()
+    assert wrong == []
 
 
 def test_regenerating_and_editing_make_branches_that_can_be_switched(tab, link_to):
@@ -250,6 +242,32 @@ def test_the_page_fits_a_phone(tab, link_to):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_role("button", name="Sidebar").click()
     playwright.expect(page.locator(".conversation.here")).to_be_visible()
+
+
+def test_a_model_is_trained_from_an_upload_to_its_curves_end(tab, link_to, tmp_path):
+    data = tmp_path / "echo.csv"
+    data.write_text("prompt,response\n" + "".join(f"say {n},{n}\n" for n in range(40)))
+    page = tab()
+    link_to(page)
+    page.goto(re.match(r"http://[^/]+", page.url)[0] + "/training")
+    page.locator("input[type=file]").set_input_files(data)
+    recipe = page.get_by_role("textbox", name="Recipe")
+    playwright.expect(recipe).to_have_value(re.compile(r"echo\.jsonl"))
+    page.get_by_role("button", name="What is learnt").click()
+    page.wait_for_selector(".train-shown .loss", timeout=60_000)
+    page.get_by_role("button", name="Memory plan").click()
+    playwright.expect(page.locator(".train-shown")).to_contain_text("it fits", timeout=60_000)
+    recipe.fill(recipe.input_value().replace("epochs: 3", "max_steps: 20"))
+    page.get_by_role("textbox", name="Film this prompt").fill("say 3")
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url(re.compile("/training/my-run"))
+    page.reload()
+    playwright.expect(page.locator("main .train-state")).to_contain_text("finished", timeout=150_000)
+    playwright.expect(page.locator(".train-plots canvas").first).to_be_visible()
+    playwright.expect(page.get_by_text("What it made")).to_be_visible()
+    playwright.expect(page.locator(".train-check .good")).not_to_have_count(0)
+    page.get_by_role("button", name="Replay").first.click(timeout=60_000)
+    playwright.expect(page.get_by_role("slider", name="Step")).to_be_visible()
 
 
 def test_axe_finds_no_serious_fault(tab, link_to):

@@ -27,12 +27,12 @@ def eyes(tmp_path_factory):
 
 @pytest.fixture
 def serving(eyes):
-    return create_app(eyes, ScriptedService(eyes, "A cat."), Settings(("eyes",))).state.serving
+    return create_app(eyes, ScriptedService(eyes, "A cat."), Settings(("eyes",))).state.served()
 
 
 @pytest.fixture
 def blind(model):
-    return create_app(model, ScriptedService(model, "No."), Settings(("blind",))).state.serving
+    return create_app(model, ScriptedService(model, "No."), Settings(("blind",))).state.served()
 
 
 def routes(store, serving):

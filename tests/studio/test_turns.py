@@ -63,7 +63,7 @@ def question(store):
 def answers(model, store):
     """A function: tools, and what the model says -> `Answers`."""
     def make(tools, *said, **options):
-        serving = create_app(model, ScriptedService(model, *said, **options), Settings(("scripted",))).state.serving
+        serving = create_app(model, ScriptedService(model, *said, **options), Settings(("scripted",))).state.served()
         return Answers(lambda: serving, store, tools=Stand(store, *tools))
     return make
 
@@ -235,7 +235,7 @@ def test_pictures_are_kept_with_a_preview_and_pages_as_sources(answers, store, q
 
 def test_tools_that_cannot_be_had_are_an_error_of_the_answer(model, store, question):
     async def run():
-        serving = create_app(model, ScriptedService(model, "never"), Settings(("scripted",))).state.serving
+        serving = create_app(model, ScriptedService(model, "never"), Settings(("scripted",))).state.served()
         made = Answers(lambda: serving, store)
         made.tools.configure('{"mcpServers": {"gone": {"command": "/no/such/program"}}}')
         answer = made.start(question, {"tools": {"mcp:gone": "ask"}})

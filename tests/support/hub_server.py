@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -121,7 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
         if switches.token and self.headers.get("Authorization") != f"Bearer {switches.token}":
             return self._refuse(401, "RepoNotFound")
         if path == "/api/models":
-            return self._send(json.dumps([{"id": repo} for repo in hub.repos]).encode(), {})
+            words = parse_qs(urlsplit(self.path).query).get("search", [""])[0].lower()
+            found = [{"id": repo, "downloads": 12_345, "likes": 6, "lastModified": "2026-11-01T12:00:00.000Z",
+                      "gated": "manual" if switches.gated else False} for repo in hub.repos if words in repo.lower()]
+            return self._send(json.dumps(found).encode(), {})
         if path.startswith("/api/models/"):
             repo = "/".join(path.split("/")[3:5])
             if repo not in hub.repos:

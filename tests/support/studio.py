@@ -31,16 +31,23 @@ def launch_link(process):
 
 
 @contextmanager
-def demo(folder, *, seconds=0.1, steps=20, model="sudoku"):
-    """A studio whose model takes its time (`support.studio_demo`): its launch link."""
+def demo_process(folder, *, seconds=0.1, steps=20, model="sudoku"):
+    """A studio whose model takes its time (`support.studio_demo`): its launch link, and its process's id."""
     process = subprocess.Popen(
         [sys.executable, "-m", "support.studio_demo", "--data", str(folder), "--seconds", str(seconds), "--steps",
          str(steps), "--model", str(model)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1",
              "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])})
     try:
-        yield process.stdout.readline().removeprefix("open ").strip()
+        yield process.stdout.readline().removeprefix("open ").strip(), process.pid
     finally:
         process.terminate()
         process.wait(20)
         process.stdout.close()
+
+
+@contextmanager
+def demo(folder, *, seconds=0.1, steps=20, model="sudoku"):
+    """The same, for those who need the link alone."""
+    with demo_process(folder, seconds=seconds, steps=steps, model=model) as (link, _):
+        yield link

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from dgemma.engine.registry import UnknownAdapterError, adapter_files
 from dgemma.errors import DgemmaError
-from dgemma.serve.backend import Serving
+from dgemma.serve.backend import Current
 from dgemma.serve.bodies import RequestBody
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.settings import Settings, check_adapter_name
@@ -54,15 +54,16 @@ class Unloaded(BaseModel):
     deleted: Literal[True]
 
 
-def router(serving: Serving) -> APIRouter:
+def router(current: Current) -> APIRouter:
     """The routes; they answer 403 unless the operator allowed a folder."""
-    backend, settings = serving.backend, serving.settings
     routes = APIRouter(tags=["Adapters"], responses=RESPONSES)
     one_at_a_time = asyncio.Semaphore()  # of what is read: nobody fills the memory by asking often
 
     @routes.post("/v1/load_lora_adapter", response_model=Loaded)
     async def load_lora_adapter(body: LoadAdapterBody) -> Response:
         """Offer an adapter under a name, in place of what has that name now."""
+        serving = current()
+        settings = serving.settings
         folder = _allowed(settings)
         try:
             check_adapter_name(body.lora_name, settings.served_names)
@@ -71,7 +72,7 @@ def router(serving: Serving) -> APIRouter:
         path = _inside(folder, body.lora_path)
         async with one_at_a_time:
             try:
-                replaced = await asyncio.to_thread(backend.load_adapter, body.lora_name, path)
+                replaced = await asyncio.to_thread(serving.backend.load_adapter, body.lora_name, path)
             except DgemmaError as error:
                 raise ApiError(400, str(error), "lora_path") from error
         log.info("adapter %r is served from %s now%s", body.lora_name, path, ", in place of another" * replaced)
@@ -80,9 +81,10 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/v1/unload_lora_adapter", response_model=Unloaded)
     async def unload_lora_adapter(body: UnloadAdapterBody) -> Response:
         """Offer an adapter no more."""
-        _allowed(settings)
+        serving = current()
+        _allowed(serving.settings)
         try:
-            backend.unload_adapter(body.lora_name)
+            serving.backend.unload_adapter(body.lora_name)
         except UnknownAdapterError as error:
             raise serving.unknown_model(body.lora_name, "lora_name") from error
         log.info("adapter %r is served no more", body.lora_name)

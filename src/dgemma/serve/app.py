@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dgemma import __version__
@@ -23,7 +24,7 @@ from dgemma.serve import adapters, errors
 from dgemma.serve.access_log import AccessLog, RequestLog
 from dgemma.serve.anthropic import routes as messages
 from dgemma.serve.auth import AuthMiddleware
-from dgemma.serve.backend import Backend, ServedModel, Serving
+from dgemma.serve.backend import Backend, Served, ServedModel, Serving
 from dgemma.serve.errors import JsonResponse
 from dgemma.serve.fields import IGNORED_HEADER
 from dgemma.serve.metrics import Metrics
@@ -46,19 +47,21 @@ class Health(BaseModel):
 
 
 def create_app(model: ServedModel, backend: Backend, settings: Settings) -> FastAPI:
-    """The application over a backend that runs, or will when the first request comes; its state has the `Serving`."""
-    metrics = Metrics(backend.stats, model.pictures)
+    """The application over a backend that runs, or will when the first request comes; its state has ``served``
+    (`Served`), by which another model can answer, and the ``paths`` of all routes.
+    """
+    metrics = Metrics(lambda: served().backend.stats(), lambda: served().model.pictures)
     request_log = None if settings.debug_requests is None else RequestLog(settings.debug_requests)
-    serving = Serving(model, backend, settings, metrics)
+    served = Served(Serving(model, backend, settings, metrics))
     app = FastAPI(title="dgemma", version=__version__, description=_ABOUT, redoc_url=None)
-    app.state.serving = serving
+    app.state.served = served
     errors.install(app)
 
     @app.get("/health", tags=["Server"], response_model=Health,
              responses={503: {"model": Health, "description": "The engine has stopped."}})
     async def health() -> Response:
         """Whether the server can answer."""
-        ok = backend.healthy
+        ok = served().backend.healthy
         return JsonResponse({"status": "ok" if ok else "unavailable", "version": __version__}, 200 if ok else 503)
 
     # The dependency checks nothing (`AuthMiddleware` does): it tells the documentation that keys are wanted.
@@ -70,8 +73,12 @@ def create_app(model: ServedModel, backend: Backend, settings: Settings) -> Fast
         """Counts and latencies, for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
+    # Not asked of the application: what it makes of included routers is FastAPI's own business.
+    app.state.paths = [route.path for route in app.routes if isinstance(route, Route)]
     for module in (openai, messages, ollama, adapters):
-        app.include_router(module.router(serving), dependencies=keyed)
+        router = module.router(served)
+        app.state.paths += [route.path for route in router.routes if isinstance(route, Route)]
+        app.include_router(router, dependencies=keyed)
 
     # The last one added is the outermost.
     app.add_middleware(Outgoing)

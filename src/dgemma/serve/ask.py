@@ -136,8 +136,9 @@ async def engine_request(serving: Serving, ask: Ask) -> Request:
 
     began = time.perf_counter()
     try:
-        preparing = _in_thread(make, run=in_form_thread if _has_form(options) else asyncio.to_thread)
-        request = await asyncio.wait_for(preparing, time_left(settings.timeout) or None)
+        # Not `wait_for`: before Python 3.12 it swallows a cancellation that comes when the thread has just ended.
+        async with asyncio.timeout(time_left(settings.timeout) or None):
+            request = await _in_thread(make, run=in_form_thread if _has_form(options) else asyncio.to_thread)
     except ApiError as error:
         cause = error.__cause__
         if isinstance(cause, ContextLengthError) and cause.prompt_tokens is not None:

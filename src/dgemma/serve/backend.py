@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -150,3 +150,21 @@ class Serving:
                         f"{'' if counted else 'at least '}{tokens} tokens: shorten it", param,
                         "context_length_exceeded",
                         anthropic_message=f"prompt is too long: {tokens} tokens > {most} maximum")
+
+
+Current = Callable[[], Serving]  # what answers now: a route asks once, so a request stays with what it began with
+
+
+class Served:
+    """What answers now, which can become another one while the server runs: a `Current`."""
+
+    def __init__(self, serving: Serving):
+        self._now = serving
+
+    def __call__(self) -> Serving:
+        return self._now
+
+    def replace(self, serving: Serving) -> Serving:
+        """Answer with this from now on; what answered before, whose requests go on with it."""
+        before, self._now = self._now, serving
+        return before

@@ -56,8 +56,8 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 class Metrics:
     """A registry of its own: two servers in a process do not mix."""
 
-    def __init__(self, stats: Callable[[], Stats], pictures: Any = None):
-        """``pictures``: what sees them (`dgemma.serve.backend.SeenPictures`), None for nothing."""
+    def __init__(self, stats: Callable[[], Stats], pictures: Callable[[], Any] = lambda: None):
+        """``pictures``: what sees them now (`dgemma.serve.backend.SeenPictures`), None for nothing."""
         self.registry = CollectorRegistry()
         self.registry.register(_Engine(stats, pictures))  # type: ignore[arg-type]  # any object with collect()
         self.queue = self._histogram("dgemma_queue_seconds", "Time from a request's arrival to its first canvas.")
@@ -134,14 +134,14 @@ class RequestListener:
 class _Engine:
     """The engine's counts, read when Prometheus asks."""
 
-    def __init__(self, stats: Callable[[], Stats], pictures: Any):
+    def __init__(self, stats: Callable[[], Stats], pictures: Callable[[], Any]):
         self.stats, self.pictures = stats, pictures
 
     def describe(self) -> list[Any]:
         return []  # nothing is asked of the engine before it runs
 
     def collect(self) -> Iterator[Any]:
-        stats = self.stats()
+        stats, pictures = self.stats(), self.pictures()
         for name, field, text in _GAUGES:
             yield GaugeMetricFamily(name, text, getattr(stats, field))
         for name, field, text in _COUNTERS:
@@ -151,5 +151,5 @@ class _Engine:
             for adapter, numbers in stats.adapters.items():
                 family.add_metric([adapter], getattr(numbers, field))
             yield family
-        for kind, name, field, text in _OF_PICTURES if self.pictures is not None else ():
-            yield kind(name, text, getattr(self.pictures, field))
+        for kind, name, field, text in _OF_PICTURES if pictures is not None else ():
+            yield kind(name, text, getattr(pictures, field))

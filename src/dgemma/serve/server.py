@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -26,6 +26,16 @@ from dgemma.serve.settings import Settings, is_loopback
 
 log = logging.getLogger("dgemma.serve")
 _SLACK = 5  # seconds for what was answered, or cut off, to reach the clients
+
+
+class Stoppable(Protocol):
+    """What answers, as the server sees it: a `Service`, or several of them in turn."""
+
+    def start(self) -> None: ...
+
+    async def stop(self, grace: float = 30.0) -> int:
+        """Take nothing more; after so many seconds end what runs. How many answers were cut short."""
+        ...
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -79,7 +89,7 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(app: ASGIApp, service: Service, listener: socket.socket, *, grace: float, body_timeout: float,
+def run(app: ASGIApp, service: Stoppable, listener: socket.socket, *, grace: float, body_timeout: float,
         ready: Callable[[], None]) -> int:
     """Run an application and the engine it stands on until SIGTERM or Ctrl-C; returns how many answers were cut off.
 
@@ -147,7 +157,7 @@ def impatient(seconds: float) -> type[asyncio.Protocol]:
 class _Server(uvicorn.Server):
     """uvicorn's server that says when it is ready, and stops the engine when it stops."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, grace: float, ready: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config, service: Stoppable, grace: float, ready: Callable[[], None]):
         super().__init__(config)
         self.service, self.grace, self.ready = service, grace, ready
         self.cut = 0

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from dgemma.serve.backend import Serving
 from dgemma.serve.errors import ApiError, as_api_error
 from dgemma.serve.metrics import RequestListener
 from dgemma.studio.asking import ask_of, prompt_of, settings_of, with_files
+from dgemma.studio.edits import Start
 from dgemma.studio.media import MediaFolder
 from dgemma.studio.news import Watched
 from dgemma.studio.recording import Recording
@@ -65,13 +66,15 @@ class Answer(Watched):
     """
 
     def __init__(self, serving: Serving, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any],
-                 clock: Callable[[], float] = time.monotonic, media: MediaFolder | None = None):
-        """``messages`` and ``options`` (of `OPTIONS`) are what it answers, and how; their files are in ``media``."""
+                 clock: Callable[[], float] = time.monotonic, media: MediaFolder | None = None,
+                 start: Start | None = None):
+        """``messages`` and ``options`` (of `OPTIONS`) are what it answers, and how; their files are in ``media``;
+        ``start``: the canvas that it goes on from, with what was said before that."""
         super().__init__()
         self.serving, self.messages, self.options = serving, list(messages), dict(options)
         self.id = ""  # of its message, if it has one
         self.conversation = ""
-        self.recording = Recording()
+        self.recording = Recording() if start is None else start.before
         self.text = self.reasoning = ""
         self.calls: list[dict[str, Any]] = []
         self.status: Status = "running"
@@ -79,7 +82,7 @@ class Answer(Watched):
         self.figures = Figures()
         self.info: dict[str, Any] = {}  # what is kept of it, when it is over
         self.finished_with: Finished | None = None  # how the engine ended it
-        self._clock, self._media = clock, media
+        self._clock, self._media, self._start = clock, media, start
         self._began: float | None = None
         self._token_ids: list[int] = []
         self._stopped = False
@@ -127,7 +130,12 @@ class Answer(Watched):
         try:
             messages = self.messages if self._media is None else await asyncio.to_thread(
                 with_files, self.messages, self._media)
-            request = await engine_request(self.serving, ask_of(messages, self.options, tools))
+            adapter = self.serving.adapter(self.options.get("adapter"))
+            asked = replace(ask_of(messages, self.options, tools), adapter=adapter)
+            request = await engine_request(
+                self.serving, asked if self._start is None else self._start.asked_in(asked))
+            if self._start is not None:
+                self._read(request)
             listener = RequestListener(self.serving.metrics, request, self.serving.model.tokenizer.decode)
             events = await self.serving.backend.admit(request)
             try:
@@ -163,6 +171,8 @@ class Answer(Watched):
         elif isinstance(event, Finished):
             made, self.finished_with = event.generation, event
             self._say(event.answer.rest)
+            if self._start is not None:
+                self._read(request)  # what was said before and what was said now meet, in a word or a thought
             reason = "stop" if event.answer.stopped is not None else made.finish_reason
             self._count("tool_calls" if reason == "stop" and self.calls else reason)
             self.info = {"steps": made.steps, "seed": made.seed, "cached_tokens": made.cached_tokens,
@@ -187,12 +197,17 @@ class Answer(Watched):
         self.figures = Figures(len(self._token_ids), seconds, len(self.recording.canvases),
                                self.figures.prompt_tokens, finish_reason)
 
+    def _read(self, request: Request) -> None:
+        """Read all that was said, with what it goes on from (the end of the request's prompt)."""
+        prefix = [] if self._start is None else self._start.prefix
+        prompt_ids = request.prompt_ids[: len(request.prompt_ids) - len(prefix)]
+        read = read_answer(self.serving.model.tokenizer, prompt_ids, [*prefix, *self._token_ids], **request.reading)
+        self.text, self.reasoning, self.calls = read.text, read.reasoning or "", list(read.tool_calls)
+
     def _cut(self, request: Request | None) -> None:
         """It was stopped: what was committed is all there is."""
         if request is not None:
-            tokenizer = self.serving.model.tokenizer
-            read = read_answer(tokenizer, request.prompt_ids, self._token_ids, **request.reading)
-            self.text, self.reasoning, self.calls = read.text, read.reasoning or "", list(read.tool_calls)
+            self._read(request)
             self.info = {"seed": request.seed}
         self._count("stopped")
         self._end("stopped", self._why)
@@ -259,11 +274,13 @@ class Answers:
         """What is made in a conversation now."""
         return [answer for answer in self._answers.values() if answer.conversation == conversation and answer.running]
 
-    def start(self, question: Message, options: Mapping[str, Any] | None = None) -> Answer:
+    def start(self, question: Message, options: Mapping[str, Any] | None = None,
+              start: Start | None = None) -> Answer:
         """Answer a message, the last one of its branch; another answer to the same one is a branch beside it.
 
-        ``options``: those of the conversation if None. With tools chosen in them, what comes back is the first answer
-        of a turn. Raises DgemmaError when the conversation is not there any more.
+        ``options``: those of the conversation if None; ``start``: the canvas that it goes on from. With tools chosen in
+        the options, what comes back is the first answer of a turn. Raises DgemmaError when the conversation is not
+        there any more.
         """
         owner = self._store.conversation(question.conversation)
         if owner is None:
@@ -271,7 +288,7 @@ class Answers:
         options = owner.options if options is None else options
         messages = prompt_of(self._store, owner.system, question)
         settings, chosen = settings_of(options, messages), options.get("tools") or {}
-        answer = self._add(question.id, owner.id, messages, settings)
+        answer = self._add(question.id, owner.id, messages, settings, start)
         if is_chosen(chosen):
             turn = asyncio.get_running_loop().create_task(self._take_turn(question, answer, chosen))
             self._turns[turn] = owner.id
@@ -281,10 +298,19 @@ class Answers:
         self._changed(owner.id)
         return answer
 
+    def denoise_again(self, message: Message, start: Start, seed: int | None = None) -> Answer:
+        """Go on from a canvas of an answer, edited: another answer beside it, with the conversation's settings of now.
+
+        ``seed`` None: that of the settings. Raises DgemmaError when the answer, or what it answers, is there no more.
+        """
+        question, owner = self._store.message(message.parent or ""), self._store.conversation(message.conversation)
+        if question is None or owner is None:
+            raise DgemmaError("this answer was deleted")
+        return self.start(question, {**owner.options, **({} if seed is None else {"seed": seed})}, start)
     def _add(self, parent: str, conversation: str, messages: Sequence[Mapping[str, Any]],
-             settings: Mapping[str, Any]) -> Answer:
+             settings: Mapping[str, Any], start: Start | None = None) -> Answer:
         """An answer that has a message and has not begun."""
-        answer = Answer(self._serving(), messages, settings, self._clock, self._store.media)
+        answer = Answer(self._serving(), messages, settings, self._clock, self._store.media, start)
         message = self._store.add_message(conversation, "assistant", "", parent=parent, status="running",
                                           info={"model": answer.serving.settings.served_names[0]})
         answer.id, answer.conversation = message.id, conversation
@@ -346,6 +372,18 @@ class Answers:
                 turn.cancel()
         for answer in self.running(conversation):
             answer.stop()
+
+    def stop_those_of(self, serving: Serving, why: str) -> None:
+        """Stop what a model makes that is about to go; ``why`` is told of these answers."""
+        for answer in self._answers.values():
+            if answer.running and answer.serving is serving:
+                answer.stop(why)
+
+    def let_go(self, gone: Serving, now: Serving) -> None:
+        """Keep nothing of a model that has gone: its answers that are over are as good as those of another one."""
+        for answer in self._answers.values():
+            if answer.serving is gone:
+                answer.serving = now
 
     def recording(self, message: str) -> Recording | None:
         """How an answer came to be; None if nothing was kept of it. Raises DgemmaError when that is damaged."""

@@ -9,10 +9,11 @@ import asyncio
 import importlib
 import importlib.util
 import json
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
@@ -20,15 +21,20 @@ from nicegui import Event, ui
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+import dgemma
 from dgemma.errors import DgemmaError
+from dgemma.model import Model
 from dgemma.studio import gate
 from dgemma.studio.answers import Answers
+from dgemma.studio.arena import Arena
 from dgemma.studio.auth import Passwords, Sessions, has_password
 from dgemma.studio.frame import STATIC, Page, Studio, frame
+from dgemma.studio.jobs import Jobs
+from dgemma.studio.manager import ModelManager
 from dgemma.studio.media import LARGEST, PREVIEW_TYPE
 from dgemma.studio.store import Store
 
-PAGES = ("chat", "models", "arena", "training", "settings")  # modules of `dgemma.studio.pages`, in the order shown
+PAGES = ("chat", "traces", "models", "arena", "training", "settings")  # of `dgemma.studio.pages`, as shown
 
 
 def find_pages() -> tuple[Page, ...]:
@@ -39,23 +45,30 @@ def find_pages() -> tuple[Page, ...]:
 
 
 def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Collection[str] = (), closed: bool = False,
-                  tell: Callable[[str], None] = lambda link: None) -> tuple[ASGIApp, Studio]:
+                  tell: Callable[[str], None] = lambda link: None, load: Callable[..., Model] = dgemma.load,
+                  device: str | torch.device = "cpu", runs: Sequence[Path] = ()) -> tuple[ASGIApp, Studio]:
     """The whole application, once in a process (NiceGUI is one), and what its pages work with.
 
     ``api`` is `dgemma.serve.app.create_app`'s; ``closed``: it wants a session as the pages do, for nothing else
-    protects it. ``tell`` shows a new launch link to whoever started the server.
+    protects it. ``tell`` shows a new launch link to whoever started the server. ``load`` loads other models, for a
+    ``device``; ``runs`` are folders of training runs. What the server starts and stops is the studio's ``models``.
     """
     changed: Event[str] = Event()
-    serving = api.state.serving
-    answers = Answers(lambda: serving, store, changed.emit)
-    studio = Studio(store, Sessions(store), answers, lambda: serving, changed, find_pages())
+    exchanged: Event[[]] = Event()
+    served = api.state.served
+    answers = Answers(served, store, changed.emit)
+    arena = Arena(lambda contestant: served(), store, Event())
+    models = ModelManager(served, (answers, arena), load, torch.device(device), exchanged.emit)
+    studio = Studio(store, Sessions(store), answers, arena, served, changed, find_pages(), models, exchanged, Jobs(),
+                    tuple(runs))
     store.mark_interrupted()
     store.forget_media()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await answers.close()
+        await asyncio.gather(answers.close(), arena.close())
+        await asyncio.to_thread(studio.jobs.close)
         store.close()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
@@ -65,7 +78,7 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
     def recording(message: str) -> Response:
         """How an answer came to be, for the scrubber."""
         try:
-            found = answers.recording(message)
+            found = answers.recording(message) or arena.recording(message)
         except DgemmaError as error:
             return Response(str(error), 500)
         if found is None:
@@ -76,12 +89,15 @@ def create_studio(api: FastAPI, store: Store, *, port: int, allowed_hosts: Colle
     serve_media(app, studio)
     for page in studio.pages:
         _add(page, studio)
+        if page.routes is not None:
+            page.routes(app, studio)
     # Tailwind would compile styles in the browser; ours are in static/studio.css. What is compressed is so outside of
     # the policy, which has to read pages.
     ui.run_with(app, title="dgemma studio", favicon=STATIC / "icon.svg", tailwind=False, show_welcome_message=False,
                 gzip_middleware_factory=None, reconnect_timeout=10.0, dark=None, language="en-US")
     # FastAPI's page of documentation runs scripts of another server: none of these shall be a part of this origin.
-    names = frozenset(gate.first_part(path) for route in api.routes if (path := getattr(route, "path", ""))) - {"docs"}
+    # "/" is the chat's.
+    names = frozenset(map(gate.first_part, api.state.paths)) - {"docs", ""}
     inside = _ByPath(GZipMiddleware(gate.PagePolicy(app), minimum_size=1000, compresslevel=5), api, names)
     guarded = gate.Gate(inside, studio.sessions, Passwords(store), port=port, allowed_hosts=allowed_hosts, api=names,
                         closed=closed, with_password=lambda: has_password(store), tell=tell)

@@ -18,13 +18,16 @@ from dgemma.tools.loop import STOPPED
 
 _CALLER = Caller("studio", "", "studio")
 _PLAIN = ("max_tokens", "seed", "temperature", "top_k", "top_p")  # what an `Ask` has a field for
-_OTHERS = ("thinking", "reasoning_budget", "stop", "image_tokens", *SAMPLER_SETTINGS)
-OPTIONS = (*_PLAIN, *_OTHERS)
+_OTHERS = ("thinking", "reasoning_budget", "stop", "image_tokens", "candidates", *SAMPLER_SETTINGS)
+OPTIONS = (*_PLAIN, *_OTHERS, "adapter")  # the last: one of the backend's, by its name
 
 
 def ask_of(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any],
            tools: Sequence[Mapping[str, Any]] = ()) -> Ask:
-    """What is asked of the model; options that are None are left to it. Raises DgemmaError for unknown ones."""
+    """What is asked of the model; options that are None are left to it. Raises DgemmaError for unknown ones.
+
+    An adapter is not looked up here: only what serves knows it.
+    """
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
         raise DgemmaError(f"there is no setting {', '.join(unknown)}; there are {', '.join(OPTIONS)}")

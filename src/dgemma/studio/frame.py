@@ -12,12 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastapi import FastAPI
 from nicegui import Event, context, ui
 
 from dgemma.serve.backend import Serving
 from dgemma.studio.answers import Answers
+from dgemma.studio.arena import Arena
 from dgemma.studio.auth import Sessions
 from dgemma.studio.buttons import icon_button
+from dgemma.studio.jobs import Jobs
+from dgemma.studio.manager import ModelManager
 from dgemma.studio.markdown import code_styles
 from dgemma.studio.store import Store
 
@@ -39,6 +43,7 @@ class Page:
     icon: str  # of Material Icons
     build: Callable[..., Awaitable[None]]
     aliases: tuple[str, ...] = ()  # further paths, which may have parameters: "/c/{conversation}"
+    routes: Callable[[FastAPI, Studio], None] | None = None  # adds what its elements fetch
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,14 @@ class Studio:
     store: Store
     sessions: Sessions
     answers: Answers
+    arena: Arena
     serving: Callable[[], Serving]  # what answers at the moment
     changed: Event[str]  # a conversation in which something changed, by its id; "" for the list of them
     pages: tuple[Page, ...]
+    models: ModelManager
+    exchanged: Event[[]]  # another model answers, or is being loaded
+    jobs: Jobs
+    runs: tuple[Path, ...]  # folders of training runs
 
 
 @dataclass(frozen=True)
@@ -86,13 +96,20 @@ def frame(studio: Studio, page: Page, session: str) -> Iterator[Frame]:
                         ui.label(other.title)
         side = ui.element("div").classes("side-own")
         with ui.row().classes("side-foot"):
-            ui.label(studio.serving().settings.served_names[0]).classes("side-model").props('title="The model"')
+            model = ui.label().classes("side-model").props('title="The model"')
+            _tell_model(studio, model)
+            studio.exchanged.subscribe(lambda: _tell_model(studio, model))
             button = icon_button(_ICONS[_theme(studio)], "Light or dark", lambda: _next_theme(studio, dark, button))
     with ui.header(elevated=False).classes("bar"):
         icon_button("menu", "Sidebar", drawer.toggle)
         bar = ui.element("div").classes("bar-own")
     with ui.element("main").classes("page"):
         yield Frame(side, bar, context.client.content, drawer, session)
+
+
+def _tell_model(studio: Studio, label: ui.label) -> None:
+    name = studio.serving().settings.served_names[0]
+    label.set_text(name if studio.models.loaded else f"{name} (not loaded)")
 
 
 def _theme(studio: Studio) -> str:

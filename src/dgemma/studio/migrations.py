@@ -37,6 +37,16 @@ MIGRATIONS = (
         created REAL NOT NULL, updated REAL NOT NULL);
     CREATE INDEX runs_by_kind ON runs (kind, created DESC);
     """,
+    """
+    CREATE TABLE battles (
+        id TEXT PRIMARY KEY, series TEXT NOT NULL, prompt TEXT NOT NULL, first TEXT NOT NULL, second TEXT NOT NULL,
+        blind INTEGER NOT NULL, swapped INTEGER NOT NULL, in_turn INTEGER NOT NULL, status TEXT NOT NULL, verdict TEXT,
+        created REAL NOT NULL);
+    CREATE INDEX battles_by_series ON battles (series);
+    CREATE TABLE battle_recordings (
+        battle TEXT NOT NULL REFERENCES battles (id) ON DELETE CASCADE, side INTEGER NOT NULL, data BLOB NOT NULL,
+        PRIMARY KEY (battle, side));
+    """,
 )
 
 

@@ -12,11 +12,10 @@ import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from filelock import FileLock, Timeout
 
-from dgemma.engine.service import Service
 from dgemma.errors import DgemmaError
 from dgemma.model import Model
 from dgemma.serve.app import create_app
@@ -24,12 +23,13 @@ from dgemma.serve.server import run, url_of
 from dgemma.serve.settings import Settings
 from dgemma.studio.app import create_studio
 from dgemma.studio.gate import LAUNCH
+from dgemma.studio.library import run_folders
+from dgemma.studio.manager import start_service
 from dgemma.studio.store import Store
 
 log = logging.getLogger("dgemma.studio")
 
 GRACE = 2.0  # seconds that running answers have when the studio is stopped: what they said is kept
-MOST_AT_A_TIME, MOST_WAITING = 32, 256
 
 
 @contextlib.contextmanager
@@ -46,14 +46,15 @@ def alone(store: Store) -> Iterator[None]:
 
 
 def run_studio(model: Model, settings: Settings, store: Store, listener: socket.socket, *, browser: bool,
-               closed: bool) -> None:
-    """Run until SIGTERM or Ctrl-C. ``closed``: the API wants a session, too."""
-    service = Service(model.network, model.reader, model.prefixes, max_num_seqs=MOST_AT_A_TIME, max_queue=MOST_WAITING,
-                      memory=model.request_memory())
+               closed: bool, load: Callable[..., Model]) -> None:
+    """Run until SIGTERM or Ctrl-C. ``closed``: the API wants a session, too; ``load`` loads other models."""
     url = url_of(listener)
-    app, studio = create_studio(create_app(model, service, settings), store, port=listener.getsockname()[1],
-                                allowed_hosts=settings.allowed_hosts, closed=closed,
-                                tell=lambda link: log.info("a new link: %s", link))
+    api = create_app(model, start_service(model), settings)
+    device = model.network.device
+    del model  # the studio lets it go when another one is loaded
+    app, studio = create_studio(api, store, port=listener.getsockname()[1], allowed_hosts=settings.allowed_hosts,
+                                closed=closed, tell=lambda link: log.info("a new link: %s", link), load=load,
+                                device=device, runs=run_folders(store))
 
     def ready() -> None:
         link = f"{_reachable(url)}{LAUNCH}?token={studio.sessions.new_token()}"
@@ -62,7 +63,7 @@ def run_studio(model: Model, settings: Settings, store: Store, listener: socket.
         if browser and has_screen():
             threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
 
-    run(app, service, listener, grace=GRACE, body_timeout=settings.body_timeout, ready=ready)
+    run(app, studio.models, listener, grace=GRACE, body_timeout=settings.body_timeout, ready=ready)
 
 
 def has_screen() -> bool:

@@ -84,7 +84,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Run:
-    """Something that goes on for a while, or did: a training run, a vote of the arena."""
+    """Something that goes on for a while, or did: a training run."""
 
     id: str
     kind: str
@@ -385,6 +385,16 @@ class Store:
 
     def delete_run(self, id: str) -> None:
         self._run("DELETE FROM runs WHERE id = ?", id)
+
+    # ---- for modules that have tables of their own ----
+
+    def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """One statement, on the disk when this returns; its rows."""
+        return self._run(sql, *values)
+
+    def now(self) -> float:
+        """Seconds since 1970."""
+        return self._clock()
 
     # ---- for `exchange`, which knows the formats ----
 

@@ -208,11 +208,13 @@ class Trainer:
                 window.append(values)
                 spent = sum(seconds for seconds, _ in pace)
                 each, speed = spent / len(pace), sum(count for _, count in pace) / spent
-                self._tell(events.Stepped(self.step, values, each, speed, self.run.memory(self.ranks.device)))
+                memory = self.run.memory(self.ranks.device)
+                self._tell(events.Stepped(self.step, values, each, speed, memory))
                 if self.step % _RECORD_EVERY == 0 or last or self._stop.is_set():
                     known = [{name: value for name, value in one.items() if not math.isnan(value)} for one in window]
                     self._tell(events.Averaged(self.step, {**means(known), "seconds_per_step": each,
-                                                           "tokens_per_second": speed, "tokens": self.tokens}))
+                                                           "tokens_per_second": speed, "tokens": self.tokens,
+                                                           "memory_bytes": memory}))
                     window.clear()
                 if self.step % _RECORD_EVERY == 0 and self.ranks.device.type == "cpu":
                     release_freed()

@@ -11,13 +11,12 @@ from dgemma.cli.options import JsonOption
 from dgemma.cli.streams import need_stdout, print_json
 from dgemma.cli.terminal.console import SafeConsole, say
 from dgemma.formats import count_text, size_text
-from dgemma.memory import machine_memory, model_bytes
+from dgemma.memory import machine_memory
 
 if TYPE_CHECKING:
     from dgemma.weights.hub.cache import LocalModel
 
 _LEFT_SHOWN = 5  # names
-_USUAL_VOCABULARY = 262_144  # tokens: the 26B model's
 models_app = typer.Typer(invoke_without_command=True)
 
 
@@ -71,42 +70,15 @@ def remove(
             f"{size_text(sum(left.values()))} ({names}); `hf cache rm model/{repo}` deletes all that is there.")
 
 
-def memory_needed(model: LocalModel) -> int | None:
-    """About how many bytes of memory running a model takes; None while nobody knows how large it is."""
-    if model.full_size is None:
-        return None
-    return model_bytes(model.full_size, model.kind == "GGUF", _vocabulary(model))
-
-
-def _vocabulary(model: LocalModel) -> int:
-    """How many tokens a model knows; the usual number where only a long look into its files would tell."""
-    from dgemma.config import load_model_config
-    from dgemma.errors import CheckpointError
-
-    if model.kind == "GGUF":
-        return _USUAL_VOCABULARY
-    try:
-        return load_model_config(model.path).vocab_size
-    except CheckpointError:  # it is there in part only, or not to be loaded anyway
-        return _USUAL_VOCABULARY
-
-
 def _can_ask() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
-
-
-def _fits(needed: int | None, available: int | None, total: int | None) -> str:
-    if needed is None or available is None or total is None:
-        return "?"
-    if needed <= available:
-        return "yes"
-    return "if other programs close" if needed <= total else "no"
 
 
 def _show(found: list[LocalModel], available: int | None, total: int | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from dgemma.memory.local import fits, memory_needed
     from dgemma.weights.hub.cache import cache_folder
 
     console = SafeConsole(highlight=False)
@@ -115,7 +87,7 @@ def _show(found: list[LocalModel], available: int | None, total: int | None) -> 
         needed = memory_needed(model)
         of = "" if model.complete else f" of {'?' if model.full_size is None else size_text(model.full_size)}"
         rows.append((model.name, model.kind, size_text(model.size) + of, "?" if needed is None else size_text(needed),
-                     _fits(needed, available, total),
+                     fits(needed, available, total),
                      "bundled" if model.bundled else "" if model.complete else "partial"))
     widths = [max(map(len, column)) + 2 for column in zip(titles, *rows, strict=True)]
     if not console.is_terminal:  # nobody wants a name cut in two in a pipe
@@ -145,6 +117,8 @@ def _show(found: list[LocalModel], available: int | None, total: int | None) -> 
 
 
 def _as_json(model: LocalModel, available: int | None) -> dict[str, Any]:
+    from dgemma.memory.local import memory_needed
+
     needed = memory_needed(model)
     return {"name": model.name, "kind": model.kind, "quantisation": model.quantisation, "size": model.size,
             "full_size": model.full_size, "memory_needed": needed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import socket
 import sys
@@ -15,7 +16,7 @@ from dgemma.errors import DgemmaError
 
 _ACCESS = "Access"
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "nicegui", "argon2", "markdown_it", "mdit_py_plugins", "nh3",
-           "pygments", "latex2mathml")
+           "pygments", "latex2mathml", "yaml")
 
 
 @options.with_options(local=options.LOCAL)
@@ -65,16 +66,21 @@ def studio(
         raise DgemmaError(f"--host {host} lets other machines reach the studio: set a password first, with "
                           "dgemma studio --set-password")
 
+    import dgemma
     from dgemma.cli.session import BUNDLED, load_model
     from dgemma.serve.settings import Settings
+    from dgemma.studio.library import last_model, run_folders, title_of
     from dgemma.studio.server import alone, run_studio
 
-    settings = Settings((model or BUNDLED,), tuple(api_key or ()), timeout=0,
+    last = None if model else last_model(store, run_folders(store))
+    name = model or last or BUNDLED
+    settings = Settings((title_of(name) if last else name,), tuple(api_key or ()), timeout=0,
                         allowed_hosts=(*(allowed_hosts or ()), host, socket.gethostname()), access_log=False)
+    # What is for the first model alone is not for those that are loaded later.
+    load = functools.partial(dgemma.load, **{name: value for name, value in local.items() if name in options.LOADING})
     with alone(store), bind(host, port) as listener:
-        loaded = load_model(model, hint=False, **local)
-        run_studio(loaded, settings, store, listener, browser=browser,
-                   closed=not (is_loopback(host) or settings.api_keys))
+        run_studio(load_model(name, hint=False, **local), settings, store, listener, browser=browser,
+                   closed=not (is_loopback(host) or settings.api_keys), load=load)
 
 
 def _asked_password() -> str:

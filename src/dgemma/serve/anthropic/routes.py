@@ -15,7 +15,7 @@ from starlette.responses import Response
 from dgemma.serve.anthropic.body import CountBody, MessagesBody
 from dgemma.serve.anthropic.stream import MessageRendering
 from dgemma.serve.ask import engine_request, prompt_tokens
-from dgemma.serve.backend import Serving
+from dgemma.serve.backend import Current
 from dgemma.serve.errors import JsonResponse, error_docs
 from dgemma.serve.respond import answer_docs, respond
 
@@ -68,12 +68,13 @@ class TokenCount(BaseModel):
 _ERRORS = error_docs(MessagesErrorBody)
 
 
-def router(serving: Serving) -> APIRouter:
+def router(current: Current) -> APIRouter:
     """The routes of this format."""
     routes = APIRouter(tags=["Anthropic"])
 
     @routes.post("/v1/messages", responses=answer_docs(MessageObject) | _ERRORS)
     async def create_message(body: MessagesBody, http: HttpRequest) -> Response:
+        serving = current()
         adapter = serving.adapter(body.model)
         body.check(http, serving.settings)
         request = await engine_request(serving, body.ask(http, body.prompt_messages(), adapter))
@@ -84,6 +85,7 @@ def router(serving: Serving) -> APIRouter:
 
     @routes.post("/v1/messages/count_tokens", response_model=TokenCount, responses=_ERRORS)
     async def count_tokens(body: CountBody) -> Response:
+        serving = current()
         serving.adapter(body.model)
         prompt_ids = await prompt_tokens(serving, body.prompt_messages(), param="messages", bounded=False,
                                          **body.prompt_options())

@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from dgemma import __version__
 from dgemma.config import ARCHITECTURE, SAMPLER_SETTINGS
 from dgemma.serve.ask import engine_request, prompt_tokens
-from dgemma.serve.backend import Serving
+from dgemma.serve.backend import Current, Serving
 from dgemma.serve.errors import ApiError, JsonResponse, error_docs
 from dgemma.serve.ollama.body import ChatBody, GenerateBody, ShowBody
 from dgemma.serve.ollama.stream import Lines, timestamp
@@ -128,10 +128,10 @@ def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
                   "content": {"application/x-ndjson": {"schema": {"type": "object"}}}}}
 
 
-def router(serving: Serving) -> APIRouter:
+def router(current: Current) -> APIRouter:
     """The routes, for the application to include."""
     routes = APIRouter(tags=["Ollama"])
-    cards = Cards(serving)
+    since = timestamp()
 
     @routes.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def here() -> Response:
@@ -146,11 +146,13 @@ def router(serving: Serving) -> APIRouter:
     @routes.get("/api/tags", response_model=Tags, responses=_ERRORS)
     async def tags() -> Response:
         """The names under which the model is served, and those of its adapters."""
+        cards = Cards(serving := current(), since)
         return JsonResponse({"models": [cards.tag(name) for name in serving.names()]})
 
     @routes.get("/api/ps", response_model=RunningModels, responses=_ERRORS)
     async def running() -> Response:
         """The models in memory: those of /api/tags."""
+        cards = Cards(serving := current(), since)
         return JsonResponse({"models": [cards.running(name) for name in serving.names()]})
 
     @routes.post("/api/show", response_model=Shown, responses=_ERRORS)
@@ -159,12 +161,14 @@ def router(serving: Serving) -> APIRouter:
         name = body.model or body.name
         if not name:
             raise ApiError(400, "model: which one? /api/tags has the names", "model")
+        serving = current()
         named_adapter(name, serving)
-        return JsonResponse(cards.show(name))
+        return JsonResponse(Cards(serving, since).show(name))
 
     @routes.post("/api/chat", responses=_answers(ChatAnswer) | _ERRORS)
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
         """Answer a conversation."""
+        serving = current()
         adapter = named_adapter(body.model, serving)
         body.check(http, serving.settings)
         if not body.messages:
@@ -176,6 +180,7 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/api/generate", responses=_answers(GenerateAnswer) | _ERRORS)
     async def generate(body: GenerateBody, http: HttpRequest) -> Response:
         """Answer a prompt, or with `raw` go on with it."""
+        serving = current()
         adapter = named_adapter(body.model, serving)
         body.check(http, serving.settings)
         if not body.prompt:
@@ -198,8 +203,9 @@ def named_adapter(name: str, serving: Serving) -> LoadedAdapter | None:
 class Cards:
     """What Ollama's clients are told of the model's names."""
 
-    def __init__(self, serving: Serving):
-        self._serving, self._weights, self._since = serving, serving.backend.weights(), timestamp()
+    def __init__(self, serving: Serving, since: str):
+        """``since``: when they were loaded, as far as clients shall know."""
+        self._serving, self._weights, self._since = serving, serving.backend.weights(), since
 
     def tag(self, name: str) -> dict[str, Any]:
         """An entry of /api/tags."""

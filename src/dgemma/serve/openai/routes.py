@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from dgemma.diffusion.request import Request
 from dgemma.serve.ask import between, choice_seeds, engine_request, prompt_tokens
-from dgemma.serve.backend import Serving
+from dgemma.serve.backend import Current, Serving
 from dgemma.serve.bodies import Listed, RequestBody
 from dgemma.serve.errors import RESPONSES, ApiError, JsonResponse
 from dgemma.serve.forms import answer_form
@@ -109,21 +109,21 @@ class DetokenizedText(BaseModel):
     prompt: str
 
 
-def router(serving: Serving) -> APIRouter:
+def router(current: Current) -> APIRouter:
     """The routes, for the application to include."""
     routes = APIRouter(responses=RESPONSES)
-    settings, tokenizer = serving.settings, serving.model.tokenizer
     started = int(time.time())
 
     @routes.post("/v1/chat/completions", tags=["OpenAI"], response_model=ChatCompletion,
                  responses=answer_docs(ChatCompletion, "chunks"))
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         """Answer a conversation."""
+        serving = current()
         adapter = serving.adapter(body.model)
-        body.check(http, settings)
+        body.check(http, serving.settings)
         seeds = choice_seeds(body.seed, body.n or 1)
         request = await engine_request(serving, body.ask(http, body.prompt_messages(), adapter))
-        rendering = ChatRendering(body.model or settings.served_names[0], seeds, usage=body.with_usage,
+        rendering = ChatRendering(body.model or serving.settings.served_names[0], seeds, usage=body.with_usage,
                                   logprobs=request.logprobs is not None)
         return await respond(serving, http, rendering, [dataclasses.replace(request, seed=seed) for seed in seeds],
                              stream=bool(body.stream), one_call=body.one_call(),
@@ -133,8 +133,9 @@ def router(serving: Serving) -> APIRouter:
                  responses=answer_docs(TextCompletion, "chunks"))
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         """Go on with a text, or with ``suffix`` fill in what is before it."""
+        serving = current()
         adapter = serving.adapter(body.model)
-        body.check(http, settings)
+        body.check(http, serving.settings)
         seeds = choice_seeds(body.seed, body.n or 1)
         requests: list[Request] = []
         for prompt in body.prompts():
@@ -146,9 +147,11 @@ def router(serving: Serving) -> APIRouter:
             requests += [dataclasses.replace(request, seed=seed) for seed in seeds]
         echo = []
         if body.echo:
-            echo = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=True)
+            decode = serving.model.tokenizer.decode
+            echo = [prompt if isinstance(prompt, str) else decode(prompt, skip_special_tokens=True)
                     for prompt in body.prompts() for _ in seeds]
-        rendering = TextRendering(body.model or settings.served_names[0], [request.seed for request in requests],
+        rendering = TextRendering(body.model or serving.settings.served_names[0],
+                                  [request.seed for request in requests],
                                   prompts=[index // len(seeds) for index in range(len(requests))],
                                   usage=body.with_usage, echo=echo, logprobs=body.logprobs is not None)
         return await respond(serving, http, rendering, requests, stream=bool(body.stream),
@@ -156,13 +159,15 @@ def router(serving: Serving) -> APIRouter:
 
     @routes.post("/v1/responses", tags=["OpenAI"], responses=answer_docs(ResponseObject))
     async def create_response(body: ResponsesBody, http: HttpRequest) -> Response:
+        serving = current()
         adapter = serving.adapter(body.model)
         body.check(http, serving.settings)
         request = await engine_request(serving, body.ask(http, body.prompt_messages(), adapter))
         rendering = ResponseRendering(_echo(body, request))
         return await respond(serving, http, rendering, [request], stream=bool(body.stream), one_call=body.one_call())
 
-    def card(name: str) -> ModelCard:
+    def card(serving: Serving, name: str) -> ModelCard:
+        settings = serving.settings
         path = None if name in settings.served_names else serving.backend.adapters.paths()[name]
         limit = serving.context_limit
         created_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))  # as Anthropic's API writes it
@@ -174,6 +179,7 @@ def router(serving: Serving) -> APIRouter:
     async def models(limit: Annotated[int | None, Query(ge=1, le=1000)] = None, after_id: str | None = None,
                      before_id: str | None = None) -> Response:
         """The names under which the model is served, and those of its adapters; all of them, or a page."""
+        serving = current()
         names = serving.names()
         for name, param in ((after_id, "after_id"), (before_id, "before_id")):
             if name is not None and name not in names:
@@ -184,33 +190,38 @@ def router(serving: Serving) -> APIRouter:
             names = names[:names.index(before_id)] if before_id in names else []
         page = names if limit is None else names[-limit:] if before_id is not None else names[:limit]
         return JsonResponse(ModelList(
-            data=[card(name) for name in page], has_more=len(page) < len(names), first_id=page[0] if page else None,
-            last_id=page[-1] if page else None).model_dump())
+            data=[card(serving, name) for name in page], has_more=len(page) < len(names),
+            first_id=page[0] if page else None, last_id=page[-1] if page else None).model_dump())
 
     @routes.get("/v1/models/{model:path}", tags=["OpenAI"], response_model=ModelCard)
     async def one_model(model: str) -> Response:
         """One of the names."""
+        serving = current()
         serving.adapter(model)
-        return JsonResponse(card(model).model_dump())
+        return JsonResponse(card(serving, model).model_dump())
 
     @routes.post("/tokenize", tags=["Tokens"], response_model=Tokens)
     async def tokenize(body: TokenizeBody, http: HttpRequest) -> Response:
         """The token ids of a text, or of a conversation as the model would read it."""
+        serving = current()
         serving.adapter(body.model)
-        body.check(http, settings)
+        body.check(http, serving.settings)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either prompt or messages", "prompt" if body.messages else "messages")
         if body.prompt is not None:
             ids = await prompt_tokens(serving, body.prompt, body.add_special_tokens)
         else:
             ids = await prompt_tokens(serving, body.prompt_messages(), param="messages", **body.prompt_options())
-        strings = [tokenizer.id_to_token(token) or "" for token in ids] if body.return_token_strs else None
+        spell = serving.model.tokenizer.id_to_token
+        strings = [spell(token) or "" for token in ids] if body.return_token_strs else None
         return JsonResponse({"count": len(ids), "max_model_len": serving.context_limit, "tokens": ids,
                              "token_strs": strings})
 
     @routes.post("/detokenize", tags=["Tokens"], response_model=DetokenizedText)
     async def detokenize(body: DetokenizeBody) -> Response:
         """The text of token ids, special tokens included."""
+        serving = current()
+        tokenizer = serving.model.tokenizer
         serving.adapter(body.model)
         unknown = next((token for token in body.tokens if tokenizer.id_to_token(token) is None), None)
         if unknown is not None:

@@ -23,6 +23,7 @@ from dgemma.studio.widgets.attachments import Attachments
 from dgemma.studio.widgets.calls import is_source
 from dgemma.studio.widgets.controls import Controls
 from dgemma.studio.widgets.conversations import Conversations
+from dgemma.studio.widgets.edit import equip
 from dgemma.studio.widgets.message import Actions, Shown, show, show_branches
 from dgemma.studio.widgets.system_prompt import SystemPrompt
 from dgemma.studio.widgets.tools import ToolChoice
@@ -45,7 +46,7 @@ class Chat:
         self._studio, self._store, self._frame = studio, studio.store, frame
         self._id = conversation
         self._shown: list[Shown] = []
-        self._actions = Actions(self._edit, self._again, self._switch, self._store.message)
+        self._actions = Actions(self._edit, self._again, self._switch, self._store.message, partial(equip, studio))
         with frame.side:
             self._list = Conversations(studio, self.open, lambda: self._id)
         with frame.bar:

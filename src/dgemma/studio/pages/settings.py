@@ -16,6 +16,7 @@ from dgemma.errors import DgemmaError
 from dgemma.studio.auth import SHORTEST, Session, has_password, set_password
 from dgemma.studio.buttons import main_button, text_button
 from dgemma.studio.frame import THEMES, Frame, Page, Studio
+from dgemma.studio.widgets.sheet import section
 
 
 async def build(studio: Studio, frame: Frame) -> None:
@@ -34,7 +35,7 @@ def _appearance(studio: Studio) -> None:
         studio.store.set_setting("theme", theme)
         ui.navigate.reload()
 
-    with _section("Appearance", "Light, dark, or as the system has it."):
+    with section("Appearance", "Light, dark, or as the system has it."):
         names = {name: name.capitalize() for name in THEMES}
         toggle = ui.toggle(names, value=studio.store.setting("theme", "auto"), on_change=lambda: choose(toggle.value))
         toggle.props("no-caps unelevated toggle-color=primary")
@@ -57,7 +58,7 @@ def _password(studio: Studio) -> None:
 
     about = (f"{SHORTEST} characters at least. It lets you sign in without a link, and other machines with --host. "
              "Setting one ends all sessions, this one too.")
-    with _section("Password", about), ui.row().classes("fields"):
+    with section("Password", about), ui.row().classes("fields"):
         first = ui.input("New password", password=True).props("outlined dense autocomplete=new-password")
         second = ui.input("Once more", password=True).props("outlined dense autocomplete=new-password")
         main_button("Change it" if known else "Set it", change)
@@ -79,24 +80,17 @@ def _sessions(studio: Studio, own: str) -> None:
                 if session.digest != own:
                     text_button("End", partial(end, session))
 
-    with _section("Sessions", "Browsers that are signed in. One that is ended loses its pages within seconds."):
+    with section("Sessions", "Browsers that are signed in. One that is ended loses its pages within seconds."):
         listed()
 
 
 def _about(studio: Studio) -> None:
     serving = studio.serving()
-    with _section("About", f"dgemma {__version__} with {serving.settings.served_names[0]}."):
+    with section("About", f"dgemma {__version__} with {serving.settings.served_names[0]}."):
         ui.label(f"Conversations and settings are in {studio.store.path.parent}").classes("muted small")
         with ui.row().classes("small"):
             ui.label("Programs find the API at /v1;").classes("muted")
             ui.link("its description", "/openapi.json", new_tab=True)
-
-
-def _section(title: str, about: str) -> ui.element:
-    with ui.element("section").classes("section") as made:
-        ui.label(title).classes("section-title").props("role=heading aria-level=2")
-        ui.label(about).classes("muted section-about")
-    return made
 
 
 PAGE = Page("/settings", "Settings", "settings", build)

@@ -18,18 +18,30 @@ from dgemma.tokenizer_files import STOPS
 
 FRAME_SECONDS = 1 / 30  # between two messages to a browser
 _MOST_FRAMES = 12  # in one message
-_SCRIPT = Path(__file__).parents[1] / "static" / "canvas.js"
+_STATIC = Path(__file__).parents[1] / "static"
 _REASONS = {"stop": "finished", "length": "cut off: the length limit", "tool_calls": "calls a tool",
             "stopped": "stopped by you", "cancelled": "cut off: the server stopped"}
 
 
-class Canvas(ui.element, component=_SCRIPT):
-    """One answer's canvas: `follow` it while it is made; when it is over it can be walked through, step by step."""
+class Canvas(ui.element, component=_STATIC / "canvas.js", esm={"dgemma-studio": str(_STATIC)}):
+    """One answer's canvas: `follow` it while it is made; when it is over it can be walked through, step by step.
+
+    What else can be done with it (`dgemma.studio.widgets.edit`) it tells as events: "save" with a kind of file, "type"
+    and "denoise" with an edited canvas.
+    """
 
     def __init__(self, source: str, *, running: bool = False, recorded: bool = True, summary: str = ""):
-        """``source`` is where the whole recording is had: "/recordings/ID"."""
+        """``source`` is where the whole recording is had: "/recordings/ID"; "" for one that `show` gets."""
         super().__init__()
         self._props.update(src=source, running=running, recorded=recorded, summary=summary, stops=list(STOPS))
+
+    def allow(self, *, editing: bool = False, saving: bool = False) -> None:
+        """Offer what there is somebody to hear of."""
+        self._props.update(editable=editing, exportable=saving)
+
+    def show(self, recording: Recording) -> None:
+        """Show a recording that is in no store."""
+        self.run_method("show", recording.for_page())
 
     async def follow(self, answer: Answer) -> None:
         """Show an answer as it is made; returns when it is over, or the page is gone."""

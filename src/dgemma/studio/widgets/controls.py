@@ -52,6 +52,10 @@ SAMPLER = (
             least=1e-5, step=0.005),
     Control("stability_threshold", "Stability", "… and when so many drafts before agree with it.", whole=True),
 )
+WATCH = (
+    Control("candidates", "Candidates", "Keep so many of the likeliest tokens at every place and step, to look at; it "
+            "costs time at every step.", whole=True, most=16),
+)
 DRAW = (
     Control("temperature", "Temperature", "Scales the draw on top of the schedule; 0 takes the likeliest token.",
             most=10, step=0.1),
@@ -62,7 +66,7 @@ DRAW = (
 _THINKING = {"auto": "Auto", "on": "On", "off": "Off"}
 _THOUGHTS = {"auto": None, "on": True, "off": False}
 _CUSTOM = "Custom"  # settings that are no preset's
-_USUAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+_USUAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "candidates": 0}
 
 
 class Controls:
@@ -89,7 +93,7 @@ class Controls:
                                      value=options.get("image_tokens") or 0, on_change=self._tell)
             self._budget.props('outlined dense aria-label="Picture budget"').classes("control-number")
         row.set_visibility(sees)
-        for title, group in (("Answer", ANSWER), ("Denoising", SAMPLER), ("Draw", DRAW)):
+        for title, group in (("Answer", ANSWER), ("Denoising", SAMPLER), ("Draw", DRAW), ("Watch", WATCH)):
             ui.label(title).classes("group-name")
             for control in group:
                 self._row(control)
@@ -115,12 +119,12 @@ class Controls:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is set, by the names of `dgemma.studio.answers.OPTIONS`."""
+        """What is set, by the names of `dgemma.studio.asking.OPTIONS`."""
         thinking = _THOUGHTS[self._thinking.value or "auto"]
         made: dict[str, Any] = {} if thinking is None else {"thinking": thinking}
         if self._budget.value:
             made["image_tokens"] = self._budget.value
-        for control in (*ANSWER, *SAMPLER, *DRAW):
+        for control in (*ANSWER, *SAMPLER, *DRAW, *WATCH):
             value = self._fields[control.name].value
             if value is not None:
                 made[control.name] = int(value) if control.whole else float(value)

@@ -13,10 +13,11 @@ from functools import partial
 from nicegui import events, ui
 
 from dgemma.errors import DgemmaError
-from dgemma.studio.buttons import icon_button, main_button, text_button
+from dgemma.studio.buttons import icon_button, text_button
 from dgemma.studio.exchange import export_json, export_markdown, import_file
 from dgemma.studio.frame import Studio
 from dgemma.studio.store import Conversation
+from dgemma.studio.widgets.sheet import dialog_buttons
 
 LARGEST_IMPORT = 256 << 20  # bytes; pictures are in it
 
@@ -116,7 +117,7 @@ class Conversations:
         with self._dialog("Rename this conversation") as dialog:
             name = ui.input(value=conversation.title).props('outlined autofocus aria-label="Name"').classes("wide")
             name.on("keydown.enter", rename)
-            _buttons(dialog, "Rename", rename)
+            dialog_buttons(dialog, "Rename", rename)
         dialog.open()
 
     def _delete(self, conversation: Conversation) -> None:
@@ -129,7 +130,7 @@ class Conversations:
 
         with self._dialog("Delete this conversation?") as dialog:
             ui.label(f"“{conversation.title}” will be gone, with all of its messages.").classes("muted")
-            _buttons(dialog, "Delete", delete, color="negative")
+            dialog_buttons(dialog, "Delete", delete, color="negative")
         dialog.open()
 
     def _export(self, kind: str, conversation: Conversation) -> None:
@@ -159,20 +160,13 @@ class Conversations:
             ui.label("A file that was exported here: JSON or Markdown.").classes("muted")
             ui.upload(on_upload=take, auto_upload=True, max_file_size=LARGEST_IMPORT,
                       label="Choose a file, or drop it here").props('accept=".json,.md" flat bordered').classes("wide")
-            _buttons(dialog, None, dialog.close)
+            dialog_buttons(dialog, None, dialog.close)
         dialog.open()
 
     def _dialog(self, title: str) -> ui.dialog:
         with self._apart, ui.dialog() as dialog, ui.card().classes("dialog"):
             ui.label(title).classes("dialog-title")
         return dialog
-
-
-def _buttons(dialog: ui.dialog, label: str | None, action: Callable[[], object], color: str = "primary") -> None:
-    with ui.row().classes("dialog-buttons"):
-        text_button("Cancel" if label else "Close", dialog.close)
-        if label:
-            main_button(label, action, color=color)
 
 
 def when(seconds: float, now: float | None = None) -> str:

@@ -33,6 +33,7 @@ class Actions:
     again: Callable[[Message], None]  # an answer, to be made once more
     switch: Callable[[Message], None]  # show this one's branch
     current: Callable[[str], Message | None]  # a message as it is now
+    equip: Callable[[Canvas, Message], None]  # an answer's canvas, with what else can be done with it
 
 
 @dataclass
@@ -133,6 +134,7 @@ def _answer(message: Message, siblings: list[Message], actions: Actions, answer:
             text_button("Try again", lambda: actions.again(message), icon="refresh", small=True)
         canvas = Canvas(f"/recordings/{message.id}", running=running, summary=summary(message.info),
                         recorded="steps" in message.info or bool(message.info.get("tokens")))
+        actions.equip(canvas, message)
         with ui.row().classes("tools") as tools:
             branches = ui.row().classes("branches")
             icon_button("content_copy", "Copy", lambda: _copy(text_of()), small=True)

@@ -10,10 +10,8 @@ import contextlib
 import difflib
 import math
 import os
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,20 @@ from urllib.parse import quote
 from dgemma.errors import DgemmaError
 from dgemma.files import atomic_write
 from dgemma.formats import long_duration_text, number_text, short_count, size_text
-from dgemma.train.log.figures import COLOURS, Axis, Curve, draw, scale_of, smoothed
-from dgemma.train.log.history import COSTS, Run, bounds_text, interval, read_run
-from dgemma.train.log.journal import Record
+from dgemma.train.log.curves import (
+    Picture,
+    comparison_pictures,
+    kind_of,
+    loss_pictures,
+    pace_pictures,
+    sweep_curve,
+    sweep_pictures,
+    swept,
+    task_pictures,
+    words,
+)
+from dgemma.train.log.figures import draw
+from dgemma.train.log.history import Run, bounds_text, interval, read_run
 
 FILE = "report.html"
 SAMPLES = 12
@@ -33,9 +42,6 @@ _SAMPLE_CHARACTERS = 3000
 _DIFFERENCE_CHARACTERS = 1500  # longer texts are not compared letter by letter
 _RECIPE_CHARACTERS = 60_000
 _NOTES = 200
-_TIMES = 5  # of the run at which loss by noise level is shown
-_WORDS = {"tokens_per_forward": "tokens per forward pass", "failed": "failed requests", "max_steps": "steps at most"}
-_STEP = Axis("step")
 # Control characters that HTML cannot hold, as their pictures.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
@@ -51,10 +57,10 @@ def write_report(folder: Path, *, title: str | None = None) -> Path:
     checks = [{name: check.get(name, "") for name in ("name", "passed", "measured", "meaning")} for check in run.checks]
     return _write(folder / FILE, "report.html.jinja", {
         "title": title or run.name, "run": run, "about": _about(run), "tiles": _tiles(run), "use": _use(run),
-        "task": _task_figures(run), "band": name is not None and run.is_share(name), "sweep": _sweep(run),
-        "losses": _loss_figures(run), "samples": _samples(run), "checks": checks, "facts": _facts(run),
+        "task": _drawn(task_pictures(run)), "band": name is not None and run.is_share(name), "sweep": _sweep(run),
+        "losses": _drawn(loss_pictures(run)), "samples": _samples(run), "checks": checks, "facts": _facts(run),
         "plan": [line for line in run.plan.get("lines", []) if isinstance(line, dict)],
-        "run_figures": _pace_figures(run), "recipe": run.recipe[:_RECIPE_CHARACTERS], "notes": notes[-_NOTES:]})
+        "run_figures": _drawn(pace_pictures(run)), "recipe": run.recipe[:_RECIPE_CHARACTERS], "notes": notes[-_NOTES:]})
 
 
 def write_comparison(folder: Path, runs: Mapping[str, Path], *, title: str) -> Path:
@@ -66,15 +72,14 @@ def write_comparison(folder: Path, runs: Mapping[str, Path], *, title: str) -> P
         raise DgemmaError(f"{folder}: there are no runs to compare")
     read = {name: read_run(path) for name, path in runs.items()}
     mains = list(dict.fromkeys(main for run in read.values() if (main := run.main())))
-    columns = {heading: [cell(run) for run in read.values()] for heading, cell in _columns(mains).items()}
-    columns = {heading: cells for heading, cells in columns.items() if set(cells) != {"–"}}
+    columns = comparison_columns(read)
     rows = [{"name": name, "link": quote(Path(os.path.relpath(run.folder / FILE, folder)).as_posix()),
              "cells": [cells[index] for cells in columns.values()]} for index, (name, run) in enumerate(read.items())]
     return _write(folder / FILE, "comparison.html.jinja", {
         "title": title, "about": f"{len(read)} run{'' if len(read) == 1 else 's'}. " + _common(list(read.values())),
         "header": list(columns), "rows": rows,
         "note": mains and "In brackets: the 95 % interval. What answers cost is that of each run's best checkpoint.",
-        "figures": _comparison_figures(read, mains)})
+        "figures": _drawn(comparison_pictures(read))})
 
 
 def _write(path: Path, template: str, page: Mapping[str, Any]) -> Path:
@@ -90,10 +95,6 @@ def _write(path: Path, template: str, page: Mapping[str, Any]) -> Path:
 
 
 # ---- in words ----------------------------------------------------------------------------------------
-
-
-def _words(name: str) -> str:
-    return _WORDS.get(name, name.replace("_", " "))
 
 
 def _about(run: Run) -> str:
@@ -117,11 +118,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         detail.append(f"{'best, ' if best.extra.get('best') else ''}step {best.step:,}")
         if first is not None and main in before:
             detail.append(f"from {run.text(main, before[main])} at step {first.step:,}")
-        tiles.append((_words(main), run.text(main, best.values[main]), "; ".join(detail)))
+        tiles.append((words(main), run.text(main, best.values[main]), "; ".join(detail)))
     for name in ("steps_per_canvas", "tokens_per_forward"):
         if best is not None and name in best.values:
             was = before.get(name, math.nan)
-            tiles.append((_words(name), run.text(name, best.values[name]),
+            tiles.append((words(name), run.text(name, best.values[name]),
                           f"from {run.text(name, was)}" if math.isfinite(was) else ""))
     steps, losses = run.series("validation", "loss")
     if steps:
@@ -214,6 +215,13 @@ def _listed(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
 
 
+def comparison_columns(runs: Mapping[str, Run]) -> dict[str, list[str]]:
+    """By heading, what is said of each run; what is said of none is left out."""
+    mains = list(dict.fromkeys(main for run in runs.values() if (main := run.main())))
+    columns = {heading: [cell(run) for run in runs.values()] for heading, cell in _columns(mains).items()}
+    return {heading: cells for heading, cells in columns.items() if set(cells) != {"–"}}
+
+
 def _columns(mains: Sequence[str]) -> dict[str, Callable[[Run], str]]:
     """By heading, what is said of a run: "–" for nothing."""
     def main(run: Run) -> str:
@@ -231,7 +239,7 @@ def _columns(mains: Sequence[str]) -> dict[str, Callable[[Run], str]]:
     def loss(run: Run) -> str:
         return number_text(min(filter(math.isfinite, run.series("validation", "loss")[1]), default=math.nan))
 
-    return {_words(mains[0]) if len(mains) == 1 else "task": main,
+    return {words(mains[0]) if len(mains) == 1 else "task": main,
             "steps / canvas": of_best("steps_per_canvas"), "tokens / forward": of_best("tokens_per_forward"),
             "least validation loss": loss, "trained tokens": of_info("tokens", short_count),
             "time": of_info("seconds", long_duration_text), "trained parameters": of_info("trainable", short_count),
@@ -244,146 +252,22 @@ def _common(runs: Sequence[Run]) -> str:
     return " · ".join(f"{name}: {values.pop()}" for name, values in shared.items() if len(values) == 1 and all(values))
 
 
-# ---- in pictures: each function gives a list, which is empty where the run recorded nothing of it ------
-
-
-def _picture(name: str, curves: Sequence[Curve], x: Axis, y: Axis) -> list[Any]:
-    """A list of one picture, or of none where no curve has a point."""
+def _drawn(pictures: Sequence[Picture]) -> list[Any]:
     from markupsafe import Markup
 
-    curves = [curve for curve in curves if any(math.isfinite(value) for value in curve.y)]
-    return [Markup(draw(name, curves, x, y))] if curves else []
-
-
-def _kind(run: Run, name: str) -> str:
-    return "percent" if run.is_share(name) else "plain"
-
-
-def _banded(records: Sequence[Record], name: str, x: Sequence[float], label: str, **look: Any) -> Curve:
-    """A value of some records, with its intervals where there are any."""
-    values, pairs = [record.values[name] for record in records], [interval(record, name) for record in records]
-    low, high = ([pair[side] if pair else value for pair, value in zip(pairs, values, strict=True)] if any(pairs)
-                 else () for side in (0, 1))
-    return Curve(label, x, values, low=low, high=high, **look)
-
-
-def _task_curve(run: Run, name: str, label: str, colour: int = 0) -> Curve:
-    records, best = run.of("task", name), run.best()
-    curve = _banded(records, name, run.series("task", name)[0], label, colour=colour)
-    if best is None or best not in records or not best.extra.get("best") or name != run.main():
-        return curve
-    star = records.index(best)
-    return replace(curve, star=star, star_label=f"best: {run.text(name, curve.y[star])}")
-
-
-def _task_figures(run: Run) -> list[Any]:
-    main, pictures = run.main(), []
-    if main is not None:
-        kind = _kind(run, main)
-        pictures += _picture(f"{main} over steps", [_task_curve(run, main, _words(main))], _STEP,
-                             Axis(_words(main), kind))
-        others = [name for name in run.names("task") if name not in (*COSTS, main) and _kind(run, name) == kind]
-        curves = [_task_curve(run, name, _words(name), index) for index, name in enumerate(others[: COLOURS - 1], 1)]
-        pictures += _picture("the other figures of the task over steps", curves, _STEP, Axis("also measured", kind))
-    for colour, name in enumerate(("steps_per_canvas", "tokens_per_forward"), start=2):
-        pictures += _picture(f"{_words(name)} over steps", [_task_curve(run, name, "", colour)], _STEP,
-                             Axis(_words(name)))
-    return pictures
-
-
-def _train_curves(run: Run, name: str, label: str, colour: int) -> list[Curve]:
-    """A noisy curve of training: faint as it is, and smoothed."""
-    steps, values = run.series("train", name)
-    curve = Curve(label, steps, smoothed(values), colour)
-    return [curve] if len(steps) < 3 else [Curve(label, steps, values, colour, faint=True), curve]
-
-
-def _loss_figures(run: Run) -> list[Any]:
-    curves = _train_curves(run, "loss", "training", 0)
-    curves += [Curve("validation", *run.series("validation", "loss"), 1),
-               Curve("self-conditioned", *run.series("validation", "conditioned"), 2, dashed=True)]
-    pictures = _picture("loss over steps", curves, _STEP, Axis("loss (nats per token)", scale_of(curves)))
-    pictures += _levels_figure(run)
-    groups = ("corrupted", "clean", "fill", "causal")
-    if "corrupted" in run.names("validation"):
-        where = "held-out examples"
-        curves = [Curve(name, *run.series("validation", name), colour) for colour, name in enumerate(groups)]
-    else:
-        where = "training"
-        curves = [curve for colour, name in enumerate(groups)
-                  for curve in _train_curves(run, f"loss/{name}", name, colour)]
-    title = f"loss by group of tokens, {where}"
-    return pictures + _picture(title, curves, _STEP, Axis(title, scale_of(curves)))
-
-
-def _levels_figure(run: Run) -> list[Any]:
-    """Held-out loss against the share of noise, at several times of the run."""
-    found = [(record.step, {float(match[1]): value for name, value in record.values.items()
-                            if (match := re.fullmatch(r"t=(\d*\.?\d+)", name))}) for record in run.of("validation")]
-    found = [(step, levels) for step, levels in found if len(levels) > 1]
-    count = min(_TIMES, len(found))
-    chosen = [found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count)]
-    curves = [Curve(f"step {step:,}", sorted(levels), [levels[t] for t in sorted(levels)],
-                    strength=0.4 + 0.6 * index / count) for index, (step, levels) in enumerate(chosen, start=1)]
-    return _picture("loss by noise level", curves, Axis("share of the canvas that is noise (t)"),
-                    Axis("held-out loss by noise level", scale_of(curves)))
-
-
-def _swept(run: Run) -> tuple[str | None, dict[int, list[Record]]]:
-    """The main value of the run's sweeps, and the first and the last of them by the step that they were made after."""
-    names = [name for name in run.names("sweep") if name not in COSTS]
-    main = run.main() if run.main() in names else next(iter(names), None)
-    times = sorted({record.step for record in run.of("sweep")})
-    return main, {time: sorted((record for record in run.of("sweep") if record.step == time),
-                               key=lambda record: record.values.get("max_steps", 0)) for time in times[:1] + times[-1:]}
-
-
-def _sweep_curve(records: Sequence[Record], main: str, label: str, **look: Any) -> Curve:
-    rows = [record for record in records if main in record.values]
-    return _banded(rows, main, [record.values["max_steps"] for record in rows], label, **look)
-
-
-def _sweep_picture(main: str, curves: Sequence[Curve], kind: str) -> list[Any]:
-    ticks = sorted({x for curve in curves for x in curve.x})
-    return _picture(f"{main} by the number of denoising steps", curves,
-                    Axis("denoising steps for a canvas, at most", "steps", ticks),
-                    Axis(f"{_words(main)} by steps allowed", kind))
+    return [Markup(draw(picture.name, picture.curves, picture.x, picture.y)) for picture in pictures]
 
 
 def _sweep(run: Run) -> dict[str, Any] | None:
-    main, sweeps = _swept(run)
+    main, sweeps = swept(run)
     if main is None:
         return None
     last = max(sweeps)
-    curves = [_sweep_curve(records, main, f"step {time:,}", colour=int(time != last), dashed=time != last)
+    curves = [sweep_curve(records, main, f"step {time:,}", colour=int(time != last), dashed=time != last)
               for time, records in sweeps.items()]
     there = {name for record in sweeps[last] for name in record.values} - {"max_steps"}
     names = sorted(filter(there.__contains__, run.names("sweep")), key=lambda name: name != main)
     rows = [[number_text(record.values.get("max_steps", math.nan)),
              *(run.withinterval(record, name) for name in names)] for record in sweeps[last]]
-    return {"step": last, "figures": _sweep_picture(main, curves, _kind(run, main)),
-            "header": [_words("max_steps"), *map(_words, names)], "rows": rows}
-
-
-def _pace_figures(run: Run) -> list[Any]:
-    pictures = []
-    for colour, name in enumerate(("learning_rate", "gradient_norm", "tokens_per_second"), start=3):
-        steps, values = run.series("train", name)
-        if len(steps) > 1:
-            pictures += _picture(_words(name), [Curve("", steps, values, colour)], _STEP, Axis(_words(name)))
-    return pictures
-
-
-def _comparison_figures(runs: Mapping[str, Run], mains: Sequence[str]) -> list[Any]:
-    heading = mains[0] if len(mains) == 1 else "task"
-    own = [(run, name, main, index) for index, (name, run) in enumerate(runs.items()) if (main := run.main())]
-    kind = "percent" if own and all(run.is_share(main) for run, _, main, _ in own) else "plain"
-    tasks = [replace(_task_curve(run, main, name, index), star_label="") for run, name, main, index in own]
-    losses = [Curve(name, *run.series("validation", "loss"), index) for index, (name, run) in enumerate(runs.items())]
-    pictures = _picture(f"{heading} over steps", tasks, _STEP, Axis(heading, kind))
-    pictures += _picture("validation loss over steps", losses, _STEP, Axis("validation loss", scale_of(losses)))
-    swept = [(name, *_swept(run)) for name, run in runs.items()]
-    curves = [_sweep_curve(sweeps[max(sweeps)], main, name, colour=index)
-              for index, (name, main, sweeps) in enumerate(swept) if main is not None]
-    main = next((main for _, main, _ in swept if main is not None), None)
-    return pictures + (_sweep_picture(main, curves, kind) if main is not None else [])
+    return {"step": last, "figures": _drawn(sweep_pictures(main, curves, kind_of(run, main))),
+            "header": [words("max_steps"), *map(words, names)], "rows": rows}

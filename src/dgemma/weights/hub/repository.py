@@ -10,7 +10,7 @@ import errno
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ from dgemma.files import free_space
 from dgemma.formats import size_text
 from dgemma.weights.files import (
     SINGLE_FILE,
+    GGUFFiles,
     checkpoint_files,
     choose_gguf,
     gguf_models,
@@ -145,8 +146,29 @@ def plan_pull(repo: str, tag: str | None = None, include: Sequence[str] = ()) ->
         if not gguf.complete:
             raise CheckpointError(f"{repo}: {gguf.stem} was split into {gguf.parts} parts, and this hub repository "
                                   f"lacks {_listed(gguf.missing)}")
-        chosen = [*gguf.files, *tower_files(names, gguf.files[0])[:1]]
-        model = f"{repo}:{tag_of(gguf, models)}"
+        return _of_gguf(repo, commit, files, gguf)
+    return _pull(repo, commit, files, chosen, model)
+
+
+def plan_all(repo: str) -> tuple[Pull, ...]:
+    """Every model that a repository has, as `plan_pull` would fetch it: its checkpoint first, then its GGUF files.
+
+    Raises CheckpointError as `plan_pull` does; no model is no error.
+    """
+    commit, files = listing(repo)
+    names = list(files)
+    whole = [_pull(repo, commit, files, checkpoint_files(names), repo)] if is_checkpoint(names) else []
+    return (*whole, *(_of_gguf(repo, commit, files, gguf) for gguf in gguf_models(names) if gguf.complete))
+
+
+def _of_gguf(repo: str, commit: str, files: Mapping[str, HubFile], gguf: GGUFFiles) -> Pull:
+    """A GGUF file, with the vision tower beside it."""
+    names = list(files)
+    return _pull(repo, commit, files, [*gguf.files, *tower_files(names, gguf.files[0])[:1]],
+                 f"{repo}:{tag_of(gguf, gguf_models(names))}")
+
+
+def _pull(repo: str, commit: str, files: Mapping[str, HubFile], chosen: Sequence[str], model: str | None) -> Pull:
     # Small files first: they tell what the large ones are for.
     order = sorted((files[name] for name in chosen), key=lambda file: (file.sha256 is not None, file.name))
     return Pull(repo, commit, tuple(order), model)
@@ -168,7 +190,7 @@ def listing(repo: str) -> tuple[str, dict[str, HubFile]]:
     try:
         info = HfApi().model_info(repo, files_metadata=True)
     except Exception as error:
-        raise _explained(repo, error) from error
+        raise explanation(repo, error) from error
     files = {}
     for sibling in info.siblings or ():
         sha256 = sibling.lfs.sha256 if sibling.lfs else None
@@ -182,7 +204,7 @@ def listing(repo: str) -> tuple[str, dict[str, HubFile]]:
     return info.sha or "", files
 
 
-def _explained(repo: str, error: Exception) -> CheckpointError:
+def explanation(repo: str, error: Exception) -> CheckpointError:
     """What to tell the user when the hub's library, the network or the disk did not do what it should."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -255,14 +277,14 @@ def explained(repo: str, to_fetch: Callable[[], int]) -> Iterator[None]:
         from huggingface_hub.errors import HfHubHTTPError
 
         if isinstance(error, HfHubHTTPError) or is_network_trouble(error):
-            raise _explained(repo, error) from error
+            raise explanation(repo, error) from error
         where = f"{error.filename}: " if error.filename else ""
         raise CheckpointError(f"{where}{repo} cannot be stored in the local cache "
                               f"({error.strerror or first_line(error)})") from error
     except DgemmaError:
         raise
     except Exception as error:
-        raise _explained(repo, error) from error
+        raise explanation(repo, error) from error
 
 
 def file_url(repo: str, name: str, commit: str) -> str:
