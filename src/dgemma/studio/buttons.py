@@ -1,7 +1,8 @@
-"""Buttons that take the colour of what is around them."""
+"""Buttons that take the colour of what is around them, and fields for files."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from typing import Any
 
@@ -28,3 +29,14 @@ def text_button(text: str, action: Callable[..., Any], *, icon: str | None = Non
 def main_button(text: str, action: Callable[..., Any], *, color: str = "primary") -> ui.button:
     """The button that does what a page, or a dialog, is for."""
     return ui.button(text, color=color, on_click=action).props("unelevated no-caps")
+
+
+def file_field(words: str, take: Callable[..., Any], **options: Any) -> ui.upload:
+    """Where files are chosen, or dropped, and are taken at once; ``options`` are `ui.upload`'s.
+
+    Its head is ours: Quasar's own has no name that is read out, and keys do not find it.
+    """
+    field = ui.upload(on_upload=take, auto_upload=True, **options).props("flat bordered").classes("wide")
+    field.add_slot("header", '<button type="button" class="file-head" @click="props.pickFiles">'
+                   f'{html.escape(words)}</button><span class="hidden"><q-uploader-add-trigger /></span>')
+    return field

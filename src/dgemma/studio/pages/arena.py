@@ -12,7 +12,7 @@ from nicegui import events, ui
 from dgemma.errors import DgemmaError
 from dgemma.formats import count_text
 from dgemma.studio.battles import Contestant, read_prompts
-from dgemma.studio.buttons import icon_button, main_button, text_button
+from dgemma.studio.buttons import file_field, icon_button, main_button, text_button
 from dgemma.studio.frame import Frame, Page, Studio
 from dgemma.studio.widgets.battle import BattleView
 from dgemma.studio.widgets.contestant import ContestantCard, starting_points, usual_contestants
@@ -124,9 +124,8 @@ class ArenaPage:
             ui.label("Several prompts, one battle each").classes("dialog-title")
             lines = ui.textarea("A prompt on each line", on_change=tell).props("outlined autofocus").classes("wide")
             counted = ui.label().classes("muted small")
-            ui.upload(on_upload=take, auto_upload=True, max_file_size=_LARGEST,
-                      label='Or a file of JSON lines: texts, or objects with a "prompt"').props(
-                'accept=".jsonl,.ndjson,.json,.txt" flat bordered').classes("wide")
+            file_field('Or a file of JSON lines: texts, or objects with a "prompt"', take,
+                       max_file_size=_LARGEST).props('accept=".jsonl,.ndjson,.json,.txt"')
             with ui.row().classes("dialog-buttons"):
                 text_button("Cancel", dialog.close)
                 main_button("Start", lambda: start((lines.value or "").splitlines()))

@@ -10,6 +10,7 @@ import asyncio
 from nicegui import events, ui
 
 from dgemma.errors import DgemmaError
+from dgemma.studio.buttons import file_field
 from dgemma.studio.exports import Source, recording_of
 from dgemma.studio.frame import Frame, Page, Studio
 from dgemma.studio.recording import Recording
@@ -46,11 +47,10 @@ async def build(studio: Studio, frame: Frame) -> None:
     with ui.element("div").classes("column-of-text sheet"):
         ui.label("Watch a saved denoising again: a file of dgemma run --trace, or one that was saved from an answer "
                  "here. It is shown on this page, and kept nowhere.").classes("muted")
-        upload = ui.upload(label="Choose a trace, or drop it here", auto_upload=True, max_files=1,
-                           max_file_size=_LARGEST, on_upload=read,
-                           on_rejected=lambda: ui.notify("A trace is a .jsonl file of at most 256 MiB", position="top",
-                                                         type="negative"))
-        upload.props('accept=".jsonl" flat bordered aria-label="Open a trace"').classes("trace-upload")
+        upload = file_field("Choose a trace, or drop it here", read, max_files=1, max_file_size=_LARGEST,
+                            on_rejected=lambda: ui.notify("A trace is a .jsonl file of at most 256 MiB",
+                                                          position="top", type="negative"))
+        upload.props('accept=".jsonl"').classes("trace-upload")
         why = ui.label().classes("control-error").props("role=alert")
         why.set_visibility(False)
         with ui.element("section").classes("trace") as shown:

@@ -13,7 +13,7 @@ from functools import partial
 from nicegui import events, ui
 
 from dgemma.errors import DgemmaError
-from dgemma.studio.buttons import icon_button, text_button
+from dgemma.studio.buttons import file_field, icon_button, text_button
 from dgemma.studio.exchange import export_json, export_markdown, import_file
 from dgemma.studio.frame import Studio
 from dgemma.studio.store import Conversation
@@ -158,8 +158,8 @@ class Conversations:
 
         with self._dialog("Bring in conversations") as dialog:
             ui.label("A file that was exported here: JSON or Markdown.").classes("muted")
-            ui.upload(on_upload=take, auto_upload=True, max_file_size=LARGEST_IMPORT,
-                      label="Choose a file, or drop it here").props('accept=".json,.md" flat bordered').classes("wide")
+            file_field("Choose a file, or drop it here", take, max_file_size=LARGEST_IMPORT).props(
+                'accept=".json,.md"')
             dialog_buttons(dialog, None, dialog.close)
         dialog.open()
 

@@ -14,7 +14,7 @@ from typing import Any
 from nicegui import events, ui
 
 from dgemma.errors import DgemmaError
-from dgemma.studio.buttons import main_button, text_button
+from dgemma.studio.buttons import file_field, main_button, text_button
 from dgemma.studio.training.ask import as_html, ask
 from dgemma.studio.training.data import new_folder, safe_name, source_in
 from dgemma.studio.training.recipes import (
@@ -76,8 +76,8 @@ class RecipeForm:
     def _data(self) -> None:
         ui.html("<h2>Data</h2>", sanitize=False)
         self._select("kind", "What is learnt from", KINDS)
-        ui.upload(label="JSONL, JSON, Parquet, CSV, and pictures that they name", multiple=True, auto_upload=True,
-                  on_upload=self._take_file).props("flat bordered").classes("wide")
+        file_field("JSONL, JSON, Parquet, CSV, and pictures that they name: choose, or drop them here",
+                   self._take_file, multiple=True)
         self._source = ui.input("or a file or folder here, or a dataset on the hub (org/name)").props(
             "outlined dense").classes("wide")
         self._source.on("change", lambda: self._set(train=tuple(filter(None, [(self._source.value or "").strip()]))))

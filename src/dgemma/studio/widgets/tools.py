@@ -10,7 +10,7 @@ from collections.abc import Callable
 from nicegui import background_tasks, events, ui
 
 from dgemma.errors import DgemmaError
-from dgemma.studio.buttons import main_button, text_button
+from dgemma.studio.buttons import file_field, main_button, text_button
 from dgemma.studio.toolboxes import ABOUT, MCP, Choice, Toolboxes, is_chosen, with_room
 
 _VALUES = {"off": "Off", "ask": "Ask", "auto": "Auto"}
@@ -95,8 +95,7 @@ class ToolChoice:
                      "name those that you trust.").classes("muted")
             words = ui.textarea(value=self._toolboxes.config(), placeholder=_EXAMPLE).classes("wide mono")
             words.props('outlined autogrow spellcheck=false aria-label="Configuration of MCP servers"')
-            ui.upload(on_upload=upload, auto_upload=True, max_file_size=1 << 20, label="or choose its file").props(
-                'accept=".json" flat bordered').classes("wide")
+            file_field("or choose its file", upload, max_file_size=1 << 20).props('accept=".json"')
             with ui.row().classes("dialog-buttons"):
                 text_button("Cancel", dialog.close)
                 main_button("Save", save)
