@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+import dgemma
 from dgemma.chat.pictures import open_picture
+from dgemma.tasks import sudoku
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -18,3 +20,12 @@ def test_the_photo_is_small_and_what_its_script_draws(tmp_path, monkeypatch):
     runpy.run_path(str(EXAMPLES / "make_sudoku_photo.py"), run_name="__main__")
     one, other = (np.asarray(open_picture(path), float) for path in (photo, again))
     assert np.abs(one - other).mean() < 2
+
+
+def test_the_model_beside_it_solves_the_photo_and_reads_nearly_all_of_it():
+    model, photo = dgemma.load(EXAMPLES / "sudoku-seeing"), EXAMPLES / "sudoku-photo.png"
+    [puzzle], [solution] = sudoku.generate(1, givens=34, seed=20)  # as its script has it
+    solved = model.generate("Solve this", images=[photo], seed=1).text
+    assert np.array_equal(sudoku.parse(solved), solution)
+    read = sudoku.parse(model.generate("What does it say?", images=[photo], seed=1).text)
+    assert (read == puzzle).sum() >= 79
