@@ -126,8 +126,10 @@ def test_a_denoising_is_saved_as_a_page_that_works_alone_and_as_a_trace_that_is_
     assert files["SVG"].read_bytes()[:4] == b"<svg" and files["GIF"].read_bytes()[:3] == b"GIF"
     page.goto(re.match(r"http://[^/]+", page.url)[0] + "/traces")
     page.locator("input[type=file]").set_input_files(files["Trace"])
+    where = page.locator(".cv-where")
+    playwright.expect(where).to_contain_text("step")  # opened, at its last step
     page.get_by_role("slider", name="Step").fill("0")
-    assert "step 1/" in page.locator(".cv-where").inner_text()
+    playwright.expect(where).to_contain_text("step 1/")
     alone = page.context.browser.new_context(offline=True, service_workers="block").new_page()
     wrong = []
     alone.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)

@@ -9,7 +9,6 @@ bytes. The code may do to this process what it likes: who reads its answer belie
 import contextlib
 import json
 import os
-import resource
 import signal
 import stat
 import sys
@@ -18,6 +17,8 @@ SCRATCH = "/scratch"
 
 
 def main():
+    import resource  # not there on Windows, where this is never run but may be imported
+
     settings = json.loads(sys.stdin.buffer.readline())
     given = [(name, sys.stdin.buffer.read(size)) for name, size in settings["files"]]
     with open("/proc/self/oom_score_adj", "w") as file:  # where memory ends, this goes first
