@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -122,15 +124,21 @@ def test_the_environment_is_not_told():
 
 def test_no_process_that_the_code_can_see_has_the_environment():
     """Its own is cleared, but the first one of its namespace is bubblewrap, as it was started."""
-    def below(pid: int) -> list[int]:
-        found = [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
-                 for child in (task / "children").read_text().split()]
-        return [*found, *(further for child in found for further in below(child))]
+    def below(pid: int) -> Iterator[int]:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield int(child)
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may end while it is looked at
+                    yield from below(int(child))
+
+    def look() -> Iterator[bytes]:
+        for process in (Path(f"/proc/{pid}") for pid in below(os.getpid())):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if b"bwrap" in (process / "cmdline").read_bytes()[:80]:
+                    yield (process / "environ").read_bytes()
 
     seen: list[bytes] = []
-    got = ran("echo begun; sleep 0.3; cat /proc/[0-9]*/environ", "bash",
-              say=lambda _: seen.extend((Path(f"/proc/{pid}") / "environ").read_bytes() for pid in below(os.getpid())
-                                        if b"bwrap" in (Path(f"/proc/{pid}") / "cmdline").read_bytes()[:80]))
+    got = ran("echo begun; sleep 0.3; cat /proc/[0-9]*/environ", "bash", say=lambda _: seen.extend(look()))
     assert len(seen) >= 2 and not any(b"SHELL=" in environ or b"USER=" in environ for environ in seen), seen
     assert set(seen) == {b""}
     assert f"HOME={Path.home()}" not in got.output.replace("\0", "\n").splitlines()
