@@ -3,11 +3,11 @@
     python recipes/sudoku_tower.py runs/sudoku-tower
     dgemma train recipes/sudoku-pictures.yaml
 
-A network that reads and solves well, with a tower that sees nothing, learns nothing for thousands of steps. So the
-tower learns by itself first, with two heads that are thrown away: one says of every patch in which row and column of
-the grid it lies and which digit is there, the other asks the soft tokens for each of the 81 cells, as the canvas will.
-Grids are of random digits: nothing but the picture says what is in them. About two hours of one CPU core. Ctrl-C stops;
-the same command goes on from the last hundredth step.
+A network whose tower sees nothing yet does not know what to look for. So the tower learns by itself first, with two
+heads that are thrown away: one says of every patch in which row and column of the grid it lies and which digit is
+there, the other asks the soft tokens for each of the 81 cells, as the canvas will. Grids are of random digits:
+nothing but the picture says what is in them. An hour and a half of one busy CPU core. Ctrl-C stops; the same
+command goes on from the last hundredth step.
 """
 
 from __future__ import annotations
